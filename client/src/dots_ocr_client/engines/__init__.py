@@ -1,0 +1,1 @@
+"""What can read a page."""

@@ -1,0 +1,100 @@
+"""Everything that this package raises on purpose; each message says what to do next.
+
+::
+
+    DotsOCRError
+    ├── InputError             the document cannot be read by any engine
+    ├── ConfigurationError     wrong settings: no other engine is tried, because that would hide the mistake
+    │   ├── ModelNotServed     the server has other models
+    │   └── Unauthorized       the API key is missing or wrong
+    ├── EngineError            one engine could not read one page: the next one is tried
+    │   ├── EngineMissing      its program or its language data are not installed
+    │   ├── ServerUnavailable  no connection, overloaded, or a fault inside the server
+    │   ├── DeadlineExceeded   no answer in its share of the time
+    │   ├── RequestRejected    the server refuses this page
+    │   └── UnusableAnswer     cut off, a loop, or nothing at all
+    └── AllEnginesFailed       every engine in the chain failed on a page; lists each cause
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .results import Attempt
+
+
+class DotsOCRError(Exception):
+    """Base class of all errors that this package raises on purpose."""
+
+
+class InputError(DotsOCRError):
+    """The document itself cannot be read: missing, broken, too large, of an unknown kind, or of several pages."""
+
+
+class ConfigurationError(DotsOCRError):
+    """The settings are wrong, for example the base URL."""
+
+
+class ModelNotServed(ConfigurationError):
+    """The server does not serve the model that was asked for.
+
+    Attributes:
+        model: The name that was asked for.
+        served: The names that the server does serve.
+    """
+
+    def __init__(self, model: str, served: Iterable[str], base_url: str) -> None:
+        """Name the model that was asked for and those that exist."""
+        self.model = model
+        self.served = tuple(served)
+        names = ", ".join(map(repr, self.served)) or "none"
+        super().__init__(
+            f"{base_url} does not serve the model {model!r}; it serves: {names}. Ask for one of these (model=), "
+            f"or start the server with --served-model-name {model}"
+        )
+
+
+class Unauthorized(ConfigurationError):
+    """The server answered 401 or 403."""
+
+
+class EngineError(DotsOCRError):
+    """One engine could not read one page."""
+
+
+class EngineMissing(EngineError):
+    """A program or language data that the engine needs are not installed."""
+
+
+class ServerUnavailable(EngineError):
+    """The server cannot be reached, is overloaded (429, 503), or failed inside (5xx)."""
+
+
+class DeadlineExceeded(EngineError):
+    """The engine gave no answer within its share of the time for the page."""
+
+
+class RequestRejected(EngineError):
+    """The server refuses the request for this page (400, 413, 422), or certainly would."""
+
+
+class UnusableAnswer(EngineError):
+    """There was an answer, but it is cut off, a loop, or empty for a page that is not blank."""
+
+
+class AllEnginesFailed(DotsOCRError):
+    """No engine could read the page.
+
+    Attributes:
+        page: The page's number, counted from 1.
+        attempts: What each engine was asked, in order, and why it failed.
+    """
+
+    def __init__(self, page: int, attempts: tuple[Attempt, ...]) -> None:
+        """List the causes in the order in which the engines were tried."""
+        self.page = page
+        self.attempts = attempts
+        causes = "".join(f"\n  {attempt}" for attempt in attempts)
+        super().__init__(f"no engine could read page {page}:{causes}")

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+from pytest_httpserver import HTTPServer
+from support import LINES, FakeServer, MakeClient
+
+from dots_ocr_client import DotsOCR, Engine, TesseractEngine, VLLMEngine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tesseract_is_installed() -> None:
+    if shutil.which("tesseract") is None:
+        pytest.exit("these tests need Tesseract: apt-get install tesseract-ocr tesseract-ocr-eng", returncode=1)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "DOTS_OCR_BASE_URL",
+        "DOTS_OCR_API_KEY",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+        "OMP_THREAD_LIMIT",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def sheet() -> Image.Image:
+    """A printed page of 784 x 224 px: multiples of 28, within the limits."""
+    image = Image.new("RGB", (784, 224), "white")
+    draw = ImageDraw.Draw(image)
+    for row, line in enumerate(LINES):
+        draw.text((20, 15 + 65 * row), line, "black", font=ImageFont.load_default(36))
+    return image
+
+
+@pytest.fixture
+def sheet_file(sheet: Image.Image, tmp_path: Path) -> Path:
+    path = tmp_path / "sheet.png"
+    sheet.save(path)
+    return path
+
+
+@pytest.fixture
+def server(httpserver: HTTPServer) -> Iterator[FakeServer]:
+    yield FakeServer(httpserver)
+    httpserver.check_assertions()
+
+
+@pytest.fixture
+def client(server: FakeServer) -> Iterator[MakeClient]:
+    """Makes clients of the fake server: of vLLM and Tesseract, or of other engines; closes them after the test."""
+    made: list[DotsOCR] = []
+
+    def make(engines: Sequence[Engine] | None = None, timeout: float = 30.0, model: str = "dots.ocr") -> DotsOCR:
+        if engines is None:
+            engines = [VLLMEngine(server.base_url, model=model), TesseractEngine()]
+        made.append(DotsOCR(engines=engines, timeout=timeout))
+        return made[-1]
+
+    yield make
+    for ocr in made:
+        ocr.close()
+
+
+@pytest.fixture
+def only_vllm(client: MakeClient, server: FakeServer) -> DotsOCR:
+    return client([VLLMEngine(server.base_url)])
+
+
+@pytest.fixture
+def fake_tesseract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts a shell script named tesseract on an otherwise unchanged PATH."""
+
+    def install(script: str) -> Path:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        program = folder / "tesseract"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=":")
+        return program
+
+    return install

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import base64
+import io
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dots_ocr_client import images
+
+SIDES = st.integers(1, 30_000)
+
+
+@given(SIDES, SIDES)
+def test_smart_resize_gives_multiples_within_the_limits(width: int, height: int) -> None:
+    assume(max(width, height) < images.MAX_ASPECT * min(width, height))
+    size = images.smart_resize(width, height)
+    assert all(side > 0 and side % images.FACTOR == 0 for side in size)
+    assert images.MIN_PIXELS <= math.prod(size) <= images.MAX_PIXELS
+
+
+@given(SIDES, SIDES)
+def test_smart_resize_has_nothing_left_to_do_the_second_time(width: int, height: int) -> None:
+    assume(max(width, height) < images.MAX_ASPECT * min(width, height))
+    once = images.smart_resize(width, height)
+    assume(max(once) < images.MAX_ASPECT * min(once))
+    assert images.smart_resize(*once) == once
+
+
+@given(SIDES, SIDES)
+def test_smart_resize_turns_with_the_image(width: int, height: int) -> None:
+    assume(max(width, height) < images.MAX_ASPECT * min(width, height))
+    assert images.smart_resize(height, width) == images.smart_resize(width, height)[::-1]
+
+
+@given(st.integers(2, 120), st.integers(2, 120))
+def test_smart_resize_keeps_sizes_that_fit(columns: int, rows: int) -> None:
+    assert images.smart_resize(28 * columns, 28 * rows) == (28 * columns, 28 * rows)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected", "tokens"),
+    [
+        ((1654, 2339), (1652, 2352), 4_956),  # A4 at 200 dpi, a figure of the model's documentation
+        ((3360, 3360), (3360, 3360), 14_400),  # the largest page
+        ((6720, 6720), (3360, 3360), 14_400),
+        ((10, 10), (56, 56), 4),
+        ((42, 5600), (56, 5600), 400),  # halves round to the even neighbour, as Python's round does
+    ],
+)
+def test_smart_resize_agrees_with_known_sizes(size: tuple[int, int], expected: tuple[int, int], tokens: int) -> None:
+    assert images.smart_resize(*size) == expected
+    assert images.image_tokens(*size) == tokens
+
+
+@pytest.mark.parametrize("size", [(200, 1), (1, 200), (0, 10), (10, -1)])
+def test_smart_resize_refuses_what_has_no_answer(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"too narrow|no area"):
+        images.smart_resize(*size)
+
+
+def test_an_image_within_the_limits_is_not_touched() -> None:
+    image = Image.new("RGB", (1654, 2339))
+    assert images.fit(image) is image
+
+
+@pytest.mark.parametrize("size", [(5000, 4000), (30, 40), (1000, 20)])
+def test_an_image_outside_the_limits_is_resized_into_them(size: tuple[int, int]) -> None:
+    assert images.fit(Image.new("RGB", size)).size == images.smart_resize(*size)
+
+
+def test_transparent_parts_become_white() -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 128))
+    rgb = images.to_rgb(image)
+    assert (rgb.mode, rgb.getpixel((0, 0)), rgb.getpixel((1, 0))) == ("RGB", (255, 255, 255), (255, 127, 127))
+
+
+def test_transparent_palette_colour_becomes_white() -> None:
+    image = Image.new("P", (1, 1), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.info["transparency"] = 0
+    assert images.to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_palette_and_bilevel_keep_their_colours() -> None:
+    palette = Image.new("P", (1, 1), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert images.to_rgb(palette).getpixel((0, 0)) == (10, 20, 30)
+    assert images.to_rgb(Image.new("1", (1, 1), 1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_cmyk_becomes_rgb() -> None:
+    assert images.to_rgb(Image.new("CMYK", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (0, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_sixteen_bits_become_eight_without_clipping(mode: str) -> None:
+    image = Image.new(mode, (4, 1))
+    for column, value in enumerate((0, 128 * 257, 254 * 257, 65535)):
+        image.putpixel((column, 0), value)
+    assert [images.to_rgb(image).getpixel((column, 0)) for column in range(4)] == [
+        (v, v, v) for v in (0, 128, 254, 255)
+    ]
+
+
+def test_exif_orientation_is_applied_and_the_original_left_alone() -> None:
+    image = Image.new("RGB", (2, 1), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    image.getexif()[0x0112] = 6  # shown upright by a quarter turn clockwise
+    rgb = images.to_rgb(image)
+    assert (rgb.size, rgb.getpixel((0, 0))) == ((1, 2), (255, 0, 0))
+    assert (image.size, image.getexif()[0x0112]) == ((2, 1), 6)
+
+
+def test_metadata_is_not_sent() -> None:
+    image = Image.new("RGB", (1, 1))
+    image.info["icc_profile"] = b"profile"
+    image.info["comment"] = "secret"
+    assert images.to_rgb(image).info == {}
+
+
+def test_a_data_url_holds_the_very_pixels(sheet: Image.Image) -> None:
+    prefix, _, encoded = images.to_data_url(sheet).partition(",")
+    assert prefix == "data:image/png;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).tobytes() == sheet.tobytes()
+
+
+def test_only_an_empty_page_is_blank(sheet: Image.Image) -> None:
+    dusty = Image.new("RGB", (300, 300), (250, 248, 240))
+    dusty.putpixel((100, 100), (0, 0, 0))
+    assert images.is_blank(dusty)
+    assert not images.is_blank(sheet)
