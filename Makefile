@@ -1,0 +1,45 @@
+# The two commands of README.md, and what they are made of. Everything else is Ansible.
+
+SHELL := /bin/bash
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help rehearse rehearse-down test deploy lock
+
+help:
+	@echo "make rehearse        deploy dots.ocr on a rehearsal host (no GPU needed) and read a page with it"
+	@echo "make rehearse-down   remove every trace of the rehearsal"
+	@echo "make test            lint, unit tests, every Molecule scenario"
+	@echo "make deploy          deploy dots.ocr on this machine (needs the GPU)"
+
+rehearse: .venv/ready
+	@$(SUDO) $(BIN)/python -m rehearsal run
+
+rehearse-down: .venv/ready
+	@$(SUDO) $(BIN)/python -m rehearsal down
+
+test: .venv/ready
+	@$(SUDO) $(BIN)/python -m tests
+
+deploy: .venv/ready
+	@$(BIN)/ansible-playbook site.yml -i inventory/local
+
+# The controller's Python environment, from the lock.
+.venv/ready: requirements.lock client/pyproject.toml
+	@echo "==> install the controller's Python environment (.venv)"
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@python3 -m venv --clear .venv 2>/dev/null || \
+	    { $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y python3-venv && python3 -m venv --clear .venv; }
+	@$(BIN)/python -m pip install -qq --requirement requirements.lock
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable client
+	@touch $@
+
+# After a change of requirements.txt: resolve it anew in a clean environment and write the lock.
+lock:
+	@rm -rf .cache/lock && python3 -m venv .cache/lock
+	@.cache/lock/bin/python -m pip install -qq --requirement requirements.txt
+	@{ echo "# Written by 'make lock' from requirements.txt."; .cache/lock/bin/python -m pip freeze --all \
+	    --exclude pip --exclude setuptools --exclude wheel; } > requirements.lock
+	@rm -rf .cache/lock

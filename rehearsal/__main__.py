@@ -1,0 +1,49 @@
+"""The command line of the rehearsal: `python -m rehearsal --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from rehearsal import engine, hosts, story
+from rehearsal.shell import RehearsalError, say
+
+
+def main() -> None:
+    """Carry out one command; an expected failure ends in one clear line and status 1."""
+    parser = argparse.ArgumentParser(prog="python -m rehearsal", description="Rehearse the deployment without a GPU.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="deploy on a rehearsal host, verify, read a page; leave it running")
+    commands.add_parser("down", help="remove every trace")
+    commands.add_parser("mirror", help="make sure that the engine and the mirror run")
+    for name, text in (("up", "start a host without deploying"), ("destroy", "remove a host and its data")):
+        host = commands.add_parser(name, help=text)
+        host.add_argument("name")
+        if name == "up":
+            host.add_argument("--port", type=int, help="of this machine's loopback, to reach the OCR port at")
+    arguments = parser.parse_args()
+
+    try:
+        if os.geteuid() != 0:
+            raise RehearsalError("needs root, to run a Docker Engine and to build images: use make, which asks sudo")
+        if arguments.command != "down":
+            engine.install_packages()
+            engine.ensure()
+        match arguments.command:
+            case "run":
+                story.run()
+            case "down":
+                engine.stop()
+            case "mirror":
+                hosts.mirror_up()
+            case "up":
+                hosts.up(arguments.name, port=arguments.port)
+            case "destroy":
+                hosts.destroy(arguments.name)
+    except RehearsalError as error:
+        say(f"rehearsal: {error}")
+        sys.exit(1)
+
+
+main()

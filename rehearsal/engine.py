@@ -1,0 +1,135 @@
+"""The Docker Engine that carries the rehearsal: the machine's own if one runs, else one of ours beside it.
+
+Ours keeps its data, socket and process id away from the places of a system engine, so that neither can touch the
+other. Whichever it is, it is always reached through SOCKET, so that inventories need not know.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rehearsal.shell import RehearsalError, output, run, say, step, succeeds
+
+STATE = Path("/var/lib/dots-ocr-rehearsal")
+RUN = Path("/run/dots-ocr-rehearsal")
+SOCKET = RUN / "docker.sock"
+SYSTEM_SOCKET = Path("/var/run/docker.sock")
+NETWORK = "dots-ocr-rehearsal"
+LABEL = "dots-ocr-rehearsal"
+PID_FILE = RUN / "docker.pid"
+LOG = STATE / "dockerd.log"
+START_SECONDS = 60
+
+# Everything below the project talks to this engine and no other.
+os.environ["DOCKER_HOST"] = f"unix://{SOCKET}"
+
+
+def packages() -> list[str]:
+    """Return the Debian/Ubuntu packages that a controller of the rehearsal needs and does not have."""
+    needed = {
+        "mmdebstrap": shutil.which("mmdebstrap") is not None,
+        "debian-archive-keyring": Path("/usr/share/keyrings/debian-archive-keyring.gpg").exists(),
+        "iptables": shutil.which("iptables") is not None,
+        "docker.io": shutil.which("docker") is not None and _dockerd() is not None,
+        "tesseract-ocr": shutil.which("tesseract") is not None,
+        "tesseract-ocr-eng": shutil.which("tesseract") is not None,
+    }
+    return [name for name, present in needed.items() if not present]
+
+
+def install_packages() -> None:
+    """Install what packages() names, through apt."""
+    missing = packages()
+    if not missing:
+        return
+    with step(f"install {' '.join(missing)}"):
+        apt = ("apt-get", "-o", "DPkg::Lock::Timeout=600", "-qq")
+        run(*apt, "update")
+        # Debian 13 splits the command-line client off; the other releases have no such package.
+        if "docker.io" in missing and succeeds("apt-cache", "show", "docker-cli"):
+            missing.append("docker-cli")
+        run(*apt, "install", "-y", "--no-install-recommends", *missing, env={"DEBIAN_FRONTEND": "noninteractive"})
+
+
+def ensure() -> None:
+    """Make SOCKET answer: link it to the running system engine, or start an engine of our own.
+
+    Raises:
+        RehearsalError: the engine does not answer within START_SECONDS.
+    """
+    RUN.mkdir(parents=True, exist_ok=True)
+    STATE.mkdir(parents=True, exist_ok=True)
+    if not succeeds("docker", "version"):
+        SOCKET.unlink(missing_ok=True)
+        if succeeds("docker", "--host", f"unix://{SYSTEM_SOCKET}", "version"):
+            say("==> use the Docker Engine that runs on this machine")
+            SOCKET.symlink_to(SYSTEM_SOCKET)
+        else:
+            _start()
+    if not succeeds("docker", "network", "inspect", NETWORK):
+        output(
+            "docker", "network", "create", "--label", LABEL,
+            "--opt", f"com.docker.network.driver.mtu={_mtu()}", NETWORK,
+        )  # fmt: skip
+
+
+def stop() -> None:
+    """Remove every container, volume, network and image of the rehearsal, and our own engine with all its data."""
+    if succeeds("docker", "version"):
+        for kind, remove in (("container", ("rm", "--force", "--volumes")), ("volume", ("rm",)), ("network", ("rm",))):
+            listing = ["docker", kind, "ls", "--quiet", "--filter", f"label={LABEL}"]
+            names = output(*listing, *(["--all"] if kind == "container" else [])).split()
+            if names:
+                output("docker", kind, *remove, *names)
+        references = output("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
+        ours = [name for name in references if name.startswith(f"{LABEL}/") or f"/{LABEL}" in name]
+        if ours:
+            output("docker", "image", "rm", "--force", *ours)
+    if PID_FILE.exists():
+        pid = int(PID_FILE.read_text())
+        os.kill(pid, signal.SIGTERM)
+        _wait_until(lambda: not Path(f"/proc/{pid}").exists(), "our Docker Engine does not stop")
+    shutil.rmtree(STATE, ignore_errors=True)
+    shutil.rmtree(RUN, ignore_errors=True)
+    left = [place for place in (STATE, RUN) if place.exists()]
+    if left:
+        raise RehearsalError(f"could not remove {', '.join(map(str, left))}: something still uses it (see 'findmnt')")
+
+
+def _dockerd() -> str | None:
+    return shutil.which("dockerd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _mtu() -> int:
+    """Return the MTU of the interface with the default route: packets of containers must fit through it."""
+    for line in Path("/proc/net/route").read_text().splitlines()[1:]:
+        interface, destination = line.split()[:2]
+        if destination == "00000000":
+            return int(Path(f"/sys/class/net/{interface}/mtu").read_text())
+    return 1500
+
+
+def _start() -> None:
+    dockerd = _dockerd()
+    if dockerd is None:
+        raise RehearsalError("no Docker Engine runs and dockerd is not installed: apt-get install docker.io")
+    with step("start a Docker Engine of our own"):
+        command = [dockerd, "--host", f"unix://{SOCKET}", "--pidfile", PID_FILE, "--exec-root", RUN / "exec"]
+        command += ["--data-root", STATE / "docker", "--mtu", str(_mtu())]
+        with LOG.open("ab") as log:
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        _wait_until(lambda: succeeds("docker", "version"), f"our Docker Engine does not answer: see {LOG}")
+
+
+def _wait_until(condition: Callable[[], bool], complaint: str) -> None:
+    end = time.monotonic() + START_SECONDS
+    while not condition():
+        if time.monotonic() > end:
+            raise RehearsalError(complaint)
+        time.sleep(0.5)

@@ -1,0 +1,105 @@
+"""Hosts of the rehearsal: containers with systemd as their first process, each able to run a Docker Engine inside."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from rehearsal import images
+from rehearsal.engine import LABEL, NETWORK, STATE
+from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
+
+HERE = Path(__file__).resolve().parent
+BOOT_SECONDS = 60
+FORWARDED_PORT = 18000  # host/root/etc/systemd/system/loopback-forward.socket
+MIRROR = "dots-ocr-rehearsal-mirror"
+REGISTRY_PORT = 15000  # on the controller's loopback, only to push images
+IMAGE_REPOSITORY = "vllm/vllm-openai"
+IMAGE_TAG = "v0.32.0"
+MODEL_REPOSITORY = "dots-studio/dots.ocr"
+
+
+def up(name: str, *, port: int | None = None) -> None:
+    """Start a host unless it runs; with a port, its OCR port is reachable at 127.0.0.1:port of this machine."""
+    publish = ["--publish", f"127.0.0.1:{port}:{FORWARDED_PORT}"] if port else []
+    _start(name, images.host(), *publish, "--volume", "/var/lib/docker")
+
+
+def destroy(name: str) -> None:
+    """Remove a host and its data; a host that does not exist is fine."""
+    if succeeds("docker", "container", "inspect", name):
+        output("docker", "rm", "--force", "--volumes", name)
+
+
+def mirror_up() -> None:
+    """Start the mirror and fill it: vLLM's image in the registry, the tiny model on the Hub."""
+    model = tiny_model()
+    _start(MIRROR, images.mirror(), "--network-alias", "mirror", "--publish", f"127.0.0.1:{REGISTRY_PORT}:5000",
+           "--volume", f"{model}:/srv/hub/{MODEL_REPOSITORY}:ro", "--volume", "/var/lib/docker-registry")  # fmt: skip
+    repository = f"127.0.0.1:{REGISTRY_PORT}/{IMAGE_REPOSITORY}"
+    image = images.vllm()
+    pushed = STATE / f"pushed-{output('docker', 'inspect', '--format', '{{.Id}}', MIRROR)[:12]}-{image.split(':')[1]}"
+    if not pushed.exists():
+        with step("push the vLLM image to the registry"):
+            for tag, source in ((IMAGE_TAG, image), (f"{IMAGE_TAG}-wrong-model", _wrong_model(image))):
+                output("docker", "tag", source, f"{repository}:{tag}")
+                run("docker", "push", "--quiet", f"{repository}:{tag}")
+        pushed.touch()
+
+
+def tiny_model() -> Path:
+    """Train the tiny model inside the vLLM image, unless it is at hand; return its folder."""
+    source = HERE / "tiny_model"
+    image = images.vllm()
+    folder = STATE / "models" / f"{fingerprint(source)}-{image.split(':')[1]}"
+    if not folder.exists():
+        with step("train the tiny model"):
+            growing = folder.with_suffix(".growing")
+            run("install", "-d", "-o", "2000", "-g", "0", growing)
+            run("docker", "run", "--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp",
+                "--user", "2000:0", "--label", LABEL, "--env", "PYTHONUNBUFFERED=1",
+                "--volume", f"{source}:/source:ro", "--volume", f"{growing}:/model",
+                "--entrypoint", "python3", image, "/source/train.py", "/model")  # fmt: skip
+            growing.rename(folder)
+    return folder
+
+
+def _wrong_model(image: str) -> str:
+    """Make the trap of the seed's image: a server that is healthy and serves another model than the one asked for."""
+    name = image.replace("/vllm:", "/vllm-wrong-model:")
+    if not succeeds("docker", "image", "inspect", name):
+        container = output("docker", "create", "--label", LABEL, image)
+        entrypoint = ["/usr/local/bin/vllm-other-model"]
+        output("docker", "cp", HERE / "vllm/other-model", f"{container}:{entrypoint[0]}")
+        output("docker", "commit", "--change", f"ENTRYPOINT {json.dumps(entrypoint)}", container, name)
+        output("docker", "rm", container)
+    return name
+
+
+def _start(name: str, image: str, *options: str) -> None:
+    running = f"image={image}"
+    if succeeds("docker", "container", "inspect", name):
+        state = output("docker", "inspect", "--format", "{{.State.Running}} image={{.Config.Image}}", name)
+        if state == f"true {running}":
+            return
+        say(f"==> {name} is stopped or out of date: starting it afresh")
+        destroy(name)
+    with step(f"start {name}"):
+        # All capabilities but one: nested containers may lack it, and --privileged insists on it.
+        output("docker", "run", "--detach", "--name", name, "--hostname", name, "--label", LABEL,
+               "--network", NETWORK, "--stop-signal", "SIGRTMIN+3", "--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE",
+               "--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined",
+               "--security-opt", "systempaths=unconfined", "--cgroupns", "host",
+               "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw", "--tmpfs", "/run", "--tmpfs", "/run/lock",
+               "--env", "container=docker", *options, image, "/lib/systemd/systemd")  # fmt: skip
+        _wait_for_boot(name)
+
+
+def _wait_for_boot(name: str) -> None:
+    end = time.monotonic() + BOOT_SECONDS
+    while not succeeds("docker", "exec", name, "systemctl", "is-system-running", "--quiet"):
+        if time.monotonic() > end:
+            report = "docker exec {0} systemctl --failed; docker logs {0}".format(name)
+            raise RehearsalError(f"{name} did not come up within {BOOT_SECONDS} s: see '{report}'")
+        time.sleep(0.5)

@@ -1,0 +1,84 @@
+"""Running other programs, with their output visible, and fingerprints of what a build depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class RehearsalError(Exception):
+    """Something the rehearsal needs is missing or failed; the message says what to do."""
+
+
+def say(text: str) -> None:
+    """Print one line of progress at once, even into a pipe."""
+    print(text, flush=True)
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Frame one long piece of work with its name and the seconds it took."""
+    say(f"==> {title}")
+    start = time.monotonic()
+    yield
+    say(f"    {title}: done in {time.monotonic() - start:.0f} s")
+
+
+def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+    """Run a command with its output shown.
+
+    Raises:
+        RehearsalError: the command is not installed or exits with another status than 0.
+    """
+    words = [str(word) for word in command]
+    try:
+        subprocess.run(words, check=True, cwd=cwd, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise RehearsalError(f"{words[0]} is not installed: run 'make rehearse', which installs it") from error
+    except subprocess.CalledProcessError as error:
+        raise RehearsalError(f"failed with status {error.returncode}: {shlex.join(words)}") from error
+
+
+def output(*command: str | Path) -> str:
+    """Return what a command prints, without the last line break.
+
+    Raises:
+        RehearsalError: the command is not installed or exits with another status than 0; carries its error output.
+    """
+    words = [str(word) for word in command]
+    if shutil.which(words[0]) is None:
+        raise RehearsalError(f"{words[0]} is not installed: run 'make rehearse', which installs it")
+    done = subprocess.run(words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise RehearsalError(f"failed with status {done.returncode}: {shlex.join(words)}\n{done.stderr.strip()}")
+    return done.stdout.rstrip("\n")
+
+
+def succeeds(*command: str | Path) -> bool:
+    """Tell whether a command exists and exits with status 0; its output is thrown away."""
+    words = [str(word) for word in command]
+    if shutil.which(words[0]) is None:
+        return False
+    return subprocess.run(words, capture_output=True, check=False, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def fingerprint(*sources: Path) -> str:
+    """Return 12 hexadecimal digits that change when any of these files, or files in these folders, change."""
+    digest = hashlib.sha256()
+    for source in sources:
+        files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+        for file in files:
+            if "__pycache__" in file.parts:
+                continue
+            digest.update(f"{file.relative_to(REPOSITORY)}\0{file.stat().st_mode & 0o111}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12]
