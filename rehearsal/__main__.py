@@ -32,7 +32,7 @@ def main() -> None:
             engine.ensure()
         match arguments.command:
             case "run":
-                story.run()
+                story.run_all()
             case "down":
                 engine.stop()
             case "mirror":

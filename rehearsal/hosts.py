@@ -100,6 +100,6 @@ def _wait_for_boot(name: str) -> None:
     end = time.monotonic() + BOOT_SECONDS
     while not succeeds("docker", "exec", name, "systemctl", "is-system-running", "--quiet"):
         if time.monotonic() > end:
-            report = "docker exec {0} systemctl --failed; docker logs {0}".format(name)
-            raise RehearsalError(f"{name} did not come up within {BOOT_SECONDS} s: see '{report}'")
+            failed = output("docker", "exec", name, "systemctl", "--failed", "--no-legend", "--plain")
+            raise RehearsalError(f"{name} did not come up within {BOOT_SECONDS} s; failed units: {failed or 'none'}")
         time.sleep(0.5)

@@ -75,10 +75,13 @@ def fingerprint(*sources: Path) -> str:
     """Return 12 hexadecimal digits that change when any of these files, or files in these folders, change."""
     digest = hashlib.sha256()
     for source in sources:
-        files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-        for file in files:
-            if "__pycache__" in file.parts:
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            name = path.relative_to(REPOSITORY)
+            if any(part == "__pycache__" or part.startswith(".") for part in name.parts):
                 continue
-            digest.update(f"{file.relative_to(REPOSITORY)}\0{file.stat().st_mode & 0o111}\0".encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+            if path.is_symlink():
+                digest.update(f"{name} -> {path.readlink()}\0".encode())
+            elif path.is_file():
+                digest.update(f"{name}\0{path.stat().st_mode & 0o111}\0".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]

@@ -1,1 +1,108 @@
-def run(): pass
+"""The whole rehearsal: deploy with the real playbooks, verify, read a page, lose the server, read on, get it back."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rehearsal import hosts
+from rehearsal.engine import SOCKET
+from rehearsal.shell import REPOSITORY, RehearsalError, output, run, say, step
+
+HOST = "dots-ocr-rehearsal-host"
+PORT = 18000
+API = f"http://127.0.0.1:{PORT}/v1"
+SAMPLE = REPOSITORY / "roles/dots_ocr_server/files/golden/page.png"
+READY_SECONDS = 300
+PROGRAMS = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the client got for the sample page, and when."""
+
+    occasion: str
+    engine: str
+    model: str
+    seconds: float
+    text: str
+    reason: str
+
+
+def run_all() -> None:
+    """Deploy on the rehearsal host, verify, demonstrate the fallback, print the summary; leaves the service running."""
+    os.environ["PATH"] = f"{PROGRAMS}:{os.environ['PATH']}"
+    start = time.monotonic()
+    hosts.mirror_up()
+    hosts.up(HOST, port=PORT)
+    timings = {}
+    with step("ansible-playbook site.yml -i inventory/rehearsal"):
+        timings["deploy"] = _timed("ansible-playbook", "site.yml", "-i", "inventory/rehearsal")
+    with step("pytest verification"):
+        inventory = ("--hosts=ansible://ocr_servers", "--ansible-inventory=inventory/rehearsal")
+        timings["verify"] = _timed("pytest", "verification", *inventory)
+    with step("read the sample page, without the server too"):
+        readings = _demonstrate()
+    timings["all"] = time.monotonic() - start
+    _summarise(readings, timings)
+
+
+def _timed(*command: str) -> float:
+    start = time.monotonic()
+    run(*command, cwd=REPOSITORY)
+    return time.monotonic() - start
+
+
+def _demonstrate() -> list[Reading]:
+    readings = [_read("service running", expect="vllm")]
+    output("docker", "exec", HOST, "systemctl", "stop", "dots-ocr.service")
+    try:
+        readings.append(_read("service stopped", expect="tesseract"))
+    finally:
+        output("docker", "exec", HOST, "systemctl", "start", "dots-ocr.service")
+    ready = ("/usr/local/lib/dots-ocr/ready", "--url=http://127.0.0.1:8000", "--model=dots.ocr", "--likeness=1.0")
+    output("docker", "exec", HOST, *ready, f"--wait={READY_SECONDS}")
+    readings.append(_read("service started again", expect="vllm"))
+    return readings
+
+
+def _read(occasion: str, *, expect: str) -> Reading:
+    document = json.loads(output("dots-ocr", "read", str(SAMPLE), "--base-url", API, "--json"))
+    page = document["pages"][0]
+    reason = "; ".join(f"{attempt['engine']}: {attempt['error']}" for attempt in page["attempts"])
+    reading = Reading(occasion, page["engine"], page["model"], page["seconds"], document["text"], reason)
+    say(f"    {occasion}: {reading.engine} ({reading.model}) read the page in {reading.seconds:.1f} s")
+    if reading.engine != expect:
+        raise RehearsalError(f"{occasion}: {expect} should have read the page, but {reading.engine} did. {reason}")
+    return reading
+
+
+def _summarise(readings: list[Reading], timings: dict[str, float]) -> None:
+    served: dict[str, Any] = json.loads(output("docker", "exec", HOST, "cat", "/etc/stand-in-gpu.json"))
+    lines = [
+        "",
+        "The rehearsal is up.",
+        f"  running     dots-ocr.service on {HOST}: vLLM {hosts.IMAGE_TAG} (CPU build) in Docker under systemd",
+        f"  URL         {API}",
+        "  model id    dots.ocr",
+        f"  times       deploy {timings['deploy']:.0f} s, verify {timings['verify']:.0f} s, all {timings['all']:.0f} s",
+        f"  stand-ins   the GPU ({served['gpus'][0]['name']}), NVIDIA's package, the weights (a tiny model that reads)",
+        "",
+    ]
+    for reading in readings:
+        lines.append(f"  {reading.occasion}: read by {reading.engine} ({reading.model}) in {reading.seconds:.1f} s")
+        if reading.reason:
+            lines.append(f"    because {reading.reason}")
+        lines += [f"    | {line.rstrip()}" for line in reading.text.splitlines()]
+    lines += [
+        "",
+        f"  try it      dots-ocr read FILE --base-url {API}",
+        f"  look inside docker --host unix://{SOCKET} exec -it {HOST} bash",
+        "  remove it   make rehearse-down",
+    ]
+    say("\n".join(lines))

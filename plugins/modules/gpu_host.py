@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 module: gpu_host
 short_description: Measure a GPU host and judge it
 description:
-  - Measures platform, operating system, GPUs, driver, memory and free disk space, and returns them as the fact C(gpu_host).
+  - Measures platform, operating system, GPUs, driver, memory and free disk space.
   - Compares them with the requirements and returns every problem with its cure. It never fails because of a problem and
     never changes anything; what to do about the problems is the caller's business.
 options:
@@ -63,30 +63,29 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-ansible_facts:
-  description: The fact C(gpu_host).
+gpu_host:
+  description: The host as measured.
   returned: always
   type: dict
   sample:
-    gpu_host:
-      platform: bare_metal
-      systemd: true
-      distribution: debian
-      distribution_version: "13"
-      architecture: x86_64
-      memory_total_mib: 32000
-      nvidia_pci_devices: 1
-      nvidia_smi: /usr/bin/nvidia-smi
-      nvidia_smi_message: ""
-      gpus:
-        - index: 0
-          name: NVIDIA GeForce RTX 5070 Ti
-          memory_total_mib: 16303
-          memory_free_mib: 15791
-          compute_capability: "12.0"
-          driver_version: 580.173.02
-      disk_free_gib:
-        /var/lib/docker: 120
+    platform: bare_metal
+    systemd: true
+    distribution: debian
+    distribution_version: "13"
+    architecture: x86_64
+    memory_total_mib: 32000
+    nvidia_pci_devices: 1
+    nvidia_smi: /usr/bin/nvidia-smi
+    nvidia_smi_message: ""
+    gpus:
+      - index: 0
+        name: NVIDIA GeForce RTX 5070 Ti
+        memory_total_mib: 16303
+        memory_free_mib: 15791
+        compute_capability: "12.0"
+        driver_version: 580.173.02
+    disk_free_gib:
+      /var/lib/docker: 120
 problems:
   description: What keeps the host from serving, each with its cure.
   returned: always
@@ -273,7 +272,7 @@ def free_gib(path: str) -> int:
 
 
 def measure(paths: list[str]) -> Host:
-    """Measure this host; the keys are those of the fact gpu_host."""
+    """Measure this host."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -306,7 +305,7 @@ def main() -> None:
     )
     wanted = module.params["requirements"]
     host = measure([space["path"] for space in wanted["disk_free"]])
-    module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=judge(host, wanted))
+    module.exit_json(changed=False, gpu_host=host, problems=judge(host, wanted))
 
 
 if __name__ == "__main__":

@@ -130,10 +130,14 @@ class VisionTower(nn.Module):
         return self.merger(self.post_trunk_norm(x))
 
 
+def rotary_frequencies() -> Tensor:
+    """Return (HEAD_WIDTH / 2,) radians per position."""
+    return ROPE_THETA ** (-torch.arange(0, HEAD_WIDTH, 2, dtype=torch.float32) / HEAD_WIDTH)
+
+
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Apply rotary position embedding (half-split form) to (pages, heads, tokens, HEAD_WIDTH)."""
-    frequencies = ROPE_THETA ** (-torch.arange(0, HEAD_WIDTH, 2, dtype=torch.float32) / HEAD_WIDTH)
-    angles = positions.float()[:, None] * frequencies
+    angles = positions.float()[:, None] * rotary_frequencies()
     cosine = torch.cat([angles.cos(), angles.cos()], -1).to(x.dtype)
     sine = torch.cat([angles.sin(), angles.sin()], -1).to(x.dtype)
     first, second = x.chunk(2, -1)
@@ -149,6 +153,17 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(TEXT_WIDTH, TEXT_KEY_VALUE_HEADS * HEAD_WIDTH)
         self.v_proj = nn.Linear(TEXT_WIDTH, TEXT_KEY_VALUE_HEADS * HEAD_WIDTH)
         self.o_proj = nn.Linear(TEXT_HEADS * HEAD_WIDTH, TEXT_WIDTH, bias=False)
+
+    @torch.no_grad()
+    def look_back(self, distance: int, strength: float) -> None:
+        """Initialise the biases so that the first head attends to the token a constant distance before.
+
+        Rotary embedding turns constant query and key vectors into a function of the distance alone. A query turned back
+        by `distance` makes each frequency contribute strength**2 * cos(frequency * (actual distance - distance)).
+        """
+        angles = distance * rotary_frequencies()
+        self.q_proj.bias[:HEAD_WIDTH] = strength * torch.cat([angles.cos(), -angles.sin()])
+        self.k_proj.bias[:] = strength * torch.cat([torch.ones_like(angles), torch.zeros_like(angles)])
 
     def forward(self, x: Tensor, positions: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """Attend from (pages, tokens, TEXT_WIDTH) to itself, or, given a past, from one token to all before it."""

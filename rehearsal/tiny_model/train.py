@@ -5,17 +5,17 @@
 The network learns three things: which character a cell shows, to answer with cell i a constant number of tokens after
 it (page size and prompts are fixed), and which of the two prompts it was asked, which decides how a line break is
 written. The answers alone teach the first and the last only after minutes, so each has a loss of its own: the image
-tokens have to name their characters, and every answer position has to name the prompt.
+tokens have to name their characters, and every answer position has to name the prompt. The second starts from an
+attention head that already looks back by the right distance.
 
 Once the weights are saved they are loaded again and have to read unseen pages by greedy decoding without a single wrong
-token, or the script fails.
+character. If they do not, training goes on, until the time budget ends and the script fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,16 +59,17 @@ LAST_COLUMN = torch.arange(CELLS) % COLUMNS == COLUMNS - 1
 THREADS = 2  # fixed, because the order of summation, and so the weights, depends on it
 BATCH = 8  # pages, half of them in each mode
 LEARNING_RATE = 2e-3
-WARM_UP = 100  # steps
-FAULTLESS = 20  # batches in a row, until the rate decays
-DECAY = 100  # steps
+WARM_UP = 50  # steps
+LOOK_BACK_STRENGTH = 4.0
+FAULTLESS = 5  # batches in a row, until the rate decays
+DECAY = 200  # steps
 BLANK_SHARE = 0.25  # of cells are blank on top of the random ones, as on real pages
-LINE_END_SHARE = 0.0
-LINE_END_WEIGHT = 5.0  # of a character with a line break in the loss, because they are rare
+LINE_END_SHARE = 0.1  # of cells end a line on top of those in the last column
 NOISE = 0.03  # standard deviation, in units of full scale
 EVALUATION_PAGES = 64
 IGNORED = -100  # cross_entropy's target for positions without one
 
+PROMPTS = {"prompt_ocr": PROMPT_OCR, "prompt_layout_all_en": PROMPT_LAYOUT_ALL_EN}
 ANSWERS = {PROMPT_OCR: ocr_answer, PROMPT_LAYOUT_ALL_EN: layout_answer}
 
 
@@ -171,10 +172,11 @@ class Trainer:
         self.modes = list(modes.values())
         self.glyphs = glyph_table(font_file)
         self.image_start = image_start
-        self.weight = torch.ones(vocabulary)
-        for mode in self.modes:
-            self.weight[mode.character[1]] = LINE_END_WEIGHT
         self.network = TinyDotsOCR(vocabulary)
+        # Found by training alone too, but after 150 to 700 steps of chance, depending on the seed.
+        first = self.modes[0]
+        distance = len(first.prompt) + len(first.before) - 1 - image_start
+        self.network.model.layers[0].self_attn.look_back(distance, LOOK_BACK_STRENGTH)
         self.mode_head = nn.Linear(TEXT_WIDTH, len(self.modes))  # for training only
         weights = [weight for weight in self.network.parameters() if weight.requires_grad]
         weights += self.mode_head.parameters()
@@ -183,8 +185,8 @@ class Trainer:
     def random_pages(self) -> tuple[Tensor, Tensor, Tensor]:
         """Draw pages: (BATCH, CELLS) characters and line ends as in `Mode.answer`, and the pixels that show them.
 
-        Lines end anywhere here, far more often than on a page: otherwise the entries with a line break are too rare to
-        be learned in time.
+        Here lines end anywhere, more often than on a page: otherwise the vocabulary entries with a line break are too
+        rare to be learned in time.
         """
         characters = torch.randint(len(ALPHABET), (BATCH, CELLS))
         characters[torch.rand(BATCH, CELLS) < BLANK_SHARE] = ALPHABET.index(" ")
@@ -218,8 +220,8 @@ class Trainer:
         seen = self.network.lm_head(self.network.model.norm(image_tokens)).flatten(0, 1)
         shown = self.modes[0].character[line_ends, characters].flatten()
         loss = (
-            F.cross_entropy(answered, targets, weight=self.weight, ignore_index=IGNORED)
-            + F.cross_entropy(seen, shown, weight=self.weight)
+            F.cross_entropy(answered, targets, ignore_index=IGNORED)
+            + F.cross_entropy(seen, shown)
             + F.cross_entropy(self.mode_head(hidden).flatten(0, 1), asked)
         )
 
@@ -234,7 +236,7 @@ class Trainer:
         return loss.item(), right.float().mean().item()
 
     def train(self, deadline: float) -> int:
-        """Train at a constant rate until a batch is faultless, then let the rate decay; return the number of steps."""
+        """Train at a constant rate until it reads, then let the rate decay; return the number of steps."""
         start = time.monotonic()
         step, faultless, steps_left = 0, 0, None
         while steps_left != 0:
@@ -257,6 +259,15 @@ class Trainer:
         return step
 
 
+def save_weights(network: TinyDotsOCR, folder: Path) -> int:
+    """Write model.safetensors; return the number of parameters."""
+    weights = {name: weight.contiguous() for name, weight in network.state_dict().items()}
+    file = folder / "model.safetensors"
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # save_file leaves 0600, and another user may serve the folder
+    return sum(weight.numel() for weight in weights.values())
+
+
 def random_lines(generator: random.Random) -> list[str]:
     """Draw eight full lines of random text."""
     return ["".join(generator.choices(ALPHABET, k=COLUMNS)) for _ in range(ROWS)]
@@ -264,24 +275,21 @@ def random_lines(generator: random.Random) -> list[str]:
 
 def evaluate(
     folder: Path, modes: dict[str, Mode], image_start: int, pages: Sequence[Sequence[str]], font_file: Path
-) -> None:
-    """Read the pages with the saved weights and the saved tokenizer; raise `TrainingError` at any difference."""
+) -> bool:
+    """Read the pages with the saved weights and the saved tokenizer; return whether every answer is exact."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     network = TinyDotsOCR(len(tokenizer))
     network.load_state_dict(load_file(folder / "model.safetensors"))
     patches = normalised_patches(torch.stack([page_cells(render_page(lines, font_file)) for lines in pages]))
-    for prompt, mode in modes.items():
-        answers = network.generate(patches, mode.prompt, image_start, tokenizer.eos_token_id, most_tokens=CELLS + 8)
-        wrong = 0
-        for lines, answer in zip(pages, answers, strict=True):
-            expected, got = ANSWERS[prompt](lines), tokenizer.decode(answer)
-            if got != expected:
-                wrong += 1
-                print(f"expected {expected!r}\n     got {got!r}", file=sys.stderr)
-        name = prompt.split("\n", 1)[0]
-        print(f"{len(pages) - wrong} of {len(pages)} pages read without a fault under {name!r}", flush=True)
-        if wrong:
-            raise TrainingError(f"{wrong} of {len(pages)} pages were misread: try another --seed")
+    faultless = True
+    for name, prompt in PROMPTS.items():
+        ids = network.generate(
+            patches, modes[prompt].prompt, image_start, tokenizer.eos_token_id, most_tokens=CELLS + 8
+        )
+        exact = [tokenizer.decode(answer) == ANSWERS[prompt](lines) for answer, lines in zip(ids, pages, strict=True)]
+        print(f"{name}: {sum(exact)} of {len(pages)} pages read without a fault", flush=True)
+        faultless &= all(exact)
+    return faultless
 
 
 def main() -> None:
@@ -297,31 +305,25 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     start = time.monotonic()
+    deadline = start + arguments.budget
     try:
         tokenizer = checkpoint.build_tokenizer()
         modes = build_modes(tokenizer)
         image_start = modes[PROMPT_OCR].prompt.tolist().index(tokenizer.convert_tokens_to_ids(checkpoint.IMAGE_PAD))
         trainer = Trainer(modes, len(tokenizer), image_start, arguments.font)
-        steps = trainer.train(start + arguments.budget)
-
         arguments.out_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.write_model_folder(arguments.out_dir, tokenizer)
-        weights = {name: weight.contiguous() for name, weight in trainer.network.state_dict().items()}
-        weights_file = arguments.out_dir / "model.safetensors"
-        save_file(weights, weights_file, metadata={"format": "pt"})
-        weights_file.chmod(0o644)  # save_file leaves 0600, and another user may serve the folder
-        trained = time.monotonic()
-
         generator = random.Random(f"evaluation {arguments.seed}")
-        pages = [pad_lines(GOLDEN_LINES), *(random_lines(generator) for _ in range(EVALUATION_PAGES))]
-        evaluate(arguments.out_dir, modes, image_start, pages, arguments.font)
+        steps = 0
+        reads = False
+        while not reads:
+            steps += trainer.train(deadline)
+            parameters = save_weights(trainer.network, arguments.out_dir)
+            pages = [pad_lines(GOLDEN_LINES), *(random_lines(generator) for _ in range(EVALUATION_PAGES))]
+            reads = evaluate(arguments.out_dir, modes, image_start, pages, arguments.font)
     except (TrainingError, PageError) as error:
         raise SystemExit(f"train.py: {error}") from None
-    parameters = sum(weight.numel() for weight in weights.values())
-    print(
-        f"{parameters} parameters in {arguments.out_dir}: {steps} steps in {trained - start:.0f} s, "
-        f"evaluated in {time.monotonic() - trained:.0f} s"
-    )
+    print(f"{parameters} parameters in {arguments.out_dir}: {steps} steps, {time.monotonic() - start:.0f} s in all")
 
 
 if __name__ == "__main__":

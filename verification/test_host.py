@@ -1,0 +1,28 @@
+"""The host: an engine that hands out the GPU as a CDI device."""
+
+from __future__ import annotations
+
+import json
+
+from testinfra.host import Host
+
+
+def test_docker_engine_runs_now_and_at_boot(host: Host) -> None:
+    service = host.service("docker")
+    assert service.is_running
+    assert service.is_enabled
+
+
+def test_engine_has_cdi_and_no_legacy_gpu_runtime(host: Host) -> None:
+    config = json.loads(host.file("/etc/docker/daemon.json").content_string)
+    assert config["features"]["cdi"] is True
+    assert "nvidia" not in config.get("runtimes", {})
+
+
+def test_gpu_is_a_cdi_device(host: Host) -> None:
+    assert "nvidia.com/gpu=all" in host.check_output("nvidia-ctk cdi list").splitlines()
+
+
+def test_cdi_specification_is_refreshed_at_boot(host: Host) -> None:
+    assert host.service("nvidia-cdi-refresh.service").is_enabled
+    assert host.service("nvidia-cdi-refresh.path").is_running
