@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -78,16 +79,16 @@ def _wrong_model(image: str) -> str:
 
 
 def _start(name: str, image: str, *options: str) -> None:
-    running = f"image={image}"
+    definition = hashlib.sha256("\0".join([image, *options]).encode()).hexdigest()[:12]
     if succeeds("docker", "container", "inspect", name):
-        state = output("docker", "inspect", "--format", "{{.State.Running}} image={{.Config.Image}}", name)
-        if state == f"true {running}":
+        template = f'{{{{.State.Running}}}} {{{{index .Config.Labels "{LABEL}"}}}}'
+        if output("docker", "inspect", "--format", template, name) == f"true {definition}":
             return
         say(f"==> {name} is stopped or out of date: starting it afresh")
         destroy(name)
     with step(f"start {name}"):
         # All capabilities but one: nested containers may lack it, and --privileged insists on it.
-        output("docker", "run", "--detach", "--name", name, "--hostname", name, "--label", LABEL,
+        output("docker", "run", "--detach", "--name", name, "--hostname", name, "--label", f"{LABEL}={definition}",
                "--network", NETWORK, "--stop-signal", "SIGRTMIN+3", "--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE",
                "--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined",
                "--security-opt", "systempaths=unconfined", "--cgroupns", "host",
