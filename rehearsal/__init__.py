@@ -1,1 +1,1 @@
-"""The rehearsal: everything that stands in for what a developer's machine lacks, built from the Debian archive and PyPI."""
+"""The rehearsal: what stands in for the GPU host that a developer's machine is not, built from Debian and PyPI."""

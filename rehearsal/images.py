@@ -1,4 +1,4 @@
-"""The images of the rehearsal, built from the Debian archive and PyPI, each cached under the fingerprint of its sources.
+"""The images of the rehearsal, from the Debian archive and PyPI, each cached under the fingerprint of its sources.
 
 There is no registry to build upon: every image starts as a Debian system that mmdebstrap unpacks and Docker imports.
 """
@@ -73,7 +73,7 @@ def _exists(name: str) -> bool:
 
 
 def _debian(name: str, suite: str, folder: Path, hook: str | None = None, changes: list[str] | None = None) -> None:
-    """Import a Debian system as an image: the packages in folder/packages.txt with the tree folder/root laid over it."""
+    """Import a Debian system as an image: the packages of folder/packages.txt, with folder/root laid over them."""
     packages = [line for line in (folder / "packages.txt").read_text().split() if line]
     with tempfile.TemporaryDirectory(dir=STATE) as scratch:
         overlay = Path(scratch) / "overlay.tar"

@@ -6,7 +6,7 @@ import json
 
 from testinfra.host import Host
 
-from conftest import get, ready
+from server import get, ready
 
 
 def test_health_answers(host: Host) -> None:

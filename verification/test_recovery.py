@@ -7,7 +7,7 @@ import time
 import pytest
 from testinfra.host import Host
 
-from conftest import CONTAINER, UNIT, ready
+from server import CONTAINER, UNIT, ready
 
 RECOVERY_SECONDS = 600
 

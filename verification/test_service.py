@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import UNIT
 from testinfra.host import Host
+
+from server import UNIT
 
 
 def test_service_runs_now_and_at_boot(host: Host) -> None:

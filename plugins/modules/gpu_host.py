@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 module: gpu_host
 short_description: Measure a GPU host and judge it
 description:
-  - Measures platform, operating system, GPUs, driver, memory and free disk space.
+  - Measures platform, operating system, GPUs, driver, memory and free disk space, as the fact C(gpu_host).
   - Compares them with the requirements and returns every problem with its cure. It never fails because of a problem and
     never changes anything; what to do about the problems is the caller's business.
 options:
@@ -63,29 +63,30 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-gpu_host:
-  description: The host as measured.
+ansible_facts:
+  description: The fact C(gpu_host), the host as measured.
   returned: always
   type: dict
   sample:
-    platform: bare_metal
-    systemd: true
-    distribution: debian
-    distribution_version: "13"
-    architecture: x86_64
-    memory_total_mib: 32000
-    nvidia_pci_devices: 1
-    nvidia_smi: /usr/bin/nvidia-smi
-    nvidia_smi_message: ""
-    gpus:
-      - index: 0
-        name: NVIDIA GeForce RTX 5070 Ti
-        memory_total_mib: 16303
-        memory_free_mib: 15791
-        compute_capability: "12.0"
-        driver_version: 580.173.02
-    disk_free_gib:
-      /var/lib/docker: 120
+    gpu_host:
+      platform: bare_metal
+      systemd: true
+      distribution: debian
+      distribution_version: "13"
+      architecture: x86_64
+      memory_total_mib: 32000
+      nvidia_pci_devices: 1
+      nvidia_smi: /usr/bin/nvidia-smi
+      nvidia_smi_message: ""
+      gpus:
+        - index: 0
+          name: NVIDIA GeForce RTX 5070 Ti
+          memory_total_mib: 16303
+          memory_free_mib: 15791
+          compute_capability: "12.0"
+          driver_version: 580.173.02
+      disk_free_gib:
+        /var/lib/docker: 120
 problems:
   description: What keeps the host from serving, each with its cure.
   returned: always
@@ -133,7 +134,10 @@ def judge(host: Host, requirements: dict[str, Any]) -> list[dict[str, str]]:
     if host["architecture"] != "x86_64":
         add(f"the processor is {host['architecture']}", "use an x86-64 machine: the images are built for it alone")
     if host["distribution"] not in ("debian", "ubuntu"):
-        add(f"the distribution is {host['distribution'] or 'unknown'}", "use Debian 12 or newer or Ubuntu 22.04 or newer")
+        add(
+            f"the distribution is {host['distribution'] or 'unknown'}",
+            "use Debian 12 or newer or Ubuntu 22.04 or newer",
+        )
     if not host["systemd"]:
         cure = "put [boot] systemd=true into /etc/wsl.conf, then in Windows: wsl --shutdown"
         add("systemd does not run", cure if wsl else "boot the machine with systemd; a plain container is no target")
@@ -305,7 +309,7 @@ def main() -> None:
     )
     wanted = module.params["requirements"]
     host = measure([space["path"] for space in wanted["disk_free"]])
-    module.exit_json(changed=False, gpu_host=host, problems=judge(host, wanted))
+    module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=judge(host, wanted))
 
 
 if __name__ == "__main__":
