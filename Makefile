@@ -2,11 +2,13 @@
 
 SHELL := /bin/bash
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
+# Ansible asks for sudo's password where sudo does.
+ASK = $(if $(SUDO),$(shell sudo -n true 2>/dev/null || echo --ask-become-pass))
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help rehearse rehearse-down test deploy lock
+.PHONY: help rehearse rehearse-down test deploy docs lock
 
 help:
 	@echo "make rehearse        deploy dots.ocr on a rehearsal host (no GPU needed) and read a page with it"
@@ -24,7 +26,7 @@ test: .venv/ready
 	@$(SUDO) $(BIN)/python -m tests
 
 deploy: .venv/ready
-	@$(BIN)/ansible-playbook site.yml -i inventory/local
+	@$(BIN)/ansible-playbook site.yml -i inventory/local $(ASK)
 
 # The controller's Python environment, from the lock.
 .venv/ready: requirements.lock client/pyproject.toml
@@ -35,6 +37,10 @@ deploy: .venv/ready
 	@$(BIN)/python -m pip install -qq --requirement requirements.lock
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable client
 	@touch $@
+
+# After a change of a role's argument specification: write the tables of its README anew.
+docs: .venv/ready
+	@for role in roles/*/; do $(BIN)/aar-doc $$role markdown; done
 
 # After a change of requirements.txt: resolve it anew in a clean environment and write the lock.
 lock:

@@ -16,6 +16,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="deploy on a rehearsal host, verify, read a page; leave it running")
     commands.add_parser("down", help="remove every trace")
+    commands.add_parser("prepare", help="install what the rehearsal needs and make sure that an engine runs")
     commands.add_parser("mirror", help="make sure that the engine and the mirror run")
     for name, text in (("up", "start a host without deploying"), ("destroy", "remove a host and its data")):
         host = commands.add_parser(name, help=text)

@@ -120,8 +120,8 @@ def _start() -> None:
     if dockerd is None:
         raise RehearsalError("no Docker Engine runs and dockerd is not installed: apt-get install docker.io")
     with step("start a Docker Engine of our own"):
-        command = [dockerd, "--host", f"unix://{SOCKET}", "--pidfile", PID_FILE, "--exec-root", RUN / "exec"]
-        command += ["--data-root", STATE / "docker", "--mtu", str(_mtu())]
+        command = [dockerd, "--host", f"unix://{SOCKET}", "--pidfile", str(PID_FILE), "--mtu", str(_mtu())]
+        command += ["--data-root", str(STATE / "docker"), "--exec-root", str(RUN / "exec")]
         with LOG.open("ab") as log:
             subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         _wait_until(lambda: succeeds("docker", "version"), f"our Docker Engine does not answer: see {LOG}")

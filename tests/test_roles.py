@@ -1,0 +1,75 @@
+"""The contracts of the roles: the specification of arguments is the truth, defaults and README follow it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROLES = sorted(path for path in (REPOSITORY / "roles").iterdir() if path.is_dir())
+
+every_role = pytest.mark.parametrize("role", ROLES, ids=lambda path: path.name)
+
+
+def load(file: Path) -> Any:
+    """Return the contents of a YAML file."""
+    return yaml.safe_load(file.read_text())
+
+
+def options(role: Path) -> dict[str, Any]:
+    """Return the options of the role's main entry point."""
+    found: dict[str, Any] = load(role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    return found
+
+
+@every_role
+def test_every_default_is_specified_and_the_other_way_round(role: Path) -> None:
+    assert set(load(role / "defaults/main.yml")) == set(options(role))
+
+
+@every_role
+def test_defaults_equal_the_specification(role: Path) -> None:
+    specified = {name: option["default"] for name, option in options(role).items() if "default" in option}
+    actual = load(role / "defaults/main.yml")
+    assert {name: actual[name] for name in specified} == specified
+
+
+@every_role
+def test_option_without_a_default_is_computed(role: Path) -> None:
+    actual = load(role / "defaults/main.yml")
+    for name in (name for name, option in options(role).items() if "default" not in option):
+        assert "{{" in actual[name]
+
+
+@every_role
+def test_every_default_has_a_comment(role: Path) -> None:
+    blocks = (role / "defaults/main.yml").read_text().removeprefix("---\n").split("\n\n")
+    assert all(block.startswith("#") for block in blocks)
+
+
+@every_role
+def test_readme_is_generated_from_the_specification(role: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "roles" / role.name
+    shutil.copytree(role, copy)
+    shutil.copy(REPOSITORY / "galaxy.yml", tmp_path)  # names the collection in the README
+    subprocess.run(["aar-doc", str(copy), "markdown"], check=True, capture_output=True)
+    assert (copy / "README.md").read_text() == (role / "README.md").read_text(), "run 'make docs'"
+
+
+@every_role
+def test_role_has_a_scenario_of_its_own(role: Path) -> None:
+    assert (REPOSITORY / "molecule" / role.name / "molecule.yml").exists()
+
+
+@every_role
+def test_role_that_installs_can_remove(role: Path) -> None:
+    if f"{role.name}_state" in options(role):
+        assert (role / "tasks/absent.yml").exists()
+        assert (role / "tasks/present.yml").exists()
+    else:
+        assert role.name == "preflight"
