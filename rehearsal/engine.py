@@ -6,7 +6,9 @@ other. Whichever it is, it is always reached through SOCKET, so that inventories
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,10 @@ SOCKET = RUN / "docker.sock"
 SYSTEM_SOCKET = Path("/var/run/docker.sock")
 NETWORK = "dots-ocr-rehearsal"
 LABEL = "dots-ocr-rehearsal"
+PUSH_REGISTRY = "127.0.0.1:15000"  # the mirror's, on the controller's loopback, only to push images
 PID_FILE = RUN / "docker.pid"
+FIREWALL_BEFORE = STATE / "firewall-before.json"
+IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 LOG = STATE / "dockerd.log"
 START_SECONDS = 60
 
@@ -81,20 +86,22 @@ def ensure() -> None:
 
 def stop() -> None:
     """Remove every container, volume, network and image of the rehearsal, and our own engine with all its data."""
+    own = PID_FILE.exists()
     if succeeds("docker", "version"):
         for kind, remove in (("container", ("rm", "--force", "--volumes")), ("volume", ("rm",)), ("network", ("rm",))):
             listing = ["docker", kind, "ls", "--quiet", "--filter", f"label={LABEL}"]
             names = output(*listing, *(["--all"] if kind == "container" else [])).split()
             if names:
                 output("docker", kind, *remove, *names)
-        references = output("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
-        ours = [name for name in references if name.startswith(f"{LABEL}/") or f"/{LABEL}" in name]
-        if ours:
+        images = output("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
+        ours = [name for name in images if name.startswith((f"{LABEL}/", PUSH_REGISTRY))]
+        if ours and not own:
             output("docker", "image", "rm", "--force", *ours)
-    if PID_FILE.exists():
+    if own:
         pid = int(PID_FILE.read_text())
         os.kill(pid, signal.SIGTERM)
         _wait_until(lambda: not Path(f"/proc/{pid}").exists(), "our Docker Engine does not stop")
+        _restore_firewall()
     shutil.rmtree(STATE, ignore_errors=True)
     shutil.rmtree(RUN, ignore_errors=True)
     left = [place for place in (STATE, RUN) if place.exists()]
@@ -120,11 +127,37 @@ def _start() -> None:
     if dockerd is None:
         raise RehearsalError("no Docker Engine runs and dockerd is not installed: apt-get install docker.io")
     with step("start a Docker Engine of our own"):
+        _remember_firewall()
         command = [dockerd, "--host", f"unix://{SOCKET}", "--pidfile", str(PID_FILE), "--mtu", str(_mtu())]
-        command += ["--data-root", str(STATE / "docker"), "--exec-root", str(RUN / "exec")]
+        command += ["--data-root", str(STATE / "docker"), "--exec-root", str(RUN / "exec"), "--bridge", "none"]
         with LOG.open("ab") as log:
             subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         _wait_until(lambda: succeeds("docker", "version"), f"our Docker Engine does not answer: see {LOG}")
+
+
+def _remember_firewall() -> None:
+    """Note what an engine changes for the whole machine: forwarding, and the policy for it."""
+    policy = next(line.split()[1] for line in _firewall() if line.startswith(":FORWARD "))
+    FIREWALL_BEFORE.write_text(json.dumps({"ip_forward": IP_FORWARD.read_text(), "policy": policy}))
+
+
+def _restore_firewall() -> None:
+    """Take back what our engine changed; rules that others made meanwhile stay.
+
+    An engine leaves its chains behind. All that name Docker are ours, since ours runs only where no other does.
+    """
+    before = json.loads(FIREWALL_BEFORE.read_text())
+    bridge = re.compile(r"DOCKER|docker0|\bbr-[0-9a-f]{12}\b")
+    kept = [line for line in _firewall("filter") + _firewall("nat") if not bridge.search(line)]
+    subprocess.run(["iptables-restore"], input="\n".join([*kept, ""]), text=True, check=True)
+    output("iptables", "--policy", "FORWARD", before["policy"])
+    IP_FORWARD.write_text(before["ip_forward"])
+
+
+def _firewall(table: str = "filter") -> list[str]:
+    # The listing creates the table's chains if they do not exist yet.
+    output("iptables", "--table", table, "--list", "--numeric")
+    return output("iptables-save", "--table", table).splitlines()
 
 
 def _wait_until(condition: Callable[[], bool], complaint: str) -> None:

@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 
 from rehearsal import images
-from rehearsal.engine import LABEL, NETWORK, STATE
+from rehearsal.engine import LABEL, NETWORK, PUSH_REGISTRY, STATE
 from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
 BOOT_SECONDS = 60
 FORWARDED_PORT = 18000  # host/root/etc/systemd/system/loopback-forward.socket
 MIRROR = "dots-ocr-rehearsal-mirror"
-REGISTRY_PORT = 15000  # on the controller's loopback, only to push images
 IMAGE_REPOSITORY = "vllm/vllm-openai"
 IMAGE_TAG = "v0.32.0"
 MODEL_REPOSITORY = "dots-studio/dots.ocr"
@@ -36,9 +35,9 @@ def destroy(name: str) -> None:
 def mirror_up() -> None:
     """Start the mirror and fill it: vLLM's image in the registry, the tiny model on the Hub."""
     model = tiny_model()
-    _start(MIRROR, images.mirror(), "--network-alias", "mirror", "--publish", f"127.0.0.1:{REGISTRY_PORT}:5000",
+    _start(MIRROR, images.mirror(), "--network-alias", "mirror", "--publish", f"{PUSH_REGISTRY}:5000",
            "--volume", f"{model}:/srv/hub/{MODEL_REPOSITORY}:ro", "--volume", "/var/lib/docker-registry")  # fmt: skip
-    repository = f"127.0.0.1:{REGISTRY_PORT}/{IMAGE_REPOSITORY}"
+    repository = f"{PUSH_REGISTRY}/{IMAGE_REPOSITORY}"
     image = images.vllm()
     pushed = STATE / f"pushed-{output('docker', 'inspect', '--format', '{{.Id}}', MIRROR)[:12]}-{image.split(':')[1]}"
     if not pushed.exists():
@@ -71,7 +70,7 @@ def _wrong_model(image: str) -> str:
     """Make the trap of the seed's image: a server that is healthy and serves another model than the one asked for."""
     name = image.replace("/vllm:", "/vllm-wrong-model:")
     if not succeeds("docker", "image", "inspect", name):
-        container = output("docker", "create", "--label", LABEL, image)
+        container = output("docker", "create", "--label", LABEL, "--network", "none", image)
         entrypoint = ["/usr/local/bin/vllm-other-model"]
         output("docker", "cp", HERE / "vllm/other-model", f"{container}:{entrypoint[0]}")
         output("docker", "commit", "--change", f"ENTRYPOINT {json.dumps(entrypoint)}", container, name)

@@ -74,16 +74,22 @@ def _demonstrate() -> list[Reading]:
 def _read(occasion: str, *, expect: str) -> Reading:
     document = json.loads(output("dots-ocr", "read", str(SAMPLE), "--base-url", API, "--json"))
     page = document["pages"][0]
-    reason = "; ".join(f"{attempt['engine']}: {attempt['error']}" for attempt in page["attempts"])
+    reason = "; ".join(f"{attempt['engine']}: {attempt['reason']}" for attempt in page["attempts"])
     reading = Reading(occasion, page["engine"], page["model"], page["seconds"], document["text"], reason)
     say(f"    {occasion}: {reading.engine} ({reading.model}) read the page in {reading.seconds:.1f} s")
     if reading.engine != expect:
         raise RehearsalError(f"{occasion}: {expect} should have read the page, but {reading.engine} did. {reason}")
+    if expect == "vllm" and _lines(reading.text) != _lines(SAMPLE.with_suffix(".txt").read_text()):
+        raise RehearsalError(f"{occasion}: vLLM misread the page:\n{reading.text}")
     return reading
 
 
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
 def _summarise(readings: list[Reading], timings: dict[str, float]) -> None:
-    served: dict[str, Any] = json.loads(output("docker", "exec", HOST, "cat", "/etc/stand-in-gpu.json"))
+    stand_in: dict[str, Any] = json.loads(output("docker", "exec", HOST, "cat", "/etc/stand-in-gpu.json"))
     lines = [
         "",
         "The rehearsal is up.",
@@ -91,7 +97,7 @@ def _summarise(readings: list[Reading], timings: dict[str, float]) -> None:
         f"  URL         {API}",
         "  model id    dots.ocr",
         f"  times       deploy {timings['deploy']:.0f} s, verify {timings['verify']:.0f} s, all {timings['all']:.0f} s",
-        f"  stand-ins   the GPU ({served['gpus'][0]['name']}), NVIDIA's package, the weights (a tiny model that reads)",
+        f"  stand-ins   GPU ({stand_in['gpus'][0]['name']}), NVIDIA's package, weights (a tiny model that reads)",
         "",
     ]
     for reading in readings:
