@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from rehearsal import engine, hosts, story
+from rehearsal import engine, hosts, rehearse
 from rehearsal.shell import RehearsalError, say
 
 
@@ -33,7 +33,7 @@ def main() -> None:
             engine.ensure()
         match arguments.command:
             case "run":
-                story.run_all()
+                rehearse.run()
             case "down":
                 engine.stop()
             case "mirror":

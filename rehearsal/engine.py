@@ -98,9 +98,10 @@ def stop() -> None:
         if ours and not own:
             output("docker", "image", "rm", "--force", *ours)
     if own:
-        pid = int(PID_FILE.read_text())
-        os.kill(pid, signal.SIGTERM)
-        _wait_until(lambda: not Path(f"/proc/{pid}").exists(), "our Docker Engine does not stop")
+        process = Path("/proc") / PID_FILE.read_text()
+        if process.exists():
+            os.kill(int(process.name), signal.SIGTERM)
+            _wait_until(lambda: not process.exists(), "our Docker Engine does not stop")
         _restore_firewall()
     shutil.rmtree(STATE, ignore_errors=True)
     shutil.rmtree(RUN, ignore_errors=True)

@@ -146,4 +146,5 @@ def main() -> int:
     return 1 if total.failed or not total.passed else 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehearsal import hosts
+from rehearsal import hosts, shell
 from rehearsal.engine import SOCKET
-from rehearsal.shell import REPOSITORY, RehearsalError, output, run, say, step
+from rehearsal.shell import REPOSITORY, RehearsalError, output, say, step
 
 HOST = "dots-ocr-rehearsal-host"
 PORT = 18000
@@ -34,7 +34,7 @@ class Reading:
     reason: str
 
 
-def run_all() -> None:
+def run() -> None:
     """Deploy on the rehearsal host, verify, demonstrate the fallback, print the summary; leaves the service running."""
     os.environ["PATH"] = f"{PROGRAMS}:{os.environ['PATH']}"
     start = time.monotonic()
@@ -54,7 +54,7 @@ def run_all() -> None:
 
 def _timed(*command: str) -> float:
     start = time.monotonic()
-    run(*command, cwd=REPOSITORY)
+    shell.run(*command, cwd=REPOSITORY)
     return time.monotonic() - start
 
 
