@@ -7,14 +7,17 @@ ASK = $(if $(SUDO),$(shell sudo -n true 2>/dev/null || echo --ask-become-pass))
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
+# By name: Ansible ignores the file in a folder that everybody may write, as all of a Windows drive is.
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help rehearse rehearse-down test deploy docs lock
+.PHONY: help rehearse rehearse-down test deploy verify docs lock
 
 help:
 	@echo "make rehearse        deploy dots.ocr on a rehearsal host (no GPU needed) and read a page with it"
 	@echo "make rehearse-down   remove every trace of the rehearsal"
 	@echo "make test            lint, unit tests, every Molecule scenario"
 	@echo "make deploy          deploy dots.ocr on this machine (needs the GPU)"
+	@echo "make verify          test what was deployed on this machine"
 
 rehearse: .venv/ready
 	@$(SUDO) $(BIN)/python -m rehearsal run
@@ -24,6 +27,9 @@ rehearse-down: .venv/ready
 
 test: .venv/ready
 	@$(SUDO) $(BIN)/python -m tests
+
+verify: .venv/ready
+	@$(BIN)/pytest verification --hosts=ansible://ocr_servers --ansible-inventory=inventory/local --sudo
 
 deploy: .venv/ready
 	@$(BIN)/ansible-playbook site.yml -i inventory/local $(ASK)

@@ -99,7 +99,7 @@ def stop() -> None:
             output("docker", "image", "rm", "--force", *ours)
     if own:
         process = Path("/proc") / PID_FILE.read_text()
-        if process.exists():
+        if process.exists() and (process / "comm").read_text() == "dockerd\n":
             os.kill(int(process.name), signal.SIGTERM)
             _wait_until(lambda: not process.exists(), "our Docker Engine does not stop")
         _restore_firewall()
@@ -138,8 +138,9 @@ def _start() -> None:
 
 def _remember_firewall() -> None:
     """Note what an engine changes for the whole machine: forwarding, and the policy for it."""
-    policy = next(line.split()[1] for line in _firewall() if line.startswith(":FORWARD "))
-    FIREWALL_BEFORE.write_text(json.dumps({"ip_forward": IP_FORWARD.read_text(), "policy": policy}))
+    if not FIREWALL_BEFORE.exists():  # else an engine of ours died, and what is now is its work
+        policy = next(line.split()[1] for line in _rules("iptables", "filter") if line.startswith(":FORWARD "))
+        FIREWALL_BEFORE.write_text(json.dumps({"ip_forward": IP_FORWARD.read_text(), "policy": policy}))
 
 
 def _restore_firewall() -> None:
@@ -147,18 +148,26 @@ def _restore_firewall() -> None:
 
     An engine leaves its chains behind. All that name Docker are ours, since ours runs only where no other does.
     """
-    before = json.loads(FIREWALL_BEFORE.read_text())
     bridge = re.compile(r"DOCKER|docker0|\bbr-[0-9a-f]{12}\b")
-    kept = [line for line in _firewall("filter") + _firewall("nat") if not bridge.search(line)]
-    subprocess.run(["iptables-restore"], input="\n".join([*kept, ""]), text=True, check=True)
-    output("iptables", "--policy", "FORWARD", before["policy"])
-    IP_FORWARD.write_text(before["ip_forward"])
+    for program in ("iptables", "ip6tables"):
+        for table in ("filter", "nat", "raw"):
+            rules = _rules(program, table)
+            kept = [rule for rule in rules if not bridge.search(rule)]
+            if kept != rules:
+                text = "\n".join([*kept, ""])
+                subprocess.run([f"{program}-restore", "--table", table], input=text, text=True, check=True)
+    if FIREWALL_BEFORE.exists():
+        before = json.loads(FIREWALL_BEFORE.read_text())
+        output("iptables", "--policy", "FORWARD", before["policy"])
+        IP_FORWARD.write_text(before["ip_forward"])
 
 
-def _firewall(table: str = "filter") -> list[str]:
+def _rules(program: str, table: str) -> list[str]:
+    """Return the rules of a table as iptables-save writes them; none where the kernel lacks the table."""
     # The listing creates the table's chains if they do not exist yet.
-    output("iptables", "--table", table, "--list", "--numeric")
-    return output("iptables-save", "--table", table).splitlines()
+    if not succeeds(program, "--table", table, "--list", "--numeric"):
+        return []
+    return output(f"{program}-save", "--table", table).splitlines()
 
 
 def _wait_until(condition: Callable[[], bool], complaint: str) -> None:

@@ -39,6 +39,7 @@ def host(**changes: Any) -> dict[str, Any]:
         "distribution": "ubuntu",
         "distribution_version": "24.04",
         "architecture": "x86_64",
+        "docker_engine": False,
         "memory_total_mib": 32000,
         "nvidia_pci_devices": 1,
         "nvidia_smi": "/usr/bin/nvidia-smi",
@@ -68,6 +69,8 @@ def test_every_problem_is_named_in_one_go_with_its_cure() -> None:
         ({"platform": "wsl2", "systemd": False}, "systemd does not run", "/etc/wsl.conf"),
         ({"systemd": False}, "systemd does not run", "boot the machine with systemd"),
         ({"distribution": "fedora"}, "the distribution is fedora", "Ubuntu"),
+        ({"distribution_version": "20.04"}, "the distribution is ubuntu 20.04", "Ubuntu 22.04 or newer"),
+        ({"distribution": "debian", "distribution_version": "12"}, "too old for CDI", "docker-ce"),
         ({"gpus": [], "nvidia_smi": None, "nvidia_pci_devices": 0}, "no NVIDIA GPU in this machine", "choose"),
         ({"gpus": [], "nvidia_smi": None}, "a GPU but no driver", "open kernel modules"),
         ({"gpus": [], "nvidia_smi_message": "No devices were found"}, "(No devices were found)", "reboot"),
@@ -91,6 +94,27 @@ def test_problem_comes_with_the_cure_for_this_platform(changes: dict[str, Any], 
 def test_one_capable_gpu_among_several_is_enough() -> None:
     weak = {**GPU, "compute_capability": "6.1", "memory_total_mib": 4096}
     assert gpu_host.judge(host(gpus=[weak, GPU]), REQUIREMENTS) == []
+
+
+def test_memory_of_a_gpu_that_is_too_old_does_not_help_a_small_one() -> None:
+    old = {**GPU, "compute_capability": "6.1", "memory_total_mib": 24576}
+    small = {**GPU, "memory_total_mib": 6144}
+    (problem,) = gpu_host.judge(host(gpus=[old, small]), REQUIREMENTS)
+    assert "6144 MiB" in problem["problem"]
+
+
+def test_space_that_is_in_use_already_is_not_demanded_again(tmp_path: Path) -> None:
+    full = host(disk_free_gib={"/var/lib/docker": 1})
+    space = {"path": "/var/lib/docker", "gib": 60, "unless_exists": str(tmp_path)}
+    assert gpu_host.judge(full, {**REQUIREMENTS, "disk_free": [space]}) == []
+    missing = {**space, "unless_exists": str(tmp_path / "no")}
+    assert len(gpu_host.judge(full, {**REQUIREMENTS, "disk_free": [missing]})) == 1
+
+
+@pytest.mark.parametrize("line", ["", "WARNING: infoROM is corrupted", "0, GPU, [N/A], [N/A], 12.0, 580.65.06"])
+def test_line_that_describes_no_gpu_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"unpack|literal"):
+        gpu_host.parse_gpu(line)
 
 
 @pytest.mark.parametrize(("older", "newer"), [("580.65.06", "580.105.08"), ("575.57.08", "580.65.06"), ("7.5", "12.0")])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
 
 FILES = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server/files"
 GOLDEN = (FILES / "golden/page.txt").read_text()
@@ -100,3 +104,44 @@ def test_another_program_at_the_port_is_named_as_such(httpserver: HTTPServer) ->
     status, verdict = check(httpserver)
     assert status == FAILED
     assert "does not answer in JSON" in verdict["problem"]
+
+
+def test_json_of_another_program_is_refused(httpserver: HTTPServer) -> None:
+    httpserver.expect_request("/health").respond_with_data("")
+    httpserver.expect_request("/v1/models").respond_with_json({"status": "fine"})
+    status, verdict = check(httpserver)
+    assert status == FAILED
+    assert "not as OpenAI's API does" in verdict["problem"]
+
+
+def test_listener_that_speaks_no_http_is_not_a_crash() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_once, args=(listener, b"SSH-2.0-OpenSSH"))
+        thread.start()
+        status, verdict = check(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+    assert (status, verdict["ready"]) == (NOT_YET, False)
+
+
+def answer_once(listener: socket.socket, answer: bytes) -> None:
+    """Take one connection, read what comes, and answer with these bytes."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(answer)
+
+
+def hang(request: Request) -> Response:
+    """Answer long after the deadline of the test below."""
+    time.sleep(4)
+    return Response("")
+
+
+def test_server_that_hangs_is_given_up_at_the_deadline(httpserver: HTTPServer) -> None:
+    httpserver.expect_request("/health").respond_with_data("")
+    httpserver.expect_request("/v1/models").respond_with_json({"data": [{"id": "dots.ocr"}]})
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(hang)
+    status, verdict = check(httpserver, "--wait=600", f"--deadline={time.time() + 2}")
+    assert status == FAILED
+    assert "not ready in time" in verdict["problem"]
+    assert "dots_ocr_server_ready_timeout" in verdict["cure"]

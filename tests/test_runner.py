@@ -20,6 +20,7 @@ def test_report_that_was_not_written_is_a_failure(tmp_path: Path) -> None:
     ("numbers", "count"),
     [
         ((0, 0, 0, 0), Count(failed=1)),
+        ((2, 0, 0, 2), Count(failed=1)),
         ((5, 0, 0, 0), Count(passed=5)),
         ((5, 1, 1, 2), Count(passed=1, failed=2, skipped=2)),
     ],

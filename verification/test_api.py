@@ -6,7 +6,7 @@ import json
 
 from testinfra.host import Host
 
-from server import get, ready
+from server import get, ready, setting
 
 
 def test_health_answers(host: Host) -> None:
@@ -15,7 +15,7 @@ def test_health_answers(host: Host) -> None:
 
 def test_every_name_of_the_model_is_served(host: Host) -> None:
     served = [entry["id"] for entry in json.loads(get(host, "/v1/models"))["data"]]
-    assert served == ["dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model"]
+    assert served == setting(host, "dots_ocr_server_model_names")
 
 
 def test_golden_page_is_read(host: Host) -> None:

@@ -13,10 +13,8 @@ def test_docker_engine_runs_now_and_at_boot(host: Host) -> None:
     assert service.is_enabled
 
 
-def test_engine_has_cdi_and_no_legacy_gpu_runtime(host: Host) -> None:
-    config = json.loads(host.file("/etc/docker/daemon.json").content_string)
-    assert config["features"]["cdi"] is True
-    assert "nvidia" not in config.get("runtimes", {})
+def test_engine_looks_for_cdi_devices(host: Host) -> None:
+    assert "/var/run/cdi" in json.loads(host.check_output("docker info --format '{{json .CDISpecDirs}}'"))
 
 
 def test_gpu_is_a_cdi_device(host: Host) -> None:

@@ -31,6 +31,16 @@ def test_service_recovers_from_a_killed_vllm(host: Host) -> None:
 
 
 @pytest.mark.disruptive
+def test_service_comes_back_with_the_engine(host: Host) -> None:
+    with host.sudo():
+        host.check_output("systemctl stop docker.socket docker.service")
+        assert not host.service(UNIT).is_running
+        host.check_output("systemctl start docker.service")
+    verdict = ready(host, wait=RECOVERY_SECONDS)
+    assert verdict["ready"], verdict
+
+
+@pytest.mark.disruptive
 def test_no_container_is_left_when_the_service_stops(host: Host) -> None:
     with host.sudo():
         host.check_output("systemctl stop %s", UNIT)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from server import UNIT
+from server import UNIT, port
 
 
 def test_service_runs_now_and_at_boot(host: Host) -> None:
@@ -18,8 +18,8 @@ def test_service_runs_now_and_at_boot(host: Host) -> None:
 
 
 def test_port_is_open_on_loopback_only(host: Host) -> None:
-    assert host.socket("tcp://127.0.0.1:8000").is_listening
-    assert not host.socket("tcp://0.0.0.0:8000").is_listening
+    assert host.socket(f"tcp://127.0.0.1:{port(host)}").is_listening
+    assert not host.socket(f"tcp://0.0.0.0:{port(host)}").is_listening
 
 
 def test_container_is_hardened(container: dict[str, Any]) -> None:

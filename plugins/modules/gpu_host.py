@@ -43,6 +43,9 @@ options:
             description: Free space in GiB.
             type: int
             required: true
+          unless_exists:
+            description: A path that exists once the space is in use; then nothing more is demanded.
+            type: path
 attributes:
   check_mode:
     support: full
@@ -74,6 +77,7 @@ ansible_facts:
       distribution: debian
       distribution_version: "13"
       architecture: x86_64
+      docker_engine: true
       memory_total_mib: 32000
       nvidia_pci_devices: 1
       nvidia_smi: /usr/bin/nvidia-smi
@@ -109,6 +113,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 Host = dict[str, Any]
 
+OLDEST_RELEASES = {"debian": "12", "ubuntu": "22.04"}
+
 # NVIDIA's documentation for WSL: root does not find nvidia-smi on its PATH, so it is called by its full path.
 WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
 NVIDIA_PCI_VENDOR = "0x10de"
@@ -133,18 +139,20 @@ def judge(host: Host, requirements: dict[str, Any]) -> list[dict[str, str]]:
         add("this is WSL 1, which has no GPU", "in Windows: wsl --set-version DISTRIBUTION 2")
     if host["architecture"] != "x86_64":
         add(f"the processor is {host['architecture']}", "use an x86-64 machine: the images are built for it alone")
-    if host["distribution"] not in ("debian", "ubuntu"):
-        add(
-            f"the distribution is {host['distribution'] or 'unknown'}",
-            "use Debian 12 or newer or Ubuntu 22.04 or newer",
-        )
+    release = f"{host['distribution'] or 'unknown'} {host['distribution_version']}".strip()
+    oldest = OLDEST_RELEASES.get(host["distribution"])
+    if oldest is None or version(host["distribution_version"]) < version(oldest):
+        add(f"the distribution is {release}", "use Debian 12 or newer or Ubuntu 22.04 or newer")
+    elif release == "debian 12" and not host["docker_engine"]:
+        add("Docker Engine of Debian 12 is too old for CDI", "install docker-ce from Docker first, or use Debian 13")
     if not host["systemd"]:
         cure = "put [boot] systemd=true into /etc/wsl.conf, then in Windows: wsl --shutdown"
         add("systemd does not run", cure if wsl else "boot the machine with systemd; a plain container is no target")
     problems += judge_gpus(host, requirements, wsl)
     for wanted in requirements["disk_free"]:
         free = host["disk_free_gib"][wanted["path"]]
-        if free < wanted["gib"]:
+        in_use = wanted.get("unless_exists") and Path(wanted["unless_exists"]).exists()
+        if free < wanted["gib"] and not in_use:
             add(
                 f"{free} GiB are free for {wanted['path']}, {wanted['gib']} GiB are needed",
                 "free some space, or mount a larger file system there",
@@ -159,6 +167,8 @@ def judge_gpus(host: Host, requirements: dict[str, Any], wsl: bool) -> list[dict
     problems = []
     needed = requirements["compute_capability"]
     capable = [gpu for gpu in host["gpus"] if version(gpu["compute_capability"]) >= version(needed)]
+    # Of those that are new enough; if none is, of all, so that both problems are named at once.
+    memory = max(gpu["memory_total_mib"] for gpu in capable or host["gpus"])
     names = ", ".join(f"{gpu['name']} ({gpu['compute_capability']})" for gpu in host["gpus"])
     if not capable:
         problems.append(
@@ -167,12 +177,11 @@ def judge_gpus(host: Host, requirements: dict[str, Any], wsl: bool) -> list[dict
                 "cure": "use a GPU of the Turing generation (RTX 20) or newer",
             }
         )
-    memory = max(gpu["memory_total_mib"] for gpu in host["gpus"])
     if memory < requirements["gpu_memory_mib"]:
         problems.append(
             {
                 "problem": f"the GPU has {memory} MiB of memory, {requirements['gpu_memory_mib']} MiB are needed",
-                "cure": "use a GPU with 12 GB or more: the weights alone take 5.7 GiB",
+                "cure": "use a GPU with 16 GB, or for 12 GB the settings in inventory/local/group_vars/all.yml",
             }
         )
     driver = host["gpus"][0]["driver_version"]
@@ -239,19 +248,24 @@ def measure_gpus() -> Host:
     if done.returncode != 0:
         found["nvidia_smi_message"] = " ".join((done.stdout + done.stderr).split())
         return found
-    for line in done.stdout.splitlines():
-        index, name, total, free, capability, driver = (value.strip() for value in line.split(","))
-        found["gpus"].append(
-            {
-                "index": int(index),
-                "name": name,
-                "memory_total_mib": int(total),
-                "memory_free_mib": int(free),
-                "compute_capability": capability,
-                "driver_version": driver,
-            }
-        )
+    try:
+        found["gpus"] = [parse_gpu(line) for line in done.stdout.splitlines()]
+    except ValueError:
+        found["nvidia_smi_message"] = " ".join(done.stdout.split())
     return found
+
+
+def parse_gpu(line: str) -> Host:
+    """Return one GPU from a line of nvidia-smi's answer to QUERY; raises ValueError for any other line."""
+    index, name, total, free, capability, driver = (value.strip() for value in line.split(","))
+    return {
+        "index": int(index),
+        "name": name,
+        "memory_total_mib": int(total),
+        "memory_free_mib": int(free),
+        "compute_capability": capability,
+        "driver_version": driver,
+    }
 
 
 def count_nvidia_pci_devices() -> int:
@@ -287,6 +301,7 @@ def measure(paths: list[str]) -> Host:
         "distribution": release.get("ID", ""),
         "distribution_version": release.get("VERSION_ID", ""),
         "architecture": platform.machine(),
+        "docker_engine": Path("/usr/bin/dockerd").exists(),
         "memory_total_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "nvidia_pci_devices": count_nvidia_pci_devices(),
         **measure_gpus(),
@@ -296,7 +311,11 @@ def measure(paths: list[str]) -> Host:
 
 def main() -> None:
     """Run the module."""
-    space = {"path": {"type": "path", "required": True}, "gib": {"type": "int", "required": True}}
+    space = {
+        "path": {"type": "path", "required": True},
+        "gib": {"type": "int", "required": True},
+        "unless_exists": {"type": "path"},
+    }
     requirements = {
         "driver_version": {"type": "str", "required": True},
         "compute_capability": {"type": "str", "required": True},
