@@ -301,7 +301,7 @@ def measure(paths: list[str]) -> Host:
         "distribution": release.get("ID", ""),
         "distribution_version": release.get("VERSION_ID", ""),
         "architecture": platform.machine(),
-        "docker_engine": Path("/usr/bin/dockerd").exists(),
+        "docker_engine": shutil.which("dockerd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin") is not None,
         "memory_total_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "nvidia_pci_devices": count_nvidia_pci_devices(),
         **measure_gpus(),
