@@ -25,6 +25,7 @@ SYSTEM_SOCKET = Path("/var/run/docker.sock")
 NETWORK = "dots-ocr-rehearsal"
 LABEL = "dots-ocr-rehearsal"
 PUSH_REGISTRY = "127.0.0.1:15000"  # the mirror's, on the controller's loopback, only to push images
+FONT = Path("/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf")  # pages of the tests are drawn with it
 PID_FILE = RUN / "docker.pid"
 FIREWALL_BEFORE = STATE / "firewall-before.json"
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
@@ -40,8 +41,10 @@ def packages() -> list[str]:
     needed = {
         "mmdebstrap": shutil.which("mmdebstrap") is not None,
         "debian-archive-keyring": Path("/usr/share/keyrings/debian-archive-keyring.gpg").exists(),
+        "gpg": shutil.which("gpg") is not None,  # mmdebstrap looks at keys with it
         "iptables": shutil.which("iptables") is not None,
-        "docker.io": shutil.which("docker") is not None and _dockerd() is not None,
+        "docker.io": shutil.which("docker") is not None and (_dockerd() is not None or _system_engine_runs()),
+        "fonts-dejavu-core": FONT.exists(),
         "tesseract-ocr": shutil.which("tesseract") is not None,
         "tesseract-ocr-eng": shutil.which("tesseract") is not None,
     }
@@ -72,7 +75,7 @@ def ensure() -> None:
     STATE.mkdir(parents=True, exist_ok=True)
     if not succeeds("docker", "version"):
         SOCKET.unlink(missing_ok=True)
-        if succeeds("docker", "--host", f"unix://{SYSTEM_SOCKET}", "version"):
+        if _system_engine_runs():
             say("==> use the Docker Engine that runs on this machine")
             SOCKET.symlink_to(SYSTEM_SOCKET)
         else:
@@ -108,6 +111,10 @@ def stop() -> None:
     left = [place for place in (STATE, RUN) if place.exists()]
     if left:
         raise RehearsalError(f"could not remove {', '.join(map(str, left))}: something still uses it (see 'findmnt')")
+
+
+def _system_engine_runs() -> bool:
+    return succeeds("docker", "--host", f"unix://{SYSTEM_SOCKET}", "version")
 
 
 def _dockerd() -> str | None:
