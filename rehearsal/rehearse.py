@@ -107,7 +107,7 @@ def _summarise(readings: list[Reading], timings: dict[str, float]) -> None:
         lines += [f"    | {line.rstrip()}" for line in reading.text.splitlines()]
     lines += [
         "",
-        f"  try it      dots-ocr read FILE --base-url {API}",
+        f"  try it      .venv/bin/dots-ocr read FILE --base-url {API}",
         f"  look inside docker --host unix://{SOCKET} exec -it {HOST} bash",
         "  remove it   make rehearse-down",
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.__main__ import REPOSITORY, Count, parts, read_report
+from tests.__main__ import REPOSITORY, Count, parts, read_report, without_skips
 
 REPORT = '<testsuites><testsuite tests="{0}" failures="{1}" errors="{2}" skipped="{3}"/></testsuites>'
 
@@ -31,6 +31,10 @@ def test_report_is_counted_and_an_empty_one_is_a_failure(
     file = tmp_path / "report.xml"
     file.write_text(REPORT.format(*numbers))
     assert read_report(file) == count
+
+
+def test_what_must_run_everything_may_skip_nothing() -> None:
+    assert without_skips(Count(passed=17, skipped=3)) == Count(passed=17, failed=3)
 
 
 def test_every_scenario_is_a_part_and_has_hosts() -> None:
