@@ -22,7 +22,9 @@ def main() -> None:
         host = commands.add_parser(name, help=text)
         host.add_argument("name")
         if name == "up":
-            host.add_argument("--port", type=int, help="of this machine's loopback, to reach the OCR port at")
+            way = host.add_mutually_exclusive_group()
+            way.add_argument("--port", type=int, help="of this machine's loopback, to reach the OCR port at")
+            way.add_argument("--no-network", action="store_true", help="nothing but loopback: an air gap")
     arguments = parser.parse_args()
 
     try:
@@ -39,7 +41,7 @@ def main() -> None:
             case "mirror":
                 hosts.mirror_up()
             case "up":
-                hosts.up(arguments.name, port=arguments.port)
+                hosts.up(arguments.name, port=arguments.port, network=not arguments.no_network)
             case "destroy":
                 hosts.destroy(arguments.name)
     except RehearsalError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from pathlib import Path
 
@@ -17,13 +16,25 @@ FORWARDED_PORT = 18000  # host/root/etc/systemd/system/loopback-forward.socket
 MIRROR = "dots-ocr-rehearsal-mirror"
 IMAGE_REPOSITORY = "vllm/vllm-openai"
 IMAGE_TAG = "v0.32.0"
+# Tags of the registry beside IMAGE_TAG: an upgrade that works, and two that do not.
+VARIANTS = {
+    "": "LABEL variant=plain",
+    "-next": "LABEL variant=next",
+    "-wrong-model": "ENV REHEARSAL_FAULT=wrong-model",
+    "-no-kernel": "ENV REHEARSAL_FAULT=no-kernel",
+}
 MODEL_REPOSITORY = "dots-studio/dots.ocr"
 
 
-def up(name: str, *, port: int | None = None) -> None:
-    """Start a host unless it runs; with a port, its OCR port is reachable at 127.0.0.1:port of this machine."""
-    publish = ["--publish", f"127.0.0.1:{port}:{FORWARDED_PORT}"] if port else []
-    _start(name, images.host(), *publish, "--volume", "/var/lib/docker")
+def up(name: str, *, port: int | None = None, network: bool = True) -> None:
+    """Start a host unless it runs.
+
+    With a port, its OCR port is reachable at 127.0.0.1:port of this machine. Without a network it has a loopback
+    interface and no other, and is reached through the engine alone.
+    """
+    options = ["--publish", f"127.0.0.1:{port}:{FORWARDED_PORT}"] if port else []
+    options += [] if network else ["--network", "none"]
+    _start(name, images.host(), *options, "--volume", "/var/lib/docker")
 
 
 def destroy(name: str) -> None:
@@ -42,9 +53,10 @@ def mirror_up() -> None:
     pushed = STATE / f"pushed-{output('docker', 'inspect', '--format', '{{.Id}}', MIRROR)[:12]}-{image.split(':')[1]}"
     if not pushed.exists():
         with step("push the vLLM image to the registry"):
-            for tag, source in ((IMAGE_TAG, image), (f"{IMAGE_TAG}-wrong-model", _wrong_model(image))):
-                output("docker", "tag", source, f"{repository}:{tag}")
-                run("docker", "push", "--quiet", f"{repository}:{tag}")
+            for suffix, change in VARIANTS.items():
+                variant = f"{repository}:{IMAGE_TAG}{suffix}"
+                _derive(image, change, variant)
+                run("docker", "push", "--quiet", variant)
         pushed.touch()
 
 
@@ -53,7 +65,7 @@ def tiny_model() -> Path:
     source = HERE / "tiny_model"
     program = [file for file in sorted(source.glob("*.py")) if not file.name.startswith("test_")]
     image = images.vllm()
-    folder = STATE / "models" / f"{fingerprint(*program)}-{image.split(':')[1]}"
+    folder = STATE / "models" / fingerprint(*program, HERE / "vllm/requirements.lock")
     if not folder.exists():
         with step("train the tiny model"):
             growing = folder.with_suffix(".growing")
@@ -66,16 +78,11 @@ def tiny_model() -> Path:
     return folder
 
 
-def _wrong_model(image: str) -> str:
-    """Make the trap of the seed's image: a server that is healthy and serves another model than the one asked for."""
-    name = image.replace("/vllm:", "/vllm-wrong-model:")
-    if not succeeds("docker", "image", "inspect", name):
-        container = output("docker", "create", "--label", LABEL, "--network", "none", image)
-        entrypoint = ["/usr/local/bin/vllm-other-model"]
-        output("docker", "cp", HERE / "vllm/other-model", f"{container}:{entrypoint[0]}")
-        output("docker", "commit", "--change", f"ENTRYPOINT {json.dumps(entrypoint)}", container, name)
-        output("docker", "rm", container)
-    return name
+def _derive(image: str, change: str, name: str) -> None:
+    """Make an image that differs from another in one instruction of a Dockerfile."""
+    container = output("docker", "create", "--label", LABEL, "--network", "none", image)
+    output("docker", "commit", "--change", change, container, name)
+    output("docker", "rm", container)
 
 
 def _start(name: str, image: str, *options: str) -> None:
@@ -86,10 +93,12 @@ def _start(name: str, image: str, *options: str) -> None:
             return
         say(f"==> {name} is stopped or out of date: starting it afresh")
         destroy(name)
+    network = [] if "--network" in options else ["--network", NETWORK]
     with step(f"start {name}"):
         # All capabilities but one: nested containers may lack it, and --privileged insists on it.
         output("docker", "run", "--detach", "--name", name, "--hostname", name, "--label", f"{LABEL}={definition}",
-               "--network", NETWORK, "--stop-signal", "SIGRTMIN+3", "--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE",
+               *network, "--stop-signal", "SIGRTMIN+3", "--restart", "on-failure",
+               "--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE",
                "--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined",
                "--security-opt", "systempaths=unconfined", "--cgroupns", "host",
                "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw", "--tmpfs", "/run", "--tmpfs", "/run/lock",

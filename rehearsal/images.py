@@ -47,7 +47,7 @@ def vllm() -> str:
         with step("build the vLLM image"):
             install = f'"{HERE}/vllm/install" "$1" "{wheels}" "{sys.executable}"'
             # Without the second variable vLLM fills its share of the memory, many GiB, with KV cache before it answers.
-            changes = ['ENTRYPOINT ["/usr/local/bin/vllm-cpu"]', "ENV HOME=/home/vllm VLLM_CPU_KVCACHE_SPACE=1"]
+            changes = ['ENTRYPOINT ["vllm", "serve"]', "ENV HOME=/home/vllm VLLM_CPU_KVCACHE_SPACE=1"]
             _debian(name, "bookworm", HERE / "vllm", install, changes)
     return name
 

@@ -59,14 +59,14 @@ def _timed(*command: str) -> float:
 
 
 def _demonstrate() -> list[Reading]:
+    os.environ["DOTS_OCR_API_KEY"] = output("docker", "exec", HOST, "cat", "/etc/dots-ocr/api-key")
     readings = [_read("service running", expect="vllm")]
     output("docker", "exec", HOST, "systemctl", "stop", "dots-ocr.service")
     try:
         readings.append(_read("service stopped", expect="tesseract"))
     finally:
         output("docker", "exec", HOST, "systemctl", "start", "dots-ocr.service")
-    ready = ("/usr/local/lib/dots-ocr/ready", "--url=http://127.0.0.1:8000", "--model=dots.ocr", "--likeness=1.0")
-    output("docker", "exec", HOST, *ready, f"--wait={READY_SECONDS}")
+    output("docker", "exec", HOST, "/usr/local/lib/dots-ocr/ready", "dots-ocr", f"--wait={READY_SECONDS}")
     readings.append(_read("service started again", expect="vllm"))
     return readings
 
@@ -105,10 +105,12 @@ def _summarise(readings: list[Reading], timings: dict[str, float]) -> None:
         if reading.reason:
             lines.append(f"    because {reading.reason}")
         lines += [f"    | {line.rstrip()}" for line in reading.text.splitlines()]
+    in_host = f"docker --host unix://{SOCKET} exec -it {HOST}"
     lines += [
         "",
+        f"  API key     export DOTS_OCR_API_KEY=$({in_host} cat /etc/dots-ocr/api-key)",
         f"  try it      .venv/bin/dots-ocr read FILE --base-url {API}",
-        f"  look inside docker --host unix://{SOCKET} exec -it {HOST} bash",
+        f"  look inside {in_host} bash",
         "  remove it   make rehearse-down",
     ]
     say("\n".join(lines))

@@ -84,7 +84,7 @@ def lint() -> Count:
 
 def unit() -> Count:
     """Test the modules, the roles' contracts and the rehearsal's own code."""
-    return pytest("unit", "tests", "rehearsal/tiny_model")
+    return pytest("unit", "tests", "rehearsal/tiny_model", "--ignore=tests/command_line")
 
 
 def client() -> Count:
@@ -95,6 +95,11 @@ def client() -> Count:
 def rehearse() -> Count:
     """Keep the README's first command true."""
     return command(sys.executable, "-m", "rehearsal", "run")
+
+
+def command_line() -> Count:
+    """Put the role's command lines to the argument parsers of the vLLM versions that they are for."""
+    return pytest("command_line", "tests/command_line")
 
 
 def scenario(name: str) -> Callable[[], Count]:
@@ -120,6 +125,7 @@ def parts() -> dict[str, Callable[[], Count]]:
         "unit": unit,
         "client": client,
         "rehearse": rehearse,
+        "command_line": command_line,
         **{f"molecule {name}": scenario(name) for name in scenarios},
     }
 

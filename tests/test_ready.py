@@ -2,31 +2,91 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib
+import itertools
 import json
+import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 FILES = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server/files"
 GOLDEN = (FILES / "golden/page.txt").read_text()
-READY, FAILED, NOT_YET = 0, 1, 75
+READY, FAILED, NOT_YET, WRONG_USAGE = 0, 1, 75, 2
+KEY = "sk-0123456789abcdef"
+INVOCATION = "5e2f"
+
+sys.path.insert(0, str(FILES))
+ocr_probe = importlib.import_module("ocr_probe")
 
 
-def check(server: HTTPServer | str, *options: str) -> tuple[int, dict[str, Any]]:
-    """Run the check; return its exit status and its verdict."""
-    url = server if isinstance(server, str) else server.url_for("").rstrip("/")
-    command = [sys.executable, str(FILES / "ready"), f"--url={url}", "--model=dots.ocr", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.stderr == ""
-    return done.returncode, json.loads(done.stdout)
+class Host:
+    """A host with one server's settings and a stub of systemd."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings_folder = folder / "server"
+        self.settings_folder.mkdir()
+        self.key_file = folder / "api-key"
+        self.command("systemctl", "InvocationID=" + INVOCATION)
+        self.command("journalctl", "")
+
+    def command(self, name: str, output: str) -> None:
+        """Install a program that prints this."""
+        (self.folder / f"{name}.output").write_text(output + "\n")
+        program = self.folder / name
+        program.write_text(f"#!/bin/sh\ncat {self.folder}/{name}.output\n")
+        program.chmod(0o755)
+
+    def configure(self, url: str, /, **changes: Any) -> None:
+        """Write the settings of the server."""
+        settings = {
+            "unit": "dots-ocr.service",
+            "url": url,
+            "model": "dots.ocr",
+            "likeness": 0.9,
+            "api_key_file": str(self.key_file) if self.key_file.exists() else "",
+            "more": "is ignored",
+            **changes,
+        }
+        (self.settings_folder / "dots-ocr.json").write_text(json.dumps(settings))
+
+    def require_key(self, text: str = KEY + "\n") -> None:
+        """Give the host an API key."""
+        self.key_file.write_text(text)
+
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """Run the check."""
+        folders = [f"--settings-folder={self.settings_folder}", f"--state-folder={self.folder}"]
+        command = [sys.executable, str(FILES / "ready"), *folders, *options]
+        environment = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", "http_proxy": "http://127.0.0.1:9"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+
+    def check(self, server: HTTPServer | str, *options: str, **changes: Any) -> tuple[int, dict[str, Any]]:
+        """Run the check on a server; return its exit status and its verdict."""
+        self.configure(server if isinstance(server, str) else server.url_for("").rstrip("/"), **changes)
+        done = self.run("dots-ocr", *options)
+        assert done.stderr == ""
+        return done.returncode, json.loads(done.stdout)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
 
 
 def serve(server: HTTPServer, *, text: str = GOLDEN, model: str = "dots.ocr") -> None:
@@ -37,98 +97,146 @@ def serve(server: HTTPServer, *, text: str = GOLDEN, model: str = "dots.ocr") ->
     server.expect_request("/v1/chat/completions", method="POST").respond_with_json({"choices": [choice]})
 
 
-def test_server_that_reads_the_golden_page_is_ready(httpserver: HTTPServer) -> None:
+def test_server_that_reads_the_golden_page_is_ready(httpserver: HTTPServer, host: Host) -> None:
     serve(httpserver)
-    status, verdict = check(httpserver)
+    status, verdict = host.check(httpserver)
     assert (status, verdict["ready"]) == (READY, True)
     assert "likeness 1.000" in verdict["summary"]
 
 
-def test_request_has_the_placeholder_once_and_the_golden_page(httpserver: HTTPServer) -> None:
+def test_request_has_the_placeholder_once_and_the_golden_page(httpserver: HTTPServer, host: Host) -> None:
     serve(httpserver)
-    check(httpserver)
+    host.check(httpserver)
     request = json.loads(httpserver.log[-1][0].get_data())
     image, text = request["messages"][0]["content"]
+    assert request["temperature"] == 0
     assert text["text"].count("<|img|><|imgpad|><|endofimg|>") == 1
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
 
 
-def test_layout_of_the_text_does_not_count(httpserver: HTTPServer) -> None:
+def test_layout_of_the_text_does_not_count(httpserver: HTTPServer, host: Host) -> None:
     serve(httpserver, text=" ".join(GOLDEN.split()))
-    assert check(httpserver, "--likeness=1.0")[0] == READY
+    assert host.check(httpserver, "--likeness=1.0")[0] == READY
 
 
-def test_healthy_server_with_another_model_is_refused_at_once(httpserver: HTTPServer) -> None:
+def test_healthy_server_with_another_model_is_refused_at_once(httpserver: HTTPServer, host: Host) -> None:
     serve(httpserver, model="facebook/opt-125m")
-    status, verdict = check(httpserver, "--wait=30")
+    status, verdict = host.check(httpserver, "--wait=30")
     assert status == FAILED
     assert "is healthy but serves facebook/opt-125m instead of dots.ocr" in verdict["problem"]
     assert verdict["cure"]
 
 
-def test_server_that_misreads_is_refused(httpserver: HTTPServer) -> None:
+def test_server_that_misreads_is_refused(httpserver: HTTPServer, host: Host) -> None:
     serve(httpserver, text="lorem ipsum dolor sit amet")
-    status, verdict = check(httpserver)
+    status, verdict = host.check(httpserver)
     assert status == FAILED
     assert "misreads the golden page" in verdict["problem"]
 
 
-def test_one_lost_character_is_seen_where_likeness_must_be_whole(httpserver: HTTPServer) -> None:
+@pytest.mark.parametrize(("setting", "options", "status"), [
+    (1.0, [], FAILED),
+    (0.9, [], READY),
+    (0.9, ["--likeness=1.0"], FAILED),
+    (1.0, ["--likeness=0.9"], READY),
+])  # fmt: skip
+def test_one_lost_character_is_seen_where_likeness_must_be_whole(
+    httpserver: HTTPServer, host: Host, setting: float, options: list[str], status: int
+) -> None:
     serve(httpserver, text=GOLDEN[1:])
-    assert check(httpserver, "--likeness=1.0")[0] == FAILED
-    assert check(httpserver, "--likeness=0.9")[0] == READY
+    assert host.check(httpserver, *options, likeness=setting)[0] == status
 
 
-def test_server_that_is_not_there_yet_is_worth_waiting_for() -> None:
-    status, verdict = check("http://127.0.0.1:9")
+def test_server_that_is_not_there_yet_is_worth_waiting_for(host: Host) -> None:
+    status, verdict = host.check("http://127.0.0.1:9")
     assert (status, verdict["ready"]) == (NOT_YET, False)
 
 
 @pytest.mark.parametrize("status_code", [500, 503])
-def test_server_that_is_still_warming_up_is_worth_waiting_for(httpserver: HTTPServer, status_code: int) -> None:
+def test_server_that_is_still_warming_up_is_worth_waiting_for(
+    httpserver: HTTPServer, host: Host, status_code: int
+) -> None:
     httpserver.expect_request("/health").respond_with_data("", status=status_code)
-    assert check(httpserver)[0] == NOT_YET
+    assert host.check(httpserver)[0] == NOT_YET
 
 
-def test_refused_request_is_not_worth_waiting_for(httpserver: HTTPServer) -> None:
-    httpserver.expect_request("/health").respond_with_data("")
-    httpserver.expect_request("/v1/models").respond_with_data("no key", status=401)
-    status, verdict = check(httpserver)
+@pytest.mark.parametrize("status_code", [429, 503])
+def test_server_whose_queue_is_full_is_worth_waiting_for(httpserver: HTTPServer, host: Host, status_code: int) -> None:
+    httpserver.expect_request("/v1/chat/completions").respond_with_data("queue is full", status=status_code)
+    serve(httpserver)
+    assert host.check(httpserver)[0] == NOT_YET
+
+
+def test_refused_request_is_not_worth_waiting_for(httpserver: HTTPServer, host: Host) -> None:
+    httpserver.expect_request("/v1/chat/completions").respond_with_data("too long", status=400)
+    serve(httpserver)
+    status, verdict = host.check(httpserver)
     assert status == FAILED
-    assert "answers 401" in verdict["problem"]
+    assert "answers 400: too long" in verdict["problem"]
 
 
-def test_another_program_at_the_port_is_named_as_such(httpserver: HTTPServer) -> None:
+def test_another_program_at_the_port_is_named_as_such(httpserver: HTTPServer, host: Host) -> None:
     httpserver.expect_request("/health").respond_with_data("")
     httpserver.expect_request("/v1/models").respond_with_data("<html>")
-    status, verdict = check(httpserver)
+    status, verdict = host.check(httpserver)
     assert status == FAILED
     assert "does not answer in JSON" in verdict["problem"]
 
 
-def test_json_of_another_program_is_refused(httpserver: HTTPServer) -> None:
+@pytest.mark.parametrize("answer", [{"status": "fine"}, [], {"data": None}, {"data": ["dots.ocr"]}])
+def test_json_of_another_program_is_refused(httpserver: HTTPServer, host: Host, answer: Any) -> None:
     httpserver.expect_request("/health").respond_with_data("")
-    httpserver.expect_request("/v1/models").respond_with_json({"status": "fine"})
-    status, verdict = check(httpserver)
+    httpserver.expect_request("/v1/models").respond_with_json(answer)
+    status, verdict = host.check(httpserver)
     assert status == FAILED
     assert "not as OpenAI's API does" in verdict["problem"]
 
 
-def test_listener_that_speaks_no_http_is_not_a_crash() -> None:
+@pytest.fixture
+def listen() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
+    """Let a function talk to the first client that connects; returns the URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=answer_once, args=(listener, b"SSH-2.0-OpenSSH"))
-        thread.start()
-        status, verdict = check(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        thread.join()
+        threads = []
+
+        def start(talk: Callable[[socket.socket], None]) -> str:
+            def accept() -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(4096)
+                    talk(connection)
+
+            threads.append(threading.Thread(target=accept))
+            threads[-1].start()
+            return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        yield start
+        for thread in threads:
+            thread.join()
+
+
+def test_listener_that_speaks_no_http_is_not_a_crash(
+    listen: Callable[[Callable[[socket.socket], None]], str], host: Host
+) -> None:
+    status, verdict = host.check(listen(lambda connection: connection.sendall(b"SSH-2.0-OpenSSH")))
     assert (status, verdict["ready"]) == (NOT_YET, False)
 
 
-def answer_once(listener: socket.socket, answer: bytes) -> None:
-    """Take one connection, read what comes, and answer with these bytes."""
-    connection, _ = listener.accept()
-    with connection:
-        connection.recv(4096)
-        connection.sendall(answer)
+def test_listener_that_sends_a_byte_now_and_then_does_not_outlive_the_deadline(
+    listen: Callable[[Callable[[socket.socket], None]], str], host: Host
+) -> None:
+    def drip(connection: socket.socket) -> None:
+        try:
+            for _ in range(40):
+                connection.sendall(b"H")
+                time.sleep(0.25)
+        except OSError:
+            pass  # the check has gone
+
+    start = time.monotonic()
+    status, verdict = host.check(listen(drip), "--wait=600", f"--deadline={time.time() + 2}")
+    assert status == FAILED
+    assert "not ready in time" in verdict["problem"]
+    assert time.monotonic() - start < 8
 
 
 def hang(request: Request) -> Response:
@@ -137,11 +245,254 @@ def hang(request: Request) -> Response:
     return Response("")
 
 
-def test_server_that_hangs_is_given_up_at_the_deadline(httpserver: HTTPServer) -> None:
-    httpserver.expect_request("/health").respond_with_data("")
-    httpserver.expect_request("/v1/models").respond_with_json({"data": [{"id": "dots.ocr"}]})
-    httpserver.expect_request("/v1/chat/completions").respond_with_handler(hang)
-    status, verdict = check(httpserver, "--wait=600", f"--deadline={time.time() + 2}")
+def test_server_that_hangs_is_given_up_at_the_deadline(host: Host) -> None:
+    with HTTPServer() as server:  # its own: the request that hangs ends only with the server
+        server.expect_request("/v1/chat/completions").respond_with_handler(hang)
+        serve(server)
+        status, verdict = host.check(server, "--wait=600", f"--deadline={time.time() + 2}")
     assert status == FAILED
     assert "not ready in time" in verdict["problem"]
     assert "dots_ocr_server_ready_timeout" in verdict["cure"]
+
+
+def test_unit_that_fails_again_and_again_is_not_worth_waiting_for(host: Host) -> None:
+    host.command("systemctl", "NRestarts=5")
+    host.command("journalctl", "CUDA error\nScheduled restart job\n" * 3)
+    status, verdict = host.check("http://127.0.0.1:9", "--wait=30")
+    assert status == FAILED
+    assert "dots-ocr.service starts and fails again and again" in verdict["problem"]
+    assert "CUDA error" in verdict["problem"]
+
+
+def test_restarts_of_long_ago_are_forgiven(host: Host) -> None:
+    host.command("systemctl", "NRestarts=5")
+    host.command("journalctl", "Scheduled restart job")
+    assert host.check("http://127.0.0.1:9")[0] == NOT_YET
+
+
+# Settings
+
+
+def test_server_without_settings_is_named_with_those_that_there_are(host: Host) -> None:
+    host.configure("http://127.0.0.1:9")
+    done = host.run("dots-ocr@0")
+    verdict = json.loads(done.stdout)
+    assert done.returncode == FAILED
+    assert f"no {host.settings_folder}/dots-ocr@0.json; servers on this host: dots-ocr." in verdict["problem"]
+    assert "ansible-playbook site.yml" in verdict["cure"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unit": None},
+        {"url": 8000},
+        {"url": "127.0.0.1:8000"},
+        {"model": ["dots.ocr"]},
+        {"likeness": "0.9"},
+        {"likeness": True},
+        {"likeness": -1},
+        {"api_key_file": None},
+    ],
+)
+def test_malformed_setting_is_named(host: Host, change: dict[str, Any]) -> None:
+    status, verdict = host.check("http://127.0.0.1:9", **change)
+    assert status == FAILED
+    assert f"dots-ocr.json has no usable '{next(iter(change))}'" in verdict["problem"]
+    assert "ansible-playbook site.yml" in verdict["cure"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_malformed_settings_are_no_crash(host: Host, text: str) -> None:
+    (host.settings_folder / "dots-ocr.json").write_text(text)
+    done = host.run("dots-ocr")
+    assert done.returncode == FAILED
+    assert "dots-ocr.json" in json.loads(done.stdout)["problem"]
+
+
+def test_name_that_leads_elsewhere_is_wrong_usage(host: Host) -> None:
+    assert host.run("../dots-ocr").returncode == WRONG_USAGE
+
+
+# The API key
+
+
+def test_key_is_sent_and_never_shown(httpserver: HTTPServer, host: Host) -> None:
+    serve(httpserver)
+    host.require_key()
+    status, verdict = host.check(httpserver)
+    assert status == READY
+    assert {request.headers["Authorization"] for request, _ in httpserver.log} == {f"Bearer {KEY}"}
+    assert KEY not in json.dumps(verdict)
+
+
+def test_without_a_key_none_is_sent(httpserver: HTTPServer, host: Host) -> None:
+    serve(httpserver)
+    host.check(httpserver)
+    assert not any("Authorization" in request.headers for request, _ in httpserver.log)
+
+
+@pytest.mark.parametrize("status_code", [401, 403])
+def test_key_that_the_server_refuses_is_a_failure_that_names_its_file(
+    httpserver: HTTPServer, host: Host, status_code: int
+) -> None:
+    httpserver.expect_request("/v1/models").respond_with_data("no", status=status_code)
+    serve(httpserver)
+    host.require_key()
+    status, verdict = host.check(httpserver, "--wait=30")
+    assert status == FAILED
+    assert f"answers {status_code}" in verdict["problem"]
+    assert str(host.key_file) in verdict["problem"]
+    assert "ansible-playbook site.yml" in verdict["cure"]
+
+
+@pytest.mark.parametrize("status_code", [400, 500, 503])
+def test_key_that_the_server_repeats_is_not_shown(httpserver: HTTPServer, host: Host, status_code: int) -> None:
+    httpserver.expect_request("/v1/models").respond_with_data(f"{'x' * 490} {KEY}", status=status_code)
+    serve(httpserver)
+    host.require_key()
+    _, verdict = host.check(httpserver)
+    assert "***" in verdict["problem"]
+    assert KEY[:4] not in json.dumps(verdict)
+
+
+@pytest.mark.parametrize("text", ["", "\n", f"{KEY}\n{KEY}", f"{KEY} x", f"{KEY}é", f"{KEY}\r\n\tX: y"])
+def test_file_without_one_key_is_named_and_not_quoted(host: Host, text: str) -> None:
+    host.require_key(text)
+    status, verdict = host.check("http://127.0.0.1:9")
+    assert status == FAILED
+    assert str(host.key_file) in verdict["problem"]
+    assert KEY not in json.dumps(verdict)
+
+
+def test_missing_key_file_is_named(host: Host) -> None:
+    status, verdict = host.check("http://127.0.0.1:9", api_key_file="/nowhere/api-key")
+    assert status == FAILED
+    assert "/nowhere/api-key cannot be read" in verdict["problem"]
+
+
+def test_key_does_not_follow_a_redirect(httpserver: HTTPServer, host: Host) -> None:
+    elsewhere = httpserver.url_for("/elsewhere")
+    httpserver.expect_request("/v1/models").respond_with_data("", status=302, headers={"Location": elsewhere})
+    serve(httpserver)
+    host.require_key()
+    assert host.check(httpserver)[0] == FAILED
+    assert "/elsewhere" not in [request.path for request, _ in httpserver.log]
+
+
+# TLS
+
+
+@pytest.fixture
+def https_server(tmp_path: Path) -> Iterator[HTTPServer]:
+    """A server with a certificate of its own, made for another name."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ocr.example.org")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+    file = tmp_path / "certificate.pem"
+    file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    with HTTPServer(host="127.0.0.1", ssl_context=context) as server:
+        yield server
+
+
+def test_certificate_of_its_own_will_do_on_this_machine(https_server: HTTPServer, host: Host) -> None:
+    serve(https_server)
+    status, verdict = host.check(https_server)
+    assert status == READY, verdict
+
+
+def test_certificate_is_verified_for_another_machine(https_server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(https_server)
+    server = ocr_probe.Server("", "", https_server.url_for("").rstrip("/"), "", 0.9, "", "", {}, Path())
+    ocr_probe.check_health(server, 5)
+    monkeypatch.setattr(ocr_probe, "is_own_address", lambda host: False)
+    with pytest.raises(ocr_probe.NotYet, match="CERTIFICATE_VERIFY_FAILED"):
+        ocr_probe.check_health(server, 5)
+
+
+@pytest.mark.parametrize(
+    ("address", "own"), [("127.0.0.1", True), ("localhost", True), ("192.0.2.1", False), ("", False)]
+)
+def test_own_addresses_are_told_from_others(address: str, own: bool) -> None:
+    assert ocr_probe.is_own_address(address) is own
+
+
+# A watchdog that gave up
+
+
+def give_up(host: Host, **changes: str) -> None:
+    """Leave the state of a watchdog that gave up."""
+    state = {
+        "state": "gave_up",
+        "boot": ocr_probe.boot_id(),
+        "invocation": INVOCATION,
+        "since": "2026-11-24",
+        **changes,
+    }
+    (host.folder / "dots-ocr.json").write_text(json.dumps({**state, "reason": "it hangs."}))
+
+
+@pytest.mark.parametrize("status_code", [400, 500])
+def test_watchdog_that_gave_up_is_mentioned(httpserver: HTTPServer, host: Host, status_code: int) -> None:
+    httpserver.expect_request("/health").respond_with_data("", status=status_code)
+    give_up(host)
+    _, verdict = host.check(httpserver)
+    assert f"answers {status_code}" in verdict["problem"]
+    assert verdict["problem"].endswith("The watchdog gave up restarting it at 2026-11-24: it hangs.")
+
+
+@pytest.mark.parametrize("change", [{"boot": "another"}, {"invocation": "another"}, {"state": "failing"}])
+def test_watchdog_that_gave_up_on_an_earlier_start_is_not_mentioned(host: Host, change: dict[str, str]) -> None:
+    give_up(host, **change)
+    assert "watchdog" not in host.check("http://127.0.0.1:9")[1]["problem"]
+
+
+def test_server_that_is_ready_is_ready_whatever_the_watchdog_thinks(httpserver: HTTPServer, host: Host) -> None:
+    serve(httpserver)
+    give_up(host)
+    assert host.check(httpserver)[0] == READY
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_state_of_a_watchdog_that_makes_no_sense_is_no_crash(host: Host, text: str) -> None:
+    (host.folder / "dots-ocr.json").write_text(text)
+    assert host.check("http://127.0.0.1:9")[0] == NOT_YET
+
+
+# Likeness
+
+
+def common_subsequence(first: str, second: str) -> int:
+    """Return the length of the longest common subsequence, by its definition."""
+    if not first or not second:
+        return 0
+    if first[0] == second[0]:
+        return 1 + common_subsequence(first[1:], second[1:])
+    return max(common_subsequence(first[1:], second), common_subsequence(first, second[1:]))
+
+
+def test_likeness_is_twice_the_common_subsequence_by_both_lengths() -> None:
+    words = ["".join(letters) for length in range(1, 5) for letters in itertools.product("abc", repeat=length)]
+    for first, second in itertools.product(words, words):
+        expected = 2 * common_subsequence(first, second) / (len(first) + len(second))
+        assert ocr_probe.compare(first, second) == expected, (first, second)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "likeness"), [("", "", 1.0), ("a", "", 0.0), ("", "a", 0.0), (" ", "", 1.0)]
+)
+def test_likeness_of_nothing(first: str, second: str, likeness: float) -> None:
+    assert ocr_probe.compare(first, second) == likeness
+
+
+def test_likeness_of_long_pages_takes_no_time() -> None:
+    page = GOLDEN * 200
+    start = time.monotonic()
+    assert ocr_probe.compare(page, page.replace("7", "1")) > 0.9
+    assert time.monotonic() - start < 5

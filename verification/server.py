@@ -1,42 +1,71 @@
-"""How the tests talk to the server under test."""
+"""How the tests talk to the servers under test."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import yaml
 from testinfra.host import Host
 
-UNIT = "dots-ocr.service"
-CONTAINER = "dots-ocr"
+DEFINITIONS = "/etc/dots-ocr/server"
+PROGRAMS = "/usr/local/lib/dots-ocr"
 DEFAULTS = yaml.safe_load((Path(__file__).parent.parent / "roles/dots_ocr_server/defaults/main.yml").read_text())
 
+Settings = dict[str, Any]
 
-def setting(host: Host, name: str) -> Any:
+
+def variable(host: Host, name: str) -> Any:
     """Return what the inventory sets for a variable of dots_ocr_server, or the role's default."""
     return host.ansible.get_variables().get(name, DEFAULTS[name])
 
 
-def port(host: Host) -> int:
-    """Return the port of the API."""
-    return int(setting(host, "dots_ocr_server_port"))
+def servers(host: Host) -> list[Settings]:
+    """Return the settings of every server on the host, one for each GPU in use."""
+    files = host.check_output("ls %s", DEFINITIONS).split()
+    return [
+        json.loads(host.check_output("cat %s", f"{DEFINITIONS}/{file}")) for file in files if file.endswith(".json")
+    ]
 
 
-def ready(host: Host, *, wait: int) -> dict[str, Any]:
+def ready(host: Host, name: str, *, wait: int) -> Settings:
     """Run the readiness check on the host, waiting at most so many seconds; return its verdict."""
-    model = setting(host, "dots_ocr_server_model_names")[0]
-    likeness = setting(host, "dots_ocr_server_ready_likeness")
-    options = [f"--url=http://127.0.0.1:{port(host)}", f"--model={model}", f"--likeness={likeness}"]
-    options += [f"--unit={UNIT}", f"--wait={wait}"]
-    verdict: dict[str, Any] = json.loads(host.run(shlex.join(["/usr/local/lib/dots-ocr/ready", *options])).stdout)
+    with host.sudo():
+        verdict: Settings = json.loads(host.run(shlex.join([f"{PROGRAMS}/ready", name, f"--wait={wait}"])).stdout)
     return verdict
 
 
-def get(host: Host, path: str) -> str:
-    """Return the body of a GET request that the host sends to its own server; another status than 200 is an error."""
-    url = f"http://127.0.0.1:{port(host)}{path}"
-    program = f"import urllib.request as r; print(r.urlopen({url!r}, timeout=30).read().decode())"
-    return str(host.check_output("python3 -c %s", program))
+def python(host: Host, program: str, **values: Any) -> Any:
+    """Run a program on the host as root, with these values as its variables; return what it prints as JSON."""
+    assignments = "\n".join(f"{name} = json.loads({json.dumps(json.dumps(value))})" for name, value in values.items())
+    text = f"import json\n{assignments}\n{textwrap.dedent(program)}"
+    with host.sudo():
+        return json.loads(host.check_output("python3 -c %s", text))
+
+
+def ask(host: Host, server: Settings, path: str, *, body: Settings | None = None, key: bool = True) -> tuple[int, str]:
+    """Return status and body of a request that the host sends to its own server, with the API key or without."""
+    status, text = python(
+        host,
+        """
+        import pathlib, ssl, urllib.error, urllib.request
+        headers = {"Content-Type": "application/json"}
+        if key and server["api_key_file"]:
+            headers["Authorization"] = "Bearer " + pathlib.Path(server["api_key_file"]).read_text().strip()
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(server["url"] + path, data, headers)
+        try:
+            answer = urllib.request.urlopen(request, timeout=300, context=ssl._create_unverified_context())
+        except urllib.error.HTTPError as error:
+            answer = error
+        print(json.dumps([answer.status, answer.read().decode()]))
+        """,
+        server=server,
+        path=path,
+        body=body,
+        key=key,
+    )
+    return status, text

@@ -7,19 +7,28 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from server import UNIT, port
+from server import Settings, python, servers
 
 
-def test_service_runs_now_and_at_boot(host: Host) -> None:
-    service = host.service(UNIT)
-    assert service.is_running
-    assert service.is_enabled
-    assert service.systemd_properties["Restart"] == "always"
+def test_services_run_now_and_at_boot(host: Host) -> None:
+    for server in servers(host):
+        service = host.service(server["unit"])
+        assert service.is_running
+        assert service.is_enabled
+        assert service.systemd_properties["Restart"] == "always"
 
 
-def test_port_is_open_on_loopback_only(host: Host) -> None:
-    assert host.socket(f"tcp://127.0.0.1:{port(host)}").is_listening
-    assert not host.socket(f"tcp://0.0.0.0:{port(host)}").is_listening
+def test_watchdog_runs_now_and_at_boot(host: Host) -> None:
+    for server in servers(host):
+        timer = host.service(f"dots-ocr-watchdog@{server['name']}.timer")
+        assert timer.is_running
+        assert timer.is_enabled
+        assert not host.check_output("systemctl list-units --failed --plain --no-legend 'dots-ocr*'")
+
+
+def test_port_is_open_on_loopback_only(host: Host, server: Settings) -> None:
+    assert host.socket(f"tcp://127.0.0.1:{server['port']}").is_listening
+    assert not host.socket(f"tcp://0.0.0.0:{server['port']}").is_listening
 
 
 def test_container_is_hardened(container: dict[str, Any]) -> None:
@@ -30,6 +39,8 @@ def test_container_is_hardened(container: dict[str, Any]) -> None:
     assert settings["CapAdd"] is None
     assert settings["SecurityOpt"] == ["no-new-privileges"]
     assert settings["Privileged"] is False
+    assert settings["PidsLimit"] == 4096
+    assert settings["Memory"] > 0
 
 
 def test_systemd_alone_restarts_the_container(container: dict[str, Any]) -> None:
@@ -37,14 +48,54 @@ def test_systemd_alone_restarts_the_container(container: dict[str, Any]) -> None
     assert container["HostConfig"]["AutoRemove"] is True
 
 
+def test_journal_is_the_only_log(container: dict[str, Any]) -> None:
+    assert container["HostConfig"]["LogConfig"]["Type"] == "none"
+
+
+def test_container_reaches_nobody(host: Host, server: Settings) -> None:
+    """Neither this host at any of its addresses, nor a name, nor another network."""
+    found = python(
+        host,
+        """
+        import subprocess
+        addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+        program = '''
+        import json, socket, sys
+        def opens(address, port):
+            try:
+                socket.create_connection((address, port), 2).close()
+            except OSError as error:
+                return not isinstance(error, (TimeoutError, socket.gaierror)) and str(error)
+            return True
+        print(json.dumps({a: opens(a, 22) for a in sys.argv[1:]}))
+        '''
+        import textwrap
+        targets = [a for a in addresses if ":" not in a] + ["deb.debian.org", "192.0.2.1"]
+        command = ["docker", "exec", container, "python3", "-c", textwrap.dedent(program), *targets]
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stdout or json.dumps(done.stderr))
+        """,
+        container=server["container"],
+    )
+    assert len(found) >= 4
+    assert not any(found.values()), found
+
+
 def test_weights_are_mounted_read_only(container: dict[str, Any]) -> None:
     mounts = {mount["Destination"]: mount for mount in container["Mounts"]}
     assert mounts["/models/DotsOCR"]["RW"] is False
     assert mounts["/models/DotsOCR/configuration_dots.py"]["RW"] is False
+    assert [place for place, mount in mounts.items() if mount["RW"]] == ["/home/vllm"]
 
 
-def test_container_sees_the_gpu(host: Host) -> None:
-    assert host.check_output("docker exec dots-ocr nvidia-smi -L").startswith("GPU 0: ")
+def test_image_is_pinned(container: dict[str, Any], server: Settings) -> None:
+    assert "sha256:" in server["image"]["pin"]
+    assert container["Config"]["Image"] == server["image"]["pin"]
+
+
+def test_container_sees_the_gpu(host: Host, server: Settings) -> None:
+    with host.sudo():
+        assert host.check_output("docker exec %s nvidia-smi -L", server["container"]).startswith("GPU 0: ")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +106,13 @@ def test_vllm_runs_with(arguments: list[str], argument: str) -> None:
     assert argument in arguments
 
 
-def test_weights_match_their_manifest(host: Host, container: dict[str, Any]) -> None:
-    source = next(m["Source"] for m in container["Mounts"] if m["Destination"] == "/models/DotsOCR")
+def test_limits_are_those_of_the_plan(arguments: list[str], server: Settings) -> None:
+    plan = server["plan"]
+    assert plan["explanation"]
+    for name in ("gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_queued_reqs", "api_server_count"):
+        assert f"--{name.replace('_', '-')}={plan[name]}" in arguments
+
+
+def test_weights_match_their_manifest(host: Host, server: Settings) -> None:
     with host.sudo():
-        assert host.run("cd %s && sha256sum --check --strict --quiet SHA256SUMS", source).rc == 0
+        assert host.run("cd %s && sha256sum --check --strict --quiet SHA256SUMS", server["weights"]).rc == 0

@@ -13,9 +13,8 @@ description:
     never changes anything; what to do about the problems is the caller's business.
 options:
   requirements:
-    description: What the host must offer.
+    description: What the host must offer; without it the host is only measured.
     type: dict
-    required: true
     options:
       driver_version:
         description: Oldest NVIDIA driver that is good enough, such as C(580.65.06).
@@ -181,7 +180,7 @@ def judge_gpus(host: Host, requirements: dict[str, Any], wsl: bool) -> list[dict
         problems.append(
             {
                 "problem": f"the GPU has {memory} MiB of memory, {requirements['gpu_memory_mib']} MiB are needed",
-                "cure": "use a GPU with 16 GB, or for 12 GB the settings in inventory/local/group_vars/all.yml",
+                "cure": "use a GPU with 12 GB or more",
             }
         )
     driver = host["gpus"][0]["driver_version"]
@@ -323,12 +322,13 @@ def main() -> None:
         "disk_free": {"type": "list", "elements": "dict", "default": [], "options": space},
     }
     module = AnsibleModule(
-        argument_spec={"requirements": {"type": "dict", "required": True, "options": requirements}},
+        argument_spec={"requirements": {"type": "dict", "options": requirements}},
         supports_check_mode=True,
     )
     wanted = module.params["requirements"]
-    host = measure([space["path"] for space in wanted["disk_free"]])
-    module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=judge(host, wanted))
+    host = measure([space["path"] for space in wanted["disk_free"]] if wanted else [])
+    problems = judge(host, wanted) if wanted else []
+    module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=problems)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,415 @@
+"""Ansible filter memory_plan: the limits that a measured GPU has memory for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ansible.errors import AnsibleFilterError
+
+DOCUMENTATION = r"""
+---
+name: memory_plan
+short_description: Plan vLLM's limits for dots.ocr on a measured GPU
+description:
+  - Maps the memory of one GPU to the limits with which vLLM serves dots.ocr on it.
+  - The sizes behind it come from published logs and arithmetic; no plan was tried on a real card yet.
+positional: platform, wishes, previous, running
+options:
+  _input:
+    description: One entry of the fact C(gpu_host.gpus), as the module C(gpu_host) measures it.
+    type: dict
+    required: true
+  platform:
+    description: The fact C(gpu_host.platform), which decides how much memory is kept back.
+    type: str
+    choices: [bare_metal, wsl2]
+    required: true
+  wishes:
+    description:
+      - Limits that are taken as they are; the others are planned around them.
+      - Any of C(gpu_memory_utilization), C(max_model_len), C(max_num_seqs), C(max_pixels), C(max_num_queued_reqs) and
+        C(api_server_count). One that is missing, empty or 0 is planned.
+    type: dict
+    default: {}
+  previous:
+    description:
+      - The plan that was recorded at the last run. It is kept, so that the server need not restart, while the wishes
+        agree with it, it still fits, and the memory would not allow more than 0.05 of utilization on top of it.
+    type: dict
+    default: {}
+  running:
+    description: Whether the server runs now and holds the memory of O(previous).
+    type: bool
+    default: false
+author:
+  - The dots-ocr-deploy founders
+"""
+
+EXAMPLES = r"""
+- name: Plan the limits
+  ansible.builtin.set_fact:
+    plan: "{{ host.gpus[0] | memory_plan(host.platform, {'max_num_seqs': 4}) }}"
+  vars:
+    host: "{{ ansible_facts['gpu_host'] }}"
+
+- name: Stop where they do not fit
+  ansible.builtin.assert:
+    that: plan.fits
+    fail_msg: "{{ plan.problem }}; {{ plan.cure }}"
+"""
+
+RETURN = r"""
+_value:
+  description: The plan, or with C(fits) false the problem and its cure.
+  type: dict
+  sample:
+    fits: true
+    gpu_memory_utilization: 0.85
+    max_model_len: 32768
+    max_num_seqs: 16
+    max_pixels: 11289600
+    max_num_queued_reqs: 80
+    api_server_count: 1
+    kv_tokens: 153270
+    memory_total_mib: 16303
+    platform: bare_metal
+    wishes: {}
+    explanation: >-
+      15.42 of 15.92 GiB free, 0.50 kept back; utilization 0.85 (the most we plan) = 13.53 GiB - weights 5.72 ...
+"""
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+# Sizes. The first two are in a published log of vLLM serving dots.ocr, and the second is also arithmetic; the encoder's
+# peak is inferred from such a log; none was measured by us.
+WEIGHTS_GIB = 5.72
+KV_BYTES_PER_TOKEN = 2 * 28 * 2 * 128 * 2  # key and value x layers x KV heads x head dimension x bytes of bfloat16
+ENCODER_GIB_PER_IMAGE_TOKEN = 3.37 / 14_400
+OVERHEAD_GIB = 0.35  # CUDA graphs and context
+
+PIXELS_PER_IMAGE_TOKEN = 28 * 28
+PROMPT_TOKENS = 256
+ANSWER_TOKENS = 2_500  # of a usual page
+PAGE_TOKENS = 7_500  # an A4 page at 200 dpi: 4,956 of the image, the prompt, the answer
+MODEL_LEN_STEP = 8_192  # a longest request is a multiple of it
+
+UTILIZATION_CAP = 0.85  # the rest is for what vLLM does not see when it measures itself at the start
+# vLLM refuses to start where less is free than it shall take. Under WSL2 a bit too much does not fail: the driver moves
+# it to main memory and everything runs 2 to 6 times slower, silently; and what Windows' desktop uses varies.
+RESERVE_MIB = {"bare_metal": 512, "wsl2": 1_024}
+STABLE_UTILIZATION = 0.05  # up to this much more is not worth a restart
+
+# vLLM counts the pages that it reads and those that wait: for each that is read, four may wait.
+QUEUED_PER_SEQ = 5
+# Images are prepared by one thread per API process, about 14 a second; a sequence finishes at most one page in 10 s.
+SEQS_PER_API_SERVER = 128
+
+# From low to high: largest image (pixels), pages at once, budget for the answer (tokens). The plan is the highest rung
+# that fits, so more memory never means less. The model was trained up to 11,289,600 pixels (14,400 image tokens).
+LADDER = (
+    (5_017_600, 1, 8_192),
+    (5_017_600, 2, 8_192),
+    (5_017_600, 4, 16_384),
+    (5_017_600, 8, 16_384),
+    (11_289_600, 8, 16_384),
+    (11_289_600, 16, 16_384),
+    (11_289_600, 24, 16_384),
+    (11_289_600, 32, 16_384),
+    (11_289_600, 48, 16_384),
+    (11_289_600, 64, 16_384),
+)
+
+# The wishes that cost memory, and those that do not.
+MEMORY_WISHES = ("gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_pixels")
+WISHES = (*MEMORY_WISHES, "max_num_queued_reqs", "api_server_count")
+PLAN = ("fits", *WISHES, "kv_tokens", "memory_total_mib", "platform", "wishes", "explanation")
+
+Plan = dict[str, Any]
+Wishes = dict[str, Any]
+
+
+class Memory(NamedTuple):
+    """The memory of one GPU, in MiB; free is what would be free without our server."""
+
+    platform: str
+    total: float
+    free: float
+
+    def planned_utilization(self) -> float:
+        """Return the fraction of the total that is free and not kept back, to two decimals, up to the cap."""
+        percent = (self.free - RESERVE_MIB[self.platform]) * 100 // self.total
+        return float(min(max(percent, 0) / 100, UTILIZATION_CAP))
+
+
+class Limits(NamedTuple):
+    """What a plan allows: largest image (pixels), pages at once, longest request (tokens)."""
+
+    max_pixels: int
+    max_num_seqs: int
+    max_model_len: int
+
+    def fixed_gib(self) -> float:
+        """Return what is taken before the first token is stored, in GiB."""
+        return WEIGHTS_GIB + encoder_gib(self.max_pixels) + OVERHEAD_GIB
+
+    def needed_kv_tokens(self) -> int:
+        """Return how many tokens the KV cache must hold: the usual pages at once, and one longest request."""
+        return max(self.max_num_seqs * min(PAGE_TOKENS, self.max_model_len), self.max_model_len)
+
+    def needed_gib(self) -> float:
+        """Return what vLLM must get, in GiB."""
+        return self.fixed_gib() + self.needed_kv_tokens() * KV_BYTES_PER_TOKEN / GIB
+
+    def kv_tokens(self, budget_gib: float) -> int:
+        """Return how many tokens the KV cache holds if vLLM gets this much, in GiB; negative if the rest takes more."""
+        return math.floor((budget_gib - self.fixed_gib()) * GIB / KV_BYTES_PER_TOKEN)
+
+    def fit(self, budget_gib: float) -> bool:
+        """Tell whether this much memory, in GiB, is enough."""
+        return self.kv_tokens(budget_gib) >= self.needed_kv_tokens()
+
+
+def image_tokens(pixels: int) -> int:
+    """Return how many tokens an image of this many pixels takes."""
+    return math.ceil(pixels / PIXELS_PER_IMAGE_TOKEN)
+
+
+def encoder_gib(max_pixels: int) -> float:
+    """Return the image encoder's peak, in GiB."""
+    return ENCODER_GIB_PER_IMAGE_TOKEN * image_tokens(max_pixels)
+
+
+def gib(mib: float) -> float:
+    """Return MiB as GiB."""
+    return mib * MIB / GIB
+
+
+def rungs(wishes: Wishes) -> Iterator[Limits]:
+    """Return the ladder, low to high, with the wishes in place of its values, less what leaves no room to answer."""
+    for pixels, seqs, answer in LADDER:
+        max_pixels = wishes.get("max_pixels", pixels)
+        request = image_tokens(max_pixels) + PROMPT_TOKENS
+        max_model_len = wishes.get("max_model_len", math.ceil((request + answer) / MODEL_LEN_STEP) * MODEL_LEN_STEP)
+        # Who wishes for both knows how little is left for the answer; but vLLM refuses an image that cannot fit at all.
+        if max_model_len > request + (0 if "max_pixels" in wishes else ANSWER_TOKENS):
+            yield Limits(max_pixels, wishes.get("max_num_seqs", seqs), max_model_len)
+
+
+def memory_plan(
+    gpu: Mapping[str, Any],
+    platform: str,
+    wishes: Mapping[str, Any] | None = None,
+    previous: Mapping[str, Any] | None = None,
+    running: bool = False,
+) -> Plan:
+    """Return the limits for vLLM on this GPU, or the problem and its cure; DOCUMENTATION has the rest."""
+    wanted = read_wishes(wishes)
+    last = read_mapping(previous, "the previous plan")
+    held = number(last.get("gpu_memory_utilization", 0), "the previous utilization") if running else 0.0
+    memory = read_gpu(gpu, platform, held)
+    utilization = wanted.get("gpu_memory_utilization", memory.planned_utilization())
+    if keeps(last, memory, wanted, utilization, running):
+        # As it was recorded, explanation and all: a file that says the same thing in other words is a change too.
+        return {**{key: last[key] for key in PLAN}, "wishes": wanted}
+    unknown = running and not held  # how much our own server holds, and so what would be free without it
+    if utilization * memory.total > memory.free and not unknown:
+        return refuse_utilization(memory, utilization)
+    budget = gib(utilization * memory.total)
+    fitting = [limits for limits in rungs(wanted) if limits.fit(budget)]
+    if not fitting:
+        return refuse(memory, wanted, utilization, unknown)
+    limits = fitting[-1]
+    plan = {
+        "fits": True,
+        "gpu_memory_utilization": utilization,
+        "max_model_len": limits.max_model_len,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_pixels": limits.max_pixels,
+        "max_num_queued_reqs": wanted.get("max_num_queued_reqs", QUEUED_PER_SEQ * limits.max_num_seqs),
+        "api_server_count": wanted.get("api_server_count", math.ceil(limits.max_num_seqs / SEQS_PER_API_SERVER)),
+        "kv_tokens": limits.kv_tokens(budget),
+        "memory_total_mib": int(memory.total),
+        "platform": memory.platform,
+        "wishes": wanted,
+    }
+    return {**plan, "explanation": explain(memory, plan)}
+
+
+def keeps(last: Plan, memory: Memory, wishes: Wishes, utilization: float, running: bool) -> bool:
+    """Tell whether the plan of the last run goes on: small drifts of free memory are not worth a restart."""
+    if not last.get("fits") or not set(PLAN) <= set(last):
+        return False
+    same_host = (last["memory_total_mib"], last["platform"]) == (memory.total, memory.platform)
+    # A wish that was taken back has to be planned, even though no wish contradicts what it left behind.
+    same_wishes = all(last[key] == value for key, value in wishes.items()) and set(last["wishes"]) <= set(wishes)
+    if not same_host or not same_wishes:
+        return False
+    taken = last["gpu_memory_utilization"] * memory.total
+    usable = memory.free - (0 if "gpu_memory_utilization" in wishes else RESERVE_MIB[memory.platform])
+    # The sizes above may have been corrected since.
+    limits = Limits(last["max_pixels"], last["max_num_seqs"], last["max_model_len"])
+    # At most, not less than: two roundings down to 0.01 can be 0.05 apart although the memory drifted by less.
+    stable = round(utilization - last["gpu_memory_utilization"], 6) <= STABLE_UTILIZATION
+    return stable and limits.fit(gib(taken)) and (running or taken <= usable)
+
+
+def explain(memory: Memory, plan: Plan) -> str:
+    """Return the arithmetic of a plan as one line, in GiB."""
+    tokens = plan["kv_tokens"]
+    return (
+        f"{availability(memory)};"
+        f" utilization {share(memory, plan['gpu_memory_utilization'], plan['wishes'])}"
+        f" - weights {WEIGHTS_GIB:.2f} - encoder {encoder_gib(plan['max_pixels']):.2f} - overhead {OVERHEAD_GIB:.2f}"
+        f" = {tokens * KV_BYTES_PER_TOKEN / GIB:.2f} GiB for {tokens:,} KV tokens, {tokens // PAGE_TOKENS} usual pages;"
+        f" limits: images up to {megapixels(plan['max_pixels'])}, requests up to {plan['max_model_len']:,} tokens,"
+        f" {plan['max_num_seqs']} pages at once, {plan['max_num_queued_reqs']} with those that wait,"
+        f" API processes: {plan['api_server_count']}"
+    )
+
+
+def availability(memory: Memory) -> str:
+    """Return what is free of the memory, and what of it is kept back."""
+    reserve = gib(RESERVE_MIB[memory.platform])
+    return f"{gib(memory.free):.2f} of {gib(memory.total):.2f} GiB free, {reserve:.2f} kept back"
+
+
+def share(memory: Memory, utilization: float, wishes: Wishes) -> str:
+    """Return the utilization with its reason, and what it comes to in GiB."""
+    reason = "what is free and not kept back"
+    if "gpu_memory_utilization" in wishes:
+        reason = "as wished"
+    elif utilization == UTILIZATION_CAP:
+        reason = "the most we plan"
+    return f"{utilization:.4g} ({reason}) = {gib(utilization * memory.total):.2f} GiB"
+
+
+def megapixels(pixels: int) -> str:
+    """Return a number of pixels for humans."""
+    return f"{pixels / 1e6:.2f} MP"
+
+
+def refusal(problem: str, cure: str) -> Plan:
+    """Return the plan that is none."""
+    return {"fits": False, "problem": problem, "cure": cure}
+
+
+def refuse_utilization(memory: Memory, utilization: float) -> Plan:
+    """Refuse a wished utilization that vLLM would refuse."""
+    most = math.floor(memory.free * 100 / memory.total) / 100
+    return refusal(
+        f"a utilization of {utilization:.4g} takes {gib(utilization * memory.total):.2f} of"
+        f" {gib(memory.total):.2f} GiB, but {gib(memory.free):.2f} GiB are free, so vLLM would not start",
+        f"set {variable('gpu_memory_utilization')} to 0 to have it planned, or to {most:.2f} at most,"
+        f" or {free_memory(memory, utilization * memory.total)}",
+    )
+
+
+def refuse(memory: Memory, wishes: Wishes, utilization: float, unknown: bool) -> Plan:
+    """Refuse what fits on no rung, with the arithmetic of the lowest."""
+    lowest = next(rungs(wishes), None)
+    if lowest is None:
+        tokens = image_tokens(wishes.get("max_pixels", LADDER[0][0]))
+        answer = "" if "max_pixels" in wishes else f" + {ANSWER_TOKENS:,} of a usual answer"
+        return refusal(
+            f"a longest request of {wishes['max_model_len']:,} tokens has no room for the largest image:"
+            f" {tokens:,} tokens + {PROMPT_TOKENS} of the prompt{answer}",
+            f"raise {variable('max_model_len')}, set it to 0 to have it planned, or lower {variable('max_pixels')}",
+        )
+    needed = lowest.needed_gib()
+    problem = (
+        f"the model needs weights {WEIGHTS_GIB:.2f} + encoder {encoder_gib(lowest.max_pixels):.2f} for images up to"
+        f" {megapixels(lowest.max_pixels)} + overhead {OVERHEAD_GIB:.2f}"
+        f" + KV cache {needed - lowest.fixed_gib():.2f} for {lowest.needed_kv_tokens():,} tokens"
+        f" = {needed:.2f} GiB at least, but vLLM gets utilization {share(memory, utilization, wishes)}"
+        f" ({availability(memory)})"
+    )
+    return refusal(problem, cure(memory, wishes, needed, unknown))
+
+
+def cure(memory: Memory, wishes: Wishes, needed: float, unknown: bool) -> str:
+    """Return what to do where vLLM does not get the GiB that it needs: the cheapest thing that helps."""
+    if unknown:
+        return "stop the server first: it runs, but how much memory it holds is not recorded"
+    guilty = [variable(key) for key in MEMORY_WISHES if key in wishes]
+    planned = gib(memory.planned_utilization() * memory.total)
+    if guilty and any(limits.fit(planned) for limits in rungs({})):
+        return f"change {', '.join(guilty)}, or set to 0 to have it planned: without these wishes it fits"
+    idle = memory._replace(free=memory.total)
+    if gib(idle.planned_utilization() * idle.total) >= needed:
+        percent = math.ceil(needed / gib(memory.total) * 100)
+        return free_memory(memory, percent / 100 * memory.total + RESERVE_MIB[memory.platform])
+    smaller = ", or smaller wishes" if guilty else ""
+    return f"use a GPU with {math.ceil(needed / UTILIZATION_CAP)} GiB of memory or more{smaller}"
+
+
+def free_memory(memory: Memory, needed_mib: float) -> str:
+    """Return how to get so much memory free."""
+    where = " in Windows" if memory.platform == "wsl2" else ""
+    return (
+        f"end other programs{where} that use this GPU until {math.ceil(gib(needed_mib) * 100) / 100:.2f} GiB are free"
+    )
+
+
+def variable(wish: str) -> str:
+    """Return the role's variable for a wish."""
+    return f"dots_ocr_server_{wish}"
+
+
+def number(value: Any, what: str) -> float:
+    """Return a number that is not negative; -e on the command line makes a text of it, which is good too."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise AnsibleFilterError(f"memory_plan: {what} must be a number and not negative, not {value!r}")
+    return found
+
+
+def read_mapping(value: Any, what: str) -> Plan:
+    """Return a dictionary, an empty one for None."""
+    if value is not None and not isinstance(value, Mapping):
+        raise AnsibleFilterError(f"memory_plan: {what} must be a dictionary, not {value!r}")
+    return dict(value or {})
+
+
+def read_wishes(wishes: Mapping[str, Any] | None) -> Wishes:
+    """Return the wishes that are any, in plain numbers."""
+    found: Wishes = {}
+    given = read_mapping(wishes, "the wishes")
+    if unknown := sorted(set(given) - set(WISHES)):
+        raise AnsibleFilterError(f"memory_plan: unknown wishes: {', '.join(unknown)}; there are: {', '.join(WISHES)}")
+    for key in WISHES:
+        value = number(given.get(key) or 0, f"the wish {key}")
+        if key == "gpu_memory_utilization" and value > 1:
+            raise AnsibleFilterError(f"memory_plan: the wish {key} must be a fraction up to 1, not {value:g}")
+        if key != "gpu_memory_utilization" and value != int(value):
+            raise AnsibleFilterError(f"memory_plan: the wish {key} must be a whole number, not {value:g}")
+        if value:
+            found[key] = value if key == "gpu_memory_utilization" else int(value)
+    return found
+
+
+def read_gpu(gpu: Mapping[str, Any], platform: str, held: float) -> Memory:
+    """Return the GPU's memory, where our server holds the fraction of it that is given."""
+    measured = read_mapping(gpu, "the GPU")
+    if missing := [key for key in ("memory_total_mib", "memory_free_mib") if measured.get(key) is None]:
+        raise AnsibleFilterError(f"memory_plan: the GPU lacks {', '.join(missing)}")
+    if platform not in RESERVE_MIB:
+        raise AnsibleFilterError(f"memory_plan: the platform must be one of {', '.join(RESERVE_MIB)}, not {platform!r}")
+    total = number(measured["memory_total_mib"], "memory_total_mib")
+    free = number(measured["memory_free_mib"], "memory_free_mib")
+    if not total or free > total:
+        raise AnsibleFilterError(f"memory_plan: {free:g} MiB cannot be free of {total:g} MiB")
+    return Memory(str(platform), total, min(total, free + held * total))
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> dict[str, Any]:
+        """Return them by name."""
+        return {"memory_plan": memory_plan}

@@ -1,0 +1,390 @@
+"""The filter memory_plan: the limits for known cards, wishes, refusals, and what holds for every card."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("memory_plan", REPOSITORY / "plugins/filter/memory_plan.py")
+assert spec
+assert spec.loader
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+
+Plan = dict[str, Any]
+
+DESKTOP = (16303, 15791)
+LIMITS = ("max_pixels", "max_num_seqs", "max_model_len", "max_num_queued_reqs", "api_server_count")
+
+
+def gpu(total: int, free: int) -> dict[str, Any]:
+    """Return a GPU as gpu_host measures it, memory in MiB."""
+    return {
+        "index": 0,
+        "name": "NVIDIA GeForce RTX 5070 Ti",
+        "memory_total_mib": total,
+        "memory_free_mib": free,
+        "compute_capability": "12.0",
+        "driver_version": "580.173.02",
+    }
+
+
+def plan(total: int, free: int, platform: str = "bare_metal", **arguments: Any) -> Plan:
+    """Plan for a GPU with so much memory, in MiB, through the name that Ansible knows."""
+    memory_plan = module.FilterModule().filters()["memory_plan"]
+    found: Plan = memory_plan(gpu(total, free), platform, **arguments)
+    return found
+
+
+def rung(found: Plan) -> int:
+    """Return how high up the ladder a plan without wishes is; -1 for a refusal."""
+    if not found["fits"]:
+        return -1
+    places = [(pixels, seqs) for pixels, seqs, _ in module.LADDER]
+    return places.index((found["max_pixels"], found["max_num_seqs"]))
+
+
+def percent(found: Plan) -> int:
+    """Return the utilization as a whole number, for exact comparison."""
+    value: float = found["gpu_memory_utilization"] * 100
+    assert value == pytest.approx(round(value))
+    return round(value)
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "platform", "utilization", "limits"),
+    [
+        (*DESKTOP, "bare_metal", 0.85, (11_289_600, 16, 32768, 80, 1)),
+        (16303, 14900, "wsl2", 0.85, (11_289_600, 16, 32768, 80, 1)),
+        (16303, 12800, "wsl2", 0.72, (11_289_600, 8, 32768, 40, 1)),
+        (12227, 11700, "bare_metal", 0.85, (5_017_600, 8, 24576, 40, 1)),
+        (12227, 10900, "wsl2", 0.80, (5_017_600, 8, 24576, 40, 1)),
+        (10240, 9900, "bare_metal", 0.85, (5_017_600, 4, 24576, 20, 1)),
+        (24564, 24000, "bare_metal", 0.85, (11_289_600, 48, 32768, 240, 1)),
+        (32607, 31800, "bare_metal", 0.85, (11_289_600, 64, 32768, 320, 1)),
+    ],
+)
+def test_known_card(total: int, free: int, platform: str, utilization: float, limits: tuple[int, ...]) -> None:
+    found = plan(total, free, platform)
+    assert found["gpu_memory_utilization"] == utilization
+    assert tuple(found[key] for key in LIMITS) == limits
+
+
+def test_explanation_shows_the_arithmetic() -> None:
+    found = plan(*DESKTOP)
+    assert found["kv_tokens"] == 153_270
+    assert found["explanation"] == (
+        "15.42 of 15.92 GiB free, 0.50 kept back; utilization 0.85 (the most we plan) = 13.53 GiB"
+        " - weights 5.72 - encoder 3.37 - overhead 0.35 = 4.09 GiB for 153,270 KV tokens, 20 usual pages;"
+        " limits: images up to 11.29 MP, requests up to 32,768 tokens, 16 pages at once, 80 with those that wait, API processes: 1"
+    )
+    assert "0.72 (what is free and not kept back)" in plan(16303, 12800, "wsl2")["explanation"]
+
+
+def test_card_that_is_too_small_is_refused_with_the_arithmetic() -> None:
+    assert plan(8151, 7900) == {
+        "fits": False,
+        "problem": "the model needs weights 5.72 + encoder 1.50 for images up to 5.02 MP + overhead 0.35"
+        " + KV cache 0.44 for 16,384 tokens = 8.01 GiB at least, but vLLM gets utilization 0.85 (the most we plan)"
+        " = 6.77 GiB (7.71 of 7.96 GiB free, 0.50 kept back)",
+        "cure": "use a GPU with 10 GiB of memory or more",
+    }
+
+
+@pytest.mark.parametrize(("platform", "where"), [("bare_metal", "programs that"), ("wsl2", "programs in Windows that")])
+def test_cure_of_a_busy_card_is_to_free_it_and_then_it_fits(platform: str, where: str) -> None:
+    refused = plan(16303, 6000, platform)
+    assert not refused["fits"]
+    assert where in refused["cure"]
+    found = re.search(r"until ([\d.]+) GiB are free", refused["cure"])
+    assert found
+    enough = round(float(found[1]) * 1024)
+    assert plan(16303, enough, platform)["fits"]
+    assert not plan(16303, enough - 200, platform)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "expected"),
+    [
+        ({"max_num_seqs": 4}, {"max_num_seqs": 4, "max_pixels": 11_289_600, "max_num_queued_reqs": 20}),
+        ({"max_pixels": 5_017_600}, {"max_num_seqs": 24, "max_model_len": 24576}),
+        ({"max_pixels": 1_003_520}, {"max_num_seqs": 32, "max_model_len": 24576}),
+        ({"max_model_len": 16384}, {"max_pixels": 5_017_600, "max_model_len": 16384}),
+        ({"max_model_len": 16384, "max_pixels": 11_289_600}, {"max_model_len": 16384, "max_pixels": 11_289_600}),
+        ({"gpu_memory_utilization": 0.75}, {"gpu_memory_utilization": 0.75, "max_num_seqs": 8}),
+        ({"gpu_memory_utilization": 0.95}, {"gpu_memory_utilization": 0.95, "max_num_seqs": 24}),
+        ({"max_num_queued_reqs": 7}, {"max_num_seqs": 16, "max_num_queued_reqs": 7}),
+        ({"api_server_count": 3}, {"max_num_seqs": 16, "api_server_count": 3}),
+        ({"max_pixels": 11_289_600, "gpu_memory_utilization": 0.64}, {"max_num_seqs": 2, "max_model_len": 24576}),
+        ({"max_num_seqs": 129, "max_model_len": 1024, "max_pixels": 401_408}, {"api_server_count": 2}),
+    ],
+    ids=str,
+)
+def test_wish_is_taken_as_it_is_and_the_rest_is_planned_around_it(wishes: Plan, expected: Plan) -> None:
+    found = plan(*DESKTOP, wishes=wishes)
+    assert {key: found[key] for key in expected} == expected
+    assert found["wishes"] == wishes
+
+
+@pytest.mark.parametrize("nothing", [None, 0, 0.0, "", "0"])
+def test_empty_wish_is_planned(nothing: Any) -> None:
+    assert plan(*DESKTOP, wishes=dict.fromkeys(module.WISHES, nothing)) == plan(*DESKTOP)
+
+
+def test_wish_from_the_command_line_is_a_text() -> None:
+    wishes = {"gpu_memory_utilization": "0.8", "max_num_seqs": "4"}
+    assert plan(*DESKTOP, wishes=wishes) == plan(*DESKTOP, wishes={"gpu_memory_utilization": 0.8, "max_num_seqs": 4})
+
+
+@pytest.mark.parametrize(
+    ("memory", "wishes", "problem", "cure"),
+    [
+        (
+            DESKTOP,
+            {"gpu_memory_utilization": 0.97},
+            "a utilization of 0.97 takes 15.44 of 15.92 GiB, but 15.42 GiB are free",
+            "set dots_ocr_server_gpu_memory_utilization to 0 to have it planned, or to 0.96 at most, or end",
+        ),
+        (
+            DESKTOP,
+            {"max_num_seqs": 64},
+            "KV cache 12.82 for 480,000 tokens = 20.39 GiB at least, but vLLM gets utilization 0.85",
+            "change dots_ocr_server_max_num_seqs, or set to 0 to have it planned: without these wishes it fits",
+        ),
+        (
+            (12227, 11700),
+            {"max_pixels": 11_289_600, "max_num_seqs": 8},
+            "+ KV cache 1.60 for 60,000 tokens = 11.04 GiB",
+            "change dots_ocr_server_max_num_seqs, dots_ocr_server_max_pixels",
+        ),
+        (
+            DESKTOP,
+            {"gpu_memory_utilization": 0.4},
+            "vLLM gets utilization 0.4 (as wished) = 6.37 GiB",
+            "change dots_ocr_server_gpu_memory_utilization",
+        ),
+        (
+            DESKTOP,
+            {"max_model_len": 8192},
+            "a longest request of 8,192 tokens has no room for the largest image: 6,400 tokens + 256 of the prompt"
+            " + 2,500 of a usual answer",
+            "raise dots_ocr_server_max_model_len, set it to 0 to have it planned, or lower dots_ocr_server_max_pixels",
+        ),
+        (
+            DESKTOP,
+            {"max_model_len": 8192, "max_pixels": 11_289_600},
+            "no room for the largest image: 14,400 tokens + 256 of the prompt",
+            "lower dots_ocr_server_max_pixels",
+        ),
+        ((8151, 7900), {"max_num_seqs": 4}, "= 8.37 GiB", "use a GPU with 10 GiB of memory or more, or smaller wishes"),
+    ],
+    ids=str,
+)
+def test_wish_that_cannot_fit_is_refused_with_the_arithmetic(
+    memory: tuple[int, int], wishes: Plan, problem: str, cure: str
+) -> None:
+    found = plan(*memory, wishes=wishes)
+    assert not found["fits"]
+    assert problem in found["problem"]
+    assert cure in found["cure"]
+
+
+def test_several_cards_have_a_plan_each() -> None:
+    found = [plan(*memory) for memory in (DESKTOP, (8151, 7900), (24564, 24000))]
+    assert [rung(one) for one in found] == [5, -1, 8]
+
+
+def without_us(free: int, last: Plan) -> int:
+    """Return what nvidia-smi shows as free while our server runs with a plan, in MiB."""
+    held: float = last["gpu_memory_utilization"] * last["memory_total_mib"]
+    return max(0, free - round(held))
+
+
+def test_running_server_keeps_its_plan_although_its_memory_is_taken() -> None:
+    last = plan(*DESKTOP)
+    assert plan(16303, without_us(15791, last), previous=last, running=True) == last
+
+
+def test_stopped_server_is_planned_anew_if_its_plan_no_longer_fits() -> None:
+    last = plan(*DESKTOP)
+    found = plan(16303, 13000, previous=last)
+    assert found == plan(16303, 13000)
+    assert found["gpu_memory_utilization"] == 0.76
+
+
+def test_running_server_is_not_planned_down_but_up() -> None:
+    last = plan(16303, 12800, "wsl2")
+    less, more = without_us(11500, last), without_us(15000, last)
+    assert plan(16303, less, "wsl2", previous=last, running=True) == last
+    found = plan(16303, more, "wsl2", previous=last, running=True)
+    assert (found["gpu_memory_utilization"], found["max_num_seqs"]) == (0.85, 16)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_wish_that_agrees_with_the_plan_keeps_it_and_one_that_does_not_changes_it(running: bool) -> None:
+    last = plan(12227, 11700)
+    free = without_us(11700, last) if running else 11700
+    same = plan(12227, free, wishes={"max_pixels": 5_017_600}, previous=last, running=running)
+    assert same == {**last, "wishes": {"max_pixels": 5_017_600}}
+    other = plan(12227, free, wishes={"max_num_seqs": 2}, previous=last, running=running)
+    assert other["max_num_seqs"] == 2
+    taken_back = plan(12227, free, previous=other, running=running)
+    assert {key: taken_back[key] for key in LIMITS} == {key: last[key] for key in LIMITS}
+
+
+def test_plan_of_another_card_or_platform_or_of_corrected_sizes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = plan(*DESKTOP)
+    assert plan(24564, 24000, previous=last) == plan(24564, 24000)
+    assert plan(*DESKTOP, "wsl2", previous=last)["platform"] == "wsl2"
+    monkeypatch.setattr(module, "WEIGHTS_GIB", 7.0)
+    assert plan(*DESKTOP, previous=last)["max_num_seqs"] == 8
+
+
+def test_wished_utilization_is_refused_where_it_does_not_fit_beside_what_others_took() -> None:
+    last = plan(*DESKTOP)
+    wishes = {"gpu_memory_utilization": 0.9}
+    assert plan(16303, without_us(15791, last), previous=last, running=True, wishes=wishes)["fits"]
+    assert not plan(16303, without_us(14000, last), previous=last, running=True, wishes=wishes)["fits"]
+
+
+def test_wished_utilization_may_use_the_reserve_and_keeps_its_plan() -> None:
+    wishes = {"gpu_memory_utilization": 0.95}
+    last = plan(*DESKTOP, wishes=wishes)
+    assert plan(16303, 15691, wishes=wishes, previous=last) == last
+
+
+def test_running_server_without_a_record_is_told_to_stop_or_believed_what_it_is_wished() -> None:
+    found = plan(16303, 2000, running=True)
+    assert not found["fits"]
+    assert found["cure"].startswith("stop the server first")
+    assert plan(16303, 2000, running=True, wishes={"gpu_memory_utilization": 0.8})["fits"]
+
+
+@pytest.mark.parametrize("previous", [None, {}, {"fits": False, "problem": "", "cure": ""}, {"fits": True}])
+def test_no_usable_record_is_none(previous: Plan | None) -> None:
+    assert plan(*DESKTOP, previous=previous) == plan(*DESKTOP)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({}, "bare_metal"), "the GPU lacks memory_total_mib, memory_free_mib"),
+        (({"memory_total_mib": 16303}, "bare_metal"), "the GPU lacks memory_free_mib"),
+        (([], "bare_metal"), "the GPU must be a dictionary"),
+        ((gpu(16303, -1), "bare_metal"), "memory_free_mib must be a number and not negative, not -1"),
+        ((gpu(0, 0), "bare_metal"), "0 MiB cannot be free of 0 MiB"),
+        ((gpu(1000, 1001), "bare_metal"), "1001 MiB cannot be free of 1000 MiB"),
+        ((gpu(*DESKTOP), "wsl1"), "platform must be one of bare_metal, wsl2, not 'wsl1'"),
+        ((gpu(*DESKTOP), "wsl2", {"max_seqs": 1}), "unknown wishes: max_seqs; there are: gpu_memory_utilization"),
+        ((gpu(*DESKTOP), "wsl2", {"max_num_seqs": -1}), "max_num_seqs must be a number and not negative, not -1"),
+        ((gpu(*DESKTOP), "wsl2", {"max_num_seqs": 1.5}), "max_num_seqs must be a whole number, not 1.5"),
+        ((gpu(*DESKTOP), "wsl2", {"max_num_seqs": True}), "max_num_seqs must be a number"),
+        ((gpu(*DESKTOP), "wsl2", {"max_num_seqs": "many"}), "max_num_seqs must be a number"),
+        ((gpu(*DESKTOP), "wsl2", {"gpu_memory_utilization": 85}), "must be a fraction up to 1, not 85"),
+        ((gpu(*DESKTOP), "wsl2", {}, "plan"), "the previous plan must be a dictionary"),
+        ((gpu(*DESKTOP), "wsl2", {}, {"gpu_memory_utilization": "x"}, True), "the previous utilization must be"),
+    ],
+    ids=str,
+)
+def test_malformed_input_is_an_error(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(module.AnsibleFilterError, match=re.escape(message)):
+        module.memory_plan(*arguments)
+
+
+# What holds for every card: total and free memory in MiB, and those of which every one fits without wishes.
+
+platforms = st.sampled_from(["bare_metal", "wsl2"])
+memories = st.integers(4096, 98304).flatmap(lambda total: st.tuples(st.just(total), st.integers(0, total)))
+enough = st.integers(12000, 98304).flatmap(lambda total: st.tuples(st.just(total), st.integers(10500, total)))
+wished = st.fixed_dictionaries(
+    {},
+    optional={
+        "gpu_memory_utilization": st.integers(30, 100).map(lambda value: value / 100),
+        "max_model_len": st.integers(8192, 65536),
+        "max_num_seqs": st.integers(1, 150),
+        "max_pixels": st.integers(784, 15_000_000),
+        "max_num_queued_reqs": st.integers(1, 2000),
+        "api_server_count": st.integers(1, 8),
+    },
+)
+
+
+@given(enough, platforms)
+def test_plan_never_takes_what_is_not_free_or_is_kept_back(memory: tuple[int, int], platform: str) -> None:
+    total, free = memory
+    found = plan(total, free, platform)
+    assert percent(found) * total <= (free - {"bare_metal": 512, "wsl2": 1024}[platform]) * 100
+    assert percent(found) <= 85
+
+
+@given(memories, platforms, st.integers(0, 20000))
+def test_more_free_memory_never_means_less(memory: tuple[int, int], platform: str, more: int) -> None:
+    total, free = memory
+    before, after = plan(total, free, platform), plan(total, min(total, free + more), platform)
+    assert rung(after) >= rung(before)
+    assert not before["fits"] or percent(after) >= percent(before)
+
+
+@given(memories, platforms, st.integers(0, 20000))
+def test_larger_card_with_as_much_in_use_never_means_less(memory: tuple[int, int], platform: str, more: int) -> None:
+    total, free = memory
+    before, after = plan(total, free, platform), plan(total + more, free + more, platform)
+    assert rung(after) >= rung(before)
+    assert not before["fits"] or percent(after) >= percent(before)
+
+
+@given(enough, platforms, wished, st.booleans())
+def test_second_run_plans_the_same(memory: tuple[int, int], platform: str, wishes: Plan, running: bool) -> None:
+    total, free = memory
+    first = plan(total, free, platform, wishes=wishes)
+    assume(first["fits"])
+    now = without_us(free, first) if running else free
+    assert plan(total, now, platform, wishes=wishes, previous=first, running=running) == first
+
+
+@given(enough, platforms, st.floats(-0.05, 0.05, exclude_min=True, exclude_max=True))
+def test_drift_under_5_percent_does_not_change_a_running_plan(
+    memory: tuple[int, int], platform: str, drift: float
+) -> None:
+    total, free = memory
+    first = plan(total, free, platform)
+    now = min(max(0, without_us(free, first) + int(drift * total)), total)
+    assert plan(total, now, platform, previous=first, running=True) == first
+
+
+@given(enough, platforms, wished)
+def test_plan_holds_its_longest_request_and_its_pages_and_every_wish(
+    memory: tuple[int, int], platform: str, wishes: Plan
+) -> None:
+    found = plan(*memory, platform, wishes=wishes)
+    assert found["fits"] or (found["problem"] and found["cure"])
+    assume(found["fits"])
+    assert found["kv_tokens"] >= found["max_model_len"]
+    assert found["kv_tokens"] >= found["max_num_seqs"] * min(7500, found["max_model_len"])
+    assert found["max_model_len"] > found["max_pixels"] / 784 + 256
+    assert {key: found[key] for key in wishes} == wishes
+
+
+@given(memories, platforms, wished)
+def test_plan_survives_a_json_file(memory: tuple[int, int], platform: str, wishes: Plan) -> None:
+    found = plan(*memory, platform, wishes=wishes)
+    text = json.dumps(found)
+    assert json.loads(text) == found
+    if found["fits"]:
+        again = plan(*memory, platform, wishes=wishes, previous=json.loads(text))
+        assert json.dumps(again) == text
+
+
+def test_table_in_the_documentation_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, REPOSITORY / "docs/tables.py", "--check"], check=False)
+    assert done.returncode == 0, "run: python docs/tables.py"

@@ -1,0 +1,141 @@
+"""The program that keeps the proven states of the servers (roles/dots_ocr_server/files/state)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server/files/state"
+
+
+class Host:
+    """A root folder, and a systemctl that notes how it was called."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.calls = root / "systemctl.log"
+        (root / "bin").mkdir()
+        systemctl = root / "bin/systemctl"
+        systemctl.write_text(f'#!/bin/sh\necho "$@" >>{self.calls}\ncase "$1" in "$FAIL") exit 1 ;; esac\n')
+        systemctl.chmod(0o755)
+        (root / "etc/systemd/system").mkdir(parents=True)
+
+    def install(self, version: str, *names: str) -> None:
+        """Install servers of one version, as the role does."""
+        folder = self.root / "etc/dots-ocr/server"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names or ("dots-ocr",):
+            image = {"reference": f"mirror:5000/vllm/vllm-openai:{version}", "pin": f"sha256:{version}"}
+            settings = {"image": image, "weights": f"/weights/{version}", "watched": version != "unwatched"}
+            (folder / f"{name}.json").write_text(json.dumps(settings))
+            (self.root / f"etc/systemd/system/{name}.service").write_text(version)
+
+    def unit(self, name: str = "dots-ocr") -> str:
+        return (self.root / f"etc/systemd/system/{name}.service").read_text()
+
+    def run(self, *words: str, fail: str = "-") -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": f"{self.root}/bin:{os.environ['PATH']}", "FAIL": fail}
+        command = [str(PROGRAM), f"--root={self.root}", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    def ask(self, *words: str) -> Any:
+        done = self.run(*words)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def called(self) -> list[str]:
+        return self.calls.read_text().splitlines() if self.calls.exists() else []
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_first_state_is_recorded_once(host: Host) -> None:
+    host.install("1")
+    assert host.ask("compare") == {"same": False}
+    assert host.ask("record") == {"changed": True}
+    assert host.ask("compare") == {"same": True}
+    assert host.ask("record") == {"changed": False}
+    assert not (host.root / "var/lib/dots-ocr/states/previous").exists()
+
+
+def test_failed_change_goes_back_to_good(host: Host) -> None:
+    host.install("1")
+    host.ask("record")
+    host.install("2")
+    assert host.ask("restore", "good")["running"]["dots-ocr"]["image"]["pin"] == "sha256:1"
+    assert host.unit() == "1"
+    assert host.ask("compare") == {"same": True}
+    assert "restart dots-ocr.service dots-ocr-watchdog@dots-ocr.timer" in host.called()
+    assert host.called().index("daemon-reload") < len(host.called()) - 1
+
+
+def test_rollback_swaps_good_and_previous(host: Host) -> None:
+    for version in "12":
+        host.install(version)
+        host.ask("record")
+    host.ask("restore", "previous")
+    assert host.unit() == "1"
+    assert host.ask("compare") == {"same": True}
+    host.ask("restore", "previous")
+    assert host.unit() == "2"
+
+
+def test_watchdog_that_was_off_stays_off(host: Host) -> None:
+    host.install("unwatched")
+    host.ask("record")
+    host.ask("restore", "good")
+    assert "restart dots-ocr.service" in host.called()
+
+
+def test_only_two_states_are_kept(host: Host) -> None:
+    for version in "123":
+        host.install(version)
+        host.ask("record")
+    assert host.ask("needs") == {
+        "images": ["sha256:2", "sha256:3"],
+        "repositories": ["mirror:5000/vllm/vllm-openai"],
+        "weights": ["/weights/2", "/weights/3"],
+    }
+
+
+def test_server_that_the_state_does_not_have_is_stopped_and_removed(host: Host) -> None:
+    host.install("1", "dots-ocr@0")
+    host.ask("record")
+    host.install("1", "dots-ocr@1")
+    host.ask("restore", "good")
+    assert "disable --now dots-ocr-watchdog@dots-ocr@1.timer dots-ocr@1.service" in host.called()
+    assert not (host.root / "etc/systemd/system/dots-ocr@1.service").exists()
+    assert not (host.root / "etc/dots-ocr/server/dots-ocr@1.json").exists()
+
+
+def test_without_a_state_nothing_is_touched(host: Host) -> None:
+    host.install("1")
+    for name in ("good", "previous"):
+        done = host.run("restore", name)
+        assert done.returncode == 1
+        assert f"There is no {name} state" in done.stderr
+    assert host.called() == []
+    assert host.unit() == "1"
+
+
+def test_service_that_does_not_start_is_reported(host: Host) -> None:
+    host.install("1")
+    host.ask("record")
+    done = host.run("restore", "good", fail="restart")
+    assert done.returncode == 1
+    assert "systemctl restart dots-ocr.service" in done.stderr
+
+
+def test_nothing_installed_is_an_error(host: Host) -> None:
+    done = host.run("record")
+    assert done.returncode == 1
+    assert "No server is installed" in done.stderr
+    assert not (host.root / "var/lib/dots-ocr/states/good").exists()

@@ -1,0 +1,87 @@
+"""A steady load, run on the host under test: clients that read the golden page again and again, and note how each ends.
+
+    python3 load.py SETTINGS RESULTS CLIENTS
+
+Ends when the file RESULTS is removed, and then writes it anew: a list of {start, end, outcome}, times in seconds of
+CLOCK_BOOTTIME. Outcomes: read, misread, refused (nobody took the request), failed (an error after it was taken), silent
+(no answer within SILENCE). Needs nothing but Python's standard library.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+SILENCE = 120.0  # seconds
+PAUSE = 0.2  # seconds after an answer that was none
+PROMPT = "<|img|><|imgpad|><|endofimg|>Extract the text content from this image."
+GOLDEN = Path("/usr/local/lib/dots-ocr/golden")
+
+
+def request(settings: dict[str, Any]) -> urllib.request.Request:
+    """Return the request for the golden page."""
+    image = base64.b64encode((GOLDEN / "page.png").read_bytes()).decode()
+    content = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+        {"type": "text", "text": PROMPT},
+    ]
+    messages = [{"role": "user", "content": content}]
+    body = {"model": settings["model"], "messages": messages, "temperature": 0.0, "max_completion_tokens": 1024}
+    headers = {"Content-Type": "application/json"}
+    if settings["api_key_file"]:
+        headers["Authorization"] = f"Bearer {Path(settings['api_key_file']).read_text().strip()}"
+    return urllib.request.Request(f"{settings['url']}/v1/chat/completions", json.dumps(body).encode(), headers)
+
+
+def read(page: urllib.request.Request, expected: str) -> str:
+    """Send one request and return its outcome."""
+    try:
+        with urllib.request.urlopen(page, timeout=SILENCE, context=ssl._create_unverified_context()) as answer:
+            text = json.loads(answer.read())["choices"][0]["message"]["content"]
+    except urllib.error.HTTPError:
+        return "failed"
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ConnectionRefusedError):
+            return "refused"
+        return "silent" if isinstance(error.reason, TimeoutError) else "failed"
+    except TimeoutError:
+        return "silent"
+    except OSError:
+        return "failed"
+    return "read" if text.split() == expected.split() else "misread"
+
+
+def main() -> None:
+    """Keep the clients busy until the results are wanted."""
+    settings, results, clients = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3])
+    expected = (GOLDEN / "page.txt").read_text()
+    outcomes: list[dict[str, Any]] = []
+    results.write_text("[]")
+
+    def client() -> None:
+        while results.exists():
+            start = time.clock_gettime(time.CLOCK_BOOTTIME)
+            outcome = read(request(settings), expected)
+            outcomes.append({"start": start, "end": time.clock_gettime(time.CLOCK_BOOTTIME), "outcome": outcome})
+            if outcome != "read":
+                time.sleep(PAUSE)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results.with_suffix(".part").write_text(json.dumps(outcomes))
+    results.with_suffix(".part").rename(results)
+
+
+if __name__ == "__main__":
+    main()
