@@ -7,8 +7,6 @@ CLOCK_BOOTTIME. Outcomes: read, misread, refused (nobody took the request), fail
 (no answer within SILENCE). Needs nothing but Python's standard library.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import ssl

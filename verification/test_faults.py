@@ -181,10 +181,12 @@ def test_systemd_reloads(host: Host, server: Settings, matrix: list[Measurement]
 def test_gpu_goes_and_comes_back(host: Host, server: Settings, matrix: list[Measurement], stand_in: str) -> None:
     with fault(host, server, matrix, "the GPU gone for 30 s"), host.sudo():
         host.check_output("mv %s %s.gone && rm /var/run/cdi/nvidia.yaml", stand_in, stand_in)
-        signal(host, "KILL", "[v]llm serve")
-        time.sleep(30)
-        assert not ready(host, server["name"], wait=0)["ready"]
-        host.check_output("mv %s.gone %s && systemctl restart nvidia-cdi-refresh.service", stand_in, stand_in)
+        try:
+            signal(host, "KILL", "[v]llm serve")
+            time.sleep(30)
+            assert not ready(host, server["name"], wait=0)["ready"]
+        finally:
+            host.check_output("mv %s.gone %s && systemctl restart nvidia-cdi-refresh.service", stand_in, stand_in)
 
 
 def test_gpu_memory_is_gone_at_the_start(
@@ -194,11 +196,13 @@ def test_gpu_memory_is_gone_at_the_start(
         state = json.loads(host.check_output("cat %s", stand_in))
         state["gpus"][0]["memory.used"] += 14000
         python(host, "print(open(file, 'w').write(json.dumps(state)))", file=stand_in, state=state)
-        signal(host, "KILL", "[v]llm serve")
-        time.sleep(30)
-        assert "Free memory on device" in host.check_output("journalctl --since=-1min --unit %s", server["unit"])
-        state["gpus"][0]["memory.used"] -= 14000
-        python(host, "print(open(file, 'w').write(json.dumps(state)))", file=stand_in, state=state)
+        try:
+            signal(host, "KILL", "[v]llm serve")
+            time.sleep(30)
+            assert "Free memory on device" in host.check_output("journalctl --since=-1min --unit %s", server["unit"])
+        finally:
+            state["gpus"][0]["memory.used"] -= 14000
+            python(host, "print(open(file, 'w').write(json.dumps(state)))", file=stand_in, state=state)
 
 
 def test_page_in_flight_survives_a_restart(host: Host, server: Settings, matrix: list[Measurement]) -> None:
@@ -206,11 +210,11 @@ def test_page_in_flight_survives_a_restart(host: Host, server: Settings, matrix:
     with fault(host, server, matrix, "`systemctl restart dots-ocr` with a long page in flight"):
         status, finish, tokens, seconds = python(
             host,
-            LOAD.replace("if __name__", "if False and __name__")
+            LOAD.partition("\ndef main")[0]
             + """
 import subprocess
 page = request(server)
-body = json.loads(page.data) | {"ignore_eos": True, "max_completion_tokens": 2500}
+body = json.loads(page.data) | {"ignore_eos": True, "max_completion_tokens": 7000}
 page.data = json.dumps(body).encode()
 ended = {}
 def send():
@@ -228,9 +232,8 @@ print(json.dumps([ended["status"], ended["choices"][0]["finish_reason"], ended["
 """,
             server=server,
         )
-        assert (status, finish, tokens) == (200, "length", 2500)
+        assert (status, finish, tokens) == (200, "length", 7000)
         assert seconds > 1, "the page had ended before the service was told to stop"
-    assert matrix[-1].outcomes["failed"] == 0, matrix[-1]
 
 
 def test_host_reboots(host: Host, server: Settings, matrix: list[Measurement]) -> None:
