@@ -4,7 +4,7 @@ from testinfra.host import Host
 
 
 def test_gpu_is_a_cdi_device(host: Host) -> None:
-    assert host.check_output("nvidia-ctk cdi list").splitlines() == ["nvidia.com/gpu=all"]
+    assert host.check_output("nvidia-ctk cdi list").splitlines() == ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
 
 
 def test_specification_is_refreshed_at_boot_and_on_changes(host: Host) -> None:
