@@ -86,7 +86,8 @@ def test_explanation_shows_the_arithmetic() -> None:
     assert found["explanation"] == (
         "15.42 of 15.92 GiB free, 0.50 kept back; utilization 0.85 (the most we plan) = 13.53 GiB"
         " - weights 5.72 - encoder 3.37 - overhead 0.35 = 4.09 GiB for 153,270 KV tokens, 20 usual pages;"
-        " limits: images up to 11.29 MP, requests up to 32,768 tokens, 16 pages at once, 80 with those that wait, API processes: 1"
+        " limits: images up to 11.29 MP, requests up to 32,768 tokens, 16 pages at once, 80 with those that wait,"
+        " API processes: 1"
     )
     assert "0.72 (what is free and not kept back)" in plan(16303, 12800, "wsl2")["explanation"]
 
