@@ -44,8 +44,9 @@ deploy: .venv/ready
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable client
 	@touch $@
 
-# After a change of a role's argument specification: write the tables of its README anew.
+# After a change of a role's argument specification or of the memory plan: write the generated tables anew.
 docs: .venv/ready
+	@$(BIN)/python docs/tables.py
 	@for role in roles/*/; do $(BIN)/aar-doc $$role markdown; done
 
 # After a change of requirements.txt: resolve it anew in a clean environment and write the lock.

@@ -265,8 +265,7 @@ def test_counter_that_starts_anew_has_moved(life: Life) -> None:
 def test_metrics_of_another_name_are_no_reason_to_restart(life: Life) -> None:
     life.become_ready()
     for _ in range(20):
-        assert life.check(probe="passed") == "ready"
-    assert life.check(running=3, waiting=0) == "ready"
+        assert life.check(running=3, waiting=0) == "ready"
 
 
 def test_check_that_measured_nothing_does_not_hide_that_nothing_moves(life: Life) -> None:
@@ -610,7 +609,9 @@ class Host:
         if request.path == "/health":
             return Response("")
         if request.path == "/metrics":
-            return Response(f'vllm:num_requests_running{{engine="0"}} {self.running}\nvllm:num_requests_waiting 0\n')
+            counts = {"num_requests_running": self.running, "num_requests_waiting": 0}
+            counts["generation_tokens_total"] = len(self.requests)
+            return Response("".join(f'vllm:{name}{{engine="0"}} {count}\n' for name, count in counts.items()))
         if request.path == "/v1/models":
             return Response(json.dumps({"data": [{"id": "dots.ocr"}]}))
         time.sleep(self.hangs)
@@ -624,7 +625,6 @@ class Host:
             "model": "dots.ocr",
             "likeness": 0.9,
             "api_key_file": self.key_file,
-            "drain_seconds": 60,
             "metrics": {
                 "running": "vllm:num_requests_running",
                 "waiting": "vllm:num_requests_waiting",
@@ -712,6 +712,18 @@ def test_answer_that_fails_counts(host: Host, path: str, status: int) -> None:
     assert done.returncode == 0
     assert re.fullmatch(rf"<4>dots-ocr: failing \(1 of 3\): http://\S+{path} answers {status}: no\.\n", done.stderr)
     assert host.state()["failures"] == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(("running", "failures"), [(3, 0), (0, 1)])
+def test_full_queue_is_no_failure_while_it_moves(host: Host, status: int, running: int, failures: int) -> None:
+    host.patience["probe_interval"] = 0
+    host.run()
+    host.running = running
+    host.status["/v1/chat/completions"] = status
+    host.run()
+    assert host.requests.count("/v1/chat/completions") == 2
+    assert host.state()["failures"] == failures
 
 
 def test_misread_page_and_wrong_model_count(host: Host) -> None:
