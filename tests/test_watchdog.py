@@ -249,9 +249,12 @@ def test_queue_that_moves_is_not_stuck(life: Life, waiting: int) -> None:
 def test_server_without_pages_need_not_move(life: Life) -> None:
     life.become_ready()
     idle = {"running": 0, "waiting": 0, "progress": 1000.0, "successes": 10.0}
-    for _ in range(9):
+    for _ in range(3):
         assert not life.is_probe_due(**idle)
         assert life.check(**idle) == "ready"
+    life.now += SETTINGS.stall  # nobody looked for a while
+    assert not life.is_probe_due(**idle)
+    assert life.check(**idle) == "ready"
     # The wait of a page that comes now begins now.
     assert life.check(**{**idle, "running": 1}) == "ready"
 

@@ -70,7 +70,7 @@ def test_container_reaches_nobody(host: Host, server: Settings) -> None:
         print(json.dumps({a: opens(a, 22) for a in sys.argv[1:]}))
         '''
         import textwrap
-        targets = [a for a in addresses if ":" not in a] + ["deb.debian.org", "192.0.2.1"]
+        targets = [a for a in addresses if ":" not in a] + ["example.org", "192.0.2.1"]
         command = ["docker", "exec", container, "python3", "-c", textwrap.dedent(program), *targets]
         done = subprocess.run(command, capture_output=True, text=True)
         print(done.stdout or json.dumps(done.stderr))
