@@ -295,6 +295,8 @@ def test_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         ocr_probe.write_text(file, "new \ud800")
     assert file.read_text() == "old"
-    ocr_probe.write_text(file, "new")
+    with file.open() as reader:
+        ocr_probe.write_text(file, "new")
+        assert reader.read() == "old"
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".txt"] == ["page.txt"]
     assert file.read_text() == "new"
