@@ -105,12 +105,12 @@ def _summarise(readings: list[Reading], timings: dict[str, float]) -> None:
         if reading.reason:
             lines.append(f"    because {reading.reason}")
         lines += [f"    | {line.rstrip()}" for line in reading.text.splitlines()]
-    in_host = f"docker --host unix://{SOCKET} exec -it {HOST}"
+    in_host = f"docker --host unix://{SOCKET} exec"
     lines += [
         "",
-        f"  API key     export DOTS_OCR_API_KEY=$({in_host} cat /etc/dots-ocr/api-key)",
+        f"  API key     export DOTS_OCR_API_KEY=$({in_host} {HOST} cat /etc/dots-ocr/api-key)",
         f"  try it      .venv/bin/dots-ocr read FILE --base-url {API}",
-        f"  look inside {in_host} bash",
+        f"  look inside {in_host} -it {HOST} bash",
         "  remove it   make rehearse-down",
     ]
     say("\n".join(lines))

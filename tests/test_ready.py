@@ -73,7 +73,9 @@ class Host:
         """Run the check."""
         folders = [f"--settings-folder={self.settings_folder}", f"--state-folder={self.folder}"]
         command = [sys.executable, str(FILES / "ready"), *folders, *options]
-        environment = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", "http_proxy": "http://127.0.0.1:9"}
+        # A proxy that leads nowhere, and no exception from it.
+        proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+        environment = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", **proxy}
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
 
     def check(self, server: HTTPServer | str, *options: str, **changes: Any) -> tuple[int, dict[str, Any]]:
