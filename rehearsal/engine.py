@@ -105,6 +105,7 @@ def stop() -> None:
         if process.exists() and (process / "comm").read_text() == "dockerd\n":
             os.kill(int(process.name), signal.SIGTERM)
             _wait_until(lambda: not process.exists(), "our Docker Engine does not stop")
+        succeeds("umount", STATE / "docker")  # an engine that ended in haste leaves this mount of its own behind
         _restore_firewall()
     shutil.rmtree(STATE, ignore_errors=True)
     shutil.rmtree(RUN, ignore_errors=True)
