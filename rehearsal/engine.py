@@ -47,6 +47,8 @@ def packages() -> list[str]:
         "fonts-dejavu-core": FONT.exists(),
         "tesseract-ocr": shutil.which("tesseract") is not None,
         "tesseract-ocr-eng": shutil.which("tesseract") is not None,
+        "chromium": shutil.which("chromium") is not None,
+        "chromium-driver": shutil.which("chromedriver") is not None,
     }
     return [name for name, present in needed.items() if not present]
 

@@ -85,7 +85,7 @@ def lint() -> Count:
 
 def unit() -> Count:
     """Test the modules, the roles' contracts and the rehearsal's own code."""
-    return pytest("unit", "tests", "rehearsal/tiny_model", "--ignore=tests/command_line")
+    return pytest("unit", "tests", "rehearsal/tiny_model", "--ignore=tests/command_line", "--ignore=tests/live_client")
 
 
 def client() -> Count:
@@ -96,6 +96,11 @@ def client() -> Count:
 def rehearse() -> Count:
     """Keep the README's first command true."""
     return command(sys.executable, "-m", "rehearsal", "run")
+
+
+def live_client() -> Count:
+    """Put the client to the real vLLM that the rehearsal has left running."""
+    return pytest("live_client", "tests/live_client")
 
 
 def command_line() -> Count:
@@ -126,6 +131,7 @@ def parts() -> dict[str, Callable[[], Count]]:
         "unit": unit,
         "client": client,
         "rehearse": rehearse,
+        "live_client": live_client,
         "command_line": command_line,
         **{f"molecule {name}": scenario(name) for name in scenarios},
     }

@@ -3,8 +3,9 @@
     python3 load.py SETTINGS RESULTS CLIENTS
 
 Ends when the file RESULTS is removed, and then writes it anew: a list of {start, end, outcome}, times in seconds of
-CLOCK_BOOTTIME. Outcomes: read, misread, refused (nobody took the request), failed (an error after it was taken), silent
-(no answer within SILENCE). Needs nothing but Python's standard library.
+CLOCK_BOOTTIME. Outcomes: read, misread with the text, refused (nobody took the request), failed (an error after it was
+taken, or an answer that says that it is not whole), silent (no answer within SILENCE). Needs nothing but Python's
+standard library.
 """
 
 import base64
@@ -43,7 +44,8 @@ def read(page: urllib.request.Request, expected: str) -> str:
     """Send one request and return its outcome."""
     try:
         with urllib.request.urlopen(page, timeout=SILENCE, context=ssl._create_unverified_context()) as answer:
-            text = json.loads(answer.read())["choices"][0]["message"]["content"]
+            choice = json.loads(answer.read())["choices"][0]
+            text = choice["message"]["content"]
     except urllib.error.HTTPError:
         return "failed"
     except urllib.error.URLError as error:
@@ -54,7 +56,9 @@ def read(page: urllib.request.Request, expected: str) -> str:
         return "silent"
     except OSError:
         return "failed"
-    return "read" if text.split() == expected.split() else "misread"
+    if choice["finish_reason"] != "stop":
+        return "failed"
+    return "read" if text.split() == expected.split() else f"misread {text!r}"
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ class Measurement:
     ready_after: float = 0.0
     restarts: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
+    misread: list[Settings] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +88,8 @@ def load(host: Host, server: Settings, measurement: Measurement) -> Iterator[Non
                 """,
                 results=RESULTS,
             )
-            measurement.outcomes.update(request["outcome"] for request in outcomes)
+            measurement.outcomes.update(request["outcome"].partition(" ")[0] for request in outcomes)
+            measurement.misread += [request for request in outcomes if request["outcome"].startswith("misread")]
 
 
 def wait_until_ready(host: Host, server: Settings) -> None:
@@ -127,7 +129,7 @@ def fault(
     assert (invocation(host, server) != before) == new_start
     assert measurement.outcomes["read"] > 0
     assert measurement.outcomes["silent"] == 0, measurement
-    assert measurement.outcomes["misread"] == 0, measurement
+    assert not measurement.misread
     with host.sudo():
         assert not host.check_output("docker ps --all --quiet --filter status=exited")
 
@@ -222,7 +224,7 @@ def send():
         ended.update(json.loads(answer.read()), status=answer.status, at=time.monotonic())
 thread = threading.Thread(target=send)
 thread.start()
-time.sleep(2)
+time.sleep(0.5)
 assert not ended, "the page was too short"
 stopped = time.monotonic()
 subprocess.run(["systemctl", "restart", server["unit"]], check=True)

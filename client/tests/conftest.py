@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pytest_httpserver import HTTPServer
 from support import LINES, FakeServer, MakeClient
 
-from dots_ocr_client import DotsOCR, Engine, TesseractEngine, VLLMEngine
+from dots_ocr_client import DotsOCR, Engine, PageImage, TesseractEngine, VLLMEngine
+from dots_ocr_client.engines import vllm
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +48,25 @@ def sheet_file(sheet: Image.Image, tmp_path: Path) -> Path:
     path = tmp_path / "sheet.png"
     sheet.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def make_httpserver() -> Iterator[HTTPServer]:
+    """A server that takes several requests at once; the plugin's own takes one after the other."""
+    with HTTPServer(threaded=True) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the tries of a request."""
+    monkeypatch.setattr(vllm, "WAIT_SECONDS", 0.01)
+
+
+@pytest.fixture
+def page(sheet: Image.Image) -> PageImage:
+    """The sheet, as engines get it."""
+    return PageImage.of(1, sheet)
 
 
 @pytest.fixture

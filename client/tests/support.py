@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
 import json
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pypdfium2
+from PIL import Image
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from dots_ocr_client import DotsOCR
+from dots_ocr_client import DotsOCR, images
+from dots_ocr_client.prompts import MODES, PLACEHOLDER
 
 LINES = ("Invoice 1047 of 3 May 2026", "Total to pay: 1240.50 EUR", "Thank you and good bye")
 
@@ -30,44 +36,167 @@ def pdf_of(*sizes: tuple[float, float]) -> bytes:
 
 
 class FakeServer:
-    """Speaks as much of vLLM's API as the client uses, over a real socket, and remembers what it was asked."""
+    """Speaks as much of vLLM's API as the client uses, over a real socket, and remembers what it was asked.
+
+    Attributes:
+        models: Names and context lengths of the models.
+        root: Where the models were loaded from.
+        version: Of vLLM; ``None`` for a server that has no ``/version``.
+        text, finish_reason: Of every answer; in the modes with cells, the text is wrapped into one cell.
+        script: Answers that come before that, each a text as it is sent and a finish reason.
+        answer, models_answer: What is sent instead.
+        retry_after: Sent with errors.
+        max_pixels: Pages are shrunk to this.
+        counts: Whether answers say how many tokens they took.
+        seconds: How long each answer takes; each chunk of it, if it is streamed.
+        cut: A streamed answer breaks off after so many chunks; the connection does so without a word.
+        requests: What it was asked, without the questions about itself.
+        in_flight, most_in_flight: Pages at once, now and at most.
+        hung_up: The client closed the connection in the middle of a streamed answer.
+    """
 
     def __init__(self, http: HTTPServer) -> None:
         self.http = http
         self.base_url = http.url_for("/v1")
         self.models: dict[str, int | None] = {"dots.ocr": 16_384}
+        self.root: str | None = None
+        self.version: str | None = "0.25.1"
         self.text: str | None = "read by the server"
         self.finish_reason = "stop"
+        self.script: list[tuple[str, str]] = []
         self.answer: Callable[[], Response] | None = None
         self.models_answer: Callable[[], Response] | None = None
+        self.retry_after: str | None = None
+        self.max_pixels = images.MAX_PIXELS
+        self.counts = True
+        self.seconds = 0.0
+        self.cut: int | None = None
         self.requests: list[Request] = []
+        self.in_flight = self.most_in_flight = 0
+        self.hung_up = threading.Event()
+        self._lock = threading.Lock()
         http.expect_request("/v1/models").respond_with_handler(self._models)
+        http.expect_request("/version").respond_with_handler(self._version)
         http.expect_request("/v1/chat/completions").respond_with_handler(self._complete)
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
         return [json.loads(request.data) for request in self.requests]
 
-    def fail_with(self, status: int, message: str = "sorry") -> None:
-        self.answer = lambda: reply({"error": {"message": message}}, status)
+    def asked_for(self, path: str) -> int:
+        """How often a path was asked for."""
+        return sum(request.path == path for request, _ in self.http.log)
+
+    def fail_with(self, status: int, message: str = "sorry", *, times: int | None = None) -> None:
+        """Answer with an error from now on, or so many times."""
+        left = [times]
+
+        def fail() -> Response:
+            if left[0] is not None:
+                left[0] -= 1
+                if left[0] == 0:
+                    self.answer = None
+            response = reply({"error": {"message": message}}, status)
+            if self.retry_after is not None:
+                response.headers["Retry-After"] = self.retry_after
+            return response
+
+        self.answer = fail
 
     def _models(self, request: Request) -> Response:
         if self.models_answer is not None:
             return self.models_answer()
-        return reply({"object": "list", "data": [card(name, length) for name, length in self.models.items()]})
+        cards = [card(name, length, self.root) for name, length in self.models.items()]
+        return reply({"object": "list", "data": cards})
+
+    def _version(self, request: Request) -> Response:
+        return Response(status=404) if self.version is None else reply({"version": self.version})
 
     def _complete(self, request: Request) -> Response:
         request.get_data()
         self.requests.append(request)
         if self.answer is not None:
             return self.answer()
-        message = {"role": "assistant", "content": self.text}
-        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
-        return reply({"id": "1", "object": "chat.completion", "created": 1, "model": "dots.ocr", "choices": [choice]})
+        body = json.loads(request.data)
+        text, finish_reason = self.script.pop(0) if self.script else (self._wrap(body), self.finish_reason)
+        if body.get("stream"):
+            return Response(self._stream(body, text or "", finish_reason), content_type="text/event-stream")
+        with self._flight():
+            time.sleep(self.seconds)
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+        usage = {"usage": self._usage(body, text or "")} if self.counts else {}
+        return reply(
+            {"id": "1", "object": "chat.completion", "created": 1, "model": "dots.ocr", "choices": [choice], **usage}
+        )
+
+    @contextlib.contextmanager
+    def _flight(self) -> Iterator[None]:
+        with self._lock:
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.in_flight -= 1
+
+    def _stream(self, body: dict[str, Any], text: str, finish_reason: str) -> Iterator[str]:
+        def event(**fields: Any) -> str:
+            chunk = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "dots.ocr", **fields}
+            return f"data: {json.dumps(chunk)}\n\n"
+
+        def piece(delta: dict[str, str], finish_reason: str | None = None) -> str:
+            return event(choices=[{"index": 0, "delta": delta, "finish_reason": finish_reason}])
+
+        with self._flight(), self._watch():
+            for number, start in enumerate(range(0, len(text), 4)):
+                if number == self.cut:
+                    raise ConnectionError("cut on purpose")
+                time.sleep(self.seconds)
+                yield piece({"content": text[start : start + 4]})
+            yield piece({}, finish_reason)
+            if self.counts and body["stream_options"]["include_usage"]:
+                yield event(choices=[], usage=self._usage(body, text))
+            yield "data: [DONE]\n\n"
+
+    @contextlib.contextmanager
+    def _watch(self) -> Iterator[None]:
+        try:
+            yield
+        except GeneratorExit:
+            self.hung_up.set()
+            raise
+
+    def _wrap(self, body: dict[str, Any]) -> str | None:
+        prompt = prompt_of(body)
+        answers = {PLACEHOLDER + spec.prompt: spec.answer for spec in MODES.values()}
+        if self.text is None or answers.get(prompt, "text") == "text":
+            return self.text
+        text = {"text": self.text} if answers[prompt] == "cells" else {}
+        return json.dumps([{"bbox": [0, 0, 28, 28], "category": "Text", **text}]) if self.text.strip() else self.text
+
+    def _usage(self, body: dict[str, Any], text: str) -> dict[str, int]:
+        """As with the real tokenizer, which takes about one token for 5 characters of English."""
+        size = images.smart_resize(*sent_image(body).size, max_pixels=self.max_pixels)
+        prompt, answer = size[0] * size[1] // 784 + 8 + len(prompt_of(body)) // 5, len(text) // 4
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def card(name: str, length: int | None) -> dict[str, Any]:
-    known = {} if length is None else {"max_model_len": length}
+def prompt_of(body: dict[str, Any]) -> str:
+    """The text of a request's user message."""
+    return str(body["messages"][-1]["content"][1]["text"])
+
+
+def sent_image(body: dict[str, Any]) -> Image.Image:
+    """The image of a request."""
+    url = body["messages"][-1]["content"][0]["image_url"]["url"]
+    return Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+
+
+def card(name: str, length: int | None, root: str | None = None) -> dict[str, Any]:
+    known = {"max_model_len": length, "root": root}
+    known = {field: value for field, value in known.items() if value is not None}
     return {"id": name, "object": "model", "created": 1, "owned_by": "vllm", **known}
 
 

@@ -1,62 +1,186 @@
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
+import os
+import pty
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import LINES, FakeServer
+from PIL import Image
+from support import LINES, FakeServer, pdf_of, reply
 
 import dots_ocr_client
+from dots_ocr_client.cli import main, read
+from dots_ocr_client.client import DEFAULT_TIMEOUT
+from dots_ocr_client.doctor import SAMPLE
+from dots_ocr_client.engines.vllm import DEFAULT_BASE_URL
+from dots_ocr_client.limiter import CAP
+
+PROGRAM = Path(sys.executable).with_name("dots-ocr")
+LAYOUT = json.dumps(
+    [
+        {"bbox": [0, 0, 784, 20], "category": "Page-header", "text": "Page 1"},
+        {"bbox": [20, 20, 700, 60], "category": "Title", "text": "Invoice 1047"},
+    ]
+)
 
 
 def dots_ocr(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("dots-ocr")
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+def on_a_terminal(stream: str, *arguments: str | Path) -> tuple[int, str]:
+    """Run the command with one of its streams on a terminal; return the status and what was seen there."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    streams: dict[str, int] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: theirs}
+    with subprocess.Popen([PROGRAM, *arguments], env=environment, **streams) as process:  # type: ignore[call-overload]
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # with which Linux reports that the other end is closed
+            while some := os.read(ours, 65_536):
+                seen += some
+    os.close(ours)
+    return process.returncode, seen.decode()
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in this process, which is faster, with the fake server; returns status, output and messages."""
+    monkeypatch.setenv("DOTS_OCR_BASE_URL", server.base_url)
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def blank_pages(tmp_path: Path) -> Path:
+    path = tmp_path / "three.pdf"
+    path.write_bytes(pdf_of((100, 100), (100, 100), (100, 100)))
+    return path
+
+
+# read, to standard output
 
 
 def test_text_goes_to_stdout_and_its_origin_to_stderr(server: FakeServer, sheet_file: Path) -> None:
-    done = dots_ocr("read", sheet_file, "--base-url", server.base_url)
+    done = dots_ocr("read", sheet_file, "--mode", "text", "--format", "text", "--base-url", server.base_url)
     assert (done.returncode, done.stdout) == (0, "read by the server\n")
     assert done.stderr.startswith("page 1: vllm (dots.ocr) answered in ")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_fallback_says_why_in_one_line(server: FakeServer, sheet_file: Path) -> None:
-    server.fail_with(503, "two\nlines")
-    done = dots_ocr("read", sheet_file, "--base-url", server.base_url)
-    assert (done.returncode, [line for line in done.stdout.splitlines() if line]) == (0, list(LINES))
-    assert done.stderr.startswith("page 1: tesseract (eng) answered in ")
-    assert "vllm failed after" in done.stderr
-    assert "answered 503" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_fallback_says_why_in_one_line(server: FakeServer, sheet_file: Path, run: Run) -> None:
+    server.fail_with(400, "two\nlines")
+    status, output, messages = run("read", sheet_file, "--format", "text")
+    assert (status, [line for line in output.splitlines() if line]) == (0, list(LINES))
+    assert messages.startswith("page 1: tesseract (eng) answered in ")
+    assert "vllm failed after" in messages
+    assert "400" in messages
+    assert messages.count("\n") == 1
 
 
-def test_json_has_everything(server: FakeServer, sheet_file: Path) -> None:
-    done = dots_ocr("read", "--json", "--base-url", server.base_url, sheet_file)
-    values = json.loads(done.stdout)
-    assert (values["text"], values["source"]) == ("read by the server", str(sheet_file))
-    assert set(values["pages"][0]) == {
-        *("number", "text", "engine", "model", "seconds", "finish_reason", "attempts", "warnings")
-    }
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "Page 1\n\n# Invoice 1047\n"),
+        (["--no-headers"], "# Invoice 1047\n"),
+        (["--format", "md"], "Page 1\n\n# Invoice 1047\n"),
+        (["--format", "text"], "Page 1\n\nInvoice 1047\n"),
+    ],
+)
+def test_a_layout_is_printed_as_markdown_or_as_asked(
+    server: FakeServer, sheet_file: Path, run: Run, options: list[str], expected: str
+) -> None:
+    server.script = [(LAYOUT, "stop")]
+    assert run("read", sheet_file, *options)[:2] == (0, expected)
 
 
-def test_tesseract_alone_asks_no_server(server: FakeServer, sheet_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOTS_OCR_BASE_URL", server.base_url)
-    done = dots_ocr("read", sheet_file, "--engine", "tesseract")
-    assert (done.returncode, LINES[0] in done.stdout, server.http.log) == (0, True, [])
+def test_html_is_a_whole_page(server: FakeServer, sheet_file: Path, run: Run) -> None:
+    server.script = [(LAYOUT, "stop")]
+    output = run("read", sheet_file, "--format", "html")[1]
+    assert output.lower().startswith("<!doctype html>")
+    assert "Invoice 1047" in output
 
 
-def test_what_cannot_be_read_ends_with_1(server: FakeServer, sheet_file: Path) -> None:
-    server.fail_with(503)
-    done = dots_ocr("read", sheet_file, "--base-url", server.base_url, "--engine", "vllm")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "vllm failed" in done.stderr
+@pytest.mark.parametrize("options", [["--json"], ["--format", "json"]])
+def test_json_has_everything(server: FakeServer, sheet_file: Path, run: Run, options: list[str]) -> None:
+    server.script = [(LAYOUT, "stop")]
+    values = json.loads(run("read", sheet_file, *options)[1])
+    assert (values["text"], values["source"]) == ("Page 1\n\nInvoice 1047", str(sheet_file))
+    assert json.loads(json.dumps(dots_ocr_client.Document.from_dict(values).to_dict())) == values
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt"),
+    [
+        (["--mode", "layout-only"], "Do not output the corresponding text"),
+        (["--mode", "grounding", "--box", "28,28,56,84"], "[28, 28, 56, 84]"),
+        (["--mode", "general", "--question", "Who pays?"], "Who pays?"),
+    ],
+)
+def test_modes_ask_for_what_they_say(
+    server: FakeServer, sheet_file: Path, run: Run, options: list[str], prompt: str
+) -> None:
+    server.script = [(LAYOUT, "stop")]
+    assert run("read", sheet_file, *options)[0] == 0
+    assert prompt in json.dumps(server.bodies[0]["messages"])
+
+
+def test_only_the_pages_that_were_asked_for_are_read(blank_pages: Path, server: FakeServer, run: Run) -> None:
+    values = json.loads(run("read", blank_pages, "--pages", "1,3", "--json")[1])
+    assert [page["number"] for page in values["pages"]] == [1, 3]
+
+
+def test_tesseract_alone_asks_no_server(server: FakeServer, sheet_file: Path, run: Run) -> None:
+    status, output, _ = run("read", sheet_file, "--engine", "tesseract", "--mode", "text")
+    assert (status, LINES[0] in output, server.http.log) == (0, True, [])
+
+
+def test_languages_go_to_tesseract(sheet_file: Path, run: Run) -> None:
+    status, _, messages = run("read", sheet_file, "--engine", "tesseract", "--languages", "eng+osd")
+    assert (status, "tesseract (eng+osd)" in messages) == (0, True)
+
+
+def test_what_cannot_be_read_ends_with_1(server: FakeServer, sheet_file: Path, run: Run) -> None:
+    server.fail_with(400)
+    status, output, messages = run("read", sheet_file, "--engine", "vllm")
+    assert (status, output) == (1, "")
+    assert "vllm failed" in messages
     server.models = {"other": 1}
-    done = dots_ocr("read", sheet_file, "--base-url", server.base_url)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "it serves: 'other'" in done.stderr
+    status, output, messages = run("read", sheet_file)
+    assert (status, output) == (1, "")
+    assert "it serves: 'other'" in messages
+
+
+def test_a_failed_page_does_not_hide_the_others_and_ends_with_1(
+    blank_pages: Path, server: FakeServer, run: Run
+) -> None:
+    answers = iter([200, 400, 200])
+    good: dict[str, Any] = {"id": "1", "object": "chat.completion", "created": 1, "model": "dots.ocr"}
+    good["choices"] = [{"index": 0, "message": {"role": "assistant", "content": "good"}, "finish_reason": "stop"}]
+    server.answer = lambda: reply(good) if next(answers) == 200 else reply({"error": {"message": "no"}}, 400)
+    status, output, messages = run(
+        "read", blank_pages, "--engine", "vllm", "--mode", "text", "--format", "text", "--max-in-flight", "1"
+    )
+    assert (status, output.count("good"), output.count("could not be read")) == (1, 2, 1)
+    assert "failed: AllEnginesFailed" in messages
+    assert messages.count("\n") == 3
 
 
 @pytest.mark.parametrize(
@@ -65,26 +189,279 @@ def test_what_cannot_be_read_ends_with_1(server: FakeServer, sheet_file: Path) -
         ["read", "missing.png"],
         ["read"],
         [],
+        ["other"],
         ["read", "x.png", "--timeout", "0"],
+        ["read", "x.png", "--timeout", "nan"],
         ["read", "x.png", "--timeout", "soon"],
         ["read", "x.png", "--engine", "other"],
+        ["read", "x.png", "--mode", "layout_only"],
+        ["read", "x.png", "--max-in-flight", "0"],
+        ["read", "x.png", "y.png"],
+        ["read", "x.png", "--format", "md", "--format", "html"],
+        ["read", "x.png", "--upgrade"],
+        ["read", "x.png", "--box", "1,2,3,4"],
+        ["read", "x.png", "--mode", "grounding"],
+        ["read", "x.png", "--mode", "grounding", "--box", "1,2,3"],
+        ["read", "x.png", "--mode", "grounding", "--box", "1,2,1,2"],
+        ["read", "x.png", "--mode", "general"],
+        ["read", "x.png", "--question", "Why?"],
+        ["read", "x.png", "--out", "results", "--pages", "1"],
+        ["read", "x.png", "--out", "results"],
+        ["view", "missing.json"],
     ],
 )
-def test_wrong_usage_and_bad_input_end_with_2(arguments: list[str]) -> None:
-    done = dots_ocr(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "dots-ocr" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_usage_and_bad_input_end_with_2_also_in_json(
+    run: Run, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, output, messages = run(*arguments)
+    assert (status, output) == (2, "")
+    assert messages.startswith("dots-ocr: ")
+    status, output, _ = run(*arguments, "--json")
+    error = json.loads(output)["error"]
+    assert (status, error["type"] in ("UsageError", "InputError"), bool(error["message"])) == (2, True, True)
+
+
+def test_json_and_another_format_exclude_each_other(run: Run) -> None:
+    assert run("read", "x.png", "--format", "md", "--json")[0] == 2
+
+
+def test_errors_of_engines_are_json_too(server: FakeServer, sheet_file: Path, run: Run) -> None:
+    server.models = {"other": 1}
+    status, output, _ = run("read", sheet_file, "--json")
+    assert (status, json.loads(output)["error"]["type"]) == (1, "ModelNotServed")
+
+
+@pytest.mark.parametrize("name", [b"a\xff.png", b"a\nb.png", b"-x.png", b"\x1b[31m.png"])
+def test_odd_file_names_work_and_are_printed_safely(
+    name: bytes, sheet_file: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.chdir(sheet_file.parent)
+    file = Path(os.fsdecode(name))
+    sheet_file.rename(file)
+    server.script = [(LAYOUT, "stop")]
+    status, output, _ = run("read", "--format", "text", "--", file)
+    assert (status, output) == (0, "Page 1\n\nInvoice 1047\n")
+    file.unlink()
+    status, _, messages = run("read", "--", file)
+    assert (status, messages.removesuffix("\n").isprintable()) == (2, True)
+
+
+def test_names_that_are_no_utf_8_can_be_printed_as_json(server: FakeServer, sheet_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"a\xff.png")
+    sheet_file.rename(file)
+    done = dots_ocr("read", "--json", "--base-url", server.base_url, file)
+    assert (done.returncode, json.loads(done.stdout)["text"]) == (0, "read by the server")
+
+
+def test_what_a_terminal_would_obey_is_not_printed_there(server: FakeServer, sheet_file: Path) -> None:
+    server.text = "before \x1b]0;title\x07 after"
+    options = ["--mode", "text", "--format", "text", "--base-url", server.base_url]
+    status, output = on_a_terminal("stdout", "read", sheet_file, *options)
+    assert (status, "before" in output, "\x1b" in output) == (0, True, False)
+
+
+def test_a_reader_that_goes_away_is_no_crash(server: FakeServer, sheet_file: Path) -> None:
+    server.text = "word " * 100_000
+    command: list[str | Path] = [PROGRAM, "read", sheet_file, "--mode", "text", "--base-url", server.base_url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+
+
+# read, into a folder
+
+
+def test_a_folder_of_documents_becomes_a_folder_of_results(
+    server: FakeServer, sheet_file: Path, blank_pages: Path, tmp_path: Path, run: Run
+) -> None:
+    server.script = [(LAYOUT, "stop")]
+    out = tmp_path / "out"
+    status, output, messages = run("read", sheet_file, "--out", out, "--format", "md", "--format", "text")
+    assert (status, output) == (0, "")
+    assert "# Invoice 1047" in (out / "sheet.png.md").read_text()
+    assert "Invoice 1047" in (out / "sheet.png.txt").read_text()
+    assert f"read: {sheet_file}\n" in messages
+    assert messages.splitlines()[-1].startswith("1 document: 1 read; 1 page: 1 by vllm; 1 now, in ")
+
+
+def test_the_second_run_has_nothing_to_do(server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run) -> None:
+    server.script = [(LAYOUT, "stop")]
+    run("read", sheet_file, "--out", tmp_path / "out")
+    asked = len(server.requests)
+    status, output, _ = run("read", sheet_file, "--out", tmp_path / "out", "--json")
+    assert (status, json.loads(output)["totals"]["unchanged"], len(server.requests)) == (0, 1, asked)
+
+
+def test_a_document_that_fails_ends_with_1_and_leaves_the_others(
+    server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run
+) -> None:
+    server.script = [(LAYOUT, "stop")]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"broken")
+    status, _, messages = run("read", sheet_file, broken, "--out", tmp_path / "out")
+    assert (status, (tmp_path / "out/sheet.png.md").exists()) == (1, True)
+    assert f"failed: {broken}\n" in messages
+    assert str(tmp_path / "out/report.json") in messages.splitlines()[-1]
+
+
+def test_a_batch_shows_a_bar_on_a_terminal(server: FakeServer, sheet_file: Path, tmp_path: Path) -> None:
+    options: list[str | Path] = ["--out", tmp_path / "out", "--base-url", server.base_url]
+    status, output = on_a_terminal("stderr", "read", sheet_file, *options)
+    plain = re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", output)  # without colours and the like
+    assert (status, "1 of 1 documents" in plain, "1/1 pages" in plain) == (0, True, True)
+
+
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("batch", [True, False], ids=["batch", "one"])
+def test_an_interruption_ends_with_130_and_says_how_to_go_on(
+    server: FakeServer, sheet_file: Path, tmp_path: Path, way: signal.Signals, batch: bool
+) -> None:
+    def slow() -> Any:
+        time.sleep(1)
+        return reply({})
+
+    server.answer = slow
+    options: list[str | Path] = ["--out", tmp_path / "out"] if batch else []
+    command: list[str | Path] = [PROGRAM, "read", sheet_file, *options, "--base-url", server.base_url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 20
+        while not server.requests and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(way)
+        output, messages = process.communicate(timeout=20)
+    assert (process.returncode, output, "Traceback" in messages) == (130, "", False)
+    assert ("run the same command again to go on" if batch else "interrupted") in messages
+
+
+# doctor, models, view
+
+
+def test_the_doctor_is_satisfied_with_a_server_that_works(server: FakeServer, run: Run) -> None:
+    server.models, server.text = {"dots.ocr": 32_768}, SAMPLE
+    status, output, messages = run("doctor")
+    assert (status, messages, "ok       page: " in output) == (0, "", True)
+
+
+def test_the_doctor_ends_with_1_and_names_the_cure(server: FakeServer, run: Run) -> None:
+    server.models = {"other": 32_768}
+    status, output, _ = run("doctor")
+    assert (status, "failed   model: " in output, "--served-model-name" in output) == (1, True, True)
+    status, output, _ = run("doctor", "--json")
+    values = json.loads(output)
+    assert (status, values["ok"], values["base_url"]) == (1, False, server.base_url)
+    assert {check["name"]: check["status"] for check in values["checks"]}["model"] == "failed"
+
+
+def test_models_are_listed_with_their_context(server: FakeServer, run: Run) -> None:
+    server.models = {"dots.ocr": 32_768, "other": None}
+    assert run("models")[:2] == (
+        0,
+        "dots.ocr: context 32768 tokens, root unknown\nother: context unknown, root unknown\n",
+    )
+    values = json.loads(run("models", "--json")[1])
+    assert values["models"][0] == {"name": "dots.ocr", "max_model_len": 32_768, "root": None}
+
+
+def test_models_of_a_missing_server_end_with_1(run: Run) -> None:
+    status, output, _ = run("models", "--base-url", "http://127.0.0.1:9/v1", "--json")
+    assert (status, json.loads(output)["error"]["type"]) == (1, "ServerUnavailable")
+
+
+@pytest.fixture
+def result(server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run) -> Path:
+    server.script = [(LAYOUT, "stop")]
+    assert run("read", sheet_file, "--out", tmp_path / "out")[0] == 0
+    return tmp_path / "out/sheet.png.json"
+
+
+def test_view_writes_pictures_boxes_and_texts_beside_the_result(result: Path, run: Run) -> None:
+    status, output, messages = run("view", result)
+    file = result.with_name("sheet.png.view.html")
+    assert (status, output, messages) == (0, f"{file}\n", "")
+    assert [part in file.read_text() for part in ("data:image/webp", "Invoice 1047", 'class="v_box"')] == [True] * 3
+
+
+def test_view_shows_what_was_printed_too(server: FakeServer, blank_pages: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "result.json").write_text(run("read", blank_pages, "--pages", "2-", "--json")[1])
+    status, output, _ = run("view", tmp_path / "result.json", "--out", tmp_path / "x.html", "--json")
+    assert (status, json.loads(output)) == (0, {"file": str(tmp_path / "x.html")})
+    assert (tmp_path / "x.html").read_text().count("data:image/webp") == 2
+
+
+def test_view_does_not_replace_what_it_shows(result: Path, sheet_file: Path, run: Run) -> None:
+    assert run("view", result, "--out", result)[0] == 2
+    assert run("view", result, "--source", sheet_file, "--out", sheet_file)[0] == 2
+
+
+def test_view_goes_without_pictures_where_the_document_is_gone(result: Path, sheet_file: Path, run: Run) -> None:
+    sheet_file.unlink()
+    status, _, messages = run("view", result)
+    assert (status, "without pictures" in messages) == (0, True)
+    assert run("view", result, "--source", sheet_file)[0] == 2
+
+
+def test_view_warns_of_a_document_that_changed(result: Path, sheet_file: Path, run: Run) -> None:
+    Image.new("RGB", (784, 224), "white").save(sheet_file)
+    assert "no longer what was read" in run("view", result)[2]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"source": 1, "pages": [{}]}', "[" * 100_000, "\udcff"])
+def test_view_refuses_what_is_no_result(tmp_path: Path, run: Run, text: str) -> None:
+    (tmp_path / "x.json").write_bytes(text.encode(errors="surrogateescape"))
+    status, _, messages = run("view", tmp_path / "x.json")
+    assert (status, "is no result" in messages) == (2, True)
+
+
+# the command itself
+
+
+def test_version(run: Run) -> None:
+    assert run("--version")[:2] == (0, f"dots-ocr {dots_ocr_client.__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["read", "doctor", "models", "view"])
+def test_every_command_explains_itself(run: Run, command: str) -> None:
+    status, output, _ = run(command, "--help")
+    assert (status, "--json" in output) == (0, True)
+
+
+def test_defaults_are_those_of_the_library(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    options = inspect.signature(read).parameters
+    assert (options["timeout"].default, options["max_in_flight"].default) == (DEFAULT_TIMEOUT, CAP)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert DEFAULT_BASE_URL in run("read", "--help")[1]
 
 
 def test_help_does_not_wait_for_the_openai_library() -> None:
     code = (
         "import sys; from dots_ocr_client.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: print('loaded', [m for m in ('openai', 'httpx2') if m in sys.modules])"
+        "main(['--help']); print('loaded', [m for m in ('openai', 'httpx2') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "loaded []" in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_modes(shell: str) -> None:
+    def complete(line: str) -> str:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_TYPER_COMPLETE_ARGS": line}
+        environment = {**os.environ, **words, "_DOTS_OCR_COMPLETE": f"complete_{shell}"}
+        environment["_TYPER_COMPLETE_FISH_ACTION"] = "get-args"
+        return subprocess.run([PROGRAM], env=environment, capture_output=True, text=True, timeout=60).stdout
+
+    assert "doctor" in complete("dots-ocr doc")
+    assert "layout-only" in complete("dots-ocr read --mode lay")
+
+
+def test_completion_scripts_are_shown() -> None:
+    environment = {**os.environ, "_DOTS_OCR_COMPLETE": "source_bash"}
+    done = subprocess.run([PROGRAM], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert "complete" in done.stdout
+    assert "--show-completion" in dots_ocr("--help").stdout
 
 
 def test_exported_names() -> None:

@@ -2,39 +2,55 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
-from PIL import Image
-from support import LINES, FakeServer, MakeClient, pdf_of
+from support import LINES, FakeServer
 
 from dots_ocr_client import (
     AllEnginesFailed,
     Answer,
-    DotsOCR,
+    Attempt,
+    Box,
+    Cell,
+    ConfigurationError,
+    Engine,
     EngineMissing,
-    InputError,
+    Limiter,
+    Mode,
+    ModeNotSupported,
+    Page,
     PageImage,
+    Task,
     TesseractEngine,
     UnusableAnswer,
     VLLMEngine,
-    fallback,
 )
-from dots_ocr_client.prompts import Mode
+from dots_ocr_client.fallback import SHARE, read_page
+from dots_ocr_client.prompts import MODES
 
 
 class Scripted:
     """An engine that does as it is told."""
 
-    def __init__(self, name: str, result: str | Exception, delay: float = 0.0) -> None:
-        self.name, self.result, self.delay = name, result, delay
+    def __init__(
+        self,
+        name: str,
+        result: str | Answer | Exception,
+        delay: float = 0.0,
+        *,
+        slots: int = 4,
+        modes: frozenset[Mode] = frozenset(MODES),
+    ) -> None:
+        self.name, self.result, self.delay, self.modes = name, result, delay, modes
+        self.limiter = Limiter(slots, slots)
         self.seconds: list[float] = []
-        self.cancelled = self.closed = False
+        self.cancelled = False
 
-    async def read(self, page: PageImage, mode: Mode, seconds: float) -> Answer:
+    async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
+        assert self.limiter.in_flight > 0
         self.seconds.append(seconds)
         try:
             await asyncio.sleep(self.delay)
@@ -43,245 +59,199 @@ class Scripted:
             raise
         if isinstance(self.result, Exception):
             raise self.result
-        return Answer(self.result, model="scripted")
+        return self.result if isinstance(self.result, Answer) else Answer(task.mode, self.result, "scripted")
 
-    async def aclose(self) -> None:
-        self.closed = True
+    async def aclose(self) -> None: ...
 
 
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+def read(engines: Sequence[Engine], page: PageImage, mode: Mode = "text", timeout: float = 60.0) -> Page:
+    async def run() -> Page:
+        try:
+            return await read_page(engines, page, Task(mode), timeout)
+        finally:
+            for engine in engines:
+                await engine.aclose()
+
+    return asyncio.run(run())
 
 
 def lines(text: str) -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line)
 
 
-def test_503_makes_tesseract_read_the_page(client: MakeClient, server: FakeServer, sheet: Image.Image) -> None:
-    server.fail_with(503)
-    (page,) = client().read(sheet).pages
-    (attempt,) = page.attempts
-    assert lines(page.text) == LINES
-    assert (page.engine, page.model) == ("tesseract", "eng")
-    assert (attempt.engine, attempt.outcome, attempt.error) == ("vllm", "failed", "ServerUnavailable")
-    assert "503" in attempt.reason
+# vLLM and Tesseract
 
 
-def test_a_refused_connection_makes_tesseract_read_the_page(client: MakeClient, sheet: Image.Image) -> None:
-    base_url = f"http://127.0.0.1:{unused_port()}/v1"
-    (page,) = client([VLLMEngine(base_url), TesseractEngine()]).read(sheet).pages
-    assert lines(page.text) == LINES
-    assert (page.attempts[0].error, base_url in page.attempts[0].reason) == ("ServerUnavailable", True)
+@pytest.mark.parametrize(
+    ("status", "error"), [(503, "Overloaded"), (500, "ServerUnavailable"), (400, "RequestRejected")]
+)
+def test_an_error_of_the_server_makes_tesseract_read_the_page(
+    status: int, error: str, server: FakeServer, page: PageImage
+) -> None:
+    server.fail_with(status)
+    result = read([VLLMEngine(server.base_url), TesseractEngine()], page)
+    (attempt,) = result.attempts
+    assert lines(result.text) == LINES
+    assert (result.engine, result.model) == ("tesseract", "eng")
+    assert (attempt.engine, attempt.outcome, attempt.error) == ("vllm", "failed", error)
+    assert str(status) in attempt.reason
 
 
-@pytest.mark.parametrize("finish_reason", ["repetition", "length"])
+def test_a_refused_connection_makes_tesseract_read_the_page(page: PageImage) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        base_url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    result = read([VLLMEngine(base_url), TesseractEngine()], page, "layout")
+    assert (result.mode, lines(result.text)) == ("text", LINES)
+    assert (result.attempts[0].error, base_url in result.attempts[0].reason) == ("ServerUnavailable", True)
+
+
+@pytest.mark.parametrize(("finish_reason", "error"), [("repetition", "Repetition"), ("length", "CutOff")])
 def test_a_loop_or_a_cut_makes_tesseract_read_the_page(
-    finish_reason: str, client: MakeClient, server: FakeServer, sheet: Image.Image
+    finish_reason: str, error: str, server: FakeServer, page: PageImage
 ) -> None:
     server.finish_reason = finish_reason
-    (page,) = client().read(sheet).pages
-    assert (page.engine, lines(page.text), page.attempts[0].error) == ("tesseract", LINES, "UnusableAnswer")
+    result = read([VLLMEngine(server.base_url), TesseractEngine()], page)
+    assert (result.engine, lines(result.text), result.attempts[0].error) == ("tesseract", LINES, error)
 
 
-def test_a_server_that_hangs_leaves_time_for_tesseract(
-    client: MakeClient, sheet: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fallback, "SHARE", 0.1)
+def test_a_server_that_hangs_leaves_time_for_tesseract(page: PageImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dots_ocr_client.fallback.SHARE", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # connects, but never answers
         hanging = VLLMEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
-        (page,) = client([hanging, TesseractEngine()], timeout=15.0).read(sheet).pages
-    assert (page.engine, lines(page.text), page.attempts[0].error) == ("tesseract", LINES, "DeadlineExceeded")
-    assert 1.4 < page.attempts[0].seconds < 5.0
+        result = read([hanging, TesseractEngine()], page, timeout=12.0)
+    assert (result.engine, lines(result.text), result.attempts[0].error) == ("tesseract", LINES, "DeadlineExceeded")
+    assert 1.1 < result.attempts[0].seconds < 5.0
 
 
-def test_all_failed_lists_every_cause(client: MakeClient, sheet: Image.Image) -> None:
+def test_a_burst_of_pages_stays_within_the_limit(server: FakeServer, page: PageImage) -> None:
+    server.seconds = 0.02
+    engine = VLLMEngine(server.base_url, limiter=Limiter(start=2, cap=3))
+
+    async def run() -> list[Page]:
+        pages = await asyncio.gather(*(read_page([engine], page, Task("text"), 20.0) for _ in range(12)))
+        await engine.aclose()
+        return pages
+
+    assert len(asyncio.run(run())) == 12
+    assert server.most_in_flight == 3
+
+
+# The chain
+
+
+def test_what_the_engine_read_comes_with_what_is_known_of_the_page(page: PageImage) -> None:
+    cells = (Cell("Text", Box(0, 0, 9, 9), "text"),)
+    answer = Answer("layout", "text", "model", cells, 7, 8, "stop", ("mended",))
+    result = read([Scripted("first", answer)], replace(page, number=3, warnings=("resized",)), "layout")
+    assert result == Page(
+        number=3,
+        width=784,
+        height=224,
+        mode="layout",
+        text="text",
+        cells=cells,
+        engine="first",
+        model="model",
+        seconds=result.seconds,
+        prompt_tokens=7,
+        completion_tokens=8,
+        finish_reason="stop",
+        warnings=("resized", "mended"),
+    )
+
+
+def test_all_failed_lists_every_cause(page: PageImage) -> None:
     engines = [
         Scripted("first", UnusableAnswer("it made no sense")),
         Scripted("second", EngineMissing("install it")),
-        Scripted("third", "too late", delay=9),
+        Scripted("third", ModeNotSupported("an older model")),
+        Scripted("fourth", "", modes=frozenset({"svg"})),
+        Scripted("fifth", "too late", delay=9),
     ]
     with pytest.raises(AllEnginesFailed) as caught:
-        client(engines, timeout=0.3).read(sheet)
+        read(engines, page, timeout=0.3)
     assert [(a.engine, a.outcome, a.error) for a in caught.value.attempts] == [
         ("first", "failed", "UnusableAnswer"),
         ("second", "skipped", "EngineMissing"),
-        ("third", "failed", "DeadlineExceeded"),
+        ("third", "skipped", "ModeNotSupported"),
+        ("fourth", "skipped", "ModeNotSupported"),
+        ("fifth", "failed", "DeadlineExceeded"),
     ]
     assert all(words in str(caught.value) for words in ("page 1", "it made no sense", "install it", "allow more time"))
-    assert engines[2].cancelled
+    assert (engines[3].seconds, engines[4].cancelled) == ([], True)
 
 
-def test_engines_share_one_deadline(client: MakeClient, sheet: Image.Image) -> None:
+def test_wrong_settings_end_the_chain(page: PageImage) -> None:
+    second = Scripted("second", "unused")
+    with pytest.raises(ConfigurationError, match="wrong key"):
+        read([Scripted("first", ConfigurationError("wrong key")), second], page)
+    assert second.seconds == []
+
+
+def test_engines_behind_the_first_that_delivers_are_not_asked(page: PageImage) -> None:
+    second = Scripted("second", "unused")
+    assert read([Scripted("first", "text"), second], page).text == "text"
+    assert second.seconds == []
+
+
+# Time
+
+
+def test_engines_share_one_deadline(page: PageImage) -> None:
     engines = [Scripted("slow", "too late", delay=9), Scripted("slower", "too late", delay=9)]
     started = time.monotonic()
     with pytest.raises(AllEnginesFailed):
-        client(engines, timeout=0.8).read(sheet)
+        read(engines, page, timeout=0.8)
     assert 0.7 < time.monotonic() - started < 2.5
-    assert engines[0].seconds == pytest.approx([0.6], abs=0.05)
+    assert engines[0].seconds == pytest.approx([0.6], abs=0.001)
     assert 0 < engines[1].seconds[0] < 0.21
 
 
-def test_an_engine_with_no_time_left_is_skipped(client: MakeClient, sheet: Image.Image) -> None:
+def test_an_engine_shares_its_time_only_with_those_that_know_the_mode(page: PageImage) -> None:
+    first, second = Scripted("first", "text"), Scripted("second", "", modes=frozenset({"text"}))
+    read([first, second], page, "svg", timeout=10.0)
+    read([first, second], page, "text", timeout=10.0)
+    assert first.seconds == [10.0, 10.0 * SHARE]
+
+
+def test_an_engine_with_no_time_left_is_skipped(page: PageImage) -> None:
     class Blocking(Scripted):
-        async def read(self, page: PageImage, mode: Mode, seconds: float) -> Answer:
+        async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
             time.sleep(0.2)
             raise UnusableAnswer("late")
 
     second = Scripted("second", "never asked")
     with pytest.raises(AllEnginesFailed) as caught:
-        client([Blocking("first", ""), second], timeout=0.1).read(sheet)
-    assert (caught.value.attempts[1].outcome, second.seconds) == ("skipped", [])
-
-
-def test_engines_behind_the_first_that_delivers_are_not_asked(client: MakeClient, sheet: Image.Image) -> None:
-    second = Scripted("second", "unused")
-    assert client([Scripted("first", "text"), second]).read(sheet).text == "text"
+        read([Blocking("first", ""), second], page, timeout=0.1)
+    assert caught.value.attempts[1] == Attempt(
+        "second", "skipped", "DeadlineExceeded", "nothing was left of the 0.1 s for the page", 0.0
+    )
     assert second.seconds == []
 
 
-@pytest.mark.parametrize("document", [b"rubbish", b"%PDF-1.7 rubbish", pdf_of((90, 90), (90, 90)), "missing.png"])
-def test_bad_input_asks_no_engine(document: bytes | str, client: MakeClient, server: FakeServer) -> None:
-    second = Scripted("second", "unused")
-    with pytest.raises(InputError):
-        client([VLLMEngine(server.base_url), second]).read(document)
-    assert (server.http.log, second.seconds) == ([], [])
+def test_waiting_for_a_slot_does_not_cost_the_page_its_time(page: PageImage) -> None:
+    engine = Scripted("only", "text", delay=0.2, slots=1)
+
+    async def run() -> list[Page]:
+        return await asyncio.gather(*(read_page([engine], page, Task("text"), 1.0) for _ in range(7)))
+
+    pages = asyncio.run(run())
+    assert engine.seconds == [1.0] * 7
+    assert all(0.15 < page.seconds < 1.0 for page in pages)
 
 
-def test_closing_closes_the_engines_and_ends_the_thread(sheet: Image.Image) -> None:
-    engine = Scripted("first", "text")
-    with DotsOCR(engines=[engine]) as ocr:
-        ocr.read(sheet)
-        assert "dots-ocr" in [thread.name for thread in threading.enumerate()]
-    assert engine.closed
-    assert "dots-ocr" not in [thread.name for thread in threading.enumerate()]
-    ocr.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        ocr.read(sheet)
+def test_the_caller_hears_once_that_a_page_has_its_first_slot(page: PageImage) -> None:
+    heard: list[int] = []
 
+    async def run() -> None:
+        first, second = Scripted("first", UnusableAnswer("no"), slots=1), Scripted("second", "text")
+        async with first.limiter:
+            reading = asyncio.create_task(
+                read_page([first, second], page, Task("text"), 9.0, lambda: heard.append(first.limiter.in_flight))
+            )
+            await asyncio.sleep(0.05)
+            assert heard == []
+        await reading
 
-def test_closing_from_another_thread_ends_a_read(sheet: Image.Image) -> None:
-    engine = Scripted("first", "text", delay=60)
-    ocr = DotsOCR(engines=[engine])
-    closer = threading.Timer(0.3, ocr.close)
-    closer.start()
-    with pytest.raises(RuntimeError, match="closed while it was reading"):
-        ocr.read(sheet)
-    closer.join()
-    assert engine.cancelled
-
-
-def test_it_works_inside_a_running_event_loop(client: MakeClient, sheet: Image.Image) -> None:
-    async def notebook() -> str:
-        return client([Scripted("first", "text")]).read(sheet).text
-
-    assert asyncio.run(notebook()) == "text"
-
-
-def test_two_threads_may_read_at_once(client: MakeClient, sheet: Image.Image) -> None:
-    ocr = client([Scripted("first", "text", delay=1.0)])
-    threads = [threading.Thread(target=ocr.read, args=(sheet,)) for _ in range(4)]
-    started = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert time.monotonic() - started < 3.5
-
-
-@pytest.mark.parametrize("arguments", [{"timeout": 0}, {"timeout": float("nan")}, {"engines": []}])
-def test_wrong_arguments_are_refused_at_once(arguments: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"timeout must be|engines is empty"):
-        DotsOCR(**arguments)  # type: ignore[arg-type]
-
-
-def test_an_unknown_mode_is_refused(client: MakeClient, sheet: Image.Image) -> None:
-    with pytest.raises(ValueError, match="'text'"):
-        client([Scripted("first", "text")]).read(sheet, mode="layout")  # type: ignore[arg-type]
-
-
-def test_results_are_frozen_and_become_json_values(client: MakeClient, sheet_file: Path) -> None:
-    engines = [Scripted("first", UnusableAnswer("why")), Scripted("second", "text")]
-    document = client(engines).read(sheet_file)
-    values = document.to_dict()
-    assert (values["source"], values["text"]) == (str(sheet_file), "text")
-    assert values["pages"][0]["attempts"][0]["reason"] == "why"
-    with pytest.raises(AttributeError):
-        document.pages[0].text = "other"  # type: ignore[misc]
-
-
-FakeTesseract = Callable[[str], Path]
-
-
-def test_tesseract_reads_a_rendered_page(client: MakeClient, sheet: Image.Image) -> None:
-    assert lines(client([TesseractEngine()]).read(sheet).text) == LINES
-
-
-def test_tesseract_reads_widely_spaced_letters_in_a_strip(client: MakeClient) -> None:
-    """One letter in each 28 x 28 px cell, as on the sample page of the rehearsal."""
-    from PIL import ImageDraw, ImageFont
-
-    rows = ("INVOICE 2026-1047", "Date: 23.11.2026", "Customer: Smith & Sons", "Paper    2 x 14.50    29.00")
-    image = Image.new("RGB", (784, 224), "white")
-    for row, line in enumerate(rows):
-        for column, letter in enumerate(line):
-            centre = (column * 28 + 14, row * 28 + 14)
-            ImageDraw.Draw(image).text(centre, letter, "black", ImageFont.load_default(26), anchor="mm")
-    words = client([TesseractEngine()]).read(image).text.split()
-    assert [word for row in rows for word in row.split()] == words
-
-
-def test_tesseract_is_killed_at_the_deadline(
-    client: MakeClient, fake_tesseract: FakeTesseract, sheet: Image.Image, tmp_path: Path
-) -> None:
-    fake_tesseract(f"echo $$ > {tmp_path}/pid; exec sleep 60")
-    started = time.monotonic()
-    with pytest.raises(AllEnginesFailed, match="DeadlineExceeded"):
-        client([TesseractEngine()], timeout=0.7).read(sheet)
-    assert time.monotonic() - started < 10
-    process = int((tmp_path / "pid").read_text())
-    assert not Path(f"/proc/{process}").exists(), "it was left running"
-
-
-def test_tesseract_gets_one_thread_and_no_languages_but_those_asked_for(
-    client: MakeClient, fake_tesseract: FakeTesseract, sheet: Image.Image, tmp_path: Path
-) -> None:
-    fake_tesseract(f'env > {tmp_path}/env; echo "$@" > {tmp_path}/arguments; cat > {tmp_path}/page.png; echo text')
-    (page,) = client([TesseractEngine("rus+eng")]).read(sheet).pages
-    assert (page.text, page.model) == ("text", "rus+eng")
-    assert "OMP_THREAD_LIMIT=1" in (tmp_path / "env").read_text().splitlines()
-    assert (tmp_path / "arguments").read_text().startswith("stdin stdout -l rus+eng --psm ")
-    assert Image.open(tmp_path / "page.png").tobytes() == sheet.tobytes()
-
-
-def test_tesseract_missing_says_how_to_install_it(
-    client: MakeClient, sheet: Image.Image, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(AllEnginesFailed, match="apt-get install tesseract-ocr tesseract-ocr-eng") as caught:
-        client([TesseractEngine()]).read(sheet)
-    assert (caught.value.attempts[0].outcome, caught.value.attempts[0].error) == ("skipped", "EngineMissing")
-
-
-@pytest.mark.parametrize("languages", ["tlh", "eng+chi_sim_vert_nonsense"])
-def test_a_missing_language_says_how_to_install_it(languages: str, client: MakeClient, sheet: Image.Image) -> None:
-    package = languages.split("+")[-1].replace("_", "-")
-    with pytest.raises(AllEnginesFailed, match=f"EngineMissing.*tesseract-ocr-{package}"):
-        client([TesseractEngine(languages)]).read(sheet)
-
-
-def test_tesseract_failing_is_told_with_its_last_words(
-    client: MakeClient, fake_tesseract: FakeTesseract, sheet: Image.Image
-) -> None:
-    fake_tesseract("echo first >&2; echo out of ink >&2; exit 3")
-    with pytest.raises(AllEnginesFailed, match="status 3: out of ink"):
-        client([TesseractEngine()]).read(sheet)
-
-
-def test_no_text_on_a_page_that_is_not_blank_is_a_warning(
-    client: MakeClient, fake_tesseract: FakeTesseract, sheet: Image.Image
-) -> None:
-    fake_tesseract("cat > /dev/null")
-    ocr = client([TesseractEngine()])
-    assert ocr.read(sheet).pages[0].warnings == ("the page is not blank, but no text was found on it",)
-    assert ocr.read(Image.new("RGB", (100, 100), "white")).pages[0].warnings == ()
+    asyncio.run(run())
+    assert heard == [1]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import io
 import math
 
@@ -54,6 +53,10 @@ def test_smart_resize_keeps_sizes_that_fit(columns: int, rows: int) -> None:
 def test_smart_resize_agrees_with_known_sizes(size: tuple[int, int], expected: tuple[int, int], tokens: int) -> None:
     assert images.smart_resize(*size) == expected
     assert images.image_tokens(*size) == tokens
+
+
+def test_no_limit_explains_more_tokens_than_the_image_has() -> None:
+    assert images.server_limit(280, 280, 101) is None
 
 
 @pytest.mark.parametrize("size", [(200, 1), (1, 200), (0, 10), (10, -1)])
@@ -123,10 +126,9 @@ def test_metadata_is_not_sent() -> None:
     assert images.to_rgb(image).info == {}
 
 
-def test_a_data_url_holds_the_very_pixels(sheet: Image.Image) -> None:
-    prefix, _, encoded = images.to_data_url(sheet).partition(",")
-    assert prefix == "data:image/png;base64"
-    assert Image.open(io.BytesIO(base64.b64decode(encoded))).tobytes() == sheet.tobytes()
+def test_a_png_holds_the_very_pixels(sheet: Image.Image) -> None:
+    with Image.open(io.BytesIO(images.to_png(sheet))) as decoded:
+        assert (decoded.format, decoded.tobytes()) == ("PNG", sheet.tobytes())
 
 
 def test_only_an_empty_page_is_blank(sheet: Image.Image) -> None:

@@ -1,160 +1,247 @@
 from __future__ import annotations
 
-import base64
+import asyncio
 import contextlib
-import io
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from support import FakeServer, MakeClient, reply
+from support import FakeServer, prompt_of, reply, sent_image
 from werkzeug import Response
 
 from dots_ocr_client import (
-    AllEnginesFailed,
+    Answer,
+    Box,
+    Cell,
     ConfigurationError,
-    DotsOCR,
+    CutOff,
+    DeadlineExceeded,
+    EngineError,
+    Limiter,
+    Mode,
     ModelNotServed,
+    ModeNotSupported,
+    Overloaded,
+    PageImage,
+    Repetition,
+    RequestRejected,
+    ServerUnavailable,
+    Task,
     Unauthorized,
+    UnusableAnswer,
     VLLMEngine,
     images,
 )
+from dots_ocr_client.engines import server as transport
 from dots_ocr_client.engines import vllm
+from dots_ocr_client.prompts import MODES
+
+WAIT_SECONDS = vllm.WAIT_SECONDS  # before the tests shorten it
+LOOP = "The same line again.\n" * 200
+BLANK = PageImage.of(1, Image.new("RGB", (280, 280), "white"))
 
 
-def parts(body: dict[str, Any]) -> tuple[str, str]:
-    """The image's URL and the text of the only message."""
-    (message,) = body["messages"]
-    image, text = message["content"]
-    assert (message["role"], image["type"], text["type"]) == ("user", "image_url", "text")
-    return image["image_url"]["url"], text["text"]
+def read(engine: VLLMEngine, page: PageImage, *tasks: Task | Mode, seconds: float = 20.0) -> list[Answer]:
+    """Read a page in several ways, one after the other."""
+
+    async def run() -> list[Answer]:
+        try:
+            return [await engine.read(page, task if isinstance(task, Task) else Task(task), seconds) for task in tasks]
+        finally:
+            await engine.aclose()
+
+    return asyncio.run(run())
 
 
-def sent_image(body: dict[str, Any]) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(parts(body)[0].removeprefix("data:image/png;base64,"))))
+@pytest.fixture
+def engine(server: FakeServer) -> VLLMEngine:
+    return VLLMEngine(server.base_url)
 
 
-def refused_by(ocr: DotsOCR, document: Image.Image) -> tuple[str, str]:
-    """Error class and reason of the only engine."""
-    with pytest.raises(AllEnginesFailed) as caught:
-        ocr.read(document)
-    (attempt,) = caught.value.attempts
-    return attempt.error, attempt.reason
+# What is sent
 
 
-def test_the_answer_comes_with_its_origin(only_vllm: DotsOCR, sheet: Image.Image) -> None:
-    document = only_vllm.read(sheet)
-    (page,) = document.pages
-    assert (document.source, document.text) == ("<image>", "read by the server")
-    assert (page.number, page.engine, page.model, page.finish_reason) == (1, "vllm", "dots.ocr", "stop")
-    assert (page.attempts, page.warnings) == ((), ())
-    assert 0 < page.seconds < 30
+def test_the_answer_comes_with_its_origin_and_its_tokens(engine: VLLMEngine, page: PageImage) -> None:
+    (answer,) = read(engine, page, "text")
+    assert answer == Answer(
+        mode="text",
+        text="read by the server",
+        model="dots.ocr",
+        prompt_tokens=28 * 8 + 22,
+        completion_tokens=4,
+        finish_reason="stop",
+    )
 
 
+@pytest.mark.parametrize("mode", ["layout", "layout_only", "text", "web", "scene"])
 def test_the_placeholder_stands_exactly_once_in_front_of_the_trained_prompt(
-    only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image
+    mode: Mode, engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
-    only_vllm.read(sheet)
+    read(engine, page, mode)
     (body,) = server.bodies
-    assert parts(body)[1] == "<|img|><|imgpad|><|endofimg|>Extract the text content from this image."
+    assert prompt_of(body) == "<|img|><|imgpad|><|endofimg|>" + MODES[mode].prompt
+    assert [message["role"] for message in body["messages"]] == ["user"]
 
 
-def test_an_image_that_fits_is_sent_bit_exact(only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image) -> None:
-    only_vllm.read(sheet)
-    image = sent_image(server.bodies[0])
-    assert (image.mode, image.size, image.tobytes()) == ("RGB", sheet.size, sheet.tobytes())
+def test_an_svg_is_asked_for_in_the_size_that_was_sent(engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
+    read(engine, page, "svg")
+    assert prompt_of(server.bodies[0]).endswith('viewBox="0 0 784 224"')
+    assert (server.bodies[0]["temperature"], server.bodies[0]["top_p"]) == (0.9, 1.0)
 
 
-def test_an_image_that_does_not_fit_is_resized_and_the_page_says_so(only_vllm: DotsOCR, server: FakeServer) -> None:
-    server.text = ""
-    (page,) = only_vllm.read(Image.new("RGB", (30, 40), "white")).pages
-    assert sent_image(server.bodies[0]).size == images.smart_resize(30, 40)
-    assert page.warnings == ("the image of 30 x 40 px was sent as 56 x 84 px, to keep the model's limits",)
+def test_a_question_has_its_system_prompt_and_is_sent_as_it_is(
+    engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    read(engine, page, Task("general", question="What is {this} <|img|><|imgpad|><|endofimg|>?"))
+    (body,) = server.bodies
+    assert body["messages"][0] == {"role": "system", "content": "You are a helpful assistant."}
+    assert prompt_of(body) == "<|img|><|imgpad|><|endofimg|>What is {this} ?"
+
+
+def test_a_box_is_sent_in_pixels_of_what_the_model_sees(engine: VLLMEngine, server: FakeServer) -> None:
+    page = PageImage.of(1, Image.new("RGB", (1000, 500), "white"))
+    read(engine, page, Task("grounding", box=Box(0, 0, 1000, 250)))
+    assert prompt_of(server.bodies[0]).endswith("Bounding Box:\n[0, 0, 1008, 252]")
+
+
+def test_the_page_is_sent_as_it_is(engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
+    read(engine, page, "text")
+    assert sent_image(server.bodies[0]).tobytes() == page.image.tobytes()
 
 
 def test_upstreams_sampling_and_the_loop_detector_are_sent(
-    only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image
+    engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
-    only_vllm.read(sheet)
+    read(engine, page, "layout")
     (body,) = server.bodies
     assert (body["model"], body["temperature"], body["top_p"]) == ("dots.ocr", 0.1, 0.9)
     assert body["repetition_detection"] == {"max_pattern_size": 32, "min_pattern_size": 1, "min_count": 64}
-    assert "stream" not in body
 
 
+# How long the answer may be
+
+
+@pytest.mark.parametrize("mode", ["layout", "text"])
 def test_the_answer_may_take_what_the_image_and_the_prompt_leave(
-    only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image
+    mode: Mode, engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
-    only_vllm.read(sheet)
-    assert server.bodies[0]["max_completion_tokens"] == 16_384 - 28 * 8 - vllm.PROMPT_TOKENS
+    read(engine, page, mode)
+    (body,) = server.bodies
+    left = 16_384 - 28 * 8 - body["max_completion_tokens"]
+    assert len(prompt_of(body)) / 2 < left < len(prompt_of(body)) / 2 + 65
 
 
 def test_a_page_that_leaves_no_room_for_an_answer_is_not_sent(
-    only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image
+    engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
-    server.models = {"dots.ocr": 28 * 8 + vllm.PROMPT_TOKENS + vllm.MIN_OUTPUT_TOKENS - 1}
-    error, reason = refused_by(only_vllm, sheet)
-    assert (error, server.requests) == ("RequestRejected", [])
-    assert "--max-model-len" in reason
-    server.models = {"dots.ocr": 28 * 8 + vllm.PROMPT_TOKENS + vllm.MIN_OUTPUT_TOKENS}
-    assert VLLMEngine(server.base_url)._output_limit(server.models["dots.ocr"], sheet.size) == vllm.MIN_OUTPUT_TOKENS
+    read(engine, page, "text")
+    needed = 16_384 - server.bodies[0]["max_completion_tokens"] + vllm.MIN_OUTPUT_TOKENS
+    server.models = {"dots.ocr": needed - 1}
+    with pytest.raises(RequestRejected, match="--max-model-len"):
+        read(VLLMEngine(server.base_url), page, "text")
+    assert len(server.requests) == 1
+    server.models = {"dots.ocr": needed}
+    read(VLLMEngine(server.base_url), page, "text")
+    assert server.bodies[1]["max_completion_tokens"] == vllm.MIN_OUTPUT_TOKENS
+
+
+def test_a_prompt_that_takes_more_tokens_than_expected_leaves_less_for_the_answer(
+    engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.fail_with(400, "This model's maximum context length is 16384 tokens. However, you requested", times=1)
+    (answer,) = read(engine, page, "text")
+    first, second = (body["max_completion_tokens"] for body in server.bodies)
+    assert (answer.text, first - second) == ("read by the server", len(prompt_of(server.bodies[0])))
+
+
+def test_a_page_refused_for_its_length_again_is_given_up_with_a_cure(
+    engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.fail_with(400, "This model's maximum context length is 16384 tokens.")
+    with pytest.raises(RequestRejected, match="larger --max-model-len, or give a smaller image"):
+        read(engine, page, "text")
+    assert len(server.requests) == 2
 
 
 def test_a_server_that_hides_its_context_sets_the_limit_itself(
-    only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image
+    engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
     server.models = {"dots.ocr": None}
-    assert only_vllm.read(sheet).text == "read by the server"
+    assert read(engine, page, "text")[0].text == "read by the server"
     assert "max_completion_tokens" not in server.bodies[0]
 
 
-def test_the_models_are_asked_for_once_and_again_after_a_failure(
-    only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image
-) -> None:
-    def asked() -> int:
-        return sum(request.path == "/v1/models" for request, _ in server.http.log)
+# Which server and which model
 
-    only_vllm.read(sheet)
-    only_vllm.read(sheet)
-    assert asked() == 1
+
+def test_the_server_is_asked_about_itself_once_and_again_after_a_failure(
+    engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    read(engine, page, "text", "text")
+    assert (server.asked_for("/v1/models"), server.asked_for("/version")) == (1, 1)
     server.fail_with(400)
-    refused_by(only_vllm, sheet)
+    with pytest.raises(RequestRejected):
+        read(engine, page, "text")
     server.answer, server.models = None, {"dots.ocr": 8_192}
-    only_vllm.read(sheet)
-    assert asked() == 2
-    assert server.bodies[-1]["max_completion_tokens"] == 8_192 - 28 * 8 - vllm.PROMPT_TOKENS
+    read(engine, page, "text")
+    assert (server.asked_for("/v1/models"), server.asked_for("/version")) == (2, 2)
+    assert server.bodies[0]["max_completion_tokens"] - server.bodies[-1]["max_completion_tokens"] == 8_192
 
 
 def test_a_wrong_model_fails_fast_and_names_those_that_exist(
-    client: MakeClient, server: FakeServer, sheet: Image.Image
+    engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
     server.models = {"facebook/opt-125m": 2048, "other": 1}
     with pytest.raises(ModelNotServed, match="'facebook/opt-125m', 'other'") as caught:
-        client().read(sheet)
+        read(engine, page, "text")
     assert (caught.value.model, caught.value.served) == ("dots.ocr", ("facebook/opt-125m", "other"))
     assert server.requests == []
 
 
 def test_a_model_that_vanishes_after_the_first_page_is_named_too(
-    client: MakeClient, server: FakeServer, sheet: Image.Image
+    engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
-    ocr = client()
-    ocr.read(sheet)
+    read(engine, page, "text")
     server.models = {"newer": 1}
     server.fail_with(404)
     with pytest.raises(ModelNotServed, match="'newer'"):
-        ocr.read(sheet)
+        read(engine, page, "text")
 
 
-def test_a_base_url_without_an_api_fails_fast(client: MakeClient, server: FakeServer, sheet: Image.Image) -> None:
+@pytest.mark.parametrize(
+    ("root", "sent"),
+    [
+        ("rednote-hilab/dots.ocr", False),
+        ("/models/DotsOCR", True),
+        ("rednote-hilab/dots.mocr", True),
+        ("/models/dots.ocr-1.5", True),
+        (None, True),
+    ],
+)
+def test_a_mode_of_dots_mocr_is_not_asked_of_what_is_plainly_dots_ocr(
+    root: str | None, sent: bool, engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.root = root
+    with contextlib.nullcontext() if sent else pytest.raises(ModeNotSupported, match=r"only dots\.mocr"):
+        read(engine, page, "scene")
+    assert len(server.requests) == sent
+    read(engine, page, "text")
+
+
+def test_a_base_url_without_an_api_fails_fast(engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
     server.models_answer = lambda: reply({"detail": "Not Found"}, 404)
     with pytest.raises(ConfigurationError, match="usually ends in /v1"):
-        client().read(sheet)
+        read(engine, page, "text")
 
 
 @pytest.mark.parametrize(
@@ -162,80 +249,332 @@ def test_a_base_url_without_an_api_fails_fast(client: MakeClient, server: FakeSe
 )
 def test_a_malformed_base_url_is_refused_at_once(url: str) -> None:
     with pytest.raises(ConfigurationError, match="is no base URL"):
-        DotsOCR(url)
+        VLLMEngine(url)
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_wrong_key_fails_fast(status: int, client: MakeClient, server: FakeServer, sheet: Image.Image) -> None:
+def test_a_wrong_key_fails_fast(status: int, engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
     server.models_answer = lambda: reply({"error": "no"}, status)
     with pytest.raises(Unauthorized, match="DOTS_OCR_API_KEY"):
-        client().read(sheet)
+        read(engine, page, "text")
+    assert server.asked_for("/v1/models") == 1
 
 
 def test_the_key_and_the_address_come_from_our_own_environment_only(
-    server: FakeServer, sheet: Image.Image, monkeypatch: pytest.MonkeyPatch
+    server: FakeServer, page: PageImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "not-for-this-server")
     monkeypatch.setenv("DOTS_OCR_BASE_URL", server.base_url)
-    with DotsOCR() as ocr:
-        ocr.read(sheet)
+    read(VLLMEngine(), page, "text")
     monkeypatch.setenv("DOTS_OCR_API_KEY", "ours")
-    with DotsOCR() as ocr:
-        ocr.read(sheet)
+    read(VLLMEngine(), page, "text")
     keys = [request.headers["Authorization"] for request in server.requests]
     assert keys == ["Bearer none", "Bearer ours"]
 
 
 def test_a_proxy_is_not_asked_for_this_machine(
-    only_vllm: DotsOCR, sheet: Image.Image, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMEngine, page: PageImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    assert only_vllm.read(sheet).text == "read by the server"
+    assert read(engine, page, "text")[0].text == "read by the server"
+
+
+def test_cards_and_version_are_told_as_the_server_sends_them(engine: VLLMEngine, server: FakeServer) -> None:
+    async def ask() -> tuple[list[dict[str, Any]], str | None, str | None]:
+        cards, version = await engine.models(5.0), await engine.version(5.0)
+        server.version = None
+        return cards, version, await engine.version(5.0)
+
+    cards, version, none = asyncio.run(ask())
+    assert [(card["id"], card["max_model_len"]) for card in cards] == [("dots.ocr", 16_384)]
+    assert (version, none) == ("0.25.1", None)
+
+
+# Layouts
+
+
+def cells_json(*boxes: tuple[int, int, int, int]) -> str:
+    return json.dumps([{"bbox": box, "category": "Text", "text": f"cell {box[0]}"} for box in boxes])
+
+
+def test_a_layout_has_cells_and_their_text(engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
+    server.script = [(cells_json((0, 0, 784, 112), (28, 112, 784, 224)), "stop")]
+    (answer,) = read(engine, page, "layout")
+    assert answer.cells == (
+        Cell("Text", Box(0, 0, 784, 112), "cell 0"),
+        Cell("Text", Box(28, 112, 784, 224), "cell 28"),
+    )
+    assert (answer.mode, answer.text, answer.warnings) == ("layout", "cell 0\n\ncell 28", ())
+
+
+def test_a_layout_without_texts_has_none(engine: VLLMEngine, page: PageImage) -> None:
+    (answer,) = read(engine, page, "layout_only")
+    assert (answer.text, answer.cells) == ("", (Cell("Text", Box(0, 0, 28, 28)),))
+
+
+def test_repairs_of_a_layout_are_warnings(engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
+    server.script = [("```json\n" + cells_json((0, 0, 28, 28)) + "\n```", "stop")]
+    (answer,) = read(engine, page, "layout")
+    assert (len(answer.cells), len(answer.warnings), len(server.requests)) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("status", "error"),
+    ("text", "finish_reason", "warning"),
     [
-        (400, "RequestRejected"),
-        (413, "RequestRejected"),
-        (422, "RequestRejected"),
-        (429, "ServerUnavailable"),
-        (500, "ServerUnavailable"),
-        (502, "ServerUnavailable"),
-        (503, "ServerUnavailable"),
-        (302, "ServerUnavailable"),
+        (LOOP, "stop", "the layout answer repeated itself without end"),
+        ("[", "repetition", "the layout answer repeated itself without end"),
+        (cells_json((0, 0, 28, 28)), "length", "the layout answer was cut off"),
+        ("I cannot read this.", "stop", "the layout answer was of no use"),
+        ("[]", "stop", "the layout answer was of no use"),
+        ("", "stop", "the layout answer was of no use"),
     ],
 )
-def test_each_status_has_its_error_and_is_asked_once(
-    status: int, error: str, only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image
+def test_a_layout_that_fails_is_read_as_plain_text_instead(
+    text: str, finish_reason: str, warning: str, engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
-    server.fail_with(status, "the reason " + "x" * 10_000)
-    found, reason = refused_by(only_vllm, sheet)
-    assert found == error
-    assert str(status) in reason
-    assert len(reason) < 500
-    assert len(server.requests) == 1
+    server.script = [(text, finish_reason)]
+    (answer,) = read(engine, page, "layout")
+    assert (answer.mode, answer.text, answer.cells) == ("text", "read by the server", ())
+    assert answer.warnings[0].startswith(warning)
+    assert answer.warnings[0].endswith(", so the page was read as plain text")
+
+
+def test_a_layout_that_fails_as_plain_text_too_gives_both_reasons(
+    engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.script = [(cells_json((0, 0, 28, 28)), "length"), ("no no no", "repetition")]
+    with pytest.raises(UnusableAnswer, match=r"the layout: .*cut off.* as plain text: .*repeated itself"):
+        read(engine, page, "layout")
+
+
+@pytest.mark.parametrize(("text", "finish_reason"), [(LOOP, "stop"), ("cut", "length")])
+@pytest.mark.parametrize("mode", ["text", "layout_only", "scene"])
+def test_other_modes_are_tried_again_at_another_temperature(
+    mode: Mode, text: str, finish_reason: str, engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.script = [(text, finish_reason)]
+    (answer,) = read(engine, page, mode)
+    assert [body["temperature"] for body in server.bodies] == [0.1, 0.5]
+    assert answer.mode == mode
+    assert "read again at temperature 0.5" in answer.warnings[0]
+
+
+@pytest.mark.parametrize("text", ["", "[]"])
+def test_an_empty_answer_is_the_right_one_for_a_blank_page(text: str, engine: VLLMEngine, server: FakeServer) -> None:
+    server.script = [(text, "stop")]
+    (answer,) = read(engine, BLANK, "layout")
+    assert (answer.mode, answer.text, answer.cells, answer.warnings) == ("layout", "", (), ())
 
 
 @pytest.mark.parametrize(
-    ("finish_reason", "text", "message"),
+    ("finish_reason", "text", "error", "message"),
     [
-        ("length", "cut", "cut off"),
-        ("repetition", "no no no", "repeated itself"),
-        ("stop", "The same line again.\n" * 200, "repeated itself"),
-        ("stop", "", "not blank"),
-        ("stop", " \n", "not blank"),
-        ("stop", None, "no text"),
-        ("abort", "half", "'abort'"),
+        ("length", "cut", CutOff, "cut off"),
+        ("repetition", "no no no", Repetition, "repeated itself"),
+        ("stop", LOOP, Repetition, "repeated itself"),
+        ("stop", "\n" * 2_000, Repetition, "repeated itself"),
+        ("stop", "", UnusableAnswer, "not blank"),
+        ("stop", " \n", UnusableAnswer, "not blank"),
+        ("stop", None, UnusableAnswer, "no text"),
+        ("content_filter", "half", UnusableAnswer, "'content_filter'"),
     ],
 )
 def test_an_unusable_answer_is_not_returned(
-    finish_reason: str, text: str | None, message: str, only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image
+    finish_reason: str,
+    text: str | None,
+    error: type[EngineError],
+    message: str,
+    engine: VLLMEngine,
+    server: FakeServer,
+    page: PageImage,
 ) -> None:
     server.finish_reason, server.text = finish_reason, text
-    error, reason = refused_by(only_vllm, sheet)
-    assert error == "UnusableAnswer"
-    assert message in reason
+    with pytest.raises(error, match=message) as caught:
+        read(engine, page, "text")
+    assert type(caught.value) is error
+
+
+def test_a_page_that_a_stopping_server_gives_up_is_sent_again(
+    engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.script = [("half", "abort")]
+    (answer,) = read(engine, page, "text")
+    assert (answer.text, len(server.requests)) == ("read by the server", 2)
+
+
+def test_long_regular_text_is_not_taken_for_a_loop() -> None:
+    assert not transport.is_loop("".join(f"{number:4}  ............ page {number}\n" for number in range(300)))
+    assert not transport.is_loop("." * 500)
+    assert transport.is_loop("A page, and then " + "<td></td>" * 400)
+
+
+# A server that shrinks pages further than we do
+
+
+@settings(max_examples=200)
+@given(st.integers(56, 4_000), st.integers(56, 4_000), st.integers(images.MIN_PIXELS, images.MAX_PIXELS))
+def test_the_size_that_the_model_saw_follows_from_the_tokens(width: int, height: int, max_pixels: int) -> None:
+    seen = images.smart_resize(width, height, max_pixels=max_pixels)
+    limit = images.server_limit(width, height, seen[0] * seen[1] // 784)
+    assert limit is not None
+    assert limit <= max_pixels
+    assert images.smart_resize(width, height, max_pixels=limit) == seen
+
+
+@pytest.mark.parametrize("tokens", [-1, 0, 1_799, 1_801])  # 50 columns of 36, the next smaller are 50 of 35
+def test_tokens_that_no_limit_explains_tell_no_size(tokens: int) -> None:
+    assert images.server_limit(1_400, 1_000, 1_750) is not None
+    assert images.server_limit(1_400, 1_000, tokens) is None
+
+
+@pytest.mark.parametrize("side", [700, 1_000, 2_000, 3_200])
+def test_boxes_are_right_though_the_server_shrank_the_page(side: int, engine: VLLMEngine, server: FakeServer) -> None:
+    page = PageImage.of(1, Image.new("RGB", (side, side * 4 // 3), "gray"))
+    server.max_pixels = 600 * 600
+    seen = images.smart_resize(page.width, page.height, max_pixels=server.max_pixels)
+    server.script = [(cells_json((0, 0, *seen)), "stop")]
+    (answer,) = read(engine, page, "layout")
+    assert answer.cells[0].box == (0, 0, page.width, page.height)
+    assert answer.warnings == (f"the server shrank the page to {seen[0]} x {seen[1]} px",)
+
+
+def test_the_slightest_shrinking_is_noticed(engine: VLLMEngine, server: FakeServer) -> None:
+    page = PageImage.of(1, Image.new("RGB", (1652, 2352), "gray"))
+    server.max_pixels = 1652 * 2352 - 1
+    assert "shrank the page to" in read(engine, page, "layout")[0].warnings[0]
+
+
+def test_how_the_server_shrinks_is_learnt_once_and_kept(engine: VLLMEngine, server: FakeServer) -> None:
+    page = PageImage.of(1, Image.new("RGB", (1400, 1400), "gray"))
+    server.max_pixels = 600 * 600
+    read(engine, page, "layout", "layout", Task("grounding", box=Box(0, 0, 1400, 1400)))
+    sizes = [sent_image(body).size for body in server.bodies]
+    assert sizes == [(1400, 1400), (56, 56), (1400, 1400), (1400, 1400)]
+    assert server.bodies[1]["max_completion_tokens"] == 1
+    assert prompt_of(server.bodies[3]).endswith("[0, 0, 588, 588]")
+
+
+def test_a_server_that_does_not_count_images_makes_boxes_uncertain(
+    engine: VLLMEngine, server: FakeServer, page: PageImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_usage", lambda body, text: {"prompt_tokens": 9, "completion_tokens": 1})
+    (answer,) = read(engine, page, "layout")
+    assert answer.cells[0].box == (0, 0, 28, 28)
+    assert "boxes may be off" in answer.warnings[0]
+
+
+def test_a_server_that_does_not_count_at_all_is_believed(
+    engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.counts = False
+    (answer,) = read(engine, page, "layout")
+    assert (answer.prompt_tokens, answer.warnings, len(server.requests)) == (None, (), 1)
+
+
+# Errors, and which of them are tried again
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "tries"),
+    [
+        (400, RequestRejected, 1),
+        (413, RequestRejected, 1),
+        (422, RequestRejected, 1),
+        (429, Overloaded, 3),
+        (503, Overloaded, 3),
+        (500, ServerUnavailable, 3),
+        (502, ServerUnavailable, 3),
+        (302, ServerUnavailable, 3),
+    ],
+)
+def test_each_status_has_its_error_and_its_number_of_tries(
+    status: int, error: type[EngineError], tries: int, engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.fail_with(status, "the reason " + "x" * 10_000)
+    with pytest.raises(error, match=str(status)) as caught:
+        read(engine, page, "layout")
+    assert type(caught.value) is error
+    assert len(str(caught.value)) < 500
+    assert len(server.requests) == tries
+
+
+def test_a_passing_overload_is_waited_for_and_halves_what_is_in_flight(server: FakeServer, page: PageImage) -> None:
+    limiter = Limiter(start=8, cap=32)
+    server.fail_with(503, times=2)
+    (answer,) = read(VLLMEngine(server.base_url, limiter=limiter), page, "text")
+    assert (answer.text, answer.warnings, limiter.limit) == ("read by the server", (), 4)
+
+
+def test_pages_that_are_read_make_room_for_more(server: FakeServer, page: PageImage) -> None:
+    limiter = Limiter(start=1, cap=8)
+
+    async def hold() -> None:
+        engine = VLLMEngine(server.base_url, limiter=limiter)
+        async with limiter:
+            await engine.read(page, Task("text"), 9.0)
+        await engine.aclose()
+
+    asyncio.run(hold())
+    assert limiter.limit == 2
+
+
+@pytest.mark.parametrize(
+    "value", ["0.3", format_datetime(datetime.now(UTC) + timedelta(days=-1), usegmt=True), "soon", "nan", "-1"]
+)
+def test_a_wish_to_be_left_alone_is_heeded(value: str, engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
+    server.retry_after = value
+    server.fail_with(429, times=1)
+    started = time.monotonic()
+    assert read(engine, page, "text")[0].text == "read by the server"
+    assert (time.monotonic() - started >= 0.3) == (value == "0.3")
+
+
+@pytest.mark.parametrize("value", ["20", format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True)])
+def test_a_wish_for_more_time_than_there_is_ends_the_tries(
+    value: str, engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.retry_after = value
+    server.fail_with(429)
+    with pytest.raises(Overloaded) as caught:
+        read(engine, page, "text", seconds=10.0)
+    assert len(server.requests) == 1
+    assert (caught.value.retry_after or 0) > 19
+
+
+def test_a_server_that_is_not_there_costs_less_than_2_s(page: PageImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "WAIT_SECONDS", WAIT_SECONDS)
+    started = time.monotonic()
+    with pytest.raises(ServerUnavailable):
+        read(VLLMEngine("http://127.0.0.1:9/v1"), page, "text")
+    assert WAIT_SECONDS < time.monotonic() - started < 3  # one second for a busy machine
+
+
+def test_a_server_that_is_not_there_or_still_starts_is_named_with_a_cure(page: PageImage) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    with pytest.raises(ServerUnavailable, match="start the server, or wait: it takes minutes to start"):
+        read(VLLMEngine(url), page, "text")
+
+
+def test_a_proxy_in_front_of_a_server_that_starts_is_told_from_a_server(page: PageImage) -> None:
+    """Docker's proxy accepts, and closes at once while nobody listens behind it."""
+    accepted = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    connection.close()
+                    accepted.append(connection)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        with pytest.raises(ServerUnavailable, match="wait if it is just starting, which takes minutes"):
+            read(VLLMEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1"), page, "text")
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert len(accepted) == 3
 
 
 @pytest.mark.parametrize(
@@ -245,42 +584,128 @@ def test_an_unusable_answer_is_not_returned(
         Response("{", content_type="application/json"),
         reply({}),
         reply({"choices": []}),
+        reply({"data": [{"name": "no id"}]}),
         reply([1]),
         reply(None),
     ],
 )
 @pytest.mark.parametrize("where", ["models_answer", "answer"])
+@pytest.mark.parametrize("stream", [True, False])
 def test_what_is_no_api_answer_is_not_believed(
-    where: str, answer: Response, only_vllm: DotsOCR, server: FakeServer, sheet: Image.Image
+    stream: bool, where: str, answer: Response, server: FakeServer, page: PageImage
 ) -> None:
     setattr(server, where, lambda: answer)
-    error, reason = refused_by(only_vllm, sheet)
-    assert error in ("UnusableAnswer", "ServerUnavailable")
-    assert "what else listens there" in reason
+    with pytest.raises(ServerUnavailable, match="what else listens there"):
+        read(VLLMEngine(server.base_url, stream=stream), page, "text")
 
 
-def test_a_blank_page_with_an_empty_answer_is_read(only_vllm: DotsOCR, server: FakeServer) -> None:
-    server.text = ""
-    assert only_vllm.read(Image.new("RGB", (280, 280), "white")).text == ""
-
-
-def test_long_regular_text_is_not_taken_for_a_loop() -> None:
-    assert not vllm.is_loop("".join(f"{number:4}  ............ page {number}\n" for number in range(300)))
-    assert not vllm.is_loop("." * 500)
-    assert vllm.is_loop("A page, and then " + "<td></td>" * 400)
-
-
-def test_a_host_that_swallows_packets_is_given_up_early(
-    client: MakeClient, sheet: Image.Image, monkeypatch: pytest.MonkeyPatch
+def test_an_answer_without_end_is_not_read_to_the_end(
+    engine: VLLMEngine, server: FakeServer, page: PageImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(transport, "MAX_BODY_BYTES", 100_000)
+    server.text = "".join(map(str, range(30_000)))
+    with pytest.raises(EngineError, match="longer than 100000 bytes"):
+        read(engine, page, "text")
+    assert len(server.requests) == 1
+
+
+def test_an_answer_that_may_unpack_to_gigabytes_is_not_unpacked(
+    engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.answer = lambda: Response(b"", headers={"Content-Encoding": "gzip"})
+    with pytest.raises(EngineError, match="compresses"):
+        read(engine, page, "text")
+
+
+def test_a_host_that_swallows_packets_is_given_up_early(page: PageImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "CONNECT_SECONDS", 0.3)
+    started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as waiting:
         for _ in range(3):  # more than the queue takes: from then on the kernel drops what comes
             caller = waiting.enter_context(socket.socket())
             caller.setblocking(False)
             caller.connect_ex(listener.getsockname())
-        error, reason = refused_by(client([VLLMEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")]), sheet)
-    assert (error, "no connection in time" in reason) == ("ServerUnavailable", True)
+        with pytest.raises(ServerUnavailable, match="no connection in time"):
+            read(VLLMEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1"), page, "text")
+    assert time.monotonic() - started < 0.6 + 1.0
+
+
+# Streams
+
+
+@pytest.mark.parametrize(
+    ("version", "streamed"), [("0.25.1", False), ("0.17.0rc1", False), ("0.16.2", True), ("dev", True), (None, True)]
+)
+def test_answers_are_streamed_unless_the_server_ends_loops_by_itself(
+    version: str | None, streamed: bool, engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    server.version = version
+    (answer,) = read(engine, page, "text")
+    (body,) = server.bodies
+    assert (body.get("stream", False), "repetition_detection" in body) == (streamed, not streamed)
+    assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == ("read by the server", 28 * 8 + 22, 4)
+
+
+@pytest.fixture
+def streaming(server: FakeServer) -> VLLMEngine:
+    return VLLMEngine(server.base_url, stream=True)
+
+
+def test_a_loop_in_a_stream_is_ended_while_it_lasts(streaming: VLLMEngine, server: FakeServer, page: PageImage) -> None:
+    server.text, server.seconds = "<td></td>" * 20_000, 0.0005
+    with pytest.raises(Repetition):
+        read(streaming, page, "text")
+    assert len(server.requests) == 2
+    assert server.hung_up.wait(2.0), "the connection was left open"
+
+
+@pytest.mark.parametrize("limit", ["FIRST_TOKEN_SECONDS", "IDLE_SECONDS"])
+def test_a_stream_that_stops_is_given_up(
+    limit: str, streaming: VLLMEngine, server: FakeServer, page: PageImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, limit, 0.1)
+    server.seconds = 0.4
+    with pytest.raises(DeadlineExceeded, match="did not begin" if limit.startswith("FIRST") else "in the middle"):
+        read(streaming, page, "text")
+    assert server.hung_up.wait(2.0), "the connection was left open"
+
+
+def test_a_stream_that_breaks_off_is_read_again(streaming: VLLMEngine, server: FakeServer, page: PageImage) -> None:
+    server.cut = 2
+    with pytest.raises(ServerUnavailable, match="closed the connection"):
+        read(streaming, page, "text")
+    assert len(server.requests) == 3
+    server.cut = None
+    assert read(streaming, page, "text")[0].text == "read by the server"
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [("", "broke its answer off"), ('data: {"error": {"message": "engine died"}}\n\n', "engine died")],
+)
+def test_a_stream_that_ends_too_early_or_in_an_error_is_not_an_answer(
+    end: str, message: str, streaming: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    chunk = {"model": "m", "choices": [{"index": 0, "delta": {"content": "half"}, "finish_reason": None}]}
+    body = f"data: {json.dumps(chunk)}\n\n{end}"
+    server.answer = lambda: Response(body, content_type="text/event-stream")
+    with pytest.raises(ServerUnavailable, match=message):
+        read(streaming, page, "text")
+
+
+def test_giving_up_a_page_closes_its_connection(streaming: VLLMEngine, server: FakeServer, page: PageImage) -> None:
+    server.text, server.seconds = "".join(map(str, range(5_000))), 0.02
+
+    async def give_up() -> None:
+        reading = asyncio.create_task(streaming.read(page, Task("text"), 20.0))
+        while not server.in_flight:
+            await asyncio.sleep(0.01)
+        reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reading
+
+    asyncio.run(give_up())
+    assert server.hung_up.wait(2.0), "the connection was left open"
 
 
 @dataclass
@@ -322,12 +747,15 @@ def dripper(request: pytest.FixtureRequest) -> Iterator[Dripper]:
     made.socket.close()
 
 
-def test_a_server_that_drips_cannot_outlive_the_deadline(
-    dripper: Dripper, client: MakeClient, sheet: Image.Image
-) -> None:
-    ocr = client([VLLMEngine(f"http://127.0.0.1:{dripper.socket.getsockname()[1]}/v1")], timeout=1.0)
+def test_a_server_that_drips_is_hung_up_on_at_the_deadline(dripper: Dripper, page: PageImage) -> None:
+    engine = VLLMEngine(f"http://127.0.0.1:{dripper.socket.getsockname()[1]}/v1")
+
+    async def run() -> None:
+        async with asyncio.timeout(0.7):
+            await engine.read(page, Task("text"), 0.7)
+
     started = time.monotonic()
-    error, _ = refused_by(ocr, sheet)
-    assert error == "DeadlineExceeded"
-    assert 0.9 < time.monotonic() - started < 4.0
+    with pytest.raises(TimeoutError):
+        asyncio.run(run())
+    assert 0.6 < time.monotonic() - started < 4.0
     assert dripper.closed.wait(1.0), "the connection was left open"

@@ -1,40 +1,43 @@
-"""The client that programs use."""
+"""The clients that programs use: `AsyncDotsOCR`, and `DotsOCR` for code that is not asynchronous."""
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import math
-import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Final, NoReturn, Self
 
-from . import documents
-from .engines.base import Engine
+from .documents import Source, describe, open_document
+from .engines.base import Engine, Task
 from .engines.tesseract import TesseractEngine
 from .engines.vllm import VLLMEngine
-from .fallback import read_page
-from .prompts import PROMPTS, Mode
-from .results import Document
+from .errors import AllEnginesFailed, InputError
+from .limiter import CAP, START, Limiter
+from .loop_thread import LoopThread
+from .pipeline import Pipeline
+from .prompts import MODES, Mode
+from .results import Box, Document, FailedPage, Page
 
 DEFAULT_TIMEOUT: Final = 120.0
 """For one page and all engines together, in seconds; a busy GPU takes 10 to 30 s for a full page."""
 
-T = TypeVar("T")
+Pages = str | Iterable[int] | None
+"""Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all."""
 
 
-class DotsOCR:
+class AsyncDotsOCR:
     """Reads documents: first with dots.ocr on a vLLM server, then with Tesseract.
 
-    It may be used by several threads, and inside a running event loop (which it blocks). Close it, or use it in a
-    ``with`` statement.
+    It belongs to one event loop, and may do any number of things at once there: they share its limits. Close it, or use
+    it in an ``async with`` statement.
 
     Example:
         ::
 
-            with DotsOCR() as ocr:
-                print(ocr.read("invoice.pdf").text)
+            async with AsyncDotsOCR() as ocr:
+                document = await ocr.read("invoice.pdf")
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class DotsOCR:
         model: str = "dots.ocr",
         engines: Sequence[Engine] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
+        max_in_flight: int = CAP,
     ) -> None:
         """Choose server, engines and patience; nothing is sent yet.
 
@@ -55,48 +59,188 @@ class DotsOCR:
             model: One of the names that the server serves.
             engines: Asked in this order, and closed with this client. Default: vLLM, then Tesseract (English). With
                 engines of your own the three arguments above are not used.
-            timeout: For one page and all engines together, in seconds. While others stand behind an engine, it gets
-                three quarters of what is left.
+            timeout: For one page and all engines together, in seconds of their work; waiting for a turn among other
+                pages does not count. While others stand behind an engine, it gets three quarters of what is left.
+            max_in_flight: Pages at the server at once, at most; how many it really takes is found out.
 
         Raises:
             ConfigurationError: The base URL is not an http or https URL.
-            ValueError: The timeout is not a positive number, or there are no engines.
+            ValueError: The timeout or `max_in_flight` is not positive, or there are no engines.
         """
         if not (math.isfinite(timeout) and timeout > 0):
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        if max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight!r}")
         if engines is None:
-            engines = (VLLMEngine(base_url, api_key=api_key, model=model), TesseractEngine())
+            limiter = Limiter(min(START, max_in_flight), max_in_flight)
+            engines = (VLLMEngine(base_url, api_key=api_key, model=model, limiter=limiter), TesseractEngine())
         if not engines:
             raise ValueError("engines is empty: give at least one, or None for the default chain")
+        self.max_in_flight = max_in_flight
         self._engines = tuple(engines)
-        self._timeout = timeout
-        self._loop = _LoopThread()
+        self._pipeline = Pipeline(self._engines, timeout)
 
-    def read(self, document: documents.Source, *, mode: Mode = "text") -> Document:
-        """Read one image or a one-page PDF.
+    async def read(
+        self,
+        document: Source,
+        *,
+        mode: Mode = "layout",
+        pages: Pages = None,
+        box: Box | tuple[int, int, int, int] | None = None,
+        question: str | None = None,
+    ) -> Document:
+        """Read a document.
 
         Args:
-            document: A path, the bytes of a file, or a PIL image.
-            mode: What to read; ``text`` is plain text in reading order.
+            document: A path, the bytes of a file, a file object, a ``data:`` URL, or a PIL image.
+            mode: What to read; `dots_ocr_client.prompts.MODES` has them all.
+            pages: Which pages; default: all.
+            box: For the mode ``grounding``: left, top, right and bottom in pixels of the page (of a PDF: at 200 dpi).
+            question: For the mode ``general`` of dots.mocr.
 
         Returns:
-            The text, and for the page which engine delivered it, and why others before it did not.
+            The pages in order. One that failed is a `FailedPage` among them; look at ``failures``.
 
         Raises:
-            InputError: The document cannot be read by any engine; none was asked.
+            InputError: The document cannot be read by any engine.
             ConfigurationError: Wrong base URL, model or API key.
-            AllEnginesFailed: No engine could read the page in the time allowed.
-            ValueError: There is no such mode.
+            AllEnginesFailed: Not one page could be read.
+            ValueError: There is no such mode, or it lacks its box or question.
         """
-        if mode not in PROMPTS:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, PROMPTS))}, not {mode!r}")
-        pages = documents.load(document)
-        results = [self._loop.run(read_page(self._engines, page, mode, self._timeout)) for page in pages]
-        return Document(source=documents.describe(document), pages=tuple(results))
+        async with aclosing(self.stream(document, mode=mode, pages=pages, box=box, question=question)) as stream:
+            results = sorted([page async for page in stream], key=lambda page: page.number)
+        failures = [page for page in results if isinstance(page, FailedPage)]
+        if failures and len(failures) == len(results):
+            _raise(failures[0])
+        return Document(describe(document), tuple(results))
+
+    async def read_page(
+        self,
+        image: Source,
+        *,
+        mode: Mode = "layout",
+        box: Box | tuple[int, int, int, int] | None = None,
+        question: str | None = None,
+    ) -> Page:
+        """Read an image, or any other document of one page; arguments and errors are those of `read`."""
+        task = _task(mode, box, question)
+        with await asyncio.to_thread(open_document, image) as opened:
+            if len(opened.numbers) != 1:
+                raise InputError(f"{opened.name} has {len(opened.numbers)} pages, not one: use read()")
+            async with aclosing(self._pipeline.read(opened, task)) as results:
+                page = await anext(results)
+        return page if isinstance(page, Page) else _raise(page)
+
+    async def stream(
+        self,
+        document: Source,
+        *,
+        mode: Mode = "layout",
+        pages: Pages = None,
+        box: Box | tuple[int, int, int, int] | None = None,
+        question: str | None = None,
+    ) -> AsyncGenerator[Page | FailedPage, None]:
+        """Read a document and yield its pages as they finish, in any order.
+
+        Close the generator if you stop early (``contextlib.aclosing``); that cancels what is still at the server.
+        Arguments and errors are those of `read`, but a page that fails never raises.
+        """
+        task = _task(mode, box, question)
+        with await asyncio.to_thread(open_document, document, pages) as opened:
+            async with aclosing(self._pipeline.read(opened, task)) as results:
+                async for page in results:
+                    yield page
+
+    async def aclose(self) -> None:
+        """Close the connections and end the processes that draw; a second call does nothing."""
+        await self._pipeline.aclose()
+        for engine in self._engines:
+            await engine.aclose()
+
+    async def __aenter__(self) -> Self:
+        """Return the client itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the client."""
+        await self.aclose()
+
+
+class DotsOCR:
+    """`AsyncDotsOCR` for code that is not asynchronous.
+
+    It may be used by several threads, and inside a running event loop (which it blocks). Close it, or use it in a
+    ``with`` statement.
+
+    Example:
+        ::
+
+            with DotsOCR() as ocr:
+                print(ocr.read("invoice.pdf").markdown())
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        model: str = "dots.ocr",
+        engines: Sequence[Engine] | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_in_flight: int = CAP,
+    ) -> None:
+        """Take the arguments of `AsyncDotsOCR`; nothing is sent yet."""
+        self._client = AsyncDotsOCR(
+            base_url, api_key=api_key, model=model, engines=engines, timeout=timeout, max_in_flight=max_in_flight
+        )
+        self._loop = LoopThread()
+
+    def read(
+        self,
+        document: Source,
+        *,
+        mode: Mode = "layout",
+        pages: Pages = None,
+        box: Box | tuple[int, int, int, int] | None = None,
+        question: str | None = None,
+    ) -> Document:
+        """Read a document; see `AsyncDotsOCR.read`."""
+        return self._loop.run(self._client.read(document, mode=mode, pages=pages, box=box, question=question))
+
+    def read_page(
+        self,
+        image: Source,
+        *,
+        mode: Mode = "layout",
+        box: Box | tuple[int, int, int, int] | None = None,
+        question: str | None = None,
+    ) -> Page:
+        """Read an image, or any other document of one page; see `AsyncDotsOCR.read_page`."""
+        return self._loop.run(self._client.read_page(image, mode=mode, box=box, question=question))
+
+    def stream(
+        self,
+        document: Source,
+        *,
+        mode: Mode = "layout",
+        pages: Pages = None,
+        box: Box | tuple[int, int, int, int] | None = None,
+        question: str | None = None,
+    ) -> Iterator[Page | FailedPage]:
+        """Read a document and yield its pages as they finish, in any order; see `AsyncDotsOCR.stream`."""
+        stream = self._client.stream(document, mode=mode, pages=pages, box=box, question=question)
+        try:
+            while (page := self._loop.run(_next(stream))) is not None:
+                yield page
+        finally:
+            if not self._loop.closed:  # closing has ended the stream already
+                self._loop.run(stream.aclose())
 
     def close(self) -> None:
         """Close connections and stop the thread behind this client; a second call does nothing."""
-        self._loop.close(*(engine.aclose() for engine in self._engines))
+        self._loop.close(self._client.aclose())
 
     def __enter__(self) -> Self:
         """Return the client itself."""
@@ -109,56 +253,26 @@ class DotsOCR:
         self.close()
 
 
-class _LoopThread:
-    """An event loop in a thread of its own, started when first needed.
-
-    The engines are asynchronous, because only cancellation ends a request or a program at a deadline for certain. A
-    loop of our own lets the client stay synchronous, keep its connections, and work where another loop is running.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        with self._lock:
-            if self._closed:
-                work.close()
-                raise RuntimeError("this client is closed: make a new one")
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="dots-ocr", daemon=True)
-                self._thread.start()
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise RuntimeError("this client was closed while it was reading") from None
-        except BaseException:
-            future.cancel()  # for Ctrl-C: do not leave the server at work
-            raise
-
-    def close(self, *last_work: Coroutine[Any, Any, None]) -> None:
-        with self._lock:
-            self._closed = True
-            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is None or thread is None:
-            for work in last_work:
-                work.close()
-            return
-        asyncio.run_coroutine_threadsafe(_end(last_work), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+async def _next(stream: AsyncGenerator[Page | FailedPage, None]) -> Page | FailedPage | None:
+    return await anext(stream, None)
 
 
-async def _end(last_work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Cancel what is still running, then do the last work."""
-    running = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-    for work in last_work:
-        await work
+def _task(mode: Mode, box: Box | tuple[int, int, int, int] | None, question: str | None) -> Task:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
+    if (mode == "grounding") != (box is not None):
+        raise ValueError("the mode 'grounding' needs a box, and only that mode takes one")
+    if (mode == "general") != bool(question):
+        raise ValueError("the mode 'general' needs a question, and only that mode takes one")
+    if box is not None:
+        box = Box(*box)
+        if not (0 <= box.left < box.right and 0 <= box.top < box.bottom):
+            raise ValueError(f"{tuple(box)} is no box: give left, top, right and bottom in pixels")
+    return Task(mode, box, question)
+
+
+def _raise(failure: FailedPage) -> NoReturn:
+    """Raise what became a failed page, for a document of which nothing else is left."""
+    if failure.error == InputError.__name__:
+        raise InputError(failure.reason)
+    raise AllEnginesFailed(failure.number, failure.attempts)

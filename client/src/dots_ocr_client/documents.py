@@ -1,13 +1,23 @@
-"""Files, bytes and images into page images, within limits."""
+"""Documents of any kind into page images, one page at a time, within limits."""
 
 from __future__ import annotations
 
+import base64
+import importlib
+import importlib.util
 import io
+import math
 import os
+import re
+import stat
+import tempfile
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import IO, Any, BinaryIO, Final, Literal, NamedTuple, Self
+from urllib.parse import unquote_to_bytes
 
 import pypdfium2
 from PIL import Image, UnidentifiedImageError
@@ -18,16 +28,31 @@ from .errors import InputError
 PDF_DPI: Final = 200
 """Resolution at which PDF pages are drawn, as in dots.ocr's own client."""
 MAX_FILE_BYTES: Final = 256 * 2**20
-"""Our own limit: an uncompressed page of `MAX_PAGE_PIXELS` in RGB takes just this much."""
+"""Of an image. Our own limit: an uncompressed page of `MAX_PAGE_PIXELS` in RGB takes just this much."""
+MAX_PDF_BYTES: Final = 4 * 2**30
+"""Of a PDF, which is not read into memory. Our own limit: scans of 5,000 pages fit."""
 MAX_PAGE_PIXELS: Final = 89_478_485
-"""Pillow's threshold for a decompression bomb: 1/4 GiB of RGB, or an A3 page at 680 dpi."""
-FORMATS: Final = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What Pillow may open. Its other readers are rarely used, and one of them starts Ghostscript."""
+"""Of an image. Pillow's threshold for a decompression bomb: 1/4 GiB of RGB, or an A3 page at 680 dpi."""
+KEPT_BYTES: Final = 256 * 2**20
+"""How much of a PDF is read before it is closed and opened again, because PDFium keeps all that it has read in memory.
+Our own choice; counted in pages of average size."""
+MAX_TIFF_PAGES: Final = 10_000
+"""Our own limit: counting the pages takes time that grows with the square of their number."""
+FORMATS: Final = (
+    *(("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()),  # since Pillow 11.3
+    *("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"),
+)
+"""What Pillow may open, and HEIF with a plugin. Its other readers are rarely used, and one starts Ghostscript."""
+
+_HEAD = 1024  # PDF readers accept this much rubbish in front of a PDF
+_CHUNK = 2**20
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
 
 # PDFium must not be entered by two threads at once, not even for different documents.
 _pdfium = threading.Lock()
 
-Source = str | os.PathLike[str] | bytes | Image.Image
+Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+"""A path, a ``data:`` URL, the bytes of a file, a file opened for reading bytes, or a PIL image (its current frame)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,103 +61,517 @@ class PageImage:
 
     Attributes:
         number: Counted from 1.
-        image: Upright, 8-bit RGB, at the document's own resolution (a PDF's page at 200 dpi).
+        width: Of the page's own image in pixels, which boxes refer to: an image upright at its own size, a PDF's page
+            as it was drawn, at 200 dpi or less.
+        height: As above.
+        png: The page within the model's limits, as an upright 8-bit RGB PNG without metadata.
+        sent_width: Of ``png``, in pixels.
+        sent_height: As above.
+        warnings: What a reader of the results should know.
     """
 
     number: int
-    image: Image.Image
+    width: int
+    height: int
+    png: bytes = field(repr=False)
+    sent_width: int
+    sent_height: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def image(self) -> Image.Image:
+        """The page as engines get it, decoded anew at every use."""
+        return Image.open(io.BytesIO(self.png), formats=("PNG",)).convert("RGB")
+
+    @classmethod
+    def of(cls, number: int, image: Image.Image, warnings: tuple[str, ...] = ()) -> PageImage:
+        """Make a page of any PIL image (its current frame), which is not changed.
+
+        Args:
+            number: The page's number, counted from 1.
+            image: Of any size up to `MAX_PAGE_PIXELS` and any mode but ``F``.
+            warnings: To be passed on.
+
+        Raises:
+            InputError: It is too large, too narrow, or cannot be decoded.
+        """
+        return _page_of(number, image, warnings, "the image")
 
 
-def describe(document: Source) -> str:
-    """Name a document for results and messages."""
-    if isinstance(document, bytes):
-        return "<bytes>"
-    return "<image>" if isinstance(document, Image.Image) else os.fspath(document)
+@dataclass(frozen=True, slots=True)
+class PageReference:
+    """Where to find a page: enough for `draw` in this process or, unless it holds an image, in another.
+
+    Attributes:
+        label: Names the page in messages.
+        number: Counted from 1.
+        kind: What the file is.
+        source: A path, or a single image.
+        stamp: Identifies the file's state.
+        in_process: It is better drawn in a process of its own: any page of a PDF, because PDFium can crash, takes as
+            much time and memory as a document demands, and is not thread-safe; and pages of long TIFFs.
+        warnings: For the page image.
+    """
+
+    label: str
+    number: int
+    kind: Literal["pdf", "image"]
+    source: str | bytes | Image.Image = field(repr=False)
+    stamp: tuple[int, ...] | None
+    in_process: bool
+    warnings: tuple[str, ...] = ()
 
 
-def load(document: Source) -> list[PageImage]:
-    """Load the page of a document.
+class OpenDocument:
+    """A document whose pages can be drawn; made by `open_document`. Use it in a ``with`` statement, or `close` it.
 
-    Args:
-        document: Path of an image or a PDF, the bytes of one, or a PIL image (its current frame).
+    Attributes:
+        name: As `describe` gives it.
+        page_count: Pages of the whole document.
+        numbers: The pages that are wanted, in ascending order, counted from 1.
+    """
+
+    def __init__(self, name: str, content: _Content, numbers: tuple[int, ...], temporary: IO[bytes] | None) -> None:
+        """Take over the temporary file."""
+        self.name = name
+        self.page_count = content.page_count
+        self.numbers = numbers
+        self._content = content
+        self._temporary = temporary
+
+    def reference(self, number: int) -> PageReference:
+        """Return what `draw` needs for a page.
+
+        Args:
+            number: From 1 to `page_count`; not only of those that are wanted.
+
+        Raises:
+            ValueError: There is no such page.
+        """
+        if not 1 <= number <= self.page_count:
+            raise ValueError(f"{self.name} has {self.page_count} pages, and no page {number}")
+        kind, source, stamp, count, warnings = self._content
+        label = self.name if count == 1 else f"page {number} of {self.name}"
+        return PageReference(label, number, kind, source, stamp, kind == "pdf" or count > 1, warnings)
+
+    def close(self) -> None:
+        """Remove the temporary file, if there is one; pages cannot be drawn any more."""
+        if isinstance(self._content.source, str):
+            forget(self._content.source)
+        if self._temporary is not None:
+            self._temporary.close()
+
+    def __enter__(self) -> Self:
+        """Return the document itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the document."""
+        self.close()
+
+
+def describe(source: Source) -> str:
+    """Name a document for results and messages: its path with unprintable characters escaped, or what it is.
 
     Raises:
-        InputError: It does not exist, is broken, encrypted, too large, of an unknown kind, or has several pages.
+        TypeError: It is nothing of what `Source` allows.
     """
-    name = describe(document)
-    if isinstance(document, Image.Image):
-        return [_page(document, name)]
-    data = document if isinstance(document, bytes) else _read_file(Path(document))
-    if len(data) > MAX_FILE_BYTES:
-        raise InputError(f"{name} is larger than {MAX_FILE_BYTES} bytes: save it smaller")
-    if b"%PDF-" in data[:1024]:  # PDF readers accept some rubbish in front
-        return [_page(_draw_pdf(data, name), name)]
-    return [_page(_open_image(data, name), name)]
+    if isinstance(source, bytes):
+        return "<bytes>"
+    if isinstance(source, Image.Image):
+        return "<image>"
+    if _is_data_url(source):
+        return "<data URL>"
+    if hasattr(source, "read"):
+        return "<file>"
+    return _printable(os.fsdecode(source))
 
 
-def _read_file(path: Path) -> bytes:
+def open_document(source: Source, pages: str | Iterable[int] | None = None) -> OpenDocument:
+    """Find out what a document is and how many pages it has, without drawing any. This reads files, so it blocks.
+
+    Args:
+        source: An image or a PDF. PDFs and TIFFs may have several pages; of an animation the first frame is read, and
+            of a MPO (a photograph with previews) the photograph. A file object is read from where it stands to its
+            end, into a temporary file, and not closed.
+        pages: Which are wanted, such as ``"1-3,7,10-"``, or their numbers; all if ``None``. Counted from 1.
+
+    Raises:
+        InputError: It does not exist, is broken, encrypted, too large, of an unknown kind, or has no such pages.
+        TypeError: ``source`` is nothing of what `Source` allows.
+    """
+    name = describe(source)
+    temporary: IO[bytes] | None = None
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is not a regular file: give the path of an image or a PDF")
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        if isinstance(source, Image.Image):
+            content = _Content("image", source, None, 1)
+        else:
+            data = _decode_data_url(source, name) if _is_data_url(source) else source
+            if isinstance(data, bytes):
+                _check_bytes(len(data), data[:_HEAD], name)
+                content = _inspect(data, data[:_HEAD], None, name)
+                if content.source is not data:  # it has to be a file
+                    temporary = _spool(io.BytesIO(data), name)
+            elif not isinstance(data, str | os.PathLike):
+                temporary = _spool(data, name)
+            path = os.fsdecode(data) if isinstance(data, str | os.PathLike) else temporary and temporary.name
+            if path:
+                with _open_file(path, name) as file:
+                    head = file.read(_HEAD)
+                    _check_bytes(os.fstat(file.fileno()).st_size, head, name)
+                    content = _inspect(str(Path(path).absolute()), head, file, name)
+        return OpenDocument(name, content, parse_pages(pages, content.page_count, name), temporary)
+    except BaseException:
+        if temporary is not None:
+            temporary.close()
+        raise
 
 
-def _page(image: Image.Image, name: str) -> PageImage:
-    _check_pixels(image.width, image.height, name)
+def draw(reference: PageReference) -> PageImage:
+    """Make the image of a page. This blocks, for seconds in the worst of cases.
+
+    In the process that calls it, the PDF of the last call stays open, for its next page; see `forget`.
+
+    Raises:
+        InputError: The page is broken, too large or too narrow, or the file has changed since it was opened.
+    """
+    if isinstance(reference.source, str):
+        _check_stamp(reference.source, reference.stamp, reference.label)
+    if reference.kind == "pdf":
+        return _draw_pdf(reference)
+    if isinstance(reference.source, Image.Image):
+        return _page_of(reference.number, reference.source, reference.warnings, reference.label)
+    with (
+        io.BytesIO(reference.source)
+        if isinstance(reference.source, bytes)
+        else _open_file(reference.source, reference.label) as file,
+        _open_image(file, reference.label) as image,
+    ):
+        if reference.number > 1:
+            try:
+                image.seek(reference.number - 1)
+            except Exception as error:  # see _page_of
+                raise InputError(f"{reference.label} cannot be decoded: {_reason(error)}") from error
+        return _page_of(reference.number, image, reference.warnings, reference.label)
+
+
+def forget(path: str | None = None) -> None:
+    """Close the PDF that the last `draw` in this process left open.
+
+    Args:
+        path: Only if it is this one.
+    """
+    global _kept
+    with _pdfium:
+        if _kept is not None and path in (None, _kept.path):
+            _kept.pdf.close()
+            _kept = None
+
+
+def parse_pages(pages: str | Iterable[int] | None, count: int, name: str) -> tuple[int, ...]:
+    """Return the numbers of the pages that are wanted, in ascending order.
+
+    Args:
+        pages: As for `open_document`.
+        count: How many pages there are.
+        name: Of the document, for messages.
+
+    Raises:
+        InputError: Not understood, no pages at all, or one that does not exist.
+    """
+    if pages is None:
+        return tuple(range(1, count + 1))
+    there_are = f"{name} has {count} page{'s' * (count != 1)}, counted from 1"
+    wanted: set[int] = set()
+    if isinstance(pages, str):
+        for part in pages.split(","):
+            match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:(-)\s*([0-9]{1,9})?\s*)?", part)
+            if match is None:
+                raise InputError(f"the pages {_printable(pages)!r} are not understood: write 1-3,7,10-; {there_are}")
+            first = int(match[1])
+            last = int(match[3]) if match[3] else count if match[2] else first
+            if not 1 <= first <= count or last > count or last < first:
+                raise InputError(f"there are no pages {_printable(part.strip())}: {there_are}")
+            wanted.update(range(first, last + 1))
+    else:
+        for number in pages:
+            if not 1 <= number <= count:
+                raise InputError(f"there is no page {number}: {there_are}")
+            wanted.add(number)
+    if not wanted:
+        raise InputError(f"no pages are wanted: {there_are}")
+    return tuple(sorted(wanted))
+
+
+class _Content(NamedTuple):
+    """What a document turned out to be."""
+
+    kind: Literal["pdf", "image"]
+    source: str | bytes | Image.Image
+    stamp: tuple[int, ...] | None
+    page_count: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A PDF that is open."""
+
+    path: str
+    stamp: tuple[int, ...] | None
+    pdf: Any  # pypdfium2 has no types
+    pages_left: int
+
+
+_kept: _Kept | None = None
+
+
+def _printable(text: str) -> str:
+    """Escape line breaks, control characters and bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _reason(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return _printable(text) or type(error).__name__
+
+
+def _is_data_url(source: Source) -> bool:
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
+def _decode_data_url(url: Source, name: str) -> bytes:
+    head, comma, text = str(url).partition(",")
+    if not comma:
+        raise InputError(f"{name} is without a comma: it has to look like data:image/png;base64,iVBORw0…")
     try:
-        images.smart_resize(*image.size)
-        return PageImage(1, images.to_rgb(image))
-    except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
-        raise InputError(f"{name} cannot be decoded: {error or type(error).__name__}") from error
+        data = unquote_to_bytes(text)
+        if head.rstrip().lower().endswith(";base64"):
+            data = b"".join(data.split())
+            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError as error:
+        raise InputError(f"{name} is not valid base64: {_reason(error)}") from error
+    return data
 
 
-def _check_pixels(width: float, height: float, name: str) -> None:
-    if width * height > MAX_PAGE_PIXELS:
-        raise InputError(
-            f"{name} has {width:.0f} x {height:.0f} px, more than {MAX_PAGE_PIXELS} in all: "
-            "scan it at a lower resolution, or cut it into pieces"
+def _is_pdf(head: bytes) -> bool:
+    return b"%PDF-" in head
+
+
+def _check_bytes(size: int, head: bytes, name: str) -> None:
+    limit = MAX_PDF_BYTES if _is_pdf(head) else MAX_FILE_BYTES
+    if size == 0:
+        raise InputError(f"{name} is empty")
+    if size > limit:
+        raise InputError(f"{name} is larger than {limit // 2**20} MiB: save it smaller, or split it")
+
+
+def _spool(file: BinaryIO, name: str) -> IO[bytes]:
+    """Copy a file into a temporary one, which only its owner can read and which disappears when it is closed."""
+    temporary = tempfile.NamedTemporaryFile(prefix="dots-ocr-")  # noqa: SIM115  # closed by the caller
+    try:
+        head = b""
+        size = 0
+        while chunk := file.read(_CHUNK):
+            if not isinstance(chunk, bytes):
+                raise InputError(f'{name} gives text instead of bytes: open it with "rb"')
+            head += chunk[: _HEAD - len(head)]
+            size += len(chunk)
+            _check_bytes(size, head, name)
+            temporary.write(chunk)
+        temporary.flush()
+        _check_bytes(size, head, name)
+    except BaseException as error:
+        temporary.close()
+        if isinstance(error, InputError) or not isinstance(error, Exception):
+            raise
+        raise InputError(f"cannot read {name}: {_reason(error)}") from error  # a stranger's object raises anything
+    return temporary
+
+
+def _open_file(path: str, name: str) -> BinaryIO:
+    """Open a regular file; anything else could block, or do something when it is opened."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # Path would not change the meaning of ""
+            raise InputError(f"{name} is not a regular file: give the path of an image or a PDF")
+        return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or characters that no file name can have
+        raise InputError(f"cannot read {name}: {_reason(error)}") from error
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_stamp(path: str, stamp: tuple[int, ...] | None, label: str) -> None:
+    try:
+        same = _stamp(Path(path).stat()) == stamp
+    except OSError as error:
+        raise InputError(f"cannot read {label}: {_reason(error)}") from error
+    if not same:
+        raise InputError(f"{label} cannot be drawn: the file has changed since it was opened")
+
+
+def _inspect(source: str | bytes, head: bytes, file: BinaryIO | None, name: str) -> _Content:
+    """Count the pages. Without a file, the result holds the bytes if it is a single image, and an empty path if not."""
+    stamp = None if file is None else _stamp(os.fstat(file.fileno()))
+    if _is_pdf(head):
+        if isinstance(source, bytes):
+            return _Content("pdf", "", None, 0)
+        with _pdfium:
+            pdf = _open_pdf(source, name)
+            try:
+                return _Content("pdf", source, stamp, len(pdf))
+            finally:
+                pdf.close()
+    with _open_image(io.BytesIO(source) if isinstance(source, bytes) else file, name) as image:  # type: ignore[arg-type]
+        if image.format == "TIFF":
+            count = _count_tiff_pages(image, name)
+            return _Content("image", "" if isinstance(source, bytes) and count > 1 else source, stamp, count)
+        warnings = ("only the first of several frames was read",) if _is_animated(image) else ()
+        return _Content("image", source, stamp, 1, warnings)
+
+
+def _is_animated(image: Image.Image) -> bool:
+    if image.format == "MPO":  # a photograph with previews behind it: phones write it under the name of JPEG
+        return False
+    try:
+        return bool(
+            getattr(image, "n_frames", 1) > 1 if image.format == "HEIF" else getattr(image, "is_animated", False)
         )
+    except Exception:  # there is a second frame, and it is broken
+        return True
 
 
-def _open_image(data: bytes, name: str) -> Image.Image:
+def _count_tiff_pages(image: Image.Image, name: str) -> int:
+    """Count the pages, including those whose header is broken: they fail when they are drawn, the others do not."""
+    count, failed = 1, False
+    while count <= MAX_TIFF_PAGES:
+        try:
+            image.seek(count)
+            failed = False
+        except EOFError:
+            return count
+        except Exception:  # see _page_of
+            if failed:  # nothing can be found behind the broken page
+                return count
+            failed = True
+        count += 1
+    raise InputError(f"{name} has more than {MAX_TIFF_PAGES} pages: split it")
+
+
+def _open_image(file: BinaryIO, label: str) -> Image.Image:
+    file.seek(0)
+    head = file.read(_HEAD)
+    file.seek(0)
+    heic = head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+    formats = (*FORMATS, "HEIF") if heic and _register_heif() else FORMATS
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(file, formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{name} is too large to be one page: {error}") from error
+        raise InputError(f"{label} is too large to be one page: {_reason(error)}") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is neither a PDF nor an image of a known kind ({', '.join(FORMATS)})") from error
-    except Exception as error:  # see _page
-        raise InputError(f"{name} cannot be opened: {error or type(error).__name__}") from error
-    frames = getattr(image, "n_frames", 1)
-    # MPO is a photograph with previews behind it: phones write it under the name of JPEG.
-    if frames > 1 and image.format != "MPO":
-        raise InputError(f"{name} has {frames} pages; only one can be read: split it, and read the pages one by one")
+        if heic:
+            raise InputError(f"{label} is a HEIC image: pip install 'dots-ocr-client[heic]'") from error
+        kinds = ", ".join(FORMATS)
+        raise InputError(f"{label} is neither a PDF nor an image of a known kind ({kinds})") from error
+    except Exception as error:  # see _page_of
+        raise InputError(f"{label} cannot be opened: {_reason(error)}") from error
     return image
 
 
-def _draw_pdf(data: bytes, name: str) -> Image.Image:
+def _register_heif() -> bool:
+    for name in ("pi_heif", "pillow_heif"):
+        try:
+            importlib.import_module(name).register_heif_opener()
+        except ImportError:
+            continue
+        return True
+    return False
+
+
+def _page_of(number: int, image: Image.Image, warnings: tuple[str, ...], label: str) -> PageImage:
+    width, height = image.size
+    if width * height > MAX_PAGE_PIXELS:
+        raise InputError(
+            f"{label} has {width} x {height} px, more than {MAX_PAGE_PIXELS} in all: "
+            "scan it at a lower resolution, or cut it into pieces"
+        )
+    try:
+        images.smart_resize(width, height)
+        return _encode(number, images.to_rgb(image), warnings)
+    except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
+        raise InputError(f"{label} cannot be decoded: {_reason(error)}") from error
+
+
+def _encode(number: int, rgb: Image.Image, warnings: tuple[str, ...]) -> PageImage:
+    sent = images.fit(rgb)
+    if sent.size != rgb.size:
+        own, new = (f"{width} x {height} px" for width, height in (rgb.size, sent.size))
+        warnings += (f"the image of {own} was sent as {new}, to keep the model's limits",)
+    return PageImage(number, *rgb.size, images.to_png(sent), *sent.size, warnings)
+
+
+def _open_pdf(path: str, label: str) -> Any:
+    """Open a PDF; the lock must be held."""
+    try:
+        pdf = pypdfium2.PdfDocument(Path(path))
+        pdf.init_forms()  # otherwise what was typed into a form is left out
+    except pypdfium2.PdfiumError as error:
+        if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
+            raise InputError(f"{label} is encrypted and needs a password: save it without one") from error
+        raise InputError(f"{label} is a broken PDF, or has no pages: repair it ({_reason(error)})") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"cannot read {label}: {_reason(error)}") from error
+    return pdf
+
+
+def _draw_pdf(reference: PageReference) -> PageImage:
+    global _kept
+    label, path, stamp = reference.label, str(reference.source), reference.stamp
     with _pdfium:
+        if _kept is None or (_kept.path, _kept.stamp) != (path, stamp) or not _kept.pages_left:
+            if _kept is not None:
+                _kept.pdf.close()
+                _kept = None
+            pdf = _open_pdf(path, label)
+            _kept = _Kept(path, stamp, pdf, max(1, KEPT_BYTES * len(pdf) // Path(path).stat().st_size))
+        _kept.pages_left -= 1
         try:
-            pdf = pypdfium2.PdfDocument(data)
-        except pypdfium2.PdfiumError as error:
-            raise InputError(f"{name} is a broken or encrypted PDF: repair it or remove the password") from error
-        try:
-            if len(pdf) != 1:
-                raise InputError(
-                    f"{name} has {len(pdf)} pages; only one can be read: split it, and read the pages one by one"
-                )
-            pdf.init_forms()  # otherwise what was typed into a form is left out
-            page = pdf[0]
-            # PDFium stores sizes in single precision and pypdfium2 rounds up, so 784.0000001 would become 785 pixels.
-            scale = PDF_DPI / 72 * (1 - 1e-6)
-            width, height = page.get_size()
-            _check_pixels(width * scale, height * scale, name)
-            image: Image.Image = page.render(scale=scale).to_pil()
-            return image.convert("RGB")
-        except pypdfium2.PdfiumError as error:
-            raise InputError(f"{name} has a page that cannot be drawn: repair the PDF, or give an image") from error
-        finally:
-            pdf.close()
+            page = _kept.pdf[reference.number - 1]
+            try:
+                scale = _scale(*page.get_size())
+                rgb = page.render(scale=scale).to_pil().convert("RGB")
+            finally:
+                page.close()
+        except (pypdfium2.PdfiumError, ValueError, MemoryError) as error:
+            raise InputError(f"{label} cannot be drawn: {_reason(error)}") from error
+    warnings = reference.warnings
+    if (dpi := round(scale * 72)) < PDF_DPI:
+        warnings += (f"the page was drawn at {dpi} dpi instead of {PDF_DPI}, to keep the model's limits",)
+    return _encode(reference.number, rgb, warnings)
+
+
+def _scale(width: float, height: float) -> float:
+    """Return pixels per point: those of 200 dpi, or fewer for a page that would be larger than the model accepts.
+
+    Args:
+        width: In points.
+        height: In points.
+
+    Raises:
+        ValueError: No area, or too narrow.
+    """
+    if not (0 < width < math.inf and 0 < height < math.inf):
+        raise ValueError(f"a page of {width} x {height} points has no area")
+    # PDFium stores sizes in single precision and pypdfium2 rounds up, so 784.0000001 would become 785 pixels.
+    scale = PDF_DPI / 72 * (1 - 1e-6)
+    if math.ceil(width * scale) * math.ceil(height * scale) > images.MAX_PIXELS:
+        # Rounded up, the sides are less than (width * scale + 1) and (height * scale + 1): solve for their product.
+        half = (width + height) / 2
+        area = width * height
+        scale = (math.sqrt(half**2 + area * (images.MAX_PIXELS - 1)) - half) / area
+    images.smart_resize(math.ceil(width * scale), math.ceil(height * scale))
+    return scale

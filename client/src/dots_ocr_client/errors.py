@@ -9,10 +9,14 @@
     │   └── Unauthorized       the API key is missing or wrong
     ├── EngineError            one engine could not read one page: the next one is tried
     │   ├── EngineMissing      its program or its language data are not installed
-    │   ├── ServerUnavailable  no connection, overloaded, or a fault inside the server
+    │   ├── ModeNotSupported   it cannot read in this mode
+    │   ├── ServerUnavailable  no connection, still starting, or a fault inside the server
+    │   │   └── Overloaded     it has too much to do (429, 503)
     │   ├── DeadlineExceeded   no answer in its share of the time
     │   ├── RequestRejected    the server refuses this page
-    │   └── UnusableAnswer     cut off, a loop, or nothing at all
+    │   └── UnusableAnswer     empty, no layout, or otherwise of no use
+    │       ├── Repetition     the model repeated itself without end
+    │       └── CutOff         the answer is longer than the context allows
     └── AllEnginesFailed       every engine in the chain failed on a page; lists each cause
 """
 
@@ -68,8 +72,25 @@ class EngineMissing(EngineError):
     """A program or language data that the engine needs are not installed."""
 
 
+class ModeNotSupported(EngineError):
+    """The engine, or the model behind it, cannot read in the mode that was asked for."""
+
+
 class ServerUnavailable(EngineError):
-    """The server cannot be reached, is overloaded (429, 503), or failed inside (5xx)."""
+    """The server cannot be reached, is still starting, or failed inside (5xx)."""
+
+
+class Overloaded(ServerUnavailable):
+    """The server has too much to do (429, 503).
+
+    Attributes:
+        retry_after: How long it asked to be left alone, in seconds, if it did.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        """Keep the server's wish beside the message."""
+        self.retry_after = retry_after
+        super().__init__(message)
 
 
 class DeadlineExceeded(EngineError):
@@ -81,7 +102,15 @@ class RequestRejected(EngineError):
 
 
 class UnusableAnswer(EngineError):
-    """There was an answer, but it is cut off, a loop, or empty for a page that is not blank."""
+    """There was an answer, but it is of no use: empty for a page that is not blank, no layout, cut off, a loop."""
+
+
+class Repetition(UnusableAnswer):
+    """The model repeated itself without end, its most frequent fault."""
+
+
+class CutOff(UnusableAnswer):
+    """The answer ran into the end of the context or of its budget."""
 
 
 class AllEnginesFailed(DotsOCRError):

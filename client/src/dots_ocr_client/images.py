@@ -5,7 +5,7 @@ The numbers are those of dots.ocr's preprocessor: patches of 14 px, merged 2 x 2
 
 from __future__ import annotations
 
-import base64
+import bisect
 import io
 import math
 from typing import Final
@@ -26,15 +26,16 @@ BLANK_SPREAD: Final = 48
 above the noise and shading of a scanned white sheet, below the faintest print that can be read."""
 
 
-def smart_resize(width: int, height: int) -> tuple[int, int]:
+def smart_resize(width: int, height: int, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Compute the size at which the model sees an image; the server's preprocessor does the same.
 
     Args:
         width: In pixels.
         height: In pixels.
+        max_pixels: Of a server that was told to shrink pages further than the model needs.
 
     Returns:
-        Width and height in pixels: multiples of `FACTOR`, between `MIN_PIXELS` and `MAX_PIXELS` in all.
+        Width and height in pixels: multiples of `FACTOR`, between `MIN_PIXELS` and `max_pixels` in all.
 
     Raises:
         ValueError: A side is not positive, or one is `MAX_ASPECT` or more times the other.
@@ -44,8 +45,8 @@ def smart_resize(width: int, height: int) -> tuple[int, int]:
     if max(width, height) >= MAX_ASPECT * min(width, height):
         raise ValueError(f"{width} x {height} px is too narrow: the model takes aspect ratios below {MAX_ASPECT}")
     sides = [round(side / FACTOR) * FACTOR for side in (width, height)]
-    if math.prod(sides) > MAX_PIXELS:
-        shrink = math.sqrt(width * height / MAX_PIXELS)
+    if math.prod(sides) > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
         sides = [max(FACTOR, math.floor(side / shrink / FACTOR) * FACTOR) for side in (width, height)]
     elif math.prod(sides) < MIN_PIXELS:
         grow = math.sqrt(MIN_PIXELS / (width * height))
@@ -56,6 +57,28 @@ def smart_resize(width: int, height: int) -> tuple[int, int]:
 def image_tokens(width: int, height: int) -> int:
     """Count the tokens of context that an image of this size, in pixels, takes up."""
     return math.prod(smart_resize(width, height)) // FACTOR**2
+
+
+def server_limit(width: int, height: int, tokens: int) -> int | None:
+    """Find out how far a server shrinks pages, from the tokens that it counted for one.
+
+    The number of tokens rises with the limit, and so stands for one size only.
+
+    Args:
+        width: Of the image as it was sent, in pixels.
+        height: As `width`.
+        tokens: Of the image alone.
+
+    Returns:
+        The smallest ``max_pixels`` with which `smart_resize` gives that many tokens; ``None`` if there is none.
+    """
+    limits = range(1, math.prod(smart_resize(width, height)) + 1)
+
+    def count(limit: int) -> int:
+        return math.prod(smart_resize(width, height, max_pixels=limit)) // FACTOR**2
+
+    index = bisect.bisect_left(limits, tokens, key=count)
+    return limits[index] if index < len(limits) and count(limits[index]) == tokens else None
 
 
 def fit(image: Image.Image) -> Image.Image:
@@ -100,11 +123,6 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def to_data_url(image: Image.Image) -> str:
-    """Encode as a ``data:`` URL, the only form that a server with no access to files or networks takes."""
-    return "data:image/png;base64," + base64.b64encode(to_png(image)).decode("ascii")
 
 
 def is_blank(image: Image.Image) -> bool:

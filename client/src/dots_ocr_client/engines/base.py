@@ -6,7 +6,24 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..documents import PageImage
+from ..limiter import Limiter
 from ..prompts import Mode
+from ..results import Box, Cell
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What to read from a page.
+
+    Attributes:
+        mode: One of `dots_ocr_client.prompts.MODES`.
+        box: For the mode ``grounding``: where, in pixels of the page's image.
+        question: For the mode ``general``.
+    """
+
+    mode: Mode = "layout"
+    box: Box | None = None
+    question: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,14 +31,22 @@ class Answer:
     """What an engine read from one page.
 
     Attributes:
+        mode: How it was read, which may differ from the task's mode.
         text: Empty for a blank page.
         model: What exactly read it: a model's name, or languages.
+        cells: The layout, if the engine and the mode have one; boxes in pixels of the page's image.
+        prompt_tokens: As the server counted them, if it did.
+        completion_tokens: As above.
         finish_reason: Why the model stopped; ``None`` for an engine that has no such thing.
         warnings: What a reader of the text should know.
     """
 
+    mode: Mode
     text: str
     model: str
+    cells: tuple[Cell, ...] = ()
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     finish_reason: str | None = None
     warnings: tuple[str, ...] = ()
 
@@ -34,12 +59,22 @@ class Engine(Protocol):
         """Short name, which results carry."""
         ...
 
-    async def read(self, page: PageImage, mode: Mode, seconds: float) -> Answer:
+    @property
+    def modes(self) -> frozenset[Mode]:
+        """What it can be asked for; it is skipped for anything else."""
+        ...
+
+    @property
+    def limiter(self) -> Limiter:
+        """How many pages it may be given at once; the caller holds one of its slots while it calls `read`."""
+        ...
+
+    async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
         """Read one page.
 
         Args:
             page: The page.
-            mode: What to read.
+            task: What to read.
             seconds: How long it may take. The caller cancels this call then, so it must clean up when cancelled.
 
         Raises:

@@ -3,259 +3,371 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import base64
 import os
-from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
+import random
+import re
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
-from .. import images
+from PIL import Image
+
+from .. import images, layout
 from ..documents import PageImage
 from ..errors import (
     ConfigurationError,
-    DeadlineExceeded,
+    CutOff,
     EngineError,
     ModelNotServed,
+    ModeNotSupported,
+    Overloaded,
+    Repetition,
     RequestRejected,
     ServerUnavailable,
-    Unauthorized,
     UnusableAnswer,
 )
-from ..prompts import PLACEHOLDER, PROMPTS, Mode
-from .base import Answer
-
-if TYPE_CHECKING:  # openai takes half a second to import, so it waits until it is needed
-    import httpx2
-    import openai
-    from openai.types.chat import ChatCompletionContentPartImageParam, ChatCompletionContentPartTextParam
+from ..limiter import Limiter
+from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
+from .base import Answer, Task
+from .server import Completion, Server, is_about_length, is_passing
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"
 """Where the server of this project listens."""
-CONNECT_SECONDS: Final = 5.0
-"""For one connection, in seconds; a server that is there accepts at once, however busy it is."""
-TEMPERATURE: Final = 0.1
-TOP_P: Final = 0.9
-"""Both as in dots.ocr's own client (upstream: dots_ocr/model/inference.py)."""
-PROMPT_TOKENS: Final = 64
-"""Kept free for all of the prompt but the image. The longest is 46: a tokenizer that spends one token on each letter
-of the prompt, and the markers of the chat template. dots.ocr's own needs about 15."""
 MIN_OUTPUT_TOKENS: Final = 256
 """A page is not sent if the context leaves less than this for the answer (our own choice: a short paragraph or two)."""
 REPETITION: Final = {"max_pattern_size": 32, "min_pattern_size": 1, "min_count": 64}
-"""Asks vLLM (from 0.17 on) to stop an answer that ends in 64 equal runs of 1 to 32 tokens. Loops are the model's most
-frequent fault. The count is high because dot leaders and ruled lines repeat too, a few tokens at a time."""
-LOOP_TAIL: Final = 2_000
-LOOP_PERIOD: Final = 200
-"""For servers without that: the last 2,000 characters are one piece of at most 200, over and over."""
+"""Asks vLLM to stop an answer that ends in 64 equal runs of 1 to 32 tokens. Loops are the model's most frequent fault.
+The count is high because dot leaders and ruled lines repeat too, a few tokens at a time."""
+REPETITION_VERSION: Final = (0, 17)
+"""The first vLLM that knows the above (vllm-project/vllm#35451)."""
+OTHER_TEMPERATURE: Final = 0.5
+"""Of a second try, which is to take another path (our own choice, the middle of what olmocr climbs through)."""
+TRIES: Final = 3
+"""How often a request is sent at most, if the server is not there or has too much to do."""
+WAIT_SECONDS: Final = 0.5
+"""Longest wait before the second try; it doubles for the next one. With a server that is not there, both waits together
+stay under 2 s, because another engine may be waiting for its turn."""
+JITTER: Final = 0.5
+"""Each wait is shortened by up to this part, at random, so that many clients do not come back at the same moment."""
+CHARACTERS_PER_TOKEN: Final = 6
+"""A prompt in English takes at least one token for so many characters (our own bound; tokenizers need one for 4 or 5).
+What is missing up to that shows that the server shrank the page."""
+
+# A folder may be called DotsOCR whatever is in it, because older servers want a name without a dot.
+_DOTS_OCR = re.compile(r"(^|/)dots\.ocr/?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What a server says about itself and the model.
+
+    Attributes:
+        context: Length in tokens, if it tells.
+        stops_loops: It knows `REPETITION`.
+        root: Where the model was loaded from, if it tells.
+    """
+
+    context: int | None
+    stops_loops: bool
+    root: str
 
 
 class VLLMEngine:
     """Reads pages with dots.ocr on a server that speaks the OpenAI API."""
 
     name = "vllm"
+    modes: frozenset[Mode] = frozenset(MODES)
 
-    def __init__(self, base_url: str | None = None, *, api_key: str | None = None, model: str = "dots.ocr") -> None:
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        model: str = "dots.ocr",
+        limiter: Limiter | None = None,
+        stream: bool | None = None,
+    ) -> None:
         """Say where the server is; nothing is sent yet.
 
         Args:
             base_url: With scheme and ``/v1``. Default: ``DOTS_OCR_BASE_URL`` of the environment, or `DEFAULT_BASE_URL`.
             api_key: The key that the server wants. Default: ``DOTS_OCR_API_KEY`` of the environment, or none.
             model: One of the names in ``/v1/models``.
+            limiter: How many pages it is given at once. Default: found out by trying.
+            stream: Take answers piece by piece, which ends a loop early but costs about 0.1 ms for each token. Default:
+                only if the server does not end loops by itself.
 
         Raises:
             ConfigurationError: The base URL is not an http or https URL.
         """
         base_url = base_url or os.environ.get("DOTS_OCR_BASE_URL") or DEFAULT_BASE_URL
-        try:
-            parts = urlsplit(base_url)
-            scheme, host, _ = parts.scheme, parts.hostname, parts.port  # reading the port checks it
-        except ValueError:
-            scheme, host = "", None
-        if scheme not in ("http", "https") or not host:
-            raise ConfigurationError(f"{base_url!r} is no base URL: write it like http://127.0.0.1:8000/v1")
-        self._loopback = _is_loopback(host)
-        self.base_url = base_url.rstrip("/")
+        self._server = Server(base_url, api_key or os.environ.get("DOTS_OCR_API_KEY"))
+        self.base_url = self._server.base_url
         self.model = model
-        self._api_key = api_key or os.environ.get("DOTS_OCR_API_KEY")
-        self._client: openai.AsyncOpenAI | None = None
-        self._served: dict[str, int | None] | None = None
+        self.limiter = limiter or Limiter()
+        self._stream = stream
+        self._served: _Served | None = None
+        self._text_tokens: dict[Mode, int] = {}
+        self._learning = asyncio.Lock()
+        self._max_pixels = images.MAX_PIXELS
 
-    async def read(self, page: PageImage, mode: Mode, seconds: float) -> Answer:
-        """Read one page with one request; nothing is retried here.
+    async def models(self, seconds: float) -> list[dict[str, Any]]:
+        """Return the model cards of the server, as it sends them; each has an ``id``.
 
-        The caller's deadline is a hard one: it cancels this call, which closes the connection, so that a server that
-        sends one byte now and then cannot outlive it, and vLLM stops working on the page.
+        Args:
+            seconds: For each connect, read and write.
+
+        Raises:
+            EngineError, ConfigurationError: As `read`.
+        """
+        return await self._server.models(seconds)
+
+    async def version(self, seconds: float) -> str | None:
+        """Return vLLM's version, such as ``0.11.0``, or ``None`` if the server does not tell.
+
+        Args:
+            seconds: For each connect, read and write.
+        """
+        return await self._server.version(seconds)
+
+    async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
+        """Read one page.
+
+        A layout that repeats itself, is cut off or is none is asked for once more as plain text, any other answer that
+        repeats itself or is cut off once more at `OTHER_TEMPERATURE`; a warning says so. A server that is not there or
+        has too much to do is asked up to `TRIES` times.
 
         Raises:
             ModelNotServed: The server does not know the model.
             Unauthorized: The server wants another API key.
             ConfigurationError: There is no OpenAI API at the base URL.
-            ServerUnavailable: No connection, 429, 5xx, or any other unexpected status.
-            DeadlineExceeded: A read or write took longer than `seconds`.
+            ModeNotSupported: The server's model is dots.ocr, and only dots.mocr knows the mode.
+            Overloaded: 429 or 503.
+            ServerUnavailable: No connection, any other unexpected status, or nothing like an answer.
+            DeadlineExceeded: A read or write took longer than `seconds`, or a streamed answer stopped.
             RequestRejected: 400, 413 or 422, or the page does not fit into the server's context.
-            UnusableAnswer: Cut off, a loop, or empty for a page that is not blank.
+            Repetition, CutOff, UnusableAnswer: The answer is of no use, and neither was the second.
         """
-        import openai
-
-        try:
-            context = await self._context(seconds)
-            image = await asyncio.to_thread(images.fit, page.image)
-            limit = self._output_limit(context, image.size)
-            url = await asyncio.to_thread(images.to_data_url, image)
-            picture: ChatCompletionContentPartImageParam = {"type": "image_url", "image_url": {"url": url}}
-            prompt: ChatCompletionContentPartTextParam = {"type": "text", "text": PLACEHOLDER + PROMPTS[mode]}
-            completion = await self._connect().chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": [picture, prompt]}],
-                temperature=TEMPERATURE,
-                top_p=TOP_P,
-                max_completion_tokens=limit,
-                extra_body={"repetition_detection": REPETITION},
-                timeout=_timeout(seconds),
-            )
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: an answer that is not JSON
-            self._served = None  # whatever happened, the server may come back as another one
-            raise await self._translate(error, seconds) from error
-        answer = _check(completion, self.model)
-        if not answer.text.strip() and not await asyncio.to_thread(images.is_blank, page.image):
-            raise UnusableAnswer("the answer is empty, but the page is not blank")
-        if image is page.image:
-            return answer
-        note = "the image of {} x {} px was sent as {} x {} px, to keep the model's limits"
-        warning = note.format(*page.image.size, *image.size)
-        return Answer(answer.text, answer.model, answer.finish_reason, (*answer.warnings, warning))
+        deadline = time.monotonic() + seconds
+        url = "data:image/png;base64," + (await asyncio.to_thread(base64.b64encode, page.png)).decode("ascii")
+        if task.mode == "layout":
+            answer = await self._read_layout(page, url, deadline)
+        else:
+            answer = await self._read_other(page, url, task, deadline)
+        self.limiter.succeeded()
+        return answer
 
     async def aclose(self) -> None:
         """Close the connections."""
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
+        await self._server.aclose()
 
-    def _connect(self) -> openai.AsyncOpenAI:
-        import httpx2
-        import openai
-
-        if self._client is None:
-            self._client = openai.AsyncOpenAI(
-                base_url=self.base_url,
-                # Without "none" the SDK would send the environment's OPENAI_API_KEY, which is not for this server.
-                api_key=self._api_key or "none",
-                max_retries=0,  # the SDK would send the page again, and its timeout would start anew
-                # A proxy from the environment cannot reach this machine's own loopback address.
-                http_client=httpx2.AsyncClient(trust_env=not self._loopback),
-            )
-        return self._client
-
-    async def _context(self, seconds: float) -> int | None:
-        """Return the server's context length in tokens, if it tells; asked once, then remembered."""
-        if self._served is None:
-            self._served = await self._list_models(seconds)
-        if self.model not in self._served:
-            served, self._served = self._served, None
-            raise ModelNotServed(self.model, served, self.base_url)
-        return self._served[self.model]
-
-    async def _list_models(self, seconds: float) -> dict[str, int | None]:
-        # Not through models.list(), which breaks on JSON that is no list of models.
-        listing: Any = await self._connect().get("/models", cast_to=object, options={"timeout": _timeout(seconds)})
+    async def _read_layout(self, page: PageImage, url: str, deadline: float) -> Answer:
+        task, spec = Task("layout"), MODES["layout"]
         try:
-            lengths = {str(model["id"]): model.get("max_model_len") for model in listing["data"]}
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError("no list of models") from error
-        return {name: length if isinstance(length, int) else None for name, length in lengths.items()}
+            return await self._ask(page, url, task, spec.temperature, deadline)
+        except UnusableAnswer as error:
+            first = error
+        try:
+            answer = await self._ask(page, url, Task("text"), MODES["text"].temperature, deadline)
+        except UnusableAnswer as error:
+            raise UnusableAnswer(f"the layout: {first}; as plain text: {error}") from error
+        note = f"{_what_happened(first, 'layout answer')}, so the page was read as plain text"
+        return replace(answer, warnings=(note, *answer.warnings))
 
-    def _output_limit(self, context: int | None, size: tuple[int, int]) -> int | openai.Omit:
-        import openai
+    async def _read_other(self, page: PageImage, url: str, task: Task, deadline: float) -> Answer:
+        temperature = MODES[task.mode].temperature
+        try:
+            return await self._ask(page, url, task, temperature, deadline)
+        except (Repetition, CutOff) as error:
+            first = error
+        other = max(temperature, OTHER_TEMPERATURE)
+        answer = await self._ask(page, url, task, other, deadline)
+        note = f"{_what_happened(first, 'first answer')}, so the page was read again at temperature {other:g}"
+        return replace(answer, warnings=(note, *answer.warnings))
 
-        if context is None:  # not vLLM, or a gateway that hides it: the server then fills what is left by itself
-            return openai.omit
-        needed = images.image_tokens(*size) + PROMPT_TOKENS
+    async def _ask(self, page: PageImage, url: str, task: Task, temperature: float, deadline: float) -> Answer:
+        """Read a page in just one way."""
+        spec = MODES[task.mode]
+        completion = await self._complete(page, url, task, temperature, deadline)
+        answer = Answer(
+            mode=task.mode,
+            text=completion.text,
+            model=completion.model,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+            finish_reason="stop",
+        )
+        if not completion.text.strip():
+            if await asyncio.to_thread(_is_blank, page):
+                return replace(answer, text="")
+            raise UnusableAnswer("the answer is empty, but the page is not blank")
+        if spec.answer == "text":
+            return answer
+        seen, warnings = await self._seen(page, task.mode, completion.prompt_tokens, deadline)
+        own = (page.width, page.height)
+        found = await asyncio.to_thread(layout.parse, completion.text, seen, own, texts=spec.answer == "cells")
+        if not found.cells and not await asyncio.to_thread(_is_blank, page):
+            raise UnusableAnswer("the layout is empty, but the page is not blank")
+        return replace(
+            answer, text=layout.plain_text(found.cells), cells=found.cells, warnings=(*warnings, *found.repairs)
+        )
+
+    async def _complete(self, page: PageImage, url: str, task: Task, temperature: float, deadline: float) -> Completion:
+        """Send one request until the server answers it."""
+        for attempt in range(TRIES):
+            try:
+                return await self._complete_once(page, url, task, temperature, deadline)
+            except UnusableAnswer:
+                raise
+            except ServerUnavailable as error:
+                self._served = None  # it may come back as another one
+                wait = WAIT_SECONDS * 2**attempt * (1 - JITTER * random.random())
+                if isinstance(error, Overloaded):
+                    self.limiter.overloaded()
+                    wait = max(wait, error.retry_after or 0.0)
+                if attempt + 1 == TRIES or not is_passing(error) or wait >= deadline - time.monotonic():
+                    raise
+            except (EngineError, ConfigurationError):
+                self._served = None
+                raise
+            await asyncio.sleep(wait)
+        raise AssertionError("the last try either returns or raises")
+
+    async def _complete_once(
+        self, page: PageImage, url: str, task: Task, temperature: float, deadline: float
+    ) -> Completion:
+        served = await self._know(deadline)
+        spec = MODES[task.mode]
+        if spec.mocr and _DOTS_OCR.search(served.root):
+            raise ModeNotSupported(f"{served.root} is dots.ocr, and only dots.mocr knows the mode {task.mode!r}")
+        prompt = self._render(spec, page, task)
+        request: dict[str, Any] = {
+            "model": self.model,
+            "messages": _messages(spec, prompt, url),
+            "temperature": temperature,
+            "top_p": spec.top_p,
+        }
+        if served.stops_loops:
+            request["extra_body"] = {"repetition_detection": REPETITION}
+        # Without a length (not vLLM, or a gateway that hides it) the server fills what is left by itself.
+        limit = None if served.context is None else self._output_limit(served.context, prompt, page)
+        if limit is not None:
+            request["max_completion_tokens"] = limit
+        try:
+            return await self._send(request, served, deadline)
+        except RequestRejected as error:
+            # A tokenizer may need more for the prompt than was kept free, but never more than one token for each byte.
+            if limit is None or not is_about_length(error) or limit - _bytes(prompt) < MIN_OUTPUT_TOKENS:
+                raise
+            return await self._send({**request, "max_completion_tokens": limit - _bytes(prompt)}, served, deadline)
+
+    async def _send(self, request: dict[str, Any], served: _Served, deadline: float) -> Completion:
+        stream = not served.stops_loops if self._stream is None else self._stream
+        return await self._server.complete(request, _left(deadline), stream=stream)
+
+    async def _know(self, deadline: float) -> _Served:
+        """Return what the server says about itself; asked once, then remembered until something fails."""
+        if self._served is None:
+            cards = {card["id"]: card for card in await self._server.models(_left(deadline))}
+            if self.model not in cards:
+                raise ModelNotServed(self.model, cards, self.base_url)
+            context, root = (cards[self.model].get(name) for name in ("max_model_len", "root"))
+            numbers = re.match(r"v?(\d+)\.(\d+)", await self._server.version(_left(deadline)) or "")
+            self._served = _Served(
+                context=context if isinstance(context, int) else None,
+                stops_loops=numbers is not None and tuple(map(int, numbers.groups())) >= REPETITION_VERSION,
+                root=str(root or ""),
+            )
+        return self._served
+
+    def _render(self, spec: ModeSpec, page: PageImage, task: Task) -> str:
+        box: list[int] = []
+        if task.box is not None:
+            seen = images.smart_resize(page.sent_width, page.sent_height, max_pixels=self._max_pixels)
+            box = list(layout.to_seen(task.box, seen, (page.width, page.height)))
+        question = (task.question or "").replace(PLACEHOLDER, "")
+        return PLACEHOLDER + spec.prompt.format(
+            box=box, width=page.sent_width, height=page.sent_height, question=question
+        )
+
+    def _output_limit(self, context: int, prompt: str, page: PageImage) -> int:
+        # Twice what real tokenizers take, and the markers of the chat template.
+        needed = images.image_tokens(page.sent_width, page.sent_height) + _bytes(prompt) // 2 + 64
         if context - needed < MIN_OUTPUT_TOKENS:
             raise RequestRejected(
-                f"a page of {size[0]} x {size[1]} px takes {needed} tokens, too many for a context of {context}: "
-                f"start it with --max-model-len {needed + 4096} or more, or give a smaller image"
+                f"a page of {page.sent_width} x {page.sent_height} px takes {needed} tokens, too many for a context of "
+                f"{context}: start it with --max-model-len {needed + 4096} or more, or give a smaller image"
             )
         return context - needed
 
-    async def _translate(self, error: Exception, seconds: float) -> EngineError | ConfigurationError:
-        import httpx2
-        import openai
+    async def _seen(
+        self, page: PageImage, mode: Mode, prompt_tokens: int | None, deadline: float
+    ) -> tuple[tuple[int, int], tuple[str, ...]]:
+        """Find out at which size the model saw a page: a server may be told to shrink pages further than we do."""
+        sent = (page.sent_width, page.sent_height)
+        unshrunk, whole = images.smart_resize(*sent), images.image_tokens(*sent)
+        if prompt_tokens is None:
+            return unshrunk, ()
+        if mode not in self._text_tokens:
+            # Shrinking takes away at least a whole row or column, and so leaves too few tokens for the prompt.
+            if prompt_tokens - whole >= len(MODES[mode].prompt) // CHARACTERS_PER_TOKEN:
+                return unshrunk, ()
+            await self._learn(mode, deadline)
+        tokens = prompt_tokens - self._text_tokens.get(mode, prompt_tokens)
+        if tokens == whole:
+            return unshrunk, ()
+        # A server that does not count images at all seems to give each of them the tokens of the smallest one.
+        limit = images.server_limit(*sent, tokens) if tokens > _SMALLEST_TOKENS else None
+        if limit is None:
+            return unshrunk, ("the server does not tell at which size the model saw the page: boxes may be off",)
+        self._max_pixels = limit if self._max_pixels == images.MAX_PIXELS else max(limit, self._max_pixels)
+        seen = images.smart_resize(*sent, max_pixels=limit)
+        return seen, (f"the server shrank the page to {seen[0]} x {seen[1]} px",)
 
-        if isinstance(error.__cause__, httpx2.ConnectTimeout):
-            return ServerUnavailable(f"cannot reach {self.base_url} (no connection in time): correct the base URL")
-        if isinstance(error, openai.APITimeoutError):
-            return DeadlineExceeded(
-                f"{self.base_url} did not answer in time: look at its load, or allow more than {seconds:.0f} s"
-            )
-        if isinstance(error, openai.APIConnectionError):
-            cause = error.__cause__ or error
-            return ServerUnavailable(
-                f"cannot reach {self.base_url} ({cause}): start the server, or correct the base URL"
-            )
-        if not isinstance(error, openai.APIStatusError):
-            return ServerUnavailable(
-                f"{self.base_url} does not answer like an OpenAI API: look at what else listens there"
-            )
-        status, said = error.status_code, " ".join(str(error.message).split())[:300]
-        if status in (401, 403):
-            return Unauthorized(
-                f"{self.base_url} answered {status}: set DOTS_OCR_API_KEY (or api_key=) to the key that the server was "
-                "started with"
-            )
-        if status == 404:
-            return await self._explain_not_found(seconds)
-        if status in (400, 413, 422):
-            return RequestRejected(f"{self.base_url} refused the page with {status}: {said}")
-        return ServerUnavailable(f"{self.base_url} answered {status}: {said}")
-
-    async def _explain_not_found(self, seconds: float) -> EngineError | ConfigurationError:
-        import openai
-
-        try:
-            served = await self._list_models(seconds)
-        except (openai.OpenAIError, ValueError):
-            served = None
-        if served is None or self.model in served:
-            return ConfigurationError(f"there is no OpenAI API at {self.base_url} (404): it usually ends in /v1")
-        return ModelNotServed(self.model, served, self.base_url)
-
-
-def _timeout(seconds: float) -> httpx2.Timeout:
-    """Bound each connect, read and write, in seconds; the deadline for all of them together is the caller's."""
-    import httpx2
-
-    return httpx2.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
+    async def _learn(self, mode: Mode, deadline: float) -> None:
+        """Find out how many tokens a mode's prompt takes without the image, with the smallest image there is."""
+        async with self._learning:
+            if mode in self._text_tokens:
+                return
+            smallest = PageImage.of(1, Image.new("RGB", (56, 56), "white"))
+            url = "data:image/png;base64," + base64.b64encode(smallest.png).decode("ascii")
+            spec = MODES[mode]
+            request = {
+                "model": self.model,
+                "messages": _messages(spec, self._render(spec, smallest, Task(mode)), url),
+                "max_completion_tokens": 1,
+            }
+            tokens = await self._server.count_prompt(request, _left(deadline))
+            if tokens is not None:
+                self._text_tokens[mode] = tokens - _SMALLEST_TOKENS
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+_SMALLEST_TOKENS: Final = images.image_tokens(56, 56)
 
 
-def _check(completion: Any, model: str) -> Answer:
-    """Take the answer out, trusting nothing: the SDK hands over whatever JSON, or even text, the server sent."""
-    try:
-        choice = completion.choices[0]
-        text, finish_reason = choice.message.content, choice.finish_reason
-        answered_by = str(completion.model or model)
-    except (AttributeError, IndexError, TypeError) as error:
-        raise UnusableAnswer("the server's answer is no chat completion: look at what else listens there") from error
-    if finish_reason == "length":
-        raise UnusableAnswer("the answer was cut off at the end of the context: use a larger --max-model-len")
-    if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
-        raise UnusableAnswer("the model repeated itself without end: try again, or with another resolution")
-    if finish_reason != "stop":
-        raise UnusableAnswer(f"the model stopped for the reason {finish_reason!r}: look at the server's log")
-    if not isinstance(text, str):
-        raise UnusableAnswer("the answer has no text: look at the server's log")
-    return Answer(text=text, model=answered_by, finish_reason=finish_reason)
+def _messages(spec: ModeSpec, prompt: str, url: str) -> list[dict[str, Any]]:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+    system = [] if spec.system is None else [{"role": "system", "content": spec.system}]
+    return [*system, {"role": "user", "content": parts}]
 
 
-def is_loop(text: str) -> bool:
-    """Tell whether a text ends in one piece over and over: `LOOP_TAIL` characters of at most `LOOP_PERIOD` each."""
-    tail = text.rstrip()[-LOOP_TAIL:]
-    if len(tail) < LOOP_TAIL:
-        return False
-    # Shifted by its own period a periodic text is equal to itself.
-    return any(tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1))
+def _bytes(prompt: str) -> int:
+    return len(prompt.encode(errors="replace"))
+
+
+def _what_happened(error: UnusableAnswer, what: str) -> str:
+    if isinstance(error, Repetition):
+        return f"the {what} repeated itself without end"
+    if isinstance(error, CutOff):
+        return f"the {what} was cut off"
+    return f"the {what} was of no use ({error})"
+
+
+def _is_blank(page: PageImage) -> bool:
+    return images.is_blank(page.image)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then; never nothing, which would mean at once or for ever, depending on who is asked."""
+    return max(0.001, deadline - time.monotonic())

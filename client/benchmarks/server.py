@@ -1,0 +1,82 @@
+"""A server with a fixed latency and a number of slots, which costs next to nothing itself: the ideal to compare with.
+
+python -m benchmarks.server SLOTS SECONDS
+
+Prints its port. A request waits for a slot, holds it for SECONDS, and is answered with the layout of a full page. GET
+/peak tells how many requests held a slot at once, at most, and when the first one came (seconds of the clock).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+CELLS = [
+    {"bbox": [100, 60 * row, 1500, 60 * row + 50], "category": "Text", "text": f"Paragraph {row} of the page. " * 4}
+    for row in range(1, 31)
+]
+
+
+class Server:
+    """Answers what the client asks a vLLM server."""
+
+    def __init__(self, slots: int, seconds: float) -> None:
+        """Take the number of slots, and how long a request holds one."""
+        self._slots = asyncio.Semaphore(slots)
+        self._seconds = seconds
+        self._held = self._peak = 0
+        self._first: float | None = None
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": json.dumps(CELLS)},
+            "finish_reason": "stop",
+        }
+        usage = {"prompt_tokens": 6000, "completion_tokens": 1500, "total_tokens": 7500}
+        self._page = {"id": "1", "object": "chat.completion", "created": 1, "model": "dots.ocr", "choices": [choice]}
+        self._page["usage"] = usage
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection until the other side closes it."""
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                request, *headers = head.decode().split("\r\n")
+                lengths = [line.split(":")[1] for line in headers if line.lower().startswith("content-length:")]
+                await reader.readexactly(int(lengths[0]) if lengths else 0)
+                body = json.dumps(await self._answer(request.split()[1])).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+                writer.write(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, path: str) -> Any:
+        match path:
+            case "/version":
+                return {"version": "0.32.0"}
+            case "/v1/models":
+                return {"object": "list", "data": [{"id": "dots.ocr", "object": "model", "max_model_len": 32768}]}
+            case "/peak":
+                return {"peak": self._peak, "first": self._first}
+        self._first = self._first or time.time()
+        async with self._slots:
+            self._held += 1
+            self._peak = max(self._peak, self._held)
+            await asyncio.sleep(self._seconds)
+            self._held -= 1
+        return self._page
+
+
+async def main(slots: int, seconds: float) -> None:
+    """Serve until the process is ended."""
+    server = await asyncio.start_server(Server(slots, seconds).serve, "127.0.0.1", 0, limit=2**20, backlog=256)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))

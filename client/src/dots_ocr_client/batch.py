@@ -1,0 +1,461 @@
+"""Read many documents into a folder: many at once, each page kept as soon as it is read, and gone on with later."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePath
+from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
+
+from . import documents
+from .errors import ConfigurationError, DotsOCRError, InputError
+from .prompts import MODES, Mode
+from .results import FailedPage, Page
+from .store import FORMATS, JOURNAL, Folder, Store, Summary, to_json
+
+SUFFIXES: Final = frozenset(
+    ".pdf .png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .heic .heif .avif .ppm .pgm".split()  # noqa: SIM905
+)
+"""Of the files that are taken from a folder; upper case counts too."""
+REPORT: Final = "report.json"
+LOCK: Final = ".dots-ocr.lock"
+SYNC_SECONDS: Final = 0.2
+"""Seconds between two syncs of a journal. The death of this process loses nothing either way, that of the machine loses
+the pages of this time. Measured: with a sync for each page, 2,000 pages that cost nothing took five times as long."""
+SPARE: Final = 4
+"""Documents that are open beyond the pages in flight, so that opening and finishing keeps no slot empty."""
+
+_OURS: Final = (*(f".{suffix}" for suffix in FORMATS), JOURNAL)
+_Stamp = tuple[int, int, int]
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+Status = Literal["read", "partial", "failed", "unchanged"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class OutputError(DotsOCRError):
+    """The outputs cannot be written, for example because the disk is full."""
+
+
+class Client(Protocol):
+    """What a batch needs of `AsyncDotsOCR`."""
+
+    @property
+    def max_in_flight(self) -> int:
+        """Pages in flight at once, over all documents."""
+        ...
+
+    def stream(
+        self, document: documents.Source, *, mode: Mode = "layout", pages: Iterable[int] | None = None
+    ) -> AsyncGenerator[Page | FailedPage, None]:
+        """Read pages, and yield each as it is finished."""
+        ...
+
+
+class Progress(Protocol):
+    """Is told what happens. Its methods are called in the event loop: they must be quick, and must not raise."""
+
+    def documents(self, total: int) -> None:
+        """The batch begins; so many documents were found."""
+        ...
+
+    def opened(self, name: str, pages: int) -> None:
+        """A document is begun; so many of its pages are to be read now, each announced with `page`."""
+        ...
+
+    def page(self, name: str, page: Page | FailedPage) -> None:
+        """A page is finished, and safe."""
+        ...
+
+    def done(self, name: str, status: Status) -> None:
+        """A document is finished; one that was not opened before is unchanged, or failed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentReport:
+    """What became of one document.
+
+    Attributes:
+        source: Its path.
+        status: ``read``, ``partial`` (some pages failed), ``failed`` (all did, or it cannot be opened or written), or
+            ``unchanged`` (nothing was left to do).
+        pages: All pages that are in the outputs, those that failed included.
+        failed_pages: Those that could not be read.
+        engines: Pages by the name of the engine that read them.
+        pages_read: Pages that this run read.
+        seconds: How long it took.
+        error: Why it failed, or why the first of its pages did.
+    """
+
+    source: str
+    status: Status
+    pages: int
+    failed_pages: int
+    engines: dict[str, int]
+    pages_read: int
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of a batch.
+
+    Attributes:
+        started: Date and time in ISO 8601, UTC.
+        finished: As above.
+        seconds: How long it took.
+        documents: The documents that were finished, in the order in which they were given.
+        stopped: Why it ended before all documents were finished, if it did.
+    """
+
+    started: str
+    finished: str
+    seconds: float
+    documents: tuple[DocumentReport, ...]
+    stopped: str | None = None
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Counts over all documents; ``pages_per_second`` counts what this run read."""
+        status = Counter(document.status for document in self.documents)
+        engines: Counter[str] = Counter()
+        for document in self.documents:
+            engines.update(document.engines)
+        pages_read = sum(document.pages_read for document in self.documents)
+        return {
+            "documents": len(self.documents),
+            **{name: status[name] for name in ("read", "partial", "failed", "unchanged")},
+            "pages": sum(document.pages for document in self.documents),
+            "failed_pages": sum(document.failed_pages for document in self.documents),
+            "engines": dict(sorted(engines.items())),
+            "pages_read": pages_read,
+            "pages_per_second": round(pages_read / self.seconds, 3) if self.seconds else 0.0,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the totals as JSON-ready values."""
+        return {
+            "started": self.started,
+            "finished": self.finished,
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+            "totals": self.totals,
+            "documents": [asdict(document) for document in self.documents],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    path: Path
+    name: PurePath  # of its outputs, below the folder of all outputs, without their suffixes
+
+
+async def run(
+    client: Client,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    mode: Mode = "layout",
+    formats: frozenset[str] = frozenset({"json", "md"}),
+    headers: bool = True,
+    upgrade: bool = False,
+    retry_failed: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Read documents into a folder, and go on where an earlier run ended.
+
+    A page that an earlier run read is not read again, however that run ended, as long as the document's bytes and the
+    mode are the same. ``OUT/report.json`` holds the report, also when the batch is stopped or cancelled.
+
+    Args:
+        client: Reads the pages.
+        inputs: Files, which are always taken, and folders, which are searched for documents (see `SUFFIXES`) down to
+            the last folder; hidden files and folders and links to folders are passed over.
+        out: The folder for the outputs; made if it is not there. That of ``a.pdf`` are ``a.pdf.json`` and so on;
+            those of a folder's files have the same place below `out` as they have in the folder.
+        mode: What to read; not ``grounding`` or ``general``, which need a box or a question.
+        formats: Outputs; the JSON is always made, because later runs go on from it.
+        headers: With the headers and footers of the pages, in Markdown and HTML.
+        upgrade: Read those pages again that another engine than vLLM read. The old page stays where that fails.
+        retry_failed: Read those pages again that failed in an earlier run.
+        progress: Is told what happens.
+
+    Raises:
+        InputError: Nothing was read: an input is missing, two have the same outputs, an input is an output of ours,
+            another run uses the folder, or the like.
+        ConfigurationError: The server's settings are wrong. What was read until then is safe.
+        OutputError: The disk is full, or the report cannot be written. What was read until then is safe.
+        ValueError: There is no such mode or format.
+    """
+    if mode not in MODES or not formats <= FORMATS:
+        raise ValueError(f"there is no mode {mode!r}, or one of the formats {sorted(formats)} is unknown")
+    if mode in ("grounding", "general"):
+        raise InputError(f"the mode {mode!r} needs a box or a question for each page: read such documents one by one")
+    found = await _in_thread(_find, inputs, out)
+    with _claimed(out) as root:
+        return await _Batch(client, root, mode, formats, headers, upgrade, retry_failed, progress).read(found)
+
+
+@dataclass(slots=True)
+class _Batch:
+    client: Client
+    root: Folder
+    mode: Mode
+    formats: frozenset[str]
+    headers: bool
+    upgrade: bool
+    retry_failed: bool
+    progress: Progress | None
+
+    async def read(self, found: Sequence[_Input]) -> Report:
+        started, clock = datetime.now(UTC), time.monotonic()
+        if self.progress:
+            self.progress.documents(len(found))
+        reports: dict[int, DocumentReport] = {}
+        queue = iter(enumerate(found))
+
+        async def work() -> None:
+            for index, document in queue:
+                reports[index] = await self._read(document)
+
+        stopped: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(len(found), self.client.max_in_flight + SPARE)):
+                    group.create_task(work())
+        except BaseExceptionGroup as errors:
+            stopped = _gravest(errors)
+        except asyncio.CancelledError as error:
+            stopped = error
+        report = Report(
+            started=started.isoformat(timespec="seconds"),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - clock, 3),
+            documents=tuple(report for _, report in sorted(reports.items())),
+            stopped=None if stopped is None else f"{type(stopped).__name__}: {stopped}".removesuffix(": "),
+        )
+        try:
+            await _in_thread(self._write, report)
+        except OSError as error:
+            if stopped is None:
+                raise OutputError(f"cannot write {REPORT}: {error.strerror}") from error
+        if stopped is not None:
+            raise stopped
+        return report
+
+    def _write(self, report: Report) -> None:
+        with self.root.replacing(REPORT) as file:
+            file.write(to_json(report.to_dict()) + b"\n")
+        self.root.sync()
+
+    async def _read(self, document: _Input) -> DocumentReport:
+        """Read one document, whatever happens, unless it means that the others cannot be read either."""
+        clock = time.monotonic()
+        source = str(document.path)
+        count = _Count()
+        status: Status | None = None
+        summary = Summary(0, 0, {})
+        try:
+            sha256, stamp = await _in_thread(_digest, document.path)
+            store = Store(self.root, document.name, source, sha256, self.mode)
+            try:
+                await _in_thread(store.open)
+                status = await self._fill(store, document, stamp, count)
+            finally:
+                summary = store.summary()
+                await _in_thread(store.close)
+        except ConfigurationError:
+            raise
+        except DotsOCRError as error:
+            status, count.error = "failed", str(error)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise OutputError(
+                    f"cannot write the outputs of {source!r}: {error.strerror}; make room, and run the same again"
+                ) from error
+            status, count.error = "failed", f"cannot write the outputs: {error.strerror or error}"
+        if self.progress:
+            self.progress.done(source, status)
+        seconds = round(time.monotonic() - clock, 3)
+        return DocumentReport(
+            source, status, **asdict(summary), pages_read=count.pages_read, seconds=seconds, error=count.error
+        )
+
+    async def _fill(self, store: Store, document: _Input, stamp: _Stamp, count: _Count) -> Status:
+        """Read what is missing, and make the outputs."""
+        again = {"retry_failed": self.retry_failed, "upgrade": self.upgrade}
+        if store.is_unchanged(self.formats, headers=self.headers, **again):
+            return "unchanged"
+        numbers = await _in_thread(_numbers, document.path)
+        await _in_thread(store.reopen)
+        wanted = [number for number in numbers if store.wants(number, **again)]
+        if self.progress:
+            self.progress.opened(str(document.path), len(wanted))
+        if wanted:
+            await self._record(store, document, wanted if len(wanted) < len(numbers) else None, count)
+        if await _in_thread(_stamp, document.path) != stamp:
+            await _in_thread(store.discard)
+            raise InputError(f"{str(document.path)!r} changed while it was read: run the same again")
+        missing = [number for number in numbers if store.wants(number, retry_failed=False, upgrade=False)]
+        if missing:
+            raise DotsOCRError(f"the client did not deliver {len(missing)} pages, the first of them {missing[0]}")
+        await _in_thread(store.assemble, self.formats, headers=self.headers)
+        summary = store.summary()
+        if summary.failed_pages == 0:
+            return "read"
+        return "failed" if summary.failed_pages == summary.pages else "partial"
+
+    async def _record(self, store: Store, document: _Input, pages: list[int] | None, count: _Count) -> None:
+        synced = time.monotonic()
+        stream = self.client.stream(document.path, mode=self.mode, pages=pages)
+        async with contextlib.aclosing(stream) as results:
+            async for page in results:
+                kept = store.record(page)
+                if isinstance(page, Page):
+                    count.pages_read += 1
+                elif kept and count.error is None:
+                    count.error = f"page {page.number}: {page.reason}"
+                if self.progress:
+                    self.progress.page(str(document.path), page)
+                if time.monotonic() - synced >= SYNC_SECONDS:
+                    await _in_thread(store.sync)
+                    synced = time.monotonic()
+
+
+@dataclass(slots=True)
+class _Count:
+    pages_read: int = 0
+    error: str | None = None
+
+
+def _gravest(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What stopped the batch: our own kinds of error first, because they say what to do."""
+    leaves: list[BaseException] = []
+    for error in errors.exceptions:
+        leaves.append(_gravest(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((error for error in leaves if isinstance(error, DotsOCRError)), leaves[0])
+
+
+async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do blocking work. When cancelled, end only after it, so that nothing goes on behind our back."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # otherwise asyncio would complain that nobody looked
+        raise
+
+
+def _find(inputs: Iterable[Path], out: Path) -> list[_Input]:
+    """List the documents and where their outputs go.
+
+    Raises:
+        InputError: See `run`.
+    """
+    found: dict[PurePath, Path] = {}
+    for path, name in _candidates(inputs):
+        if name in found:
+            raise InputError(
+                f"{str(found[name])!r} and {str(path)!r} would have the same outputs: read them into different folders"
+            )
+        if str(name) == PurePath(REPORT).stem:
+            raise InputError(f"the outputs of {str(path)!r} would replace {REPORT}: rename it")
+        if name.name.endswith(_OURS) and path.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{str(path)!r} is an output of an earlier run: it cannot be an input")
+        found[name] = path
+    if not found:
+        raise InputError(f"there are no documents in {', '.join(repr(str(path)) for path in inputs) or 'no folder'}")
+    return [_Input(path, name) for name, path in found.items()]
+
+
+def _candidates(inputs: Iterable[Path]) -> Iterator[tuple[Path, PurePath]]:
+    for path in inputs:
+        try:
+            kind = path.stat().st_mode
+            if stat.S_ISDIR(kind):
+                for name in sorted(_walk(path)):
+                    yield path / name, name
+            elif stat.S_ISREG(kind):
+                yield path, PurePath(path.name)
+            else:
+                raise InputError(f"{str(path)!r} is neither a file nor a folder")
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise InputError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _walk(folder: Path) -> Iterator[PurePath]:
+    def fail(error: OSError) -> None:
+        raise InputError(f"cannot list {error.filename!r}: {error.strerror}") from error
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and PurePath(name).suffix.lower() in SUFFIXES:
+                yield PurePath(place, name).relative_to(folder)
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[Folder]:
+    """Make the folder, and keep other runs out of it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        root = Folder(out)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write to {str(out)!r}: {reason}") from error
+    with contextlib.closing(root):
+        lock = root.open(LOCK, os.O_RDWR | os.O_CREAT)
+        if lock is None:
+            raise InputError(f"cannot write to {str(out)!r}: the file {LOCK} cannot be made")
+        with os.fdopen(lock):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"another run writes to {str(out)!r}: wait until it ends, or end it") from error
+            except OSError as error:
+                raise InputError(f"cannot lock {str(out)!r}: {error.strerror}") from error
+            yield root
+
+
+def _stamp(path: Path) -> _Stamp:
+    """Return what changes when a file changes."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _digest(path: Path) -> tuple[str, _Stamp]:
+    """Return the SHA-256 of a file, and its stamp from before."""
+    stamp = _stamp(path)
+    if not path.is_file():  # a pipe would block
+        raise InputError(f"{str(path)!r} is not a regular file")
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), stamp
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+
+def _numbers(path: Path) -> tuple[int, ...]:
+    with documents.open_document(path) as document:
+        return document.numbers

@@ -1,0 +1,230 @@
+"""Finds out whether everything that reading needs works, and what to do about what does not."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import platform
+import re
+import shutil
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+from PIL import Image, ImageDraw, ImageFont
+
+from . import images
+from .documents import PageImage
+from .engines.base import Task
+from .errors import DotsOCRError, Unauthorized
+from .prompts import MODES
+
+if TYPE_CHECKING:
+    from .engines.vllm import VLLMEngine
+
+T = TypeVar("T")
+Status = Literal["ok", "warning", "failed", "skipped"]
+
+A4_PIXELS: Final = (1654, 2339)
+"""An A4 page at 200 dpi, the resolution at which PDFs are drawn."""
+ANSWER_TOKENS: Final = 4096
+"""Room for the answer, in tokens (our own choice: a densely printed page with its layout)."""
+SAMPLE: Final = "The quick brown fox jumps over 1234567890 lazy dogs."
+"""What the page says that is read as a test."""
+ALIKE: Final = 0.8
+"""How alike the text that was read must be, from 0 to 1 as `difflib` counts (our own choice)."""
+PACKAGES: Final = ("dots-ocr-client", "openai", "pypdfium2", "pillow")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What, in a word or two.
+        status: ``failed`` if reading with dots.ocr cannot work without it, ``warning`` if it can but something is
+            amiss, ``skipped`` if it could not be looked at.
+        detail: What was found.
+        cure: What to do about it; empty for ``ok``.
+        seconds: How long the server took, where it was asked.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    cure: str = ""
+    seconds: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return asdict(self)
+
+
+async def examine(engine: VLLMEngine, seconds: float = 120.0) -> list[Check]:
+    """Check the server, its model, Tesseract and the packages, in this order.
+
+    Args:
+        engine: Says which server and model; stays open.
+        seconds: For each question to the server.
+
+    Returns:
+        What was found; nothing is raised for what does not work.
+    """
+    return [*await _server(engine, seconds), await _tesseract(), _versions()]
+
+
+async def _server(engine: VLLMEngine, seconds: float) -> list[Check]:
+    started = time.monotonic()
+    try:
+        cards = await _within(seconds, engine.models(seconds))
+    except Unauthorized as error:
+        reached = Check("server", "ok", f"{engine.base_url} answers", seconds=time.monotonic() - started)
+        refused = Check("key", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
+        why = "the server wants another key"
+        return [
+            reached,
+            await _version(engine, seconds),
+            _skipped("model", why, "correct the key first"),
+            refused,
+            _skipped("context", why, "correct the key first"),
+            _skipped("page", why, "correct the key first"),
+        ]
+    except (DotsOCRError, TimeoutError) as error:
+        cure = "start the server and wait until it has loaded the model, or correct --base-url (DOTS_OCR_BASE_URL)"
+        detail = str(error) or f"{engine.base_url} did not answer within {seconds:g} s"
+        rest = ("version", "model", "key", "context", "page")
+        return [
+            Check("server", "failed", detail, cure),
+            *(_skipped(name, "no server", "reach the server first") for name in rest),
+        ]
+    reached = Check("server", "ok", f"{engine.base_url} answers", seconds=time.monotonic() - started)
+    served = {str(card.get("id")): card for card in cards}
+    accepted = Check("key", "ok", "the server lists its models to us")
+    checks = [reached, await _version(engine, seconds), _model(engine.model, list(served)), accepted]
+    if engine.model not in served:
+        why, cure = "the model is not served", "choose a model that is served first"
+        return [*checks, _skipped("context", why, cure), _skipped("page", why, cure)]
+    return [*checks, _context(served[engine.model]), await _page(engine, seconds)]
+
+
+async def _within(seconds: float, work: Awaitable[T]) -> T:
+    async with asyncio.timeout(seconds):
+        return await work
+
+
+def _skipped(name: str, why: str, cure: str) -> Check:
+    return Check(name, "skipped", why, cure)
+
+
+async def _version(engine: VLLMEngine, seconds: float) -> Check:
+    try:
+        said = await _within(seconds, engine.version(seconds))
+    except (DotsOCRError, TimeoutError):
+        said = None
+    if said is None:
+        return _skipped("version", "the server does not tell its version", "none needed: some gateways hide it")
+    return Check("version", "ok", f"vLLM {said}")
+
+
+def _model(model: str, served: list[str]) -> Check:
+    names = ", ".join(map(repr, served)) or "none"
+    if model in served:
+        return Check("model", "ok", f"{model!r} is served, of: {names}")
+    cure = f"ask for one of these with --model, or start the server with --served-model-name {model}"
+    return Check("model", "failed", f"{model!r} is not served; the server has: {names}", cure)
+
+
+def _context(card: Mapping[str, Any]) -> Check:
+    # Half a token for a letter is plenty: ordinary English takes a quarter.
+    needed = images.image_tokens(*A4_PIXELS) + len(MODES["layout"].prompt) // 2 + ANSWER_TOKENS
+    length = card.get("max_model_len")
+    if not isinstance(length, int):
+        return _skipped(
+            "context", "the server does not tell its context length", f"let it be {needed} (--max-model-len) or more"
+        )
+    if length < needed:
+        detail = f"{length} tokens are too few for an A4 page at 200 dpi and its answer"
+        return Check("context", "failed", detail, f"start the server with --max-model-len {needed} or more")
+    return Check("context", "ok", f"{length} tokens; an A4 page at 200 dpi and its answer take up to {needed}")
+
+
+async def _page(engine: VLLMEngine, seconds: float) -> Check:
+    page = await asyncio.to_thread(lambda: PageImage.of(1, _sample()))
+    started = time.monotonic()
+    try:
+        async with engine.limiter:
+            answer = await _within(seconds, engine.read(page, Task("text"), seconds))
+    except Unauthorized as error:
+        return Check("page", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
+    except (DotsOCRError, TimeoutError) as error:
+        detail = f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
+        return Check("page", "failed", detail, "look at the server's log and its load, or allow more time (--timeout)")
+    took = time.monotonic() - started
+    if _alike(answer.text) < ALIKE:
+        return Check(
+            "page",
+            "warning",
+            f"a test page that says {SAMPLE!r} was read as {answer.text[:200]!r}",
+            "see whether the server runs the right model, with --chat-template-content-format string",
+            took,
+        )
+    return Check("page", "ok", "a test page was read as it is", seconds=took)
+
+
+def _sample() -> Image.Image:
+    image = Image.new("RGB", (1120, 140), "white")
+    ImageDraw.Draw(image).text((28, 42), SAMPLE, "black", font=ImageFont.load_default(36))
+    return image
+
+
+def _alike(text: str) -> float:
+    said, expected = (re.sub(r"\W", "", one).casefold() for one in (text[:1000], SAMPLE))
+    return difflib.SequenceMatcher(None, said, expected, autojunk=False).ratio()
+
+
+async def _tesseract() -> Check:
+    cure = "apt-get install tesseract-ocr tesseract-ocr-eng, to have a page read when the server cannot"
+    program = shutil.which("tesseract")
+    if program is None:
+        return Check("tesseract", "warning", "it is not on the PATH", cure)
+    try:
+        said = await _output(program, "--version")
+        languages = (await _output(program, "--list-langs")).splitlines()[1:]  # the first line is a heading
+    except (OSError, TimeoutError) as error:
+        return Check("tesseract", "warning", f"{program} does not run: {error}", cure)
+    names = sorted(name.strip() for name in languages if name.strip() not in ("", "osd"))  # osd only finds directions
+    first_line = said.partition("\n")[0]
+    if not names:
+        return Check("tesseract", "warning", f"{first_line} has no languages", cure)
+    return Check("tesseract", "ok", f"{first_line} with {', '.join(names)}")
+
+
+async def _output(*command: str) -> str:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=asyncio.subprocess.STDOUT)
+    try:
+        async with asyncio.timeout(10):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        raise OSError(f"it ended with status {process.returncode}")
+    return output.decode(errors="replace")
+
+
+def _versions() -> Check:
+    found = [f"Python {platform.python_version()}"]
+    missing = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        cure = "pip install dots-ocr-client"
+        return Check("packages", "warning", f"{', '.join(found)}; not installed: {', '.join(missing)}", cure)
+    return Check("packages", "ok", ", ".join(found))

@@ -1,0 +1,406 @@
+"""Requests to a server that speaks the OpenAI API as vLLM does; whatever goes wrong becomes one of our own errors."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import math
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from ..errors import (
+    ConfigurationError,
+    CutOff,
+    DeadlineExceeded,
+    EngineError,
+    ModelNotServed,
+    Overloaded,
+    Repetition,
+    RequestRejected,
+    ServerUnavailable,
+    Unauthorized,
+    UnusableAnswer,
+)
+
+if TYPE_CHECKING:  # openai takes half a second to import, so it waits until it is needed
+    import httpx2
+    import openai
+
+CONNECT_SECONDS: Final = 5.0
+"""For one connection, in seconds; a server that is there accepts at once, however busy it is."""
+FIRST_TOKEN_SECONDS: Final = 60.0
+"""Until a streamed answer begins, in seconds: a place in the queue and the largest image (our own choice)."""
+IDLE_SECONDS: Final = 30.0
+"""Between two pieces of a streamed answer, in seconds: a busy server sends several in one (our own choice)."""
+MAX_BODY_BYTES: Final = 64 * 2**20
+"""Longest body that is read. The longest answer that a context of 131,072 tokens allows is well below 1 MiB, streamed
+below 40 MiB."""
+LOOP_TAIL: Final = 2_000
+LOOP_PERIOD: Final = 200
+"""A loop: the last 2,000 characters are one piece of at most 200, over and over."""
+LOOP_CHUNKS: Final = 64
+"""Pieces of a streamed answer between two looks for a loop; one look takes about 0.1 ms."""
+
+_LENGTH = re.compile(r"context length|max(imum)?[ _-]model[ _-]len|max_(completion_)?tokens", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer.
+
+    Attributes:
+        text: What the model wrote.
+        model: As the server names it.
+        prompt_tokens: As the server counted them, if it did.
+        completion_tokens: As above.
+    """
+
+    text: str
+    model: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+class Server:
+    """One server; connections are opened when first needed. Nothing is retried here."""
+
+    def __init__(self, base_url: str, api_key: str | None) -> None:
+        """Say where the server is.
+
+        Args:
+            base_url: With scheme and ``/v1``.
+            api_key: The key that the server wants, if any.
+
+        Raises:
+            ConfigurationError: The base URL is not an http or https URL.
+        """
+        try:
+            parts = urlsplit(base_url)
+            scheme, host, _ = parts.scheme, parts.hostname, parts.port  # reading the port checks it
+        except ValueError:
+            scheme, host = "", None
+        if scheme not in ("http", "https") or not host:
+            raise ConfigurationError(f"{base_url!r} is no base URL: write it like http://127.0.0.1:8000/v1")
+        self.base_url = base_url.rstrip("/")
+        self._loopback = _is_loopback(host)
+        self._api_key = api_key
+        self._client: openai.AsyncOpenAI | None = None
+        self._http: httpx2.AsyncClient | None = None
+
+    async def models(self, seconds: float) -> list[dict[str, Any]]:
+        """Return the model cards of ``/v1/models``; each has an ``id``.
+
+        Raises:
+            EngineError, ConfigurationError: As `complete`.
+        """
+        import openai
+
+        try:
+            # Not through models.list(), which breaks on JSON that is no list of models.
+            listing: Any = await self._connect().get("/models", cast_to=object, options={"timeout": _timeout(seconds)})
+            cards = [dict(card) for card in listing["data"]]
+            if all(isinstance(card["id"], str) for card in cards):
+                return cards
+        except openai.OpenAIError as error:
+            raise await self._translate(error, seconds, None) from error
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise self._not_an_api()
+
+    async def version(self, seconds: float) -> str | None:
+        """Return vLLM's version, such as ``0.11.0``, or ``None`` if the server does not tell."""
+        import httpx2
+
+        self._connect()
+        assert self._http is not None
+        try:
+            answer = await self._http.get(self.base_url.removesuffix("/v1") + "/version", timeout=_timeout(seconds))
+            version = answer.raise_for_status().json()["version"]
+        except (httpx2.HTTPError, EngineError, KeyError, TypeError, ValueError):
+            return None
+        return version if isinstance(version, str) else None
+
+    async def complete(self, request: dict[str, Any], seconds: float, *, stream: bool) -> Completion:
+        """Send one request and wait for the whole answer.
+
+        Cancelling this closes the connection, upon which vLLM stops working on the page. That is the only limit in
+        time for certain: a server that sends one byte now and then outlives every other.
+
+        Args:
+            request: Body of the request, as keyword arguments of the SDK's ``chat.completions.create``.
+            seconds: For each connect, read and write.
+            stream: Ask for the answer piece by piece. Then a loop is noticed while it lasts, and the connection closed,
+                and there are limits on the first and on every further piece.
+
+        Raises:
+            ModelNotServed: The server does not know the model.
+            Unauthorized: The server wants another API key.
+            ConfigurationError: There is no OpenAI API at the base URL.
+            Overloaded: 429 or 503.
+            ServerUnavailable: No connection, another unexpected status, or nothing like an answer.
+            DeadlineExceeded: `seconds`, or one of the limits on streams.
+            RequestRejected: 400, 413 or 422; see `is_about_length`.
+            Repetition, CutOff, UnusableAnswer: The answer is of no use.
+        """
+        import openai
+
+        create = self._connect().chat.completions.create
+        request = {**request, "timeout": _timeout(seconds)}
+        try:
+            if stream:
+                return await self._collect(create, request)
+            return self._finish(await create(**request))
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: an answer that is not JSON
+            raise await self._translate(error, seconds, request["model"]) from error
+
+    async def count_prompt(self, request: dict[str, Any], seconds: float) -> int | None:
+        """Send one request for the sake of its tokens; return those of the prompt, if the server tells.
+
+        Args:
+            request: As for `complete`; the answer may be cut off.
+            seconds: For each connect, read and write.
+        """
+        import openai
+
+        try:
+            completion: Any = await self._connect().chat.completions.create(**request, timeout=_timeout(seconds))
+            return _count(completion.usage, "prompt_tokens")
+        except (openai.OpenAIError, EngineError, AttributeError, ValueError):
+            return None
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            client, self._client, self._http = self._client, None, None
+            await client.close()
+
+    def _connect(self) -> openai.AsyncOpenAI:
+        import httpx2
+        import openai
+
+        if self._client is None:
+            self._http = httpx2.AsyncClient(
+                # A proxy from the environment cannot reach this machine's own loopback address.
+                trust_env=not self._loopback,
+                # A small compressed body can unpack to gigabytes.
+                headers={"Accept-Encoding": "identity"},
+                event_hooks={"response": [_bound]},
+            )
+            self._client = openai.AsyncOpenAI(
+                base_url=self.base_url,
+                # Without "none" the SDK would send the environment's OPENAI_API_KEY, which is not for this server.
+                api_key=self._api_key or "none",
+                max_retries=0,  # the SDK would send the page again, and its timeout would start anew
+                http_client=self._http,
+            )
+        return self._client
+
+    async def _collect(self, create: Any, request: dict[str, Any]) -> Completion:
+        pieces: list[str] = []
+        finish_reason, model, usage = None, request["model"], None
+        loop = asyncio.get_running_loop()
+        chunks = 0
+        try:
+            async with asyncio.timeout(FIRST_TOKEN_SECONDS) as limit:
+                async with await create(**request, stream=True, stream_options={"include_usage": True}) as stream:
+                    async for chunk in stream:
+                        limit.reschedule(loop.time() + IDLE_SECONDS)
+                        chunks += 1
+                        model, usage = chunk.model or model, chunk.usage or usage
+                        for choice in chunk.choices:
+                            pieces.append(choice.delta.content or "")
+                            finish_reason = choice.finish_reason or finish_reason
+                        if chunks % LOOP_CHUNKS == 0 and is_loop("".join(pieces[-LOOP_TAIL:])):
+                            finish_reason = "repetition"
+                            break
+        except TimeoutError as error:
+            if pieces:
+                message = f"{self.base_url} stopped in the middle of its answer for {IDLE_SECONDS:g} s"
+            else:
+                message = f"{self.base_url} did not begin to answer within {FIRST_TOKEN_SECONDS:g} s"
+            raise DeadlineExceeded(f"{message}: look at its load and its log") from error
+        except (AttributeError, TypeError) as error:
+            raise self._not_an_api() from error
+        if chunks == 0:
+            raise self._not_an_api()
+        if finish_reason is None:
+            raise ServerUnavailable(f"{self.base_url} broke its answer off: look at its log")
+        return _judge("".join(pieces), finish_reason, model, usage)
+
+    def _finish(self, completion: Any) -> Completion:
+        """Take the answer out, trusting nothing: the SDK hands over whatever JSON, or even text, the server sent."""
+        try:
+            choice = completion.choices[0]
+            text, finish_reason = choice.message.content, choice.finish_reason
+            model, usage = completion.model, completion.usage
+        except (AttributeError, IndexError, TypeError) as error:
+            raise self._not_an_api() from error
+        return _judge(text, finish_reason, model, usage)
+
+    async def _translate(self, error: Exception, seconds: float, model: str | None) -> EngineError | ConfigurationError:
+        import httpx2
+        import openai
+
+        cause = error.__cause__ or error
+        if isinstance(cause, httpx2.ConnectTimeout):
+            return ServerUnavailable(f"cannot reach {self.base_url} (no connection in time): correct the base URL")
+        if isinstance(error, openai.APITimeoutError):
+            return DeadlineExceeded(
+                f"{self.base_url} did not answer in time: look at its load, or allow more than {seconds:.0f} s"
+            )
+        if isinstance(cause, httpx2.ConnectError):
+            return ServerUnavailable(
+                f"cannot reach {self.base_url} ({cause}): start the server, or wait: it takes minutes to start; "
+                "or correct the base URL"
+            )
+        if isinstance(error, openai.APIConnectionError):
+            return ServerUnavailable(
+                f"{self.base_url} closed the connection ({cause}): wait if it is just starting, which takes minutes; "
+                "otherwise look at its log"
+            )
+        if isinstance(error, openai.APIStatusError):
+            return await self._translate_status(error, seconds, model)
+        if isinstance(error, openai.APIError) and not isinstance(error, openai.APIResponseValidationError):
+            return ServerUnavailable(f"{self.base_url} failed in the middle of its answer: {_short(error.message)}")
+        return self._not_an_api()
+
+    async def _translate_status(
+        self, error: openai.APIStatusError, seconds: float, model: str | None
+    ) -> EngineError | ConfigurationError:
+        status, said = error.status_code, _short(error.message)
+        if status in (401, 403):
+            return Unauthorized(
+                f"{self.base_url} answered {status}: set DOTS_OCR_API_KEY (or api_key=) to the key that the server was "
+                "started with"
+            )
+        if status == 404:
+            return await self._explain_not_found(seconds, model)
+        if status in (400, 413, 422):
+            message = f"{self.base_url} refused the page with {status}: {said}"
+            if status == 400 and _LENGTH.search(error.message):
+                return RequestRejected(f"{message}: start it with a larger --max-model-len, or give a smaller image")
+            return RequestRejected(message)
+        message = f"{self.base_url} answered {status}: {said}"
+        if status in (429, 503):
+            return Overloaded(message, _retry_after(error.response.headers.get("retry-after")))
+        return ServerUnavailable(message)
+
+    async def _explain_not_found(self, seconds: float, model: str | None) -> EngineError | ConfigurationError:
+        if model is not None:
+            try:
+                served = [card["id"] for card in await self.models(seconds)]
+            except (EngineError, ConfigurationError):
+                served = []
+            if served and model not in served:
+                return ModelNotServed(model, served, self.base_url)
+        return ConfigurationError(f"there is no OpenAI API at {self.base_url} (404): it usually ends in /v1")
+
+    def _not_an_api(self) -> ServerUnavailable:
+        return ServerUnavailable(
+            f"{self.base_url} does not answer like an OpenAI API: look at what else listens there, or correct the "
+            "base URL"
+        )
+
+
+def is_loop(text: str) -> bool:
+    """Tell whether a text ends in one piece over and over: `LOOP_TAIL` characters of at most `LOOP_PERIOD` each."""
+    tail = text[-LOOP_TAIL:]
+    if len(tail) < LOOP_TAIL:
+        return False
+    # Shifted by its own period a periodic text is equal to itself.
+    return any(tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1))
+
+
+def is_about_length(error: RequestRejected) -> bool:
+    """Tell whether the server refused a request because prompt and answer together do not fit into its context."""
+    return bool(_LENGTH.search(str(error)))
+
+
+def is_passing(error: ServerUnavailable) -> bool:
+    """Tell whether it may soon be over; not if the host swallows packets, which takes seconds to find out."""
+    import httpx2
+
+    return not isinstance(getattr(error.__cause__, "__cause__", None), httpx2.ConnectTimeout)
+
+
+def _judge(text: Any, finish_reason: Any, model: Any, usage: Any) -> Completion:
+    if finish_reason == "length":
+        raise CutOff("the answer was cut off at the end of the context: use a larger --max-model-len")
+    if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
+        raise Repetition("the model repeated itself without end: try again, or with another resolution")
+    if finish_reason == "abort":
+        raise ServerUnavailable("the server gave the page up in the middle of its answer: it is about to stop")
+    if finish_reason != "stop":
+        raise UnusableAnswer(f"the model stopped for the reason {finish_reason!r}: look at the server's log")
+    if not isinstance(text, str):
+        raise UnusableAnswer("the answer has no text: look at the server's log")
+    return Completion(text, str(model), _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+
+
+def _count(usage: Any, name: str) -> int | None:
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) else None
+
+
+def _timeout(seconds: float) -> httpx2.Timeout:
+    """Bound each connect, read and write, in seconds; the deadline for all of them together is the caller's."""
+    import httpx2
+
+    return httpx2.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
+
+
+async def _bound(response: httpx2.Response) -> None:
+    """Bound the length of a response that is about to be read."""
+    import httpx2
+
+    class Bounded(httpx2.AsyncByteStream):
+        def __init__(self, inner: httpx2.AsyncByteStream) -> None:
+            self.inner = inner
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            length = 0
+            async for chunk in self.inner:
+                length += len(chunk)
+                if length > MAX_BODY_BYTES:
+                    raise EngineError(f"the server's answer is longer than {MAX_BODY_BYTES} bytes: look at its log")
+                yield chunk
+
+        async def aclose(self) -> None:
+            await self.inner.aclose()
+
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise EngineError("the server compresses its answers, though it was asked not to: look at what else is there")
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    response.stream = Bounded(response.stream)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, which is a number or a date."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _short(message: object) -> str:
+    return " ".join(str(message).split())[:300]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

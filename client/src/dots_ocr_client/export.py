@@ -1,0 +1,242 @@
+"""Pages and documents as Markdown and as HTML.
+
+The HTML is safe to show, whatever the model wrote: it has no scripts, no pictures, and links only to http, https and
+mailto. The Markdown is as the model wrote it, except that tables are sanitised; whoever turns it into HTML should not
+let HTML through that stands in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Final
+
+import nh3
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.rules_inline import StateInline
+from markdown_it.token import Token
+from markdown_it.utils import EnvType, OptionsDict
+
+if TYPE_CHECKING:  # results.py imports this module
+    from .results import Cell, Document, FailedPage, Page
+
+_HEADERS: Final = frozenset({"Page-header", "Page-footer"})
+_HEADINGS: Final = {"Title": "# ", "Section-header": "## "}
+_LINKS: Final = re.compile(r"(?:https?://|mailto:)", re.IGNORECASE)
+_LIST_MARKER: Final = re.compile(r"\s*(?:[-*+•·▪◦‣\u2013\u2014○●■□]|\(?\w{1,4}[.)])(?:\s|$)")
+_FORMULA_MARKS: Final = (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"), ("$", "$"))
+MATH: Final = re.compile(
+    r"\$\$[^$]+\$\$|\$(?![ $])[^$]+(?<! )\$(?!\d)|\\\((?:(?!\\[()]).)+\\\)|\\\[(?:(?!\\[\[\]]).)+\\\]", re.DOTALL
+)
+"""LaTeX inside other text. A dollar sign before a space opens none, nor does one behind a space or before a digit close
+one: those are prices (the rule is Pandoc's, but for the line breaks)."""
+
+_TABLE: Final = nh3.Cleaner(
+    tags={"table", "thead", "tbody", "tr", "th", "td", "sub", "sup", "b", "i", "br"},
+    attributes={"th": {"rowspan", "colspan"}, "td": {"rowspan", "colspan"}},
+    link_rel=None,
+)
+_CONTENT: Final = nh3.Cleaner(
+    tags={"h1", "h2", "h3", "h4", "h5", "h6", "p", "ul", "ol", "li", "blockquote", "pre", "code", "em", "strong"}
+    | {"a", "br", "hr"},
+    attributes={"a": {"href", "title"}, "ol": {"start"}},
+    allowed_classes={"code": {"formula"}},
+    url_schemes={"http", "https", "mailto"},
+    url_relative="deny",
+)
+
+_CSP: Final = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_STYLE: Final = """
+body { max-width: 50rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif; }
+.page + .page { margin-top: 2rem; padding-top: 2rem; border-top: 1px solid #999; }
+pre.text { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
+.formula { white-space: pre-wrap; }
+.picture, .failed { color: #666; font-style: italic; }
+table { border-collapse: collapse; }
+th, td { padding: 0.2rem 0.5rem; border: 1px solid #999; vertical-align: top; }
+"""
+
+
+def markdown(page: Page, *, headers: bool) -> str:
+    """Return a page as Markdown: its cells with an empty line between them, or its text if it has none.
+
+    Args:
+        page: The page.
+        headers: With its headers and footers.
+    """
+    if not page.cells:
+        return page.text.strip()
+    blocks = (_markdown(cell) for cell in _wanted(page, headers))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def markdown_document(document: Document, *, headers: bool) -> str:
+    """Return a document as Markdown: its pages with an empty line between them, a comment for each that failed.
+
+    Args:
+        document: The document.
+        headers: With the headers and footers of its pages.
+    """
+
+    def failed(page: FailedPage) -> str:
+        return f"<!-- {_for_comment(_failure(page))} -->"
+
+    return "\n\n".join(filter(None, _each(document, lambda page: markdown(page, headers=headers), failed)))
+
+
+def html(page: Page, *, headers: bool) -> str:
+    """Return a page as an HTML fragment: a ``section`` with a ``div`` for each cell, or a ``pre`` with its text.
+
+    Args:
+        page: The page.
+        headers: With its headers and footers.
+    """
+    if page.cells:
+        lines = [_html(cell) for cell in _wanted(page, headers)]
+    else:
+        lines = [f'<pre class="text">{_escape(page.text)}</pre>'] if page.text.strip() else []
+    return "\n".join([f'<section class="page" data-page="{page.number}">', *lines, "</section>"])
+
+
+def html_document(document: Document, *, headers: bool) -> str:
+    """Return a document as a whole HTML page that loads nothing; a page that failed says so and why.
+
+    Args:
+        document: The document.
+        headers: With the headers and footers of its pages.
+    """
+
+    def failed(page: FailedPage) -> str:
+        return f'<section class="page failed" data-page="{page.number}">\n<p>{_escape(_failure(page))}</p>\n</section>'
+
+    head = (
+        "<!DOCTYPE html>\n<html>\n<head>\n"
+        '<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_CSP}">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{_escape(document.source)}</title>\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>"
+    )
+    return "\n".join([head, *_each(document, lambda page: html(page, headers=headers), failed), "</body>\n</html>\n"])
+
+
+def clean_table(text: str) -> str:
+    """Return the HTML of a table with nothing in it but table, thead, tbody, tr, th, td, sub, sup, b, i and br."""
+    if "<table" not in text.lower():
+        text = f"<table>{text}</table>"  # rows outside of a table would lose their tags
+    return _TABLE.clean(_encodable(text)).strip()
+
+
+def _each(document: Document, read: Callable[[Page], str], failed: Callable[[FailedPage], str]) -> list[str]:
+    from .results import FailedPage  # not above, because results.py imports this module
+
+    return [failed(page) if isinstance(page, FailedPage) else read(page) for page in document.pages]
+
+
+def _wanted(page: Page, headers: bool) -> Iterator[Cell]:
+    return (cell for cell in page.cells if headers or cell.category not in _HEADERS)
+
+
+def _failure(page: FailedPage) -> str:
+    return f"page {page.number} could not be read: {page.reason}"
+
+
+def _markdown(cell: Cell) -> str:
+    text = cell.text.strip()
+    if cell.category == "Picture":
+        return f"<!-- picture {_edges(cell)}-->"
+    if not text:
+        return ""
+    if cell.category in _HEADINGS and not text.startswith("#"):
+        return _HEADINGS[cell.category] + " ".join(text.split())
+    if cell.category == "List-item" and not _LIST_MARKER.match(text):
+        return f"- {text}"
+    if cell.category == "Formula":
+        return f"$$\n{_latex(text)}\n$$"
+    if _is_html_table(cell):
+        return re.sub(r"\n\s*\n", "\n", clean_table(text))  # an empty line would end the HTML
+    return text
+
+
+def _html(cell: Cell) -> str:
+    if cell.category == "Picture":
+        content = "picture"
+    elif cell.category == "Formula":
+        content = _formula(cell.text.strip())
+    elif _is_html_table(cell):
+        content = clean_table(cell.text)
+    else:
+        content = _CONTENT.clean(_MARKDOWN.render(_encodable(_markdown(cell)))).strip()
+    kind = re.sub(r"[^a-z]+", "-", cell.category.lower()).strip("-")
+    box = f' data-box="{_edges(cell).strip()}"' if cell.box else ""
+    return f'<div class="cell {kind}" data-category="{_escape(cell.category)}"{box}>{content}</div>'
+
+
+def _is_html_table(cell: Cell) -> bool:
+    return cell.category == "Table" and "<" in cell.text
+
+
+def _edges(cell: Cell) -> str:
+    return "" if cell.box is None else " ".join(map(str, cell.box)) + " "
+
+
+def _latex(text: str) -> str:
+    """Take off the marks around a formula, of which the model writes many kinds or none."""
+    for begin, end in _FORMULA_MARKS:
+        if len(text) > len(begin + end) and text.startswith(begin) and text.endswith(end):
+            inner = text[len(begin) : -len(end)]
+            return text if begin in inner else inner.strip()
+    return text
+
+
+def _formula(text: str) -> str:
+    return f'<code class="formula">{_escape(_latex(text))}</code>'
+
+
+def _encodable(text: str) -> str:
+    """Replace what cannot stand in a UTF-8 file, such as the halves of characters in the name of a file."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _escape(text: str) -> str:
+    return escape(_encodable(text))
+
+
+def _for_comment(text: str) -> str:
+    return re.sub("-(?=[->])", "- ", " ".join(_encodable(text).split()))
+
+
+class _Renderer(RendererHTML):
+    """Shows the text that stands for an image, and formulas as they were written."""
+
+    def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        return escape(self.renderInlineAsText(tokens[idx].children, options, env))
+
+    def formula(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        return _formula(tokens[idx].content)
+
+
+class _Markdown(MarkdownIt):
+    """CommonMark without HTML, and with formulas, in which stars and underscores mean something else."""
+
+    def __init__(self) -> None:
+        super().__init__("commonmark", {"html": False, "breaks": True}, renderer_cls=_Renderer)
+        self.inline.ruler.before("escape", "formula", _find_formula)
+
+    def validateLink(self, url: str) -> bool:
+        return _LINKS.match(url) is not None
+
+
+def _find_formula(state: StateInline, silent: bool) -> bool:
+    match = MATH.match(state.src, state.pos, state.posMax)
+    if match is None:
+        return False
+    if not silent:
+        state.push("formula", "", 0).content = match[0]
+    state.pos = match.end()
+    return True
+
+
+_MARKDOWN: Final = _Markdown()

@@ -1,0 +1,98 @@
+"""The way of a document's pages: drawn a little ahead of their turn, read, handed over as they finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from typing import Final
+
+from .documents import OpenDocument
+from .engines.base import Engine, Task
+from .errors import AllEnginesFailed, ConfigurationError, InputError
+from .fallback import read_page
+from .rasterizer import Rasterizer
+from .results import FailedPage, Page
+
+AHEAD: Final = 1
+"""Pages drawn ahead for each drawing process, beside the one that it is drawing. Together they keep the engines fed
+when a slot comes free, and are all that waits in memory."""
+BACKLOG: Final = 64
+"""Finished pages that may wait for a slow receiver; after that reading pauses. They hold text, not images."""
+
+
+class Pipeline:
+    """Reads the pages of any number of documents at once; all share its limits."""
+
+    def __init__(self, engines: Sequence[Engine], timeout: float) -> None:
+        """Take the engines in the order in which they are asked, and seconds of work for one page and all engines."""
+        self._engines = tuple(engines)
+        self._timeout = timeout
+        self._rasterizer = Rasterizer()
+        self._turns = asyncio.Semaphore((1 + AHEAD) * self._rasterizer.workers)
+
+    async def read(self, document: OpenDocument, task: Task) -> AsyncGenerator[Page | FailedPage, None]:
+        """Read the pages of a document and yield them as they finish; close the generator if you stop early.
+
+        Raises:
+            ConfigurationError: Wrong base URL, model or API key; pages that are not finished are given up.
+        """
+        finished: asyncio.Queue[Page | FailedPage | None] = asyncio.Queue(BACKLOG)
+        feeder = asyncio.create_task(self._feed(document, task, finished))
+        try:
+            while (page := await finished.get()) is not None:
+                yield page
+            await feeder
+        finally:
+            feeder.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConfigurationError):
+                await feeder
+
+    async def aclose(self) -> None:
+        """End the processes that draw; pages that are still asked for fail."""
+        await asyncio.to_thread(self._rasterizer.close)
+
+    async def _feed(
+        self, document: OpenDocument, task: Task, finished: asyncio.Queue[Page | FailedPage | None]
+    ) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in document.numbers:
+                    await self._turns.acquire()
+                    turn = _Turn(self._turns)
+                    page = group.create_task(self._one(document, number, task, turn, finished))
+                    page.add_done_callback(turn.end)  # also of one that is cancelled before it began
+        except* ConfigurationError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            await finished.put(None)
+
+    async def _one(
+        self,
+        document: OpenDocument,
+        number: int,
+        task: Task,
+        turn: _Turn,
+        finished: asyncio.Queue[Page | FailedPage | None],
+    ) -> None:
+        page: Page | FailedPage
+        try:
+            image = await self._rasterizer.draw(document.reference(number))
+            page = await read_page(self._engines, image, task, self._timeout, turn.end)
+        except InputError as error:
+            page = FailedPage(number, type(error).__name__, str(error))
+        except AllEnginesFailed as error:
+            page = FailedPage(number, type(error).__name__, str(error), error.attempts)
+        await finished.put(page)
+
+
+class _Turn:
+    """A place among the pages that are drawn ahead, given back once."""
+
+    def __init__(self, turns: asyncio.Semaphore) -> None:
+        self._turns: asyncio.Semaphore | None = turns
+
+    def end(self, _: object = None) -> None:
+        if self._turns is not None:
+            self._turns.release()
+            self._turns = None

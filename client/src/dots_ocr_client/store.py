@@ -1,0 +1,454 @@
+"""The pages of a document on disk: a journal while it is being read, the outputs afterwards.
+
+For the document ``a.pdf`` the journal is ``a.pdf.pages.jsonl``: a header, then one page a line as it was finished. When
+all pages are there, the outputs ``a.pdf.json``, ``a.pdf.md`` and so on are made from it, and it is deleted. The JSON is
+made last; its first line says what it was made from, so that a later run knows whether there is anything left to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import IO, Any, Final, NamedTuple
+
+from . import __version__
+from .errors import InputError
+from .prompts import Mode
+from .results import Document, FailedPage, Page
+
+FORMATS: Final = frozenset({"json", "md", "html", "txt"})
+"""What outputs there are, by what their names end with."""
+JOURNAL: Final = ".pages.jsonl"
+"""What the name of a journal ends with."""
+FIRST_ENGINE: Final = "vllm"
+"""The engine whose pages are final; those of any other can be read again (``upgrade``)."""
+_FORMAT_VERSION: Final = 1
+"""Of journals and outputs: those of other versions are not gone on with."""
+_PAGES: Final = b'"pages": [\n'
+_END_OF_PAGES: Final = b"\n],\n"
+_HEAD: Final = {"headers": bool, "formats": list, "pages": int, "failed_pages": int, "engines": dict}
+_UNREADABLE: Final = (KeyError, TypeError, ValueError, RecursionError)
+"""What reading a file raises that is damaged, or not by us."""
+_LONGEST_HEAD: Final = 1 << 16
+"""Bytes of a first line at most: ours stay far below, because the longest path has 4,096 bytes."""
+
+
+class Folder:
+    """A folder that outputs are written to. Links in it are replaced or refused, never followed."""
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        """Open a folder that exists.
+
+        Args:
+            path: Where it is; this may be a link.
+            descriptor: The folder, if it is open already; it is closed with this object.
+
+        Raises:
+            OSError: It does not exist, or may not be opened.
+        """
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY) if descriptor is None else descriptor
+
+    def inner(self, parts: Sequence[str]) -> Folder:
+        """Open the folder below, and make it if it is not there.
+
+        Args:
+            parts: The names on the way to it; none for this folder itself.
+
+        Raises:
+            InputError: One of them is a link or a file.
+            OSError: It cannot be made or opened.
+        """
+        path, fd = self.path, os.dup(self._fd)
+        for part in parts:
+            path /= part
+            try:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=fd)
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            except NotADirectoryError:
+                raise InputError(f"{str(path)!r} is a link or a file where a folder is needed: move it away") from None
+            finally:
+                os.close(fd)
+            fd = below
+        return Folder(path, fd)
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> int | None:
+        """Return a descriptor of a regular file, or ``None`` if there is none of that name."""
+        try:
+            fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=self._fd)
+        except OSError:  # not there, a link, a folder, a pipe without a reader, or not ours to read
+            return None
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        return None
+
+    def create(self, name: str) -> int:
+        """Make an empty file, in place of any that is there, and return a descriptor of it."""
+        self.remove(name)
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=self._fd)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._fd)
+
+    def exists(self, name: str) -> bool:
+        """Tell whether there is a regular file of that name."""
+        try:
+            return stat.S_ISREG(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode)
+        except OSError:
+            return False
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[IO[bytes]]:
+        """Write a file that takes its name, on the disk for certain, when it is whole; otherwise nothing is left."""
+        unfinished = f"{name}.tmp"
+        try:
+            with os.fdopen(self.create(unfinished), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.remove(unfinished)
+            raise
+
+    def sync(self) -> None:
+        """Have the names of its files on the disk."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the folder."""
+        os.close(self._fd)
+
+
+def to_json(value: object) -> bytes:
+    """Return one line of JSON in UTF-8, without its line break; halves of surrogate pairs (of file names) escaped."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How many pages a document has, and who read them.
+
+    Attributes:
+        pages: All pages, those that failed included.
+        failed_pages: Those that could not be read.
+        engines: Pages by the name of the engine that read them.
+    """
+
+    pages: int
+    failed_pages: int
+    engines: dict[str, int]
+
+
+class _Entry(NamedTuple):
+    offset: int
+    length: int
+    engine: str | None  # None: the page failed
+
+
+class Store:
+    """The pages of one document and its outputs. It belongs to one task; its methods block.
+
+    Attributes:
+        finished: What an earlier run wrote about this source in this mode; ``None`` if there is no such output, or if
+            there is a journal to go on with.
+    """
+
+    def __init__(self, root: Folder, name: PurePath, source: str, sha256: str, mode: Mode) -> None:
+        """Name a document; nothing is looked for yet.
+
+        Args:
+            root: The folder of all outputs.
+            name: The document's path below it, without the outputs' suffixes.
+            source: The document's name in results.
+            sha256: Of the document's file, in hexadecimal.
+            mode: How it is read.
+        """
+        self.finished: dict[str, Any] | None = None
+        self._root = root
+        self._place, self._name = name.parent.parts, name.name
+        self._source = source
+        self._origin: dict[str, Any] = {"format": _FORMAT_VERSION, "sha256": sha256, "mode": mode}
+        self._opened: Folder | None = None
+        self._entries: dict[int, _Entry] = {}
+        self._journal: int | None = None
+        self._end = 0
+
+    def open(self) -> None:
+        """Look for what earlier runs left.
+
+        Raises:
+            InputError: A folder on the way is a link or a file.
+            OSError: The disk says no.
+        """
+        self._opened = self._root.inner(self._place)
+        if not self._resume():
+            self.finished = self._read_head()
+
+    @property
+    def _folder(self) -> Folder:
+        assert self._opened is not None, "open the store first"
+        return self._opened
+
+    def is_unchanged(self, formats: frozenset[str], *, headers: bool, retry_failed: bool, upgrade: bool) -> bool:
+        """Tell whether the outputs are there, and nothing that is asked for could make them better."""
+        head = self.finished
+        if head is None:
+            return False
+        could_retry = retry_failed and head["failed_pages"] > 0
+        could_upgrade = upgrade and any(engine != FIRST_ENGINE for engine in head["engines"])
+        written = formats <= set(head["formats"]) and all(self._folder.exists(f"{self._name}.{f}") for f in formats)
+        return written and head["headers"] == headers and not could_retry and not could_upgrade
+
+    def reopen(self) -> None:
+        """Make the pages of the finished output the beginning of a journal."""
+        if self.finished is None:
+            return
+        fd = self._folder.open(f"{self._name}.json")
+        if fd is None:
+            return
+        with os.fdopen(fd, "rb") as file, self._folder.replacing(self._name + JOURNAL) as journal:
+            journal.write(self._header())
+            file.readline()
+            if file.readline() == _PAGES:
+                for line in file:
+                    journal.write(line.rstrip(b",\n") + b"\n")
+                    if not line.endswith(b",\n"):  # the last page
+                        break
+        self._resume()
+        if len(self._entries) != self.finished["pages"]:  # somebody edited the output
+            self.discard()
+
+    def wants(self, number: int, *, retry_failed: bool, upgrade: bool) -> bool:
+        """Tell whether a page is to be read."""
+        entry = self._entries.get(number)
+        if entry is None:
+            return True
+        return retry_failed if entry.engine is None else upgrade and entry.engine != FIRST_ENGINE
+
+    def record(self, page: Page | FailedPage) -> bool:
+        """Append a page, so that the death of this process does not lose it.
+
+        A page that is there already stays, unless the new one is by the first engine or the old one had failed.
+
+        Returns:
+            Whether the page was taken.
+
+        Raises:
+            OSError: The disk says no.
+        """
+        engine = page.engine if isinstance(page, Page) else None
+        old = self._entries.get(page.number)
+        if old is not None and old.engine is not None and engine != FIRST_ENGINE:
+            return False
+        if self._journal is None:
+            self._journal = self._folder.create(self._name + JOURNAL)
+            self._end = 0
+            self._append(self._header())
+        line = to_json(page.to_dict())
+        offset = self._end
+        self._append(line + b"\n")
+        self._entries[page.number] = _Entry(offset, len(line), engine)
+        return True
+
+    def sync(self) -> None:
+        """Have the journal on the disk, so that the death of the machine does not lose it either."""
+        if self._journal is not None:
+            os.fsync(self._journal)
+
+    def summary(self) -> Summary:
+        """Count the pages that are there."""
+        if self.finished is not None and not self._entries:
+            return Summary(self.finished["pages"], self.finished["failed_pages"], dict(self.finished["engines"]))
+        engines = Counter(entry.engine for entry in self._entries.values() if entry.engine is not None)
+        return Summary(len(self._entries), len(self._entries) - engines.total(), dict(sorted(engines.items())))
+
+    def assemble(self, formats: frozenset[str], *, headers: bool) -> None:
+        """Make the outputs, one page in memory at a time, and delete the journal.
+
+        Args:
+            formats: Which; the JSON is always made, because later runs go on from it.
+            headers: With the headers and footers of the pages, in Markdown and HTML.
+
+        Raises:
+            OSError: The disk says no; there is no unfinished output, and the journal remains.
+        """
+        with contextlib.ExitStack() as outputs:  # all are written before the first takes its name, the JSON last
+            files = {
+                suffix: outputs.enter_context(self._folder.replacing(f"{self._name}.{suffix}"))
+                for suffix in ("json", *sorted(formats - {"json"}))
+            }
+            for suffix, file in files.items():
+                if suffix == "json":
+                    self._write_json(file, formats, headers)
+                else:
+                    file.writelines(part.encode("utf-8", "backslashreplace") for part in self._render(suffix, headers))
+                file.flush()
+        self._folder.sync()
+        self._delete_journal()
+
+    def discard(self) -> None:
+        """Forget the pages: they are of another document."""
+        self._delete_journal()
+        self._entries.clear()
+        self.finished = None
+
+    def close(self) -> None:
+        """Close the files. The journal stays, and is synced as far as the disk allows."""
+        with contextlib.suppress(OSError):
+            self.sync()
+        self._close_journal()
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _delete_journal(self) -> None:
+        self._folder.remove(self._name + JOURNAL)
+        self._close_journal()
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            os.close(self._journal)
+            self._journal = None
+
+    def _header(self) -> bytes:
+        return to_json({"journal": self._origin, "version": __version__}) + b"\n"
+
+    def _resume(self) -> bool:
+        """Take up the journal, if it is of this source and mode; cut off what was being written when a run died."""
+        fd = self._folder.open(self._name + JOURNAL, os.O_RDWR)
+        if fd is None:
+            return False
+        self._entries.clear()
+        try:
+            with os.fdopen(os.dup(fd), "rb") as file:
+                end = self._check_header(file.readline(_LONGEST_HEAD))
+                while end:
+                    line = file.readline()
+                    try:
+                        page = _page(line)
+                    except _UNREADABLE:
+                        break
+                    engine = page.engine if isinstance(page, Page) else None
+                    self._entries[page.number] = _Entry(end, len(line) - 1, engine)
+                    end += len(line)
+            if end:
+                os.ftruncate(fd, end)
+        except BaseException:
+            os.close(fd)
+            raise
+        if not end:
+            os.close(fd)
+            return False
+        self._journal, self._end = fd, end
+        return True
+
+    def _check_header(self, line: bytes) -> int:
+        try:
+            ours = line.endswith(b"\n") and json.loads(line)["journal"] == self._origin
+        except _UNREADABLE:
+            ours = False
+        return len(line) if ours else 0
+
+    def _read_head(self) -> dict[str, Any] | None:
+        fd = self._folder.open(f"{self._name}.json")
+        if fd is None:
+            return None
+        with os.fdopen(fd, "rb") as file:
+            line = file.readline(_LONGEST_HEAD)
+        try:
+            head: dict[str, Any] = json.loads(line.removesuffix(b",\n") + b"}")["dots_ocr"]
+            ours = all(head[key] == value for key, value in self._origin.items()) and all(
+                isinstance(head[key], kind) for key, kind in _HEAD.items()
+            )
+        except _UNREADABLE:
+            ours = False
+        return head if ours else None
+
+    def _append(self, data: bytes) -> None:
+        assert self._journal is not None
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._journal, view, self._end)
+            view = view[written:]
+            self._end += written
+
+    def _raw(self) -> Iterator[bytes]:
+        """The pages in order, as JSON."""
+        for _, entry in sorted(self._entries.items()):
+            assert self._journal is not None  # where there are pages, there is a journal
+            yield os.pread(self._journal, entry.length, entry.offset)
+
+    def _documents(self) -> Iterator[Document]:
+        """A document of one page for each page, in order."""
+        for raw in self._raw():
+            yield Document(self._source, (_page(raw + b"\n"),))
+
+    def _render(self, suffix: str, headers: bool) -> Iterator[str]:
+        """The parts of an output other than the JSON."""
+        if suffix == "html":
+            yield from self._html(headers)
+        elif suffix == "txt":
+            yield from self._text()
+            yield "\n"
+        else:
+            between = ""
+            for document in self._documents():
+                if block := document.markdown(headers=headers):  # as in the whole document, nothing for an empty page
+                    yield between + block
+                    between = "\n\n"
+            yield "\n"
+
+    def _text(self) -> Iterator[str]:
+        for index, document in enumerate(self._documents()):
+            yield "\n\n" * (index > 0) + document.text
+
+    def _html(self, headers: bool) -> Iterator[str]:
+        # The whole is never in memory: each page's part is what it adds to a document without pages, or of one page.
+        none, one = Document(self._source, ()), Document(self._source, (FailedPage(1, "", ""),))
+        shell, begun = none.html(headers=headers), one.html(headers=headers)
+        middle = next(place for place, (a, b) in enumerate(zip(shell, begun, strict=False)) if a != b)
+        tail = len(shell) - middle
+        yield shell[:middle]
+        for index, document in enumerate(self._documents()):
+            before, start = (one.pages, len(begun) - tail) if index else ((), middle)
+            whole = Document(self._source, before + document.pages).html(headers=headers)
+            yield whole[start : len(whole) - tail]
+        yield shell[middle:]
+
+    def _write_json(self, file: IO[bytes], formats: frozenset[str], headers: bool) -> None:
+        """Write ``Document.to_dict()`` with our own note in the first line, and one page a line."""
+        note = {
+            **self._origin,
+            "version": __version__,
+            "headers": headers,
+            "formats": sorted(formats | {"json"}),
+            **asdict(self.summary()),
+        }
+        file.write(to_json({"source": self._source, "dots_ocr": note}).removesuffix(b"}") + b",\n" + _PAGES)
+        for index, raw in enumerate(self._raw()):
+            file.write(b",\n" * (index > 0) + raw)
+        file.write(_END_OF_PAGES + b'"text": "')
+        for part in self._text():
+            file.write(to_json(part)[1:-1])
+        file.write(b'"}\n')
+
+
+def _page(line: bytes) -> Page | FailedPage:
+    if not line.endswith(b"\n"):
+        raise ValueError("the line was cut off")
+    values = json.loads(line)
+    if not isinstance(values["number"], int):
+        raise TypeError("the page has no number")
+    return (FailedPage if "error" in values else Page).from_dict(values)

@@ -1,0 +1,538 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pypdfium2
+import pytest
+from PIL import Image
+
+from dots_ocr_client import batch
+from dots_ocr_client.batch import OutputError, Report, Status
+from dots_ocr_client.documents import Source, open_document
+from dots_ocr_client.errors import ConfigurationError, DotsOCRError, InputError
+from dots_ocr_client.prompts import Mode
+from dots_ocr_client.results import Document, FailedPage, Page
+
+ALL = frozenset({"json", "md", "html", "txt"})
+
+
+class FakeClient:
+    """Looks only at the numbers of a document's pages; `asked` lists those that it was asked for."""
+
+    max_in_flight = 4
+
+    def __init__(
+        self,
+        engine: str = "vllm",
+        fails: Collection[int] = (),
+        seconds: float = 0,
+        size: int = 1,
+        log: Path | None = None,
+    ) -> None:
+        self.engine = engine
+        self.fails = fails
+        self.seconds = seconds
+        self.size = size
+        self.asked: list[tuple[str, int]] = []
+        self.modes: set[Mode] = set()
+        self.open = self.most_open = 0
+
+    async def stream(
+        self, document: Source, *, mode: Mode = "layout", pages: Iterable[int] | None = None
+    ) -> AsyncGenerator[Page | FailedPage, None]:
+        assert isinstance(document, Path)
+        with open_document(document, pages) as opened:
+            numbers = opened.numbers
+        self.modes.add(mode)
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        try:
+            for number in reversed(numbers):
+                await asyncio.sleep(self.seconds)
+                yield self.page(document, number, mode)
+        finally:
+            self.open -= 1
+
+    def page(self, document: Path, number: int, mode: Mode) -> Page | FailedPage:
+        self.asked.append((document.name, number))
+        if number in self.fails:
+            return FailedPage(number, "AllEnginesFailed", "nobody could")
+        text = f"{document.name}, page {number}: {'x' * self.size}"
+        return Page(number, 100, 100, mode, text, (), self.engine, "a model", 0.0)
+
+
+class Events:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def documents(self, total: int) -> None:
+        self.seen.append(("documents", total))
+
+    def opened(self, name: str, pages: int) -> None:
+        self.seen.append(("opened", name, pages))
+
+    def page(self, name: str, page: Page | FailedPage) -> None:
+        self.seen.append(("page", name, page.number))
+
+    def done(self, name: str, status: Status) -> None:
+        self.seen.append(("done", name, status))
+
+
+def pdf(path: Path, pages: int = 3) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = pypdfium2.PdfDocument.new()
+    for _ in range(pages):
+        document.new_page(72, 72)
+    document.save(path)
+    document.close()
+    return path
+
+
+def png(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), "white").save(path, "PNG")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def read(client: batch.Client, inputs: Sequence[Path], out: Path, **options: Any) -> Report:
+    return asyncio.run(batch.run(client, inputs, out, **options))
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {".dots-ocr.lock"}
+
+
+def load(out: Path, name: str = "a.pdf") -> Document:
+    return Document.from_dict(json.loads((out / f"{name}.json").read_bytes()))
+
+
+def journal(out: Path, name: str = "a.pdf") -> list[int]:
+    lines = (out / f"{name}.pages.jsonl").read_bytes().splitlines(keepends=True)[1:]
+    return [json.loads(line)["number"] for line in lines if line.endswith(b"\n")]
+
+
+def statuses(report: Report) -> list[Status]:
+    return [document.status for document in report.documents]
+
+
+# What is read, and where the outputs go
+
+
+def test_outputs_have_the_name_of_the_document_and_its_pages_in_order(tmp_path: Path, out: Path) -> None:
+    report = read(FakeClient(), [pdf(tmp_path / "a.pdf")], out, formats=ALL)
+    assert statuses(report) == ["read"]
+    assert files(out) == {"a.pdf.json", "a.pdf.md", "a.pdf.html", "a.pdf.txt", "report.json"}
+    document = load(out)
+    assert document.source == str(tmp_path / "a.pdf")
+    assert [page.number for page in document.pages] == [1, 2, 3]
+    assert (out / "a.pdf.md").read_text() == document.markdown() + "\n"
+
+
+def test_folders_are_searched_and_keep_their_shape(tmp_path: Path, out: Path) -> None:
+    docs = tmp_path / "docs"
+    for name in ("a.png", "sub/B.PNG", ".hidden.png", ".hidden/c.png", "notes.doc"):
+        png(docs / name)
+    pdf(docs / "a.pdf")
+    (docs / "link").symlink_to(docs / "sub")
+    given = png(tmp_path / "explicitly given.dat")
+    read(FakeClient(), [docs, given], out, formats=frozenset({"json"}))
+    assert files(out) == {
+        "a.pdf.json",
+        "a.png.json",
+        "sub/B.PNG.json",
+        "explicitly given.dat.json",
+        "report.json",
+    }
+
+
+@pytest.mark.parametrize("name", ["-rf.png", "two\nlines.png", "caf\udce9.png", "a b;$(c).png", "Ω.png"])
+def test_any_file_name_works(tmp_path: Path, out: Path, name: str) -> None:
+    report = read(FakeClient(), [png(tmp_path / "docs" / name).parent], out, formats=ALL)
+    assert statuses(report) == ["read"]
+    assert f"{name}.json" in files(out)
+    assert json.loads((out / "report.json").read_bytes())["documents"][0]["source"].endswith(name)
+
+
+BAD_INPUTS: dict[str, Callable[[Path], Sequence[Path]]] = {
+    "No such file": lambda folder: [folder / "missing.pdf"],
+    "neither a file nor a folder": lambda _: [Path("/dev/null")],
+    "same outputs": lambda folder: [folder / "a.png", folder / "sub" / "a.png"],
+    "would replace report.json": lambda folder: [folder / "report"],
+    "an output of an earlier run": lambda folder: [folder / "out" / "a.png.json"],
+    "embedded null": lambda _: [Path("a\0.pdf")],
+}
+
+
+@pytest.mark.parametrize("reason", BAD_INPUTS)
+def test_bad_inputs_are_refused_before_anything_is_read(tmp_path: Path, out: Path, reason: str) -> None:
+    for name in ("a.png", "sub/a.png", "report", "out/a.png.json", "good.png"):
+        png(tmp_path / name)
+    client = FakeClient()
+    with pytest.raises(InputError, match=reason):
+        read(client, [tmp_path / "good.png", *BAD_INPUTS[reason](tmp_path)], out)
+    assert not client.asked
+
+
+def test_a_folder_without_documents_is_a_mistake(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no documents in"):
+        read(FakeClient(), [tmp_path / "empty"], out)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "nul\0"])
+def test_a_place_for_outputs_that_is_no_folder_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError):
+        read(FakeClient(), [png(tmp_path / "a.png")], tmp_path / place)
+
+
+def test_outputs_may_go_beside_the_documents(tmp_path: Path) -> None:
+    pdf(tmp_path / "a.pdf")
+    assert statuses(read(FakeClient(), [tmp_path], tmp_path)) == ["read"]
+    assert statuses(read(FakeClient(), [tmp_path], tmp_path)) == ["unchanged"]
+
+
+def test_a_link_to_elsewhere_in_the_folder_of_outputs_is_refused(tmp_path: Path, out: Path) -> None:
+    out.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (out / "sub").symlink_to(tmp_path / "elsewhere")
+    png(tmp_path / "docs" / "a.png")
+    png(tmp_path / "docs" / "sub" / "b.png")
+    report = read(FakeClient(), [tmp_path / "docs"], out)
+    assert statuses(report) == ["read", "failed"]
+    assert "is a link" in str(report.documents[1].error)
+    assert not files(tmp_path / "elsewhere")
+
+
+def test_modes_that_need_more_than_a_page_are_refused(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(InputError, match="needs a box or a question"):
+        read(FakeClient(), [png(tmp_path / "a.png")], out, mode="grounding")
+
+
+def test_unknown_formats_are_refused(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(ValueError, match="docx"):
+        read(FakeClient(), [png(tmp_path / "a.png")], out, formats=frozenset({"docx"}))
+
+
+# Going on
+
+
+def test_a_finished_document_is_not_read_again(tmp_path: Path, out: Path) -> None:
+    docs = [pdf(tmp_path / "a.pdf"), png(tmp_path / "b.png")]
+    first = read(FakeClient(), docs, out)
+    before = {name: (out / name).stat().st_ino for name in files(out) - {"report.json"}}
+    client = FakeClient()
+    report = read(client, docs, out)
+    assert statuses(report) == ["unchanged", "unchanged"]
+    assert not client.asked
+    assert {name: (out / name).stat().st_ino for name in files(out) - {"report.json"}} == before
+    assert (report.totals["pages"], report.totals["pages_read"]) == (first.totals["pages"], 0) == (4, 0)
+
+
+def test_a_changed_document_is_read_anew(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf", 3)
+    read(FakeClient(), [document], out)
+    pdf(document, 2)
+    assert statuses(read(FakeClient(), [document], out)) == ["read"]
+    assert len(load(out).pages) == 2
+
+
+def test_another_mode_is_read_anew(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+    read(FakeClient(), [document], out)
+    client = FakeClient()
+    assert statuses(read(client, [document], out, mode="text")) == ["read"]
+    assert (len(client.asked), client.modes) == (3, {"text"})
+
+
+def test_another_format_is_made_without_reading(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+    read(FakeClient(), [document], out)
+    client = FakeClient()
+    assert statuses(read(client, [document], out, formats=ALL)) == ["read"]
+    assert not client.asked
+    assert (out / "a.pdf.txt").read_text() == load(out).text + "\n"
+
+
+def test_failed_pages_are_read_again_and_only_those(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+    first = read(FakeClient(fails={2}), [document], out)
+    assert statuses(first) == ["partial"]
+    assert first.documents[0].error == "page 2: nobody could"
+    assert statuses(read(FakeClient(), [document], out, retry_failed=False)) == ["unchanged"]
+    client = FakeClient()
+    assert statuses(read(client, [document], out)) == ["read"]
+    assert client.asked == [("a.pdf", 2)]
+    assert not load(out).failures
+
+
+@pytest.mark.parametrize(
+    ("again", "engines"),
+    [
+        (FakeClient("vllm"), {"vllm": 3}),
+        (FakeClient("tesseract"), {"tesseract": 3}),
+        (FakeClient("vllm", fails={1, 2}), {"tesseract": 2, "vllm": 1}),
+    ],
+)
+def test_an_upgrade_reads_pages_of_other_engines_again_and_loses_none(
+    tmp_path: Path, out: Path, again: FakeClient, engines: dict[str, int]
+) -> None:
+    document = pdf(tmp_path / "a.pdf")
+    read(FakeClient("tesseract"), [document], out)
+    assert statuses(read(FakeClient(), [document], out)) == ["unchanged"]
+    report = read(again, [document], out, upgrade=True)
+    assert len(again.asked) == 3
+    assert report.documents[0].engines == engines
+    assert (report.documents[0].status, report.documents[0].error) == ("read", None)
+    assert not load(out).failures
+
+
+def test_nothing_is_upgraded_where_vllm_read_everything(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+    read(FakeClient(), [document], out)
+    assert statuses(read(FakeClient(), [document], out, upgrade=True)) == ["unchanged"]
+
+
+def test_after_kill_9_no_page_is_read_twice_and_none_is_missing(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf", 12)
+    with subprocess.Popen([sys.executable, __file__, str(document), str(out)]) as process:
+        wait_for(lambda: (out / "a.pdf.pages.jsonl").exists() and len(journal(out)) >= 5)
+        process.send_signal(signal.SIGKILL)
+    kept = journal(out)
+    assert files(out) == {"a.pdf.pages.jsonl"}
+    client = FakeClient()
+    report = read(client, [document], out, formats=ALL)
+    asked = [number for _, number in client.asked]
+    assert sorted(kept + asked) == list(range(1, 13))
+    assert report.documents[0].pages_read == len(asked)
+    read(FakeClient(), [document], tmp_path / "undisturbed", formats=ALL)
+    for name in files(tmp_path / "undisturbed") - {"report.json"}:
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+# Faults
+
+
+def test_a_document_that_cannot_be_opened_does_not_stop_the_others(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.pdf").write_bytes(b"%PDF-1.7 broken")
+    (tmp_path / "docs" / "b.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "docs" / "c.png")
+    pdf(tmp_path / "docs" / "d.pdf")
+    report = read(FakeClient(), [tmp_path / "docs"], out)
+    assert statuses(report) == ["failed", "failed", "failed", "read"]
+    assert all(document.error for document in report.documents[:3])
+
+
+def test_a_document_without_a_single_page_read_has_failed_and_is_tried_again(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+    assert statuses(read(FakeClient(fails={1, 2, 3}), [document], out)) == ["failed"]
+    assert statuses(read(FakeClient(), [document], out)) == ["read"]
+
+
+class Stops(FakeClient):
+    """Raises at page 2, which is the second one of three."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def page(self, document: Path, number: int, mode: Mode) -> Page | FailedPage:
+        if number == 2:
+            raise self.error
+        return super().page(document, number, mode)
+
+
+def test_wrong_settings_stop_the_batch_and_what_was_read_is_safe(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+    with pytest.raises(ConfigurationError, match="wrong key"):
+        read(Stops(ConfigurationError("wrong key")), [document, png(tmp_path / "b.png")], out)
+    assert json.loads((out / "report.json").read_bytes())["stopped"] == "ConfigurationError: wrong key"
+    client = FakeClient()
+    read(client, [document], out)
+    assert client.asked == [("a.pdf", 2), ("a.pdf", 1)]
+
+
+def test_an_error_in_the_middle_of_a_document_keeps_its_pages(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+    report = read(Stops(DotsOCRError("gone")), [document, png(tmp_path / "b.png")], out)
+    assert statuses(report) == ["failed", "read"]
+    assert (report.documents[0].error, report.documents[0].pages) == ("gone", 1)
+    assert journal(out) == [3]
+
+
+def test_a_client_that_leaves_out_a_page_is_found_out(tmp_path: Path, out: Path) -> None:
+    class Forgets(FakeClient):
+        async def stream(self, document: Source, **options: Any) -> AsyncGenerator[Page | FailedPage, None]:
+            async for page in super().stream(document, **options):
+                if page.number != 2:
+                    yield page
+
+    report = read(Forgets(), [pdf(tmp_path / "a.pdf")], out)
+    assert statuses(report) == ["failed"]
+    assert journal(out) == [3, 1]
+
+
+def test_a_document_that_changes_while_it_is_read_has_failed(tmp_path: Path, out: Path) -> None:
+    class Changes(FakeClient):
+        def page(self, document: Path, number: int, mode: Mode) -> Page | FailedPage:
+            pdf(document, 4)
+            return super().page(document, number, mode)
+
+    document = pdf(tmp_path / "a.pdf")
+    report = read(Changes(), [document], out)
+    assert "changed while it was read" in str(report.documents[0].error)
+    assert files(out) == {"report.json"}
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[int], None]]:
+    """Limits the size of files: the nearest thing to a full disk without mounting one."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize(("size", "left"), [(120_000, {1, 2}), (250_000, set())])
+def test_a_full_disk_stops_the_batch_and_a_later_run_goes_on(
+    tmp_path: Path, out: Path, small_disk: Callable[[int], None], size: int, left: set[int]
+) -> None:
+    document = pdf(tmp_path / "a.pdf", 4)
+    small_disk(size)
+    with pytest.raises(OutputError, match=r"a\.pdf.*make room"):
+        read(FakeClient(size=50_000), [document], out)
+    small_disk(resource.RLIM_INFINITY)
+    assert files(out) == {"a.pdf.pages.jsonl", "report.json"}
+    client = FakeClient(size=50_000)
+    assert statuses(read(client, [document], out)) == ["read"]
+    assert {number for _, number in client.asked} == left
+    assert files(out) == {"a.pdf.json", "a.pdf.md", "report.json"}
+
+
+def test_an_output_that_cannot_be_replaced_fails_only_its_document(tmp_path: Path, out: Path) -> None:
+    (out / "a.pdf.md").mkdir(parents=True)
+    report = read(FakeClient(), [pdf(tmp_path / "a.pdf"), png(tmp_path / "b.png")], out)
+    assert statuses(report) == ["failed", "read"]
+    assert "cannot write the outputs" in str(report.documents[0].error)
+
+
+def test_cancelling_keeps_what_was_read_and_leaves_no_tasks(tmp_path: Path, out: Path) -> None:
+    documents = [pdf(tmp_path / f"{name}.pdf", 50) for name in "abc"]
+    client = FakeClient(seconds=0.01)
+
+    async def main() -> None:
+        task = asyncio.create_task(batch.run(client, documents, out))
+        while len(client.asked) < 12:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+    assert client.open == 0
+    kept = {(document.name, number) for document in documents for number in journal(out, document.name)}
+    assert kept == set(client.asked)
+    assert json.loads((out / "report.json").read_bytes())["stopped"] == "CancelledError"
+
+
+def test_two_runs_do_not_use_the_same_folder(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+
+    async def main() -> None:
+        client = FakeClient(seconds=0.1)
+        first = asyncio.create_task(batch.run(client, [document], out))
+        while not client.open:
+            await asyncio.sleep(0.005)
+        with pytest.raises(InputError, match="another run"):
+            await batch.run(FakeClient(), [document], out)
+        assert statuses(await first) == ["read"]
+
+    asyncio.run(main())
+    assert statuses(read(FakeClient(), [document], out)) == ["unchanged"]
+
+
+# Report, progress and size
+
+
+def test_the_report_counts_pages_and_engines(tmp_path: Path, out: Path) -> None:
+    documents = [pdf(tmp_path / "a.pdf"), png(tmp_path / "b.png")]
+    report = read(FakeClient(fails={2}), documents, out)
+    assert json.loads((out / "report.json").read_bytes()) == report.to_dict()
+    assert report.started <= report.finished
+    totals = report.totals
+    assert totals.pop("pages_per_second") > 0
+    assert totals == {
+        "documents": 2,
+        "read": 1,
+        "partial": 1,
+        "failed": 0,
+        "unchanged": 0,
+        "pages": 4,
+        "failed_pages": 1,
+        "engines": {"vllm": 3},
+        "pages_read": 3,
+    }
+
+
+def test_progress_is_told_of_each_page_and_document(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+    name, events = str(document), Events()
+    read(FakeClient(fails={1, 2}), [document], out, progress=events)
+    read(FakeClient(), [document], out, progress=events)
+    read(FakeClient(), [document], out, progress=events)
+    pages = [("page", name, number) for number in (3, 2, 1)]
+    assert events.seen == [
+        *[("documents", 1), ("opened", name, 3), *pages, ("done", name, "partial")],
+        *[("documents", 1), ("opened", name, 2), *pages[1:], ("done", name, "read")],
+        *[("documents", 1), ("done", name, "unchanged")],
+    ]
+
+
+def test_enough_documents_are_open_to_fill_the_pages_in_flight_and_no_more(tmp_path: Path, out: Path) -> None:
+    for index in range(20):
+        png(tmp_path / "docs" / f"{index}.png")
+    client = FakeClient(seconds=0.1)
+    assert statuses(read(client, [tmp_path / "docs"], out)) == ["read"] * 20
+    assert client.max_in_flight <= client.most_open <= client.max_in_flight + batch.SPARE
+
+
+def test_five_thousand_pages_take_seconds_and_little_memory(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf", 5000)
+    begin = time.monotonic()
+    tracemalloc.start()
+    read(FakeClient(size=4000), [document], out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.monotonic() - begin < 30
+    assert (out / "a.pdf.json").stat().st_size > 40_000_000
+    assert peak < 8_000_000
+
+
+if __name__ == "__main__":  # what the test of kill -9 kills
+    read(FakeClient(seconds=0.05), [Path(sys.argv[1])], Path(sys.argv[2]))

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support import pdf_of
+
+from dots_ocr_client import (
+    AllEnginesFailed,
+    Answer,
+    AsyncDotsOCR,
+    Box,
+    ConfigurationError,
+    DotsOCR,
+    EngineError,
+    FailedPage,
+    InputError,
+    Limiter,
+    Mode,
+    Page,
+    PageImage,
+    Task,
+)
+from dots_ocr_client.pipeline import AHEAD
+from dots_ocr_client.prompts import MODES
+from dots_ocr_client.rasterizer import Rasterizer
+
+SHEET = (200.0, 100.0)  # points
+OTHER = (150.0, 100.0)
+
+
+class Recorder:
+    """An engine that answers with the page's number, after a while if told so, or fails on some pages."""
+
+    name = "recorder"
+    modes: frozenset[Mode] = frozenset(MODES)
+
+    def __init__(
+        self, seconds: float = 0, slots: int = 4, broken: Callable[[int], bool] = lambda number: False
+    ) -> None:
+        self.limiter = Limiter(slots, slots)
+        self.seconds = seconds
+        self.broken = broken
+        self.tasks: list[Task] = []
+        self.running = self.most = self.cancelled = 0
+        self.closed = False
+
+    async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
+        self.tasks.append(task)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+        if self.broken(page.number):
+            raise EngineError("it is torn")
+        return Answer(task.mode, f"{page.number}: {page.width} x {page.height}", "model")
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+def test_the_pages_of_a_pdf_come_back_in_order() -> None:
+    with DotsOCR(engines=[Recorder()]) as ocr:
+        document = ocr.read(pdf_of(SHEET, OTHER, SHEET))
+    assert document.text == "1: 556 x 278\n\n2: 417 x 278\n\n3: 556 x 278"
+    assert [page.number for page in document.pages] == [1, 2, 3]
+
+
+def test_only_the_pages_that_were_asked_for_are_read() -> None:
+    with DotsOCR(engines=[Recorder()]) as ocr:
+        document = ocr.read(pdf_of(SHEET, OTHER, SHEET), pages="3,1")
+    assert [page.number for page in document.pages] == [1, 3]
+
+
+def test_a_page_that_fails_does_not_lose_the_others() -> None:
+    with DotsOCR(engines=[Recorder(broken=lambda number: number == 2)]) as ocr:
+        document = ocr.read(pdf_of(SHEET, SHEET, SHEET))
+    assert [type(page) for page in document.pages] == [Page, FailedPage, Page]
+    (failure,) = document.failures
+    assert (failure.number, failure.error, failure.attempts[0].reason) == (2, "AllEnginesFailed", "it is torn")
+    assert "[page 2 could not be read]" in document.text
+
+
+def test_a_document_of_which_nothing_was_read_is_an_error() -> None:
+    with DotsOCR(engines=[Recorder(broken=lambda number: True)]) as ocr:
+        with pytest.raises(AllEnginesFailed, match="it is torn") as caught:
+            ocr.read(pdf_of(SHEET, SHEET))
+        assert (caught.value.page, caught.value.attempts[0].engine) == (1, "recorder")
+        with pytest.raises(InputError, match="neither a PDF nor an image"):
+            ocr.read(b"nothing")
+
+
+def test_wrong_settings_end_the_whole_document() -> None:
+    class Misled(Recorder):
+        async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
+            if self.running:
+                raise ConfigurationError("wrong key")
+            return await super().read(page, task, seconds)
+
+    engine = Misled(seconds=20, slots=2)
+    with DotsOCR(engines=[engine]) as ocr, pytest.raises(ConfigurationError, match="wrong key"):
+        ocr.read(pdf_of(*[SHEET] * 5))
+    assert (engine.running, engine.cancelled > 0) == (0, True)
+
+
+def test_pages_come_as_they_finish() -> None:
+    class Slow(Recorder):
+        async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
+            await asyncio.sleep(0.5 if page.number == 1 else 0)
+            return await super().read(page, task, seconds)
+
+    with DotsOCR(engines=[Slow()]) as ocr:
+        assert [page.number for page in ocr.stream(pdf_of(SHEET, SHEET, SHEET))][-1] == 1
+
+
+def test_who_stops_early_stops_the_work() -> None:
+    engine = Recorder(seconds=20, slots=2)
+
+    async def read_two() -> None:
+        engine.seconds = 0
+        async with AsyncDotsOCR(engines=[engine]) as ocr, aclosing(ocr.stream(pdf_of(*[SHEET] * 9))) as stream:
+            await anext(stream)
+            engine.seconds = 20
+            await asyncio.sleep(0.5)
+
+    asyncio.run(read_two())
+    assert (engine.running, engine.cancelled) == (0, 2)
+    with DotsOCR(engines=[engine]) as ocr:
+        engine.seconds = 0
+        for _ in ocr.stream(pdf_of(*[SHEET] * 9)):
+            engine.seconds = 20
+            break
+    assert engine.running == 0
+
+
+def test_the_engine_sees_no_more_pages_at_once_than_it_has_slots_for() -> None:
+    engine = Recorder(seconds=0.02, slots=3)
+    document = pdf_of(*[SHEET] * 6)
+
+    async def read_three() -> None:
+        async with AsyncDotsOCR(engines=[engine]) as ocr:
+            await asyncio.gather(*(ocr.read(document) for _ in range(3)))
+
+    asyncio.run(read_three())
+    assert (len(engine.tasks), engine.most) == (18, 3)
+
+
+def test_pages_are_drawn_only_shortly_before_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Recorder(seconds=20, slots=2)
+    drawn: list[int] = []
+    draw = Rasterizer.draw
+
+    async def note(self: Rasterizer, reference: object, *arguments: object) -> PageImage:
+        page = await draw(self, reference, *arguments)  # type: ignore[arg-type]
+        drawn.append(page.number)
+        return page
+
+    monkeypatch.setattr(Rasterizer, "draw", note)
+
+    async def start() -> None:
+        async with AsyncDotsOCR(engines=[engine]) as ocr, aclosing(ocr.stream(pdf_of(*[SHEET] * 60))) as stream:
+            first = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(1.5)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+
+    asyncio.run(start())
+    assert engine.most == 2
+    assert 2 < len(drawn) <= 2 + (1 + AHEAD) * Rasterizer().workers
+
+
+def test_one_page_is_a_page(sheet: Image.Image) -> None:
+    with DotsOCR(engines=[Recorder()]) as ocr:
+        page = ocr.read_page(sheet)
+        assert (page.text, page.mode, page.engine) == ("1: 784 x 224", "layout", "recorder")
+        with pytest.raises(InputError, match="2 pages, not one"):
+            ocr.read_page(pdf_of(SHEET, SHEET))
+    with (
+        DotsOCR(engines=[Recorder(broken=lambda number: True)]) as ocr,
+        pytest.raises(AllEnginesFailed, match="it is torn"),
+    ):
+        ocr.read_page(sheet)
+
+
+def test_box_and_question_reach_the_engine(sheet: Image.Image) -> None:
+    engine = Recorder()
+    with DotsOCR(engines=[engine]) as ocr:
+        ocr.read(sheet, mode="grounding", box=(1, 2, 30, 40))
+        ocr.read(sheet, mode="general", question="What is this?")
+    assert engine.tasks == [Task("grounding", Box(1, 2, 30, 40)), Task("general", None, "What is this?")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "prompt_ocr"}, "mode must be one of 'layout'"),
+        ({"mode": "grounding"}, "needs a box"),
+        ({"box": (1, 2, 3, 4)}, "needs a box"),
+        ({"mode": "grounding", "box": (3, 2, 1, 4)}, "is no box"),
+        ({"mode": "general"}, "needs a question"),
+        ({"question": "why?"}, "needs a question"),
+    ],
+)
+def test_wrong_tasks_are_refused_before_anything_is_read(
+    arguments: dict[str, object], message: str, sheet: Image.Image
+) -> None:
+    engine = Recorder()
+    with DotsOCR(engines=[engine]) as ocr, pytest.raises(ValueError, match=message):
+        ocr.read(sheet, **arguments)  # type: ignore[arg-type]
+    assert not engine.tasks
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"timeout": 0}, {"timeout": float("nan")}, {"max_in_flight": 0}, {"engines": []}]
+)
+def test_wrong_settings_are_refused_at_once(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        DotsOCR(**arguments)  # type: ignore[arg-type]
+
+
+def test_it_works_in_several_threads_and_inside_a_running_loop(sheet_file: Path) -> None:
+    texts: list[str] = []
+    with DotsOCR(engines=[Recorder()]) as ocr:
+        threads = [threading.Thread(target=lambda: texts.append(ocr.read(sheet_file).text)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        async def inside() -> str:
+            return ocr.read(sheet_file).text
+
+        texts.append(asyncio.run(inside()))
+    assert texts == ["1: 784 x 224"] * 3
+
+
+def test_closing_closes_the_engines_and_ends_the_thread(sheet: Image.Image) -> None:
+    engine = Recorder()
+    threads = set(threading.enumerate())
+    ocr = DotsOCR(engines=[engine])
+    ocr.read(sheet)
+    ocr.close()
+    ocr.close()
+    assert (engine.closed, set(threading.enumerate()) - threads) == (True, set())
+    with pytest.raises(RuntimeError, match="closed: make a new one"):
+        ocr.read(sheet)
+
+
+def test_closing_from_another_thread_ends_a_read(sheet: Image.Image) -> None:
+    engine = Recorder(seconds=20)
+    ocr = DotsOCR(engines=[engine])
+    threading.Timer(0.3, ocr.close).start()
+    with pytest.raises(RuntimeError, match="closed while it was reading"):
+        ocr.read(sheet)
+    assert engine.cancelled == 1

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import FakeServer, reply
+
+from dots_ocr_client.doctor import ANSWER_TOKENS, SAMPLE, Check, examine
+from dots_ocr_client.engines.vllm import VLLMEngine
+
+ALL = ["server", "version", "model", "key", "context", "page", "tesseract", "packages"]
+
+
+@pytest.fixture
+def healthy(server: FakeServer) -> FakeServer:
+    server.models = {"dots.ocr": 32_768}
+    server.text = SAMPLE
+    return server
+
+
+def checks_of(base_url: str, seconds: float = 20.0) -> dict[str, Check]:
+    async def run() -> list[Check]:
+        engine = VLLMEngine(base_url)
+        try:
+            return await examine(engine, seconds)
+        finally:
+            await engine.aclose()
+
+    checks = asyncio.run(run())
+    assert [check.name for check in checks] == ALL
+    assert [check.name for check in checks if (check.status == "ok") == bool(check.cure)] == []
+    return {check.name: check for check in checks}
+
+
+def by_status(checks: dict[str, Check], status: str) -> list[str]:
+    return [check.name for check in checks.values() if check.status == status]
+
+
+def test_a_healthy_server_passes_every_check(healthy: FakeServer) -> None:
+    assert by_status(checks_of(healthy.base_url), "ok") == ALL
+
+
+def test_the_server_is_timed(healthy: FakeServer) -> None:
+    checks = checks_of(healthy.base_url)
+    assert 0 < (checks["server"].seconds or 0) < 20
+    assert 0 < (checks["page"].seconds or 0) < 20
+
+
+def test_a_real_page_is_read_as_plain_text(healthy: FakeServer) -> None:
+    checks_of(healthy.base_url)
+    content = healthy.bodies[0]["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["image_url", "text"]
+    assert content[1]["text"].endswith("Extract the text content from this image.")
+
+
+@pytest.mark.parametrize(
+    "text", [SAMPLE.upper(), SAMPLE.replace("fox", "f0x"), f"# {SAMPLE}\n", SAMPLE.replace(" ", "")]
+)
+def test_small_differences_in_the_text_do_not_matter(healthy: FakeServer, text: str) -> None:
+    healthy.text = text
+    assert checks_of(healthy.base_url)["page"].status == "ok"
+
+
+def test_a_page_that_is_read_wrongly_is_a_warning(healthy: FakeServer) -> None:
+    healthy.text = "A cat sat on a mat."
+    check = checks_of(healthy.base_url)["page"]
+    assert check.status == "warning"
+    assert "A cat sat" in check.detail
+
+
+def test_a_page_that_is_refused_is_a_failure(healthy: FakeServer) -> None:
+    healthy.fail_with(400, "no pictures today")
+    check = checks_of(healthy.base_url)["page"]
+    assert (check.status, "no pictures today" in check.detail) == ("failed", True)
+
+
+def test_without_a_server_the_rest_of_the_machine_is_still_checked() -> None:
+    checks = checks_of("http://127.0.0.1:9/v1")
+    assert by_status(checks, "failed") == ["server"]
+    assert by_status(checks, "ok") == ["tesseract", "packages"]
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+
+
+def test_a_server_that_hangs_does_not_hang_the_doctor(silent: str) -> None:
+    check = checks_of(silent, seconds=0.3)["server"]
+    assert (check.status, "answer" in check.detail) == ("failed", True)
+
+
+def test_a_wrong_key_is_told_from_a_missing_server(healthy: FakeServer) -> None:
+    healthy.models_answer = lambda: reply({"error": "no"}, 401)
+    checks = checks_of(healthy.base_url)
+    assert by_status(checks, "failed") == ["key"]
+    assert checks["server"].status == "ok"
+    assert "DOTS_OCR_API_KEY" in checks["key"].cure
+
+
+def test_a_key_that_only_opens_the_list_of_models_is_found_out(healthy: FakeServer) -> None:
+    healthy.fail_with(401)
+    assert by_status(checks_of(healthy.base_url), "failed") == ["page"]
+
+
+def test_a_model_that_is_not_served_is_named_with_those_that_are(healthy: FakeServer) -> None:
+    healthy.models = {"other": 1, "another": 2}
+    checks = checks_of(healthy.base_url)
+    assert by_status(checks, "failed") == ["model"]
+    assert "'other', 'another'" in checks["model"].detail
+
+
+def test_a_context_too_short_for_an_a4_page_names_the_length_that_is_enough(healthy: FakeServer) -> None:
+    healthy.models = {"dots.ocr": 8192}
+    cure = checks_of(healthy.base_url)["context"].cure
+    enough = int("".join(filter(str.isdigit, cure)))
+    assert enough > 4_900 + ANSWER_TOKENS  # an A4 page takes 4,956 tokens or a little less
+    healthy.models = {"dots.ocr": enough}
+    assert checks_of(healthy.base_url)["context"].status == "ok"
+
+
+def test_a_server_that_does_not_tell_its_context_is_not_blamed(healthy: FakeServer) -> None:
+    healthy.models = {"dots.ocr": None}
+    assert checks_of(healthy.base_url)["context"].status == "skipped"
+
+
+def test_a_server_that_does_not_tell_its_version_is_not_blamed(healthy: FakeServer) -> None:
+    healthy.version = None
+    assert by_status(checks_of(healthy.base_url), "skipped") == ["version"]
+
+
+def test_a_missing_tesseract_is_a_warning(healthy: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    checks = checks_of(healthy.base_url)
+    assert by_status(checks, "warning") == ["tesseract"]
+    assert "apt-get install" in checks["tesseract"].cure
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo tesseract 5", 'echo "List:"; echo osd'])
+def test_a_tesseract_that_is_of_no_use_is_a_warning(
+    healthy: FakeServer, fake_tesseract: Callable[[str], Path], script: str
+) -> None:
+    fake_tesseract(script)
+    assert checks_of(healthy.base_url)["tesseract"].status == "warning"
+
+
+def test_the_languages_of_tesseract_are_named(healthy: FakeServer) -> None:
+    detail = checks_of(healthy.base_url)["tesseract"].detail
+    assert detail.startswith("tesseract ")
+    assert "eng" in detail
+    assert "osd" not in detail
+
+
+def test_versions_of_all_that_matters_are_named(healthy: FakeServer) -> None:
+    detail = checks_of(healthy.base_url)["packages"].detail
+    assert [
+        name for name in ("Python 3", "dots-ocr-client", "openai", "pypdfium2", "pillow") if name not in detail
+    ] == []

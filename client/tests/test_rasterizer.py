@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support import pdf_of
+
+from dots_ocr_client import InputError
+from dots_ocr_client.documents import OpenDocument, PageImage, draw, open_document
+from dots_ocr_client.rasterizer import WORKER_MEMORY, Rasterizer
+
+
+def children() -> set[int]:
+    """The processes that this one has started and that have not ended."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def has_ended(pid: int, seconds: float) -> bool:
+    """Wait for the end of somebody else's process."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left_over() -> Iterator[None]:
+    before = children()
+    yield
+    gc.collect()
+    assert children() - before == set()
+
+
+@pytest.fixture
+def document() -> Iterator[OpenDocument]:
+    with open_document(pdf_of((72, 72), (144, 72), (72, 144))) as document:
+        yield document
+
+
+def draw_all(rasterizer: Rasterizer, document: OpenDocument) -> list[PageImage | BaseException]:
+    async def run() -> list[PageImage | BaseException]:
+        draws = (rasterizer.draw(document.reference(number)) for number in document.numbers)
+        return await asyncio.gather(*draws, return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def hanging_pdf() -> bytes:
+    """PDFium takes minutes over the second of its three pages, which fills the same area again and again."""
+    content = b"0 0 m 9 9 9 0 0 9 c S " * 200
+    form = b"<< /Type /XObject /Subtype /Form /BBox [0 0 72 72] /Resources << /XObject << /F %d 0 R >> >>"
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R 4 0 R 3 0 R] /Count 3 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 72 72] >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 72 72] /Contents 6 0 R"
+        b" /Resources << /XObject << /F 6 0 R >> >> >>",
+        b"null",
+    ]
+    for number in range(6, 12):  # each shows the next one a hundred times
+        shows = b"/F Do " * 100 if number < 11 else content
+        objects.append((form % (number + 1)) + b" /Length %d >>\nstream\n%s\nendstream" % (len(shows), shows))
+    body = b"".join(b"%d 0 obj\n%s\nendobj\n" % (number, text) for number, text in enumerate(objects, 1))
+    return b"%PDF-1.4\n" + body + b"trailer << /Root 1 0 R /Size 12 >>\n%%EOF"
+
+
+def test_pages_are_the_same_whoever_draws_them(document: OpenDocument) -> None:
+    expected = [draw(document.reference(number)) for number in document.numbers]
+    assert draw_all(Rasterizer(2), document) == expected
+
+
+def test_there_are_never_more_processes_than_workers(document: OpenDocument) -> None:
+    rasterizer = Rasterizer(1)
+    before = children()
+    draw_all(rasterizer, document)
+    assert len(children() - before) == 1
+
+
+def test_single_images_need_no_process(sheet: Image.Image) -> None:
+    rasterizer = Rasterizer(1)
+    before = children()
+    with open_document(sheet) as document:
+        (page,) = draw_all(rasterizer, document)
+    assert isinstance(page, PageImage)
+    assert page.image.tobytes() == sheet.tobytes()
+    assert children() == before
+
+
+def test_by_default_there_is_a_worker_for_each_processor_up_to_eight() -> None:
+    assert Rasterizer().workers == min(len(os.sched_getaffinity(0)), 8)
+    with pytest.raises(ValueError, match="at least one worker"):
+        Rasterizer(0)
+
+
+def test_an_input_error_keeps_its_message_and_its_worker(tmp_path: Path) -> None:
+    path = tmp_path / "line\nbreak.pdf"
+    path.write_bytes(pdf_of((72, 72), (14_000, 20), (72, 72)))
+    rasterizer = Rasterizer(1)
+    with open_document(path) as document:
+        first, second, third = draw_all(rasterizer, document)
+        with pytest.raises(InputError) as caught:
+            draw(document.reference(2))
+    assert isinstance(second, InputError)
+    assert str(second) == str(caught.value)
+    assert "page 2 of" in str(second)
+    assert isinstance(first, PageImage)
+    assert isinstance(third, PageImage)
+
+
+def test_a_killed_worker_fails_its_page_only(document: OpenDocument) -> None:
+    rasterizer = Rasterizer(1)
+
+    async def run() -> None:
+        before = children()
+        await rasterizer.draw(document.reference(1))
+        (worker,) = children() - before
+        os.kill(worker, signal.SIGSTOP)  # so that it is in the middle of the page
+        page = asyncio.create_task(rasterizer.draw(document.reference(2)))
+        await asyncio.sleep(0.1)
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(InputError, match=r"^page 2 of <bytes> cannot be drawn: its process ended .*SIGKILL"):
+            await page
+        assert (await rasterizer.draw(document.reference(2))).width == 400
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_died_while_idle_fails_no_page(document: OpenDocument) -> None:
+    rasterizer = Rasterizer(1)
+
+    async def run() -> None:
+        before = children()
+        await rasterizer.draw(document.reference(1))
+        (worker,) = children() - before
+        os.kill(worker, signal.SIGKILL)
+        await asyncio.sleep(0.1)
+        assert (await rasterizer.draw(document.reference(2))).width == 400
+
+    asyncio.run(run())
+
+
+def test_a_page_that_takes_too_long_fails_alone() -> None:
+    rasterizer = Rasterizer(1)
+
+    async def run(document: OpenDocument) -> None:
+        start = time.monotonic()
+        with pytest.raises(InputError, match=r"page 2 of <bytes> cannot be drawn: it takes longer than 0.5 s"):
+            await rasterizer.draw(document.reference(2), seconds=0.5)
+        assert time.monotonic() - start < 3
+        assert (await rasterizer.draw(document.reference(3))).width == 200
+
+    with open_document(hanging_pdf()) as document:
+        asyncio.run(run(document))
+
+
+def test_cancelling_ends_the_worker_and_frees_its_place() -> None:
+    rasterizer = Rasterizer(1)
+
+    async def run(document: OpenDocument) -> None:
+        before = children()
+        page = asyncio.create_task(rasterizer.draw(document.reference(2)))
+        await asyncio.sleep(0.1)
+        (worker,) = children() - before
+        page.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await page
+        assert worker not in children()
+        assert (await rasterizer.draw(document.reference(3))).width == 200
+
+    with open_document(hanging_pdf()) as document:
+        asyncio.run(run(document))
+
+
+def test_a_worker_may_not_take_all_memory_nor_leave_copies_of_documents_behind(document: OpenDocument) -> None:
+    rasterizer = Rasterizer(1)
+    before = children()
+    draw_all(rasterizer, document)
+    (worker,) = children() - before
+    limits = Path(f"/proc/{worker}/limits").read_text()
+    assert re.search(rf"Max address space +{WORKER_MEMORY} ", limits)
+    assert re.search(r"Max core file size +0 ", limits)
+
+
+def test_a_loop_in_a_thread_whose_tasks_are_cancelled_leaves_nothing_behind(document: OpenDocument) -> None:
+    rasterizer = Rasterizer(1)
+    started = threading.Event()
+
+    async def run() -> None:
+        await rasterizer.draw(document.reference(1))
+        draws = [asyncio.create_task(rasterizer.draw(document.reference(number))) for number in (1, 2, 3)]
+        await asyncio.sleep(0)
+        started.set()
+        for task in draws:
+            task.cancel()
+        await asyncio.gather(*draws, return_exceptions=True)
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    thread.join(20)
+    assert started.is_set()
+    assert not thread.is_alive()
+
+
+def test_close_ends_the_workers(document: OpenDocument) -> None:
+    rasterizer = Rasterizer(2)
+    before = children()
+    draw_all(rasterizer, document)
+    assert children() > before
+    rasterizer.close()
+    assert children() == before
+
+
+SCRIPT = """
+import asyncio, os, sys
+from pathlib import Path
+from dots_ocr_client.documents import open_document
+from dots_ocr_client.rasterizer import Rasterizer
+
+rasterizer = Rasterizer(1)
+document = open_document("a.pdf")
+
+async def draw(number, seconds=60):
+    return await rasterizer.draw(document.reference(number), seconds)
+
+print(asyncio.run(draw(1)).width)
+print(*(task.read_text() for task in Path("/proc/self/task").glob("*/children")), flush=True)
+"""
+"""It has no ``if __name__ == "__main__"``, as many scripts; running it twice would show in what it prints."""
+
+
+def run_script(script: str, pdf: bytes, folder: Path) -> tuple[str, int, str]:
+    """Return the width of the first page, the worker, and what went to standard error."""
+    (folder / "a.pdf").write_bytes(pdf)
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, "-W", "error", "script.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=False)
+    width, worker = done.stdout.split()
+    return width, int(worker), done.stderr
+
+
+@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), 9)", "asyncio.run(draw(3))"])
+def test_workers_neither_run_the_program_again_nor_outlive_it(end: str, tmp_path: Path) -> None:
+    width, worker, errors = run_script(SCRIPT + end, pdf_of((144, 72), (72, 72), (72, 72)), tmp_path)
+    assert (width, errors) == ("400", "")
+    assert has_ended(worker, 5)
+
+
+def test_a_worker_whose_program_was_killed_does_not_draw_on_for_ever(tmp_path: Path) -> None:
+    end = """
+async def leave():
+    page = asyncio.create_task(draw(2, seconds=0.5))
+    await asyncio.sleep(0.2)
+    os.kill(os.getpid(), 9)
+
+asyncio.run(leave())
+"""
+    _, worker, _ = run_script(SCRIPT + end, hanging_pdf(), tmp_path)
+    assert not has_ended(worker, 0.1)
+    assert has_ended(worker, 5)
+
+
+def test_a_worker_imports_little() -> None:
+    code = "import sys, dots_ocr_client.rasterizer; print('openai' in sys.modules, 'httpx2' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "False False\n"

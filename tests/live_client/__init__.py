@@ -1,0 +1,1 @@
+"""The client against real vLLM: the host that `make rehearse` leaves running."""

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dots_ocr_client import (
+    AsyncDotsOCR,
+    Box,
+    DotsOCR,
+    EngineError,
+    FailedPage,
+    Limiter,
+    Mode,
+    ModelNotServed,
+    Page,
+    PageImage,
+    Task,
+    Unauthorized,
+    VLLMEngine,
+    images,
+)
+from dots_ocr_client.engines import vllm
+from dots_ocr_client.prompts import MODES
+from tests.live_client.conftest import OnHost
+
+MAX_PIXELS = 1_003_520
+"""What the rehearsal's server is told (inventory/rehearsal)."""
+Sheets = list[tuple[Image.Image, str]]
+
+
+@pytest.fixture
+def engine(base_url: str, api_key: str) -> VLLMEngine:
+    return VLLMEngine(base_url, api_key=api_key)
+
+
+def lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+@pytest.mark.parametrize("mode", ["layout", "text"])
+def test_the_pages_of_a_document_are_read_to_the_letter(
+    mode: Mode, sheets: Sheets, engine: VLLMEngine, tmp_path: Path
+) -> None:
+    first, *others = [image for image, _ in sheets]
+    first.save(tmp_path / "pages.tif", save_all=True, append_images=others)
+    with DotsOCR(engines=[engine]) as ocr:
+        document = ocr.read(tmp_path / "pages.tif", mode=mode)
+    assert [lines(page.text) for page in document.pages if isinstance(page, Page)] == [lines(t) for _, t in sheets]
+    for page in document.pages:
+        assert isinstance(page, Page)
+        assert (page.mode, page.warnings, page.finish_reason) == (mode, (), "stop")
+        assert (page.prompt_tokens or 0) > images.image_tokens(page.width, page.height)
+        assert [cell.box for cell in page.cells] == ([Box(0, 0, 784, 224)] if mode == "layout" else [])
+
+
+def test_boxes_refer_to_the_page_and_not_to_what_was_sent(sheets: Sheets, engine: VLLMEngine) -> None:
+    """The tiny model's box is always 784 x 224: all of a page of that size, and a part of a larger one."""
+    page, _ = sheets[0]
+    with DotsOCR(engines=[engine]) as ocr:
+        assert ocr.read_page(page).cells[0].box == Box(0, 0, *page.size)
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("size", [(28, 28), (784, 224), (1654, 2339)])
+def test_no_mode_and_no_size_is_refused(mode: Mode, size: tuple[int, int], engine: VLLMEngine) -> None:
+    """Whatever the tiny model makes of it: no request breaks a limit of the server."""
+    task = Task(mode, Box(1, 2, 20, 20) if mode == "grounding" else None, "Why?" if mode == "general" else None)
+    page = PageImage.of(1, Image.effect_noise(size, 90).convert("RGB"))
+
+    async def read() -> None:
+        try:
+            async with asyncio.timeout(8):
+                await engine.read(page, task, 8)
+        finally:
+            await engine.aclose()
+
+    try:
+        asyncio.run(read())
+    except (EngineError, TimeoutError) as error:  # noise has no text
+        assert type(error).__name__ in ("UnusableAnswer", "Repetition", "CutOff", "TimeoutError"), error
+
+
+def test_what_the_server_made_of_a_large_page_is_found_out(engine: VLLMEngine) -> None:
+    size = (1654, 2339)
+    page = PageImage.of(1, Image.new("RGB", size, "white"))
+
+    async def count() -> tuple[tuple[int, int], tuple[str, ...]]:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(vllm, "_is_blank", lambda page: True)
+                prompt_tokens = await _prompt_tokens(engine, page)
+            return await engine._seen(page, "layout", prompt_tokens, time.monotonic() + 60)
+        finally:
+            await engine.aclose()
+
+    seen, warnings = asyncio.run(count())
+    assert seen == images.smart_resize(*size, max_pixels=MAX_PIXELS)
+    assert f"{seen[0]} x {seen[1]} px" in warnings[0]
+
+
+async def _prompt_tokens(engine: VLLMEngine, page: PageImage) -> int | None:
+    url = "data:image/png;base64," + base64.b64encode(page.png).decode()
+    request = {
+        "model": engine.model,
+        "messages": vllm._messages(MODES["layout"], vllm.PLACEHOLDER + MODES["layout"].prompt, url),
+        "max_completion_tokens": 1,
+    }
+    return await engine._server.count_prompt(request, 60)
+
+
+def test_a_wrong_key_and_a_wrong_model_are_told_apart(base_url: str, api_key: str, sheets: Sheets) -> None:
+    with DotsOCR(base_url, api_key="wrong") as ocr, pytest.raises(Unauthorized, match="DOTS_OCR_API_KEY"):
+        ocr.read(sheets[0][0])
+    with DotsOCR(base_url, api_key=api_key, model="gpt") as ocr, pytest.raises(ModelNotServed, match=r"'dots\.ocr'"):
+        ocr.read(sheets[0][0])
+
+
+def running(on_host: OnHost, api_key: str) -> int:
+    command = 'curl --silent --header "Authorization: Bearer $0" http://127.0.0.1:8000/metrics'
+    metrics = on_host("sh", "-c", command, api_key)
+    counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\S* ([\d.]+)$", metrics, re.MULTILINE)
+    assert counts
+    return int(sum(map(float, counts)))
+
+
+def test_cancelling_frees_the_server(
+    engine: VLLMEngine, sheets: Sheets, on_host: OnHost, api_key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = {**vllm.REPETITION, "min_count": 4096}
+    monkeypatch.setattr(vllm, "REPETITION", endless)
+    monkeypatch.setitem(MODES, "text", MODES["layout_only"])  # an untrained prompt, upon which it goes on and on
+
+    async def read_and_cancel() -> int:
+        async with AsyncDotsOCR(engines=[engine]) as ocr:
+            pages = [asyncio.create_task(ocr.read_page(sheets[0][0], mode="text")) for _ in range(4)]
+            await asyncio.sleep(0.7)
+            before = await asyncio.to_thread(running, on_host, api_key)
+            for page in pages:
+                page.cancel()
+            await asyncio.gather(*pages, return_exceptions=True)
+            return before
+
+    assert asyncio.run(read_and_cancel()) > 0
+    end = time.monotonic() + 3
+    while running(on_host, api_key) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert running(on_host, api_key) == 0
+
+
+def test_a_server_that_is_asked_for_too_much_is_asked_for_less(base_url: str, api_key: str, sheets: Sheets) -> None:
+    """64 pages at once are more than the server's queue takes: it answers 503, and all are read all the same."""
+    limiter = Limiter(64, 64)
+
+    async def read() -> list[Page]:
+        async with AsyncDotsOCR(engines=[VLLMEngine(base_url, api_key=api_key, limiter=limiter)]) as ocr:
+            return await asyncio.gather(*(ocr.read_page(sheets[n % 10][0], mode="text") for n in range(64)))
+
+    pages = asyncio.run(read())
+    assert [lines(page.text) for page in pages] == [lines(sheets[n % 10][1]) for n in range(64)]
+    assert limiter.limit < 64
+
+
+def test_a_batch_survives_a_restart_of_the_server(
+    base_url: str, api_key: str, sheets: Sheets, on_host: OnHost, tmp_path: Path
+) -> None:
+    """Nothing is lost silently: each page is read to the letter or recorded as failed, and a second run reads those."""
+    for number, (image, _) in enumerate(sheets):
+        image.save(tmp_path / f"{number}.png")
+    documents = [tmp_path / f"{number % 10}.png" for number in range(60)]
+    outcome: dict[Path, list[Page | FailedPage]] = {}
+
+    async def read_all() -> None:
+        async with AsyncDotsOCR(engines=[VLLMEngine(base_url, api_key=api_key)]) as ocr:
+            for start in range(0, len(documents), 10):
+                for document in documents[start : start + 10]:
+                    pages = [page async for page in ocr.stream(document, mode="text")]
+                    outcome.setdefault(document, []).extend(pages)
+
+    restart = threading.Timer(1.0, on_host, ("systemctl", "restart", "dots-ocr.service"))
+    restart.start()
+    try:
+        asyncio.run(read_all())
+    finally:
+        restart.join()
+        on_host("/usr/local/lib/dots-ocr/ready", "dots-ocr", "--wait=300")
+    failures = 0
+    for document, pages in outcome.items():
+        for page in pages:
+            if isinstance(page, FailedPage):
+                failures += 1
+                assert page.attempts[0].error in ("ServerUnavailable", "Overloaded"), page
+            else:
+                assert lines(page.text) == lines(sheets[int(document.stem)][1])
+    assert 0 < failures < 60
+    with DotsOCR(base_url, api_key=api_key) as ocr:
+        assert lines(ocr.read(documents[0], mode="text").text) == lines(sheets[0][1])
+
+
+def test_the_command_reads_a_folder_and_goes_on_where_it_was_killed(
+    base_url: str, api_key: str, sheets: Sheets, tmp_path: Path
+) -> None:
+    first, *others = [image for image, _ in sheets * 5]
+    (tmp_path / "in").mkdir()
+    first.save(tmp_path / "in/pages.tif", save_all=True, append_images=others)
+    command = ["dots-ocr", "read", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--mode=text"]
+    command += [f"--base-url={base_url}", "--engine=vllm"]
+    environment = {**os.environ, "DOTS_OCR_API_KEY": api_key}
+    process = subprocess.Popen(command, env=environment)
+    journal = tmp_path / "out/pages.tif.pages.jsonl"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 8:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out/pages.tif.json").exists()
+    subprocess.run(command, env=environment, check=True)
+    done = json.loads((tmp_path / "out/pages.tif.json").read_text())
+    assert [lines(page["text"]) for page in done["pages"]] == [lines(text) for _, text in sheets * 5]
+
+
+def test_doctor_finds_nothing_wrong(base_url: str, api_key: str) -> None:
+    done = subprocess.run(
+        ["dots-ocr", "doctor", f"--base-url={base_url}"],
+        env={**os.environ, "DOTS_OCR_API_KEY": api_key},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
