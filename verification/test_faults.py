@@ -165,13 +165,6 @@ def test_docker_restarts(host: Host, server: Settings, matrix: list[Measurement]
         host.check_output("systemctl restart docker.service")
 
 
-def test_docker_is_stopped_and_started(host: Host, server: Settings, matrix: list[Measurement]) -> None:
-    with fault(host, server, matrix, "Docker stopped, started by hand"), host.sudo():
-        host.check_output("systemctl stop docker.socket docker.service")
-        assert not host.service(server["unit"]).is_running
-        host.check_output("systemctl start docker.service")
-
-
 def test_systemd_reloads(host: Host, server: Settings, matrix: list[Measurement]) -> None:
     with fault(host, server, matrix, "`systemctl daemon-reload`", new_start=False), host.sudo():
         host.check_output("systemctl daemon-reload")

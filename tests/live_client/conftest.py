@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from PIL import Image
 from rehearsal.engine import SOCKET
 from rehearsal.rehearse import API, HOST
 
-sys.path.append(str(Path(__file__).parents[2] / "rehearsal/tiny_model"))
+PAGE = Path(__file__).parents[2] / "rehearsal/tiny_model/page.py"
 
 OnHost = Callable[..., str]
 
@@ -40,9 +41,12 @@ def base_url() -> str:
 
 
 @pytest.fixture(scope="session")
-def sheets() -> list[tuple[Image.Image, str]]:
+def sheets(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Image.Image, str]]:
     """Ten pages that the tiny model can read, and the text of each."""
-    from page import render_page
-
-    texts = [[f"Page {number} of 10", "", f"Order No. 2026-{number * 7919:05d}"] for number in range(1, 11)]
-    return [(render_page(lines), "\n".join(lines)) for lines in texts]
+    file = tmp_path_factory.mktemp("sheets") / "page.png"
+    sheets: list[tuple[Image.Image, str]] = []
+    for number in range(1, 11):
+        text = f"Page {number} of 10\n\nOrder No. 2026-{number * 7919:05d}"
+        subprocess.run([sys.executable, PAGE, "render", file], input=text, text=True, check=True)
+        sheets.append((Image.open(io.BytesIO(file.read_bytes())), text))
+    return sheets

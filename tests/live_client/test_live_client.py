@@ -2,22 +2,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import re
 import subprocess
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
 from dots_ocr_client import (
     AsyncDotsOCR,
     Box,
     DotsOCR,
-    EngineError,
     FailedPage,
     Limiter,
     Mode,
@@ -26,11 +25,14 @@ from dots_ocr_client import (
     PageImage,
     Task,
     Unauthorized,
+    UnusableAnswer,
     VLLMEngine,
     images,
 )
 from dots_ocr_client.engines import vllm
-from dots_ocr_client.prompts import MODES
+from dots_ocr_client.prompts import MODES, PLACEHOLDER
+from PIL import Image
+
 from tests.live_client.conftest import OnHost
 
 MAX_PIXELS = 1_003_520
@@ -84,38 +86,31 @@ def test_no_mode_and_no_size_is_refused(mode: Mode, size: tuple[int, int], engin
         finally:
             await engine.aclose()
 
-    try:
+    with contextlib.suppress(UnusableAnswer, TimeoutError):  # noise has no text
         asyncio.run(read())
-    except (EngineError, TimeoutError) as error:  # noise has no text
-        assert type(error).__name__ in ("UnusableAnswer", "Repetition", "CutOff", "TimeoutError"), error
 
 
 def test_what_the_server_made_of_a_large_page_is_found_out(engine: VLLMEngine) -> None:
+    """Not through `read`, since the tiny model has no layout for such a page."""
     size = (1654, 2339)
     page = PageImage.of(1, Image.new("RGB", size, "white"))
-
-    async def count() -> tuple[tuple[int, int], tuple[str, ...]]:
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(vllm, "_is_blank", lambda page: True)
-                prompt_tokens = await _prompt_tokens(engine, page)
-            return await engine._seen(page, "layout", prompt_tokens, time.monotonic() + 60)
-        finally:
-            await engine.aclose()
-
-    seen, warnings = asyncio.run(count())
-    assert seen == images.smart_resize(*size, max_pixels=MAX_PIXELS)
-    assert f"{seen[0]} x {seen[1]} px" in warnings[0]
-
-
-async def _prompt_tokens(engine: VLLMEngine, page: PageImage) -> int | None:
     url = "data:image/png;base64," + base64.b64encode(page.png).decode()
     request = {
         "model": engine.model,
-        "messages": vllm._messages(MODES["layout"], vllm.PLACEHOLDER + MODES["layout"].prompt, url),
+        "messages": vllm._messages(MODES["layout"], PLACEHOLDER + MODES["layout"].prompt, url),
         "max_completion_tokens": 1,
     }
-    return await engine._server.count_prompt(request, 60)
+
+    async def find_out() -> tuple[tuple[int, int], tuple[str, ...]]:
+        try:
+            tokens = await engine._server.count_prompt(request, 60)
+            return await engine._seen(page, "layout", tokens, time.monotonic() + 60)
+        finally:
+            await engine.aclose()
+
+    seen, warnings = asyncio.run(find_out())
+    assert seen == images.smart_resize(*size, max_pixels=MAX_PIXELS)
+    assert f"{seen[0]} x {seen[1]} px" in warnings[0]
 
 
 def test_a_wrong_key_and_a_wrong_model_are_told_apart(base_url: str, api_key: str, sheets: Sheets) -> None:
@@ -125,16 +120,16 @@ def test_a_wrong_key_and_a_wrong_model_are_told_apart(base_url: str, api_key: st
         ocr.read(sheets[0][0])
 
 
-def running(on_host: OnHost, api_key: str) -> int:
-    command = 'curl --silent --header "Authorization: Bearer $0" http://127.0.0.1:8000/metrics'
-    metrics = on_host("sh", "-c", command, api_key)
+def running(base_url: str) -> int:
+    with urllib.request.urlopen(base_url.removesuffix("/v1") + "/metrics") as answer:
+        metrics = answer.read().decode()
     counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\S* ([\d.]+)$", metrics, re.MULTILINE)
     assert counts
     return int(sum(map(float, counts)))
 
 
 def test_cancelling_frees_the_server(
-    engine: VLLMEngine, sheets: Sheets, on_host: OnHost, api_key: str, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMEngine, sheets: Sheets, base_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endless = {**vllm.REPETITION, "min_count": 4096}
     monkeypatch.setattr(vllm, "REPETITION", endless)
@@ -144,7 +139,7 @@ def test_cancelling_frees_the_server(
         async with AsyncDotsOCR(engines=[engine]) as ocr:
             pages = [asyncio.create_task(ocr.read_page(sheets[0][0], mode="text")) for _ in range(4)]
             await asyncio.sleep(0.7)
-            before = await asyncio.to_thread(running, on_host, api_key)
+            before = await asyncio.to_thread(running, base_url)
             for page in pages:
                 page.cancel()
             await asyncio.gather(*pages, return_exceptions=True)
@@ -152,9 +147,9 @@ def test_cancelling_frees_the_server(
 
     assert asyncio.run(read_and_cancel()) > 0
     end = time.monotonic() + 3
-    while running(on_host, api_key) and time.monotonic() < end:
+    while running(base_url) and time.monotonic() < end:
         time.sleep(0.1)
-    assert running(on_host, api_key) == 0
+    assert running(base_url) == 0
 
 
 def test_a_server_that_is_asked_for_too_much_is_asked_for_less(base_url: str, api_key: str, sheets: Sheets) -> None:
@@ -209,7 +204,7 @@ def test_a_batch_survives_a_restart_of_the_server(
 def test_the_command_reads_a_folder_and_goes_on_where_it_was_killed(
     base_url: str, api_key: str, sheets: Sheets, tmp_path: Path
 ) -> None:
-    first, *others = [image for image, _ in sheets * 5]
+    first, *others = [image.copy() for image, _ in sheets * 5]
     (tmp_path / "in").mkdir()
     first.save(tmp_path / "in/pages.tif", save_all=True, append_images=others)
     command = ["dots-ocr", "read", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--mode=text"]
@@ -228,12 +223,11 @@ def test_the_command_reads_a_folder_and_goes_on_where_it_was_killed(
     assert [lines(page["text"]) for page in done["pages"]] == [lines(text) for _, text in sheets * 5]
 
 
-def test_doctor_finds_nothing_wrong(base_url: str, api_key: str) -> None:
-    done = subprocess.run(
-        ["dots-ocr", "doctor", f"--base-url={base_url}"],
-        env={**os.environ, "DOTS_OCR_API_KEY": api_key},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_doctor_finds_what_the_rehearsal_lacks(base_url: str, api_key: str) -> None:
+    """The tiny model reads no other page than its own, and there is no room for one of A4."""
+    environment = {**os.environ, "DOTS_OCR_API_KEY": api_key}
+    command = ["dots-ocr", "doctor", "--json", f"--base-url={base_url}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    checks = {check["name"]: check["status"] for check in json.loads(done.stdout)["checks"]}
+    assert {name for name, status in checks.items() if status == "ok"} >= {"server", "version", "model", "key"}
+    assert (checks["context"], checks["page"]) == ("failed", "warning")

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from . import images
 from .documents import PageImage
 from .engines.base import Task
-from .errors import DotsOCRError, Unauthorized
+from .errors import DotsOCRError, Unauthorized, UnusableAnswer
 from .prompts import MODES
 
 if TYPE_CHECKING:
@@ -158,19 +158,20 @@ async def _page(engine: VLLMEngine, seconds: float) -> Check:
             answer = await _within(seconds, engine.read(page, Task("text"), seconds))
     except Unauthorized as error:
         return Check("page", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
+    except UnusableAnswer as error:
+        return _misread(f"a test page that says {SAMPLE!r} got no useful answer: {error}", time.monotonic() - started)
     except (DotsOCRError, TimeoutError) as error:
         detail = f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
         return Check("page", "failed", detail, "look at the server's log and its load, or allow more time (--timeout)")
     took = time.monotonic() - started
     if _alike(answer.text) < ALIKE:
-        return Check(
-            "page",
-            "warning",
-            f"a test page that says {SAMPLE!r} was read as {answer.text[:200]!r}",
-            "see whether the server runs the right model, with --chat-template-content-format string",
-            took,
-        )
+        return _misread(f"a test page that says {SAMPLE!r} was read as {answer.text[:200]!r}", took)
     return Check("page", "ok", "a test page was read as it is", seconds=took)
+
+
+def _misread(detail: str, seconds: float) -> Check:
+    cure = "see whether the server runs the right model, with --chat-template-content-format string"
+    return Check("page", "warning", detail, cure, seconds)
 
 
 def _sample() -> Image.Image:
