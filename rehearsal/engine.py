@@ -38,6 +38,7 @@ os.environ["DOCKER_HOST"] = f"unix://{SOCKET}"
 
 def packages() -> list[str]:
     """Return the Debian/Ubuntu packages that a controller of the rehearsal needs and does not have."""
+    languages = output("tesseract", "--list-langs").split() if shutil.which("tesseract") else []
     needed = {
         "mmdebstrap": shutil.which("mmdebstrap") is not None,
         "debian-archive-keyring": Path("/usr/share/keyrings/debian-archive-keyring.gpg").exists(),
@@ -45,8 +46,11 @@ def packages() -> list[str]:
         "iptables": shutil.which("iptables") is not None,
         "docker.io": shutil.which("docker") is not None and (_dockerd() is not None or _system_engine_runs()),
         "fonts-dejavu-core": FONT.exists(),
+        "fonts-wqy-microhei": Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc").exists(),
         "tesseract-ocr": shutil.which("tesseract") is not None,
-        "tesseract-ocr-eng": shutil.which("tesseract") is not None,
+        "tesseract-ocr-eng": "eng" in languages,
+        "tesseract-ocr-rus": "rus" in languages,
+        "tesseract-ocr-chi-sim": "chi_sim" in languages,
         "chromium": shutil.which("chromium") is not None,
         "chromium-driver": shutil.which("chromedriver") is not None,
     }

@@ -174,11 +174,11 @@ def test_systemd_reloads(host: Host, server: Settings, matrix: list[Measurement]
 
 
 def test_gpu_goes_and_comes_back(host: Host, server: Settings, matrix: list[Measurement], stand_in: str) -> None:
-    with fault(host, server, matrix, "the GPU gone for 30 s"), host.sudo():
+    with fault(host, server, matrix, "the GPU gone for 15 s"), host.sudo():
         host.check_output("mv %s %s.gone && rm /var/run/cdi/nvidia.yaml", stand_in, stand_in)
         try:
             signal(host, "KILL", "[v]llm serve")
-            time.sleep(30)
+            time.sleep(15)
             assert not ready(host, server["name"], wait=0)["ready"]
         finally:
             host.check_output("mv %s.gone %s && systemctl restart nvidia-cdi-refresh.service", stand_in, stand_in)
@@ -187,13 +187,13 @@ def test_gpu_goes_and_comes_back(host: Host, server: Settings, matrix: list[Meas
 def test_gpu_memory_is_gone_at_the_start(
     host: Host, server: Settings, matrix: list[Measurement], stand_in: str
 ) -> None:
-    with fault(host, server, matrix, "the GPU's memory taken for 30 s at the start"), host.sudo():
+    with fault(host, server, matrix, "the GPU's memory taken for 15 s at the start"), host.sudo():
         state = json.loads(host.check_output("cat %s", stand_in))
         state["gpus"][0]["memory.used"] += 14000
         python(host, "print(open(file, 'w').write(json.dumps(state)))", file=stand_in, state=state)
         try:
             signal(host, "KILL", "[v]llm serve")
-            time.sleep(30)
+            time.sleep(15)
             assert "Free memory on device" in host.check_output("journalctl --since=-1min --unit %s", server["unit"])
         finally:
             state["gpus"][0]["memory.used"] -= 14000
@@ -209,7 +209,7 @@ def test_page_in_flight_survives_a_restart(host: Host, server: Settings, matrix:
             + """
 import subprocess
 page = request(server)
-body = json.loads(page.data) | {"ignore_eos": True, "max_completion_tokens": 7000}
+body = json.loads(page.data) | {"ignore_eos": True, "max_completion_tokens": 4000}
 page.data = json.dumps(body).encode()
 ended = {}
 def send():
@@ -227,7 +227,7 @@ print(json.dumps([ended["status"], ended["choices"][0]["finish_reason"], ended["
 """,
             server=server,
         )
-        assert (status, finish, tokens) == (200, "length", 7000)
+        assert (status, finish, tokens) == (200, "length", 4000)
         assert seconds > 1, "the page had ended before the service was told to stop"
 
 

@@ -3,7 +3,7 @@
 python -m benchmarks.server SLOTS SECONDS
 
 Prints its port. A request waits for a slot, holds it for SECONDS, and is answered with the layout of a full page. GET
-/peak tells how many requests held a slot at once, at most, and when the first one came (seconds of the clock).
+/first tells when the first one came, in seconds of the wall clock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class Server:
         """Take the number of slots, and how long a request holds one."""
         self._slots = asyncio.Semaphore(slots)
         self._seconds = seconds
-        self._held = self._peak = 0
         self._first: float | None = None
         choice = {
             "index": 0,
@@ -60,14 +59,11 @@ class Server:
                 return {"version": "0.32.0"}
             case "/v1/models":
                 return {"object": "list", "data": [{"id": "dots.ocr", "object": "model", "max_model_len": 32768}]}
-            case "/peak":
-                return {"peak": self._peak, "first": self._first}
+            case "/first":
+                return self._first
         self._first = self._first or time.time()
         async with self._slots:
-            self._held += 1
-            self._peak = max(self._peak, self._held)
             await asyncio.sleep(self._seconds)
-            self._held -= 1
         return self._page
 
 

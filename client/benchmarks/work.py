@@ -27,19 +27,21 @@ def draw(file: str) -> dict[str, float]:
 
 
 async def read(file: str, base_url: str, slots: int, start: int) -> dict[str, float]:
-    """Read each page with the client, its limit between `start` and `slots`."""
+    """Read each page with the client, its limit between `start` and `slots`; ``ended`` is on the wall clock."""
     from dots_ocr_client import AsyncDotsOCR, Limiter, Page, VLLMEngine
 
     begin = time.perf_counter()
     first = None
     pages = 0
+    ended = 0.0
     engine = VLLMEngine(base_url, limiter=Limiter(start, slots))
     async with AsyncDotsOCR(engines=[engine], timeout=600) as ocr, aclosing(ocr.stream(file)) as stream:
         async for page in stream:
             assert isinstance(page, Page), page
             first = first or time.perf_counter() - begin
             pages += 1
-    return {"seconds": time.perf_counter() - begin, "first": first or 0.0, "pages": pages}
+            ended = time.time()
+    return {"seconds": time.perf_counter() - begin, "first": first or 0.0, "pages": pages, "ended": ended}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dots_ocr_client.engines import vllm
 @pytest.fixture(scope="session", autouse=True)
 def tesseract_is_installed() -> None:
     if shutil.which("tesseract") is None:
-        pytest.exit("these tests need Tesseract: apt-get install tesseract-ocr tesseract-ocr-eng", returncode=1)
+        pytest.exit("these tests need Tesseract: see README.md, Develop", returncode=1)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dots_ocr_client import (
@@ -30,6 +31,7 @@ from dots_ocr_client import (
     images,
 )
 from dots_ocr_client.engines import vllm
+from dots_ocr_client.engines.server import Completion, Server
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
 from PIL import Image
 
@@ -94,16 +96,15 @@ def test_what_the_server_made_of_a_large_page_is_found_out(engine: VLLMEngine) -
     """Not through `read`, since the tiny model has no layout for such a page."""
     size = (1654, 2339)
     page = PageImage.of(1, Image.new("RGB", size, "white"))
-    url = "data:image/png;base64," + base64.b64encode(page.png).decode()
     request = {
         "model": engine.model,
-        "messages": vllm._messages(MODES["layout"], PLACEHOLDER + MODES["layout"].prompt, url),
+        "messages": vllm._messages(MODES["layout"], PLACEHOLDER + MODES["layout"].prompt),
         "max_completion_tokens": 1,
     }
 
     async def find_out() -> tuple[tuple[int, int], tuple[str, ...]]:
         try:
-            tokens = await engine._server.count_prompt(request, 60)
+            tokens = await engine._server.count_prompt(request, base64.b64encode(page.png), 60)
             return await engine._seen(page, "layout", tokens, time.monotonic() + 60)
         finally:
             await engine.aclose()
@@ -131,25 +132,33 @@ def running(base_url: str) -> int:
 def test_cancelling_frees_the_server(
     engine: VLLMEngine, sheets: Sheets, base_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endless = {**vllm.REPETITION, "min_count": 4096}
-    monkeypatch.setattr(vllm, "REPETITION", endless)
-    monkeypatch.setitem(MODES, "text", MODES["layout_only"])  # an untrained prompt, upon which it goes on and on
+    complete = Server.complete
 
-    async def read_and_cancel() -> int:
+    async def complete_at_length(
+        self: Server, request: dict[str, Any], picture: bytes, seconds: float, *, stream: bool
+    ) -> Completion:
+        return await complete(self, {**request, "ignore_eos": True}, picture, seconds, stream=stream)
+
+    monkeypatch.setattr(Server, "complete", complete_at_length)
+
+    async def until(number: int) -> int:
+        end = time.monotonic() + 5
+        while (count := await asyncio.to_thread(running, base_url)) != number and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return count
+
+    async def read_and_cancel() -> tuple[int, int]:
         async with AsyncDotsOCR(engines=[engine]) as ocr:
-            pages = [asyncio.create_task(ocr.read_page(sheets[0][0], mode="text")) for _ in range(4)]
-            await asyncio.sleep(0.7)
-            before = await asyncio.to_thread(running, base_url)
+            pages = [asyncio.create_task(ocr.read_page(sheets[0][0], mode="text")) for _ in range(3)]
+            before = await until(3)
             for page in pages:
                 page.cancel()
             await asyncio.gather(*pages, return_exceptions=True)
-            return before
+            start = time.monotonic()
+            assert await until(0) == 0
+            return before, round(time.monotonic() - start)
 
-    assert asyncio.run(read_and_cancel()) > 0
-    end = time.monotonic() + 3
-    while running(base_url) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert running(base_url) == 0
+    assert asyncio.run(read_and_cancel()) == (3, 0)
 
 
 def test_a_server_that_is_asked_for_too_much_is_asked_for_less(base_url: str, api_key: str, sheets: Sheets) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import math
 import re
 import time
@@ -46,6 +47,9 @@ LOOP_PERIOD: Final = 200
 """A loop: the last 2,000 characters are one piece of at most 200, over and over."""
 LOOP_CHUNKS: Final = 64
 """Pieces of a streamed answer between two looks for a loop; one look takes about 0.1 ms."""
+
+PICTURE: Final = "data:image/png;base64,"
+"""The URL of the picture in a request, which is put in behind it."""
 
 _LENGTH = re.compile(r"context length|max(imum)?[ _-]model[ _-]len|max_(completion_)?tokens", re.IGNORECASE)
 
@@ -126,14 +130,15 @@ class Server:
             return None
         return version if isinstance(version, str) else None
 
-    async def complete(self, request: dict[str, Any], seconds: float, *, stream: bool) -> Completion:
+    async def complete(self, request: dict[str, Any], picture: bytes, seconds: float, *, stream: bool) -> Completion:
         """Send one request and wait for the whole answer.
 
         Cancelling this closes the connection, upon which vLLM stops working on the page. That is the only limit in
         time for certain: a server that sends one byte now and then outlives every other.
 
         Args:
-            request: Body of the request, as keyword arguments of the SDK's ``chat.completions.create``.
+            request: Body of the request, with `PICTURE` as the URL of the picture.
+            picture: A PNG in base64.
             seconds: For each connect, read and write.
             stream: Ask for the answer piece by piece. Then a loop is noticed while it lasts, and the connection closed,
                 and there are limits on the first and on every further piece.
@@ -150,26 +155,25 @@ class Server:
         """
         import openai
 
-        create = self._connect().chat.completions.create
-        request = {**request, "timeout": _timeout(seconds)}
         try:
             if stream:
-                return await self._collect(create, request)
-            return self._finish(await create(**request))
+                return await self._collect(request, picture, seconds)
+            return self._finish(await self._post(request, picture, seconds))
         except (openai.OpenAIError, ValueError) as error:  # ValueError: an answer that is not JSON
             raise await self._translate(error, seconds, request["model"]) from error
 
-    async def count_prompt(self, request: dict[str, Any], seconds: float) -> int | None:
+    async def count_prompt(self, request: dict[str, Any], picture: bytes, seconds: float) -> int | None:
         """Send one request for the sake of its tokens; return those of the prompt, if the server tells.
 
         Args:
             request: As for `complete`; the answer may be cut off.
+            picture: As for `complete`.
             seconds: For each connect, read and write.
         """
         import openai
 
         try:
-            completion: Any = await self._connect().chat.completions.create(**request, timeout=_timeout(seconds))
+            completion = await self._post(request, picture, seconds)
             return _count(completion.usage, "prompt_tokens")
         except (openai.OpenAIError, EngineError, AttributeError, ValueError):
             return None
@@ -201,14 +205,32 @@ class Server:
             )
         return self._client
 
-    async def _collect(self, create: Any, request: dict[str, Any]) -> Completion:
+    async def _post(self, request: dict[str, Any], picture: bytes, seconds: float, **streaming: Any) -> Any:
+        """Send a request with a body of our own making: the SDK would go through megabytes of picture several times."""
+        from openai.types.chat import ChatCompletion
+
+        before, prefix, after = json.dumps(request).encode().partition(PICTURE.encode())
+        return await self._connect().post(
+            "/chat/completions",
+            cast_to=ChatCompletion,
+            content=b"".join((before, prefix, picture, after)),
+            options={"timeout": _timeout(seconds)},
+            **streaming,
+        )
+
+    async def _collect(self, request: dict[str, Any], picture: bytes, seconds: float) -> Completion:
+        import openai
+        from openai.types.chat import ChatCompletionChunk
+
+        request = {**request, "stream": True, "stream_options": {"include_usage": True}}
+        streaming = {"stream": True, "stream_cls": openai.AsyncStream[ChatCompletionChunk]}
         pieces: list[str] = []
         finish_reason, model, usage = None, request["model"], None
         loop = asyncio.get_running_loop()
         chunks = 0
         try:
             async with asyncio.timeout(FIRST_TOKEN_SECONDS) as limit:
-                async with await create(**request, stream=True, stream_options={"include_usage": True}) as stream:
+                async with await self._post(request, picture, seconds, **streaming) as stream:
                     async for chunk in stream:
                         limit.reschedule(loop.time() + IDLE_SECONDS)
                         chunks += 1

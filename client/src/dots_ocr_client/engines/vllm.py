@@ -30,7 +30,7 @@ from ..errors import (
 from ..limiter import Limiter
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
 from .base import Answer, Task
-from .server import Completion, Server, is_about_length, is_passing
+from .server import PICTURE, Completion, Server, is_about_length, is_passing
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"
 """Where the server of this project listens."""
@@ -150,11 +150,11 @@ class VLLMEngine:
             Repetition, CutOff, UnusableAnswer: The answer is of no use, and neither was the second.
         """
         deadline = time.monotonic() + seconds
-        url = "data:image/png;base64," + (await asyncio.to_thread(base64.b64encode, page.png)).decode("ascii")
+        picture = await asyncio.to_thread(base64.b64encode, page.png)
         if task.mode == "layout":
-            answer = await self._read_layout(page, url, deadline)
+            answer = await self._read_layout(page, picture, deadline)
         else:
-            answer = await self._read_other(page, url, task, deadline)
+            answer = await self._read_other(page, picture, task, deadline)
         self.limiter.succeeded()
         return answer
 
@@ -162,34 +162,34 @@ class VLLMEngine:
         """Close the connections."""
         await self._server.aclose()
 
-    async def _read_layout(self, page: PageImage, url: str, deadline: float) -> Answer:
+    async def _read_layout(self, page: PageImage, picture: bytes, deadline: float) -> Answer:
         task, spec = Task("layout"), MODES["layout"]
         try:
-            return await self._ask(page, url, task, spec.temperature, deadline)
+            return await self._ask(page, picture, task, spec.temperature, deadline)
         except UnusableAnswer as error:
             first = error
         try:
-            answer = await self._ask(page, url, Task("text"), MODES["text"].temperature, deadline)
+            answer = await self._ask(page, picture, Task("text"), MODES["text"].temperature, deadline)
         except UnusableAnswer as error:
             raise UnusableAnswer(f"the layout: {first}; as plain text: {error}") from error
         note = f"{_what_happened(first, 'layout answer')}, so the page was read as plain text"
         return replace(answer, warnings=(note, *answer.warnings))
 
-    async def _read_other(self, page: PageImage, url: str, task: Task, deadline: float) -> Answer:
+    async def _read_other(self, page: PageImage, picture: bytes, task: Task, deadline: float) -> Answer:
         temperature = MODES[task.mode].temperature
         try:
-            return await self._ask(page, url, task, temperature, deadline)
+            return await self._ask(page, picture, task, temperature, deadline)
         except (Repetition, CutOff) as error:
             first = error
         other = max(temperature, OTHER_TEMPERATURE)
-        answer = await self._ask(page, url, task, other, deadline)
+        answer = await self._ask(page, picture, task, other, deadline)
         note = f"{_what_happened(first, 'first answer')}, so the page was read again at temperature {other:g}"
         return replace(answer, warnings=(note, *answer.warnings))
 
-    async def _ask(self, page: PageImage, url: str, task: Task, temperature: float, deadline: float) -> Answer:
+    async def _ask(self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float) -> Answer:
         """Read a page in just one way."""
         spec = MODES[task.mode]
-        completion = await self._complete(page, url, task, temperature, deadline)
+        completion = await self._complete(page, picture, task, temperature, deadline)
         answer = Answer(
             mode=task.mode,
             text=completion.text,
@@ -213,11 +213,13 @@ class VLLMEngine:
             answer, text=layout.plain_text(found.cells), cells=found.cells, warnings=(*warnings, *found.repairs)
         )
 
-    async def _complete(self, page: PageImage, url: str, task: Task, temperature: float, deadline: float) -> Completion:
+    async def _complete(
+        self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float
+    ) -> Completion:
         """Send one request until the server answers it."""
         for attempt in range(TRIES):
             try:
-                return await self._complete_once(page, url, task, temperature, deadline)
+                return await self._complete_once(page, picture, task, temperature, deadline)
             except UnusableAnswer:
                 raise
             except ServerUnavailable as error:
@@ -235,7 +237,7 @@ class VLLMEngine:
         raise AssertionError("the last try either returns or raises")
 
     async def _complete_once(
-        self, page: PageImage, url: str, task: Task, temperature: float, deadline: float
+        self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float
     ) -> Completion:
         served = await self._know(deadline)
         spec = MODES[task.mode]
@@ -244,27 +246,28 @@ class VLLMEngine:
         prompt = self._render(spec, page, task)
         request: dict[str, Any] = {
             "model": self.model,
-            "messages": _messages(spec, prompt, url),
+            "messages": _messages(spec, prompt),
             "temperature": temperature,
             "top_p": spec.top_p,
         }
         if served.stops_loops:
-            request["extra_body"] = {"repetition_detection": REPETITION}
+            request["repetition_detection"] = REPETITION
         # Without a length (not vLLM, or a gateway that hides it) the server fills what is left by itself.
         limit = None if served.context is None else self._output_limit(served.context, prompt, page)
         if limit is not None:
             request["max_completion_tokens"] = limit
         try:
-            return await self._send(request, served, deadline)
+            return await self._send(request, picture, served, deadline)
         except RequestRejected as error:
             # A tokenizer may need more for the prompt than was kept free, but never more than one token for each byte.
             if limit is None or not is_about_length(error) or limit - _bytes(prompt) < MIN_OUTPUT_TOKENS:
                 raise
-            return await self._send({**request, "max_completion_tokens": limit - _bytes(prompt)}, served, deadline)
+            shorter = {**request, "max_completion_tokens": limit - _bytes(prompt)}
+            return await self._send(shorter, picture, served, deadline)
 
-    async def _send(self, request: dict[str, Any], served: _Served, deadline: float) -> Completion:
+    async def _send(self, request: dict[str, Any], picture: bytes, served: _Served, deadline: float) -> Completion:
         stream = not served.stops_loops if self._stream is None else self._stream
-        return await self._server.complete(request, _left(deadline), stream=stream)
+        return await self._server.complete(request, picture, _left(deadline), stream=stream)
 
     async def _know(self, deadline: float) -> _Served:
         """Return what the server says about itself; asked once, then remembered until something fails."""
@@ -331,14 +334,13 @@ class VLLMEngine:
             if mode in self._text_tokens:
                 return
             smallest = PageImage.of(1, Image.new("RGB", (56, 56), "white"))
-            url = "data:image/png;base64," + base64.b64encode(smallest.png).decode("ascii")
             spec = MODES[mode]
             request = {
                 "model": self.model,
-                "messages": _messages(spec, self._render(spec, smallest, Task(mode)), url),
+                "messages": _messages(spec, self._render(spec, smallest, Task(mode))),
                 "max_completion_tokens": 1,
             }
-            tokens = await self._server.count_prompt(request, _left(deadline))
+            tokens = await self._server.count_prompt(request, base64.b64encode(smallest.png), _left(deadline))
             if tokens is not None:
                 self._text_tokens[mode] = tokens - _SMALLEST_TOKENS
 
@@ -346,8 +348,8 @@ class VLLMEngine:
 _SMALLEST_TOKENS: Final = images.image_tokens(56, 56)
 
 
-def _messages(spec: ModeSpec, prompt: str, url: str) -> list[dict[str, Any]]:
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+def _messages(spec: ModeSpec, prompt: str) -> list[dict[str, Any]]:
+    parts = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": prompt}]
     system = [] if spec.system is None else [{"role": "system", "content": spec.system}]
     return [*system, {"role": "user", "content": parts}]
 

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import FakeServer, pdf_of
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", range(len(EXAMPLES)))
+def test_every_example_of_the_readme_runs(
+    example: int, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("invoice.pdf", "book.pdf"):
+        (tmp_path / name).write_bytes(pdf_of(*[(200.0, 100.0)] * 7))
+    monkeypatch.setenv("DOTS_OCR_BASE_URL", server.base_url)
+    command = [sys.executable, "-W", "error", "-c", EXAMPLES[example]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "read by the server" in done.stdout
