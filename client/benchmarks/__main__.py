@@ -1,4 +1,4 @@
-"""Print the tables of docs/performance.md: `make bench-client`, some ten minutes on an idle machine."""
+"""Print the tables of docs/performance.md: `make bench-client`, some twenty minutes on an idle machine."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def throughput(folder: Path) -> None:
     print(f"\n| slots of a server that takes {LATENCY:g} s | pages/s possible | pages/s | ratio | from a cold start |")
     print("|---|---|---|---|---|")
     for slots in (1, 8, 32):
-        pages = 10 * slots
+        pages = 20 * slots
         file = folder / f"throughput-{pages}.pdf"
         write_text_pdf(file, pages)
         rates = []

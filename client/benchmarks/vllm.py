@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Final
 from PIL import Image
 
 from dots_ocr_client import DotsOCR, VLLMEngine
+from dots_ocr_client.engines.server import PICTURE
 from dots_ocr_client.limiter import Limiter
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
 
@@ -50,21 +52,21 @@ def _client(golden: Path, document: Path, key: str) -> float:
 
 
 def _vllm_bench(page: bytes, key: str) -> float:
-    host = (*HOST[:-1], "--interactive", HOST[-1])
-    inside = ("docker", "exec", "--interactive", "--env", f"OPENAI_API_KEY={key}", "dots-ocr")
-    _run(*host, *inside, "sh", "-c", "cat >/tmp/page.png", input_bytes=page)
-    line = json.dumps({"prompt": PLACEHOLDER + MODES["text"].prompt, "image_files": ["/tmp/page.png"]})
-    lines = (line + "\n") * PAGES
-    _run(
-        *HOST[:-1], "--interactive", HOST[-1], *inside, "sh", "-c", "cat >/tmp/pages.jsonl", input_bytes=lines.encode()
-    )
-    report = _on_host(
-        *(*inside, "sh", "-c", 'cd /tmp && exec python3 -m vllm.entrypoints.cli.main bench serve "$@"', "bench"),
+    """Run it beside the server's container, whose memory is for the server alone."""
+    # The server opens no files, so the page goes in as it does from the client.
+    url = PICTURE + base64.b64encode(page).decode()
+    line = json.dumps({"prompt": PLACEHOLDER + MODES["text"].prompt, "image_files": [url]})
+    image = _on_host("docker", "inspect", "--format={{.Image}}", "dots-ocr").strip()
+    script = 'cat >/tmp/pages.jsonl; exec python3 -m vllm.entrypoints.cli.main bench serve "$@"'
+    report = _run(
+        *(*HOST[:-1], "--interactive", HOST[-1], "docker", "run", "--rm", "--interactive", "--network=host"),
+        *("--volumes-from=dots-ocr:ro", f"--env=OPENAI_API_KEY={key}", "--entrypoint=sh", image, "-c", script, "bench"),
         *("--backend=openai-chat", "--base-url=http://127.0.0.1:8000", "--endpoint=/v1/chat/completions"),
         *("--model=dots.ocr", "--tokenizer=/models/DotsOCR", "--dataset-name=custom_image"),
         *("--dataset-path=/tmp/pages.jsonl", f"--num-prompts={PAGES}", f"--max-concurrency={AT_ONCE}"),
         *(f"--custom-output-len={ANSWER_TOKENS}", "--temperature=0.1", "--top-p=0.9", "--disable-tqdm"),
-    )
+        input_bytes=f"{line}\n".encode() * PAGES,
+    ).decode()
     found = re.search(r"Request throughput \(req/s\):\s+([\d.]+)", report)
     if found is None or not re.search(rf"Successful requests:\s+{PAGES}\b", report):
         raise SystemExit(f"vllm bench serve did not read every page:\n{report[-3000:]}")

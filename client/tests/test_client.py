@@ -168,7 +168,10 @@ def test_pages_are_drawn_only_shortly_before_their_turn(monkeypatch: pytest.Monk
     monkeypatch.setattr(Rasterizer, "draw", note)
 
     async def start() -> None:
-        async with AsyncDotsOCR(engines=[engine]) as ocr, aclosing(ocr.stream(pdf_of(*[SHEET] * 60))) as stream:
+        async with (
+            AsyncDotsOCR(engines=[engine], max_in_flight=16) as ocr,
+            aclosing(ocr.stream(pdf_of(*[SHEET] * 60))) as stream,
+        ):
             first = asyncio.ensure_future(anext(stream))
             await asyncio.sleep(1.5)
             first.cancel()
@@ -176,7 +179,7 @@ def test_pages_are_drawn_only_shortly_before_their_turn(monkeypatch: pytest.Monk
 
     asyncio.run(start())
     assert engine.most == 2
-    assert 2 < len(drawn) <= 2 + (1 + AHEAD) * Rasterizer().workers
+    assert 2 < len(drawn) <= 2 + max(2 * Rasterizer().workers, AHEAD * 16)
 
 
 def test_one_page_is_a_page(sheet: Image.Image) -> None:

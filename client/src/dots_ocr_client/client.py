@@ -78,7 +78,7 @@ class AsyncDotsOCR:
             raise ValueError("engines is empty: give at least one, or None for the default chain")
         self.max_in_flight = max_in_flight
         self._engines = tuple(engines)
-        self._pipeline = Pipeline(self._engines, timeout)
+        self._pipeline = Pipeline(self._engines, timeout, max_in_flight)
 
     async def read(
         self,

@@ -14,9 +14,9 @@ from .fallback import read_page
 from .rasterizer import Rasterizer
 from .results import FailedPage, Page
 
-AHEAD: Final = 1
-"""Pages drawn ahead for each drawing process, beside the one that it is drawing. Together they keep the engines fed
-when a slot comes free, and are all that waits in memory."""
+AHEAD: Final = 0.5
+"""Pages drawn before their turn, as a part of those that may be in flight. Pages that were sent together come back
+together, and then as many others are wanted at once. They and the pages in flight are all that is in memory."""
 BACKLOG: Final = 64
 """Finished pages that may wait for a slow receiver; after that reading pauses. They hold text, not images."""
 
@@ -24,12 +24,12 @@ BACKLOG: Final = 64
 class Pipeline:
     """Reads the pages of any number of documents at once; all share its limits."""
 
-    def __init__(self, engines: Sequence[Engine], timeout: float) -> None:
+    def __init__(self, engines: Sequence[Engine], timeout: float, max_in_flight: int) -> None:
         """Take the engines in the order in which they are asked, and seconds of work for one page and all engines."""
         self._engines = tuple(engines)
         self._timeout = timeout
         self._rasterizer = Rasterizer()
-        self._turns = asyncio.Semaphore((1 + AHEAD) * self._rasterizer.workers)
+        self._turns = asyncio.Semaphore(max(2 * self._rasterizer.workers, round(AHEAD * max_in_flight)))
 
     async def read(self, document: OpenDocument, task: Task) -> AsyncGenerator[Page | FailedPage, None]:
         """Read the pages of a document and yield them as they finish; close the generator if you stop early.
