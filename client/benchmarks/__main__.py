@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .documents import write_scan_pdf, write_text_pdf
+from .documents import A6, write_scan_pdf, write_text_pdf
 from .vllm import compare_with_vllm
 
 FEW, MANY = 20, 120
@@ -95,10 +95,11 @@ def throughput(folder: Path) -> None:
 
 def long_documents(folder: Path) -> None:
     """Show memory and the time to the first page for a short and a very long document."""
-    print("\n| pages | peak memory of the largest process, MiB | to the first page, s | pages/s |\n|---|---|---|---|")
+    print("\n| pages of A6 | peak memory of the largest process, MiB | to the first page, s | pages/s |")
+    print("|---|---|---|---|")
     for pages in (50, 5000):
         file = folder / f"long-{pages}.pdf"
-        write_text_pdf(file, pages)
+        write_text_pdf(file, pages, A6)
         with server(32, 0.1) as url:
             usage = work("read", file, url, 32, 4)
         print(

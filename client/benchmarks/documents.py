@@ -9,13 +9,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 A4 = (595, 842)  # points
+A6 = (298, 420)
 LINES = 52
 
 
-def write_text_pdf(file: Path, pages: int) -> None:
+def write_text_pdf(file: Path, pages: int, size: tuple[int, int] = A4) -> None:
     """Write a PDF of printed pages, each with its number and text from edge to edge."""
     font = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
-    _write(file, pages, _text, f"<< /Font << /F {_shared_id(pages)} 0 R >> >>", font)
+    _write(file, pages, size, _text, f"<< /Font << /F {_shared_id(pages)} 0 R >> >>", font)
 
 
 def write_scan_pdf(file: Path, pages: int) -> None:
@@ -36,6 +37,7 @@ def write_scan_pdf(file: Path, pages: int) -> None:
     _write(
         file,
         pages,
+        A4,
         lambda page: b"q %d 0 0 %d 0 0 cm /F Do Q" % A4,
         f"<< /XObject << /F {_shared_id(pages)} 0 R >> >>",
         picture + buffer.getvalue() + b"\nendstream",
@@ -57,7 +59,9 @@ def _shared_id(pages: int) -> int:
     return 3 + 2 * pages
 
 
-def _write(file: Path, pages: int, content: Callable[[int], bytes], resources: str, shared: bytes) -> None:
+def _write(
+    file: Path, pages: int, size: tuple[int, int], content: Callable[[int], bytes], resources: str, shared: bytes
+) -> None:
     """Write a PDF whose pages have a content each, and one object in common."""
 
     def objects() -> Iterator[bytes]:
@@ -66,7 +70,7 @@ def _write(file: Path, pages: int, content: Callable[[int], bytes], resources: s
         yield f"<< /Type /Pages /Count {pages} /Kids [{kids}] >>".encode()
         for page in range(pages):
             yield (
-                f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {A4[0]} {A4[1]}] /Resources {resources}"
+                f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {size[0]} {size[1]}] /Resources {resources}"
                 f" /Contents {4 + 2 * page} 0 R >>"
             ).encode()
             stream = content(page)
