@@ -394,10 +394,11 @@ def test_an_unusable_answer_is_not_returned(
     assert type(caught.value) is error
 
 
-def test_a_page_that_a_stopping_server_gives_up_is_sent_again(
-    engine: VLLMEngine, server: FakeServer, page: PageImage
+@pytest.mark.parametrize("finish_reason", ["abort", "error"])
+def test_a_page_that_the_server_gives_up_is_sent_again(
+    finish_reason: str, engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
-    server.script = [("half", "abort")]
+    server.script = [("half", finish_reason)]
     (answer,) = read(engine, page, "text")
     assert (answer.text, len(server.requests)) == ("read by the server", 2)
 

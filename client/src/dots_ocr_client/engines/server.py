@@ -356,8 +356,8 @@ def _judge(text: Any, finish_reason: Any, model: Any, usage: Any) -> Completion:
         raise CutOff("the answer was cut off at the end of the context: use a larger --max-model-len")
     if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
         raise Repetition("the model repeated itself without end: try again, or with another resolution")
-    if finish_reason == "abort":
-        raise ServerUnavailable("the server gave the page up in the middle of its answer: it is about to stop")
+    if finish_reason in ("abort", "error"):  # vLLM's own words (vllm/v1/engine); the status is 200 all the same
+        raise ServerUnavailable("the server gave the page up in the middle of its answer: look at its log")
     if finish_reason != "stop":
         raise UnusableAnswer(f"the model stopped for the reason {finish_reason!r}: look at the server's log")
     if not isinstance(text, str):
