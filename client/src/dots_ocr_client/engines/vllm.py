@@ -44,7 +44,10 @@ REPETITION_VERSION: Final = (0, 17)
 OTHER_TEMPERATURE: Final = 0.5
 """Of a second try, which is to take another path (our own choice, the middle of what olmocr climbs through)."""
 TRIES: Final = 3
-"""How often a request is sent at most, if the server is not there or has too much to do."""
+"""How often a request is sent at most, if the server is not there or fails."""
+OVERLOAD_TRIES: Final = 6
+"""The same, if it has too much to do: its queue moves on, and another engine would read the page worse. The waits come
+to 16 s at most."""
 WAIT_SECONDS: Final = 0.5
 """Longest wait before the second try; it doubles for the next one. With a server that is not there, both waits together
 stay under 2 s, because another engine may be waiting for its turn."""
@@ -136,7 +139,7 @@ class VLLMEngine:
 
         A layout that repeats itself, is cut off or is none is asked for once more as plain text, any other answer that
         repeats itself or is cut off once more at `OTHER_TEMPERATURE`; a warning says so. A server that is not there or
-        has too much to do is asked up to `TRIES` times.
+        fails is asked up to `TRIES` times, one that has too much to do `OVERLOAD_TRIES` times.
 
         Raises:
             ModelNotServed: The server does not know the model.
@@ -217,7 +220,7 @@ class VLLMEngine:
         self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float
     ) -> Completion:
         """Send one request until the server answers it."""
-        for attempt in range(TRIES):
+        for attempt in range(max(TRIES, OVERLOAD_TRIES)):
             try:
                 return await self._complete_once(page, picture, task, temperature, deadline)
             except UnusableAnswer:
@@ -225,10 +228,12 @@ class VLLMEngine:
             except ServerUnavailable as error:
                 self._served = None  # it may come back as another one
                 wait = WAIT_SECONDS * 2**attempt * (1 - JITTER * random.random())
+                tries = TRIES
                 if isinstance(error, Overloaded):
+                    tries = OVERLOAD_TRIES
                     self.limiter.overloaded()
                     wait = max(wait, error.retry_after or 0.0)
-                if attempt + 1 == TRIES or not is_passing(error) or wait >= deadline - time.monotonic():
+                if attempt + 1 >= tries or not is_passing(error) or wait >= deadline - time.monotonic():
                     raise
             except (EngineError, ConfigurationError):
                 self._served = None
