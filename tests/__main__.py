@@ -7,17 +7,20 @@ empty test folder must not pass for success.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent
 REPORTS = REPOSITORY / ".cache/junit"
+TOTAL = re.compile(r"^(\d+) passed, (\d+) failed, (\d+) skipped\n*\Z", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,20 @@ class Count:
     def __add__(self, other: Count) -> Count:
         """Add up two counts."""
         return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a part, and how long it took in seconds."""
+
+    name: str
+    count: Count
+    seconds: float
+
+    def row(self) -> str:
+        """Return its line of the table at the end."""
+        count = f"{self.count.passed} passed, {self.count.failed} failed, {self.count.skipped} skipped"
+        return f"{self.name:35} {self.seconds:6.0f} s   {count}"
 
 
 def command(*words: str, cwd: Path = REPOSITORY) -> Count:
@@ -98,6 +115,15 @@ def rehearse() -> Count:
     return command(sys.executable, "-m", "rehearsal", "run")
 
 
+def qwen() -> Count:
+    """Put the client's Qwen engine to real torch and transformers, inside vLLM's image."""
+    report = REPORTS / "qwen.xml"
+    report.unlink(missing_ok=True)
+    status = command(sys.executable, "-m", "tests.qwen", str(report))
+    count = read_report(report)
+    return count + status if status.failed and not count.failed else count
+
+
 def live_client() -> Count:
     """Put the client to the real vLLM that the rehearsal has left running."""
     return pytest("live_client", "tests/live_client")
@@ -131,10 +157,30 @@ def parts() -> dict[str, Callable[[], Count]]:
         "unit": unit,
         "client": client,
         "rehearse": rehearse,
+        "qwen": qwen,
         "live_client": live_client,
         "command_line": command_line,
         **{f"molecule {name}": scenario(name) for name in scenarios},
     }
+
+
+def stages(names: Iterable[str]) -> list[list[list[str]]]:
+    """Return the order of the parts: stages one after the other, the lanes of each side by side.
+
+    Two lanes, since the machine has two cores and most parts keep one of them busy. What measures time or puts a server
+    under load runs alone.
+    """
+    left = list(names)
+
+    def take(*wanted: str) -> list[str]:
+        taken = [name for name in wanted if name in left]
+        left[:] = [name for name in left if name not in taken]
+        return taken
+
+    first = [take("lint", "unit", "client", "command_line"), take("rehearse")]
+    alone, last = take("live_client"), take("molecule site")
+    longest = take("molecule dots_ocr_server")
+    return [first, [alone], [longest, left], [last]]
 
 
 def prepare() -> None:
@@ -146,26 +192,55 @@ def prepare() -> None:
         sys.exit("nothing was tested: what the tests need could not be prepared, see above")
 
 
+def run_here(name: str) -> Result:
+    """Run a part in this process, with its output on the terminal."""
+    print(f"\n=== {name}", flush=True)
+    start = time.monotonic()
+    return Result(name, parts()[name](), time.monotonic() - start)
+
+
+def run_beside(name: str) -> Result:
+    """Run a part in a process of its own, and print its output when it has ended."""
+    start = time.monotonic()
+    command = [sys.executable, "-m", "tests", name]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    output = done.stdout.decode(errors="replace")
+    print(output, flush=True)
+    found = TOTAL.search(output)
+    count = Count(*map(int, found.groups())) if found else Count(failed=1)
+    if done.returncode != 0 and not count.failed:
+        count += Count(failed=1)
+    return Result(name, count, time.monotonic() - start)
+
+
+def run_all(names: Iterable[str]) -> list[Result]:
+    """Run parts in their stages."""
+    results: list[Result] = []
+    for stage in stages(names):
+        lanes = [lane for lane in stage if lane]
+        if len(lanes) == 1:
+            results += map(run_here, lanes[0])
+        elif lanes:
+            with ThreadPoolExecutor(len(lanes)) as pool:
+                for lane in pool.map(lambda lane: list(map(run_beside, lane)), lanes):
+                    results += lane
+    return results
+
+
 def main() -> int:
-    """Run the parts that the command line names, or all; the exit status is 0 if nothing failed."""
+    """Run the parts that the command line names, one after the other, or all; status 0 if nothing failed."""
     available = parts()
-    wanted = sys.argv[1:] or list(available)
+    wanted = sys.argv[1:]
     unknown = [name for name in wanted if name not in available]
     if unknown:
         print(f"unknown parts: {', '.join(unknown)}; there are: {', '.join(available)}")
         return 2
     prepare()
-    total, rows = Count(), []
-    for name in wanted:
-        print(f"\n=== {name}", flush=True)
-        start = time.monotonic()
-        count = available[name]()
-        total += count
-        rows.append(
-            f"{name:35} {time.monotonic() - start:6.0f} s   {count.passed} passed, {count.failed} failed,"
-            f" {count.skipped} skipped"
-        )
-    print("\n".join(["", *rows, ""]))
+    results = list(map(run_here, wanted)) if wanted else run_all(available)
+    total = sum((result.count for result in results), Count())
+    print("\n".join(["", *(result.row() for result in results), ""]))
     print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped", flush=True)
     return 1 if total.failed or not total.passed else 0
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
-from tests.__main__ import REPOSITORY, Count, parts, read_report, without_skips
+from tests.__main__ import REPOSITORY, Count, Result, parts, read_report, run_all, run_beside, stages, without_skips
 
 REPORT = '<testsuites><testsuite tests="{0}" failures="{1}" errors="{2}" skipped="{3}"/></testsuites>'
 
@@ -36,6 +37,54 @@ def test_report_is_counted_and_an_empty_one_is_a_failure(
 
 def test_what_must_run_everything_may_skip_nothing() -> None:
     assert without_skips(Count(passed=17, skipped=3)) == Count(passed=17, failed=3)
+
+
+def test_every_part_has_one_place_in_the_order() -> None:
+    order = [name for stage in stages(parts()) for lane in stage for name in lane]
+    assert sorted(order) == sorted(parts())
+
+
+def test_parts_that_measure_time_run_alone() -> None:
+    for stage in stages(parts()):
+        lanes = [lane for lane in stage if lane]
+        if {"live_client", "molecule site"} & {name for lane in lanes for name in lane}:
+            assert [len(lane) for lane in lanes] == [1]
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "count"),
+    [
+        ("noise\n5 passed, 0 failed, 1 skipped", 0, Count(5, 0, 1)),
+        ("5 passed, 2 failed, 1 skipped", 1, Count(5, 2, 1)),
+        ("5 passed, 0 failed, 1 skipped\nkilled", 137, Count(failed=1)),
+        ("5 passed, 0 failed, 1 skipped", 137, Count(5, 1, 1)),
+        ("", 0, Count(failed=1)),
+    ],
+)
+def test_part_beside_others_counts_by_its_last_line_and_its_status(
+    output: str, status: int, count: Count, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho '{output}'\nexit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    assert run_beside("lint").count == count
+
+
+def test_lanes_run_side_by_side_and_stages_after_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, finished = threading.Barrier(2, timeout=10), []
+
+    def run(name: str) -> Result:
+        if name in ("unit", "rehearse"):
+            both.wait()
+        finished.append(name)
+        return Result(name, Count(1), 0.0)
+
+    monkeypatch.setattr("tests.__main__.run_beside", run)
+    monkeypatch.setattr("tests.__main__.run_here", run)
+    results = run_all(["rehearse", "unit", "molecule site"])
+    assert {result.name for result in results} == {"rehearse", "unit", "molecule site"}
+    assert finished[-1] == "molecule site"
 
 
 def test_every_scenario_is_a_part_and_has_hosts() -> None:

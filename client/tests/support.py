@@ -42,6 +42,7 @@ class FakeServer:
         models: Names and context lengths of the models.
         root: Where the models were loaded from.
         version: Of vLLM; ``None`` for a server that has no ``/version``.
+        health: The status of ``/health``.
         text, finish_reason: Of every answer; in the modes with cells, the text is wrapped into one cell.
         script: Answers that come before that, each a text as it is sent and a finish reason.
         answer, models_answer: What is sent instead.
@@ -61,6 +62,7 @@ class FakeServer:
         self.models: dict[str, int | None] = {"dots.ocr": 16_384}
         self.root: str | None = None
         self.version: str | None = "0.25.1"
+        self.health = 200
         self.text: str | None = "read by the server"
         self.finish_reason = "stop"
         self.script: list[tuple[str, str]] = []
@@ -77,6 +79,7 @@ class FakeServer:
         self._lock = threading.Lock()
         http.expect_request("/v1/models").respond_with_handler(self._models)
         http.expect_request("/version").respond_with_handler(self._version)
+        http.expect_request("/health").respond_with_handler(lambda _: Response(status=self.health))
         http.expect_request("/v1/chat/completions").respond_with_handler(self._complete)
 
     @property

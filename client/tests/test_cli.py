@@ -342,7 +342,7 @@ def test_an_interruption_ends_with_130_and_says_how_to_go_on(
 
 def test_the_doctor_is_satisfied_with_a_server_that_works(server: FakeServer, run: Run) -> None:
     server.models, server.text = {"dots.ocr": 32_768}, SAMPLE
-    status, output, messages = run("doctor")
+    status, output, messages = run("doctor", "--ocr")
     assert (status, messages, "ok       page: " in output) == (0, "", True)
 
 
@@ -423,7 +423,7 @@ def test_version(run: Run) -> None:
     assert run("--version")[:2] == (0, f"dots-ocr {dots_ocr_client.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["read", "doctor", "models", "view"])
+@pytest.mark.parametrize("command", ["read", "doctor", "bench", "models", "view"])
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     status, output, _ = run(command, "--help")
     assert (status, "--json" in output) == (0, True)

@@ -39,6 +39,7 @@ class Recorder:
 
     name = "recorder"
     modes: frozenset[Mode] = frozenset(MODES)
+    expected_seconds = 0.0
 
     def __init__(
         self, seconds: float = 0, slots: int = 4, broken: Callable[[int], bool] = lambda number: False
@@ -49,6 +50,8 @@ class Recorder:
         self.tasks: list[Task] = []
         self.running = self.most = self.cancelled = 0
         self.closed = False
+
+    async def probe(self, seconds: float) -> None: ...
 
     async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
         self.tasks.append(task)

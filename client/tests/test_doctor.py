@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,10 +10,13 @@ from pathlib import Path
 import pytest
 from support import FakeServer, reply
 
-from dots_ocr_client.doctor import ANSWER_TOKENS, SAMPLE, Check, examine
+from dots_ocr_client.doctor import ANSWER_TOKENS, QWEN_PACKAGES, SAMPLE, Check, examine
 from dots_ocr_client.engines.vllm import VLLMEngine
 
-ALL = ["server", "version", "model", "key", "context", "page", "tesseract", "packages"]
+SERVER = ["server", "version", "model", "key", "context", "page"]
+ALL = [*SERVER, "tesseract", "page by tesseract", "qwen", "page by qwen", "packages"]
+QWEN = [] if all(map(importlib.util.find_spec, QWEN_PACKAGES)) else ["qwen", "page by qwen"]
+"""What is skipped where Qwen is not installed."""
 
 
 @pytest.fixture
@@ -21,16 +26,16 @@ def healthy(server: FakeServer) -> FakeServer:
     return server
 
 
-def checks_of(base_url: str, seconds: float = 20.0) -> dict[str, Check]:
+def checks_of(base_url: str, seconds: float = 20.0, *, ocr: bool = True, languages: str = "eng") -> dict[str, Check]:
     async def run() -> list[Check]:
         engine = VLLMEngine(base_url)
         try:
-            return await examine(engine, seconds)
+            return await examine(engine, seconds, ocr=ocr, languages=languages)
         finally:
             await engine.aclose()
 
     checks = asyncio.run(run())
-    assert [check.name for check in checks] == ALL
+    assert [check.name for check in checks] == [name for name in ALL if ocr or not name.startswith("page by")]
     assert [check.name for check in checks if (check.status == "ok") == bool(check.cure)] == []
     return {check.name: check for check in checks}
 
@@ -40,13 +45,27 @@ def by_status(checks: dict[str, Check], status: str) -> list[str]:
 
 
 def test_a_healthy_server_passes_every_check(healthy: FakeServer) -> None:
-    assert by_status(checks_of(healthy.base_url), "ok") == ALL
+    checks = checks_of(healthy.base_url)
+    assert by_status(checks, "ok") == [name for name in ALL if name not in QWEN]
+    assert by_status(checks, "skipped") == QWEN
+
+
+def test_without_ocr_nothing_is_read(healthy: FakeServer, fake_tesseract: Callable[[str], Path]) -> None:
+    fake_tesseract(
+        'case $1 in --version) echo tesseract 5;; --list-langs) echo List; echo eng;; *) touch "$0.ran";; esac'
+    )
+    checks = checks_of(healthy.base_url, ocr=False)
+    assert healthy.requests == []
+    assert list(Path(shutil.which("tesseract") or "").parent.glob("*.ran")) == []
+    assert (checks["page"].status, checks["tesseract"].status) == ("skipped", "ok")
+    assert "--ocr" in checks["page"].detail
 
 
 def test_the_server_is_timed(healthy: FakeServer) -> None:
     checks = checks_of(healthy.base_url)
     assert 0 < (checks["server"].seconds or 0) < 20
     assert 0 < (checks["page"].seconds or 0) < 20
+    assert 0 < (checks["page by tesseract"].seconds or 0) < 20
 
 
 def test_a_real_page_is_read_as_plain_text(healthy: FakeServer) -> None:
@@ -71,6 +90,14 @@ def test_a_page_that_is_read_wrongly_is_a_warning(healthy: FakeServer) -> None:
     assert "A cat sat" in check.detail
 
 
+@pytest.mark.parametrize(
+    "text", ["The quick brown fox", SAMPLE.replace("1234567890 ", ""), SAMPLE.replace(" lazy dogs", ""), SAMPLE * 2]
+)
+def test_a_part_of_the_text_or_too_much_of_it_is_not_enough(healthy: FakeServer, text: str) -> None:
+    healthy.text = text
+    assert checks_of(healthy.base_url)["page"].status == "warning"
+
+
 def test_a_page_that_is_refused_is_a_failure(healthy: FakeServer) -> None:
     healthy.fail_with(400, "no pictures today")
     check = checks_of(healthy.base_url)["page"]
@@ -80,7 +107,8 @@ def test_a_page_that_is_refused_is_a_failure(healthy: FakeServer) -> None:
 def test_without_a_server_the_rest_of_the_machine_is_still_checked() -> None:
     checks = checks_of("http://127.0.0.1:9/v1")
     assert by_status(checks, "failed") == ["server"]
-    assert by_status(checks, "ok") == ["tesseract", "packages"]
+    assert by_status(checks, "ok")[:2] == ["tesseract", "page by tesseract"]
+    assert by_status(checks, "ok")[-1] == "packages"
 
 
 @pytest.fixture
@@ -131,13 +159,14 @@ def test_a_server_that_does_not_tell_its_context_is_not_blamed(healthy: FakeServ
 
 def test_a_server_that_does_not_tell_its_version_is_not_blamed(healthy: FakeServer) -> None:
     healthy.version = None
-    assert by_status(checks_of(healthy.base_url), "skipped") == ["version"]
+    assert by_status(checks_of(healthy.base_url), "skipped") == ["version", *QWEN]
 
 
 def test_a_missing_tesseract_is_a_warning(healthy: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     checks = checks_of(healthy.base_url)
     assert by_status(checks, "warning") == ["tesseract"]
+    assert checks["page by tesseract"].status == "skipped"
     assert "apt-get install" in checks["tesseract"].cure
 
 
@@ -154,6 +183,26 @@ def test_the_languages_of_tesseract_are_named(healthy: FakeServer) -> None:
     assert detail.startswith("tesseract ")
     assert "eng" in detail
     assert "osd" not in detail
+
+
+def test_a_language_that_tesseract_lacks_is_named_with_its_package(healthy: FakeServer) -> None:
+    checks = checks_of(healthy.base_url, languages="eng+xx_yy")
+    assert (checks["tesseract"].status, checks["page by tesseract"].status) == ("warning", "skipped")
+    assert checks["tesseract"].cure == "apt-get install tesseract-ocr-xx-yy"
+
+
+@pytest.mark.parametrize(("script", "said"), [("echo A cat sat on a mat.", "A cat sat"), ("exit 3", "status 3")])
+def test_a_tesseract_that_reads_wrongly_is_a_warning(
+    healthy: FakeServer, fake_tesseract: Callable[[str], Path], script: str, said: str
+) -> None:
+    fake_tesseract(f"case $1 in --version) echo 5;; --list-langs) echo List; echo eng;; *) cat >&-; {script};; esac")
+    check = checks_of(healthy.base_url)["page by tesseract"]
+    assert (check.status, said in check.detail) == ("warning", True)
+
+
+def test_the_languages_are_those_that_tesseract_is_asked_to_read(healthy: FakeServer) -> None:
+    check = checks_of(healthy.base_url, languages="rus")["page by tesseract"]
+    assert (check.status, "eng" in check.cure) == ("warning", True)  # an English page, read as Russian
 
 
 def test_versions_of_all_that_matters_are_named(healthy: FakeServer) -> None:

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from support import LINES, FakeServer
@@ -16,19 +17,26 @@ from dots_ocr_client import (
     Box,
     Cell,
     ConfigurationError,
+    DeadlineExceeded,
     Engine,
     EngineMissing,
     Limiter,
     Mode,
+    ModelNotServed,
     ModeNotSupported,
+    Overloaded,
     Page,
     PageImage,
+    RequestRejected,
+    ServerUnavailable,
     Task,
     TesseractEngine,
     UnusableAnswer,
     VLLMEngine,
+    breaker,
+    fallback,
 )
-from dots_ocr_client.fallback import SHARE, read_page
+from dots_ocr_client.fallback import SHARE, Chain, OnUnavailable
 from dots_ocr_client.prompts import MODES
 
 
@@ -46,8 +54,18 @@ class Scripted:
     ) -> None:
         self.name, self.result, self.delay, self.modes = name, result, delay, modes
         self.limiter = Limiter(slots, slots)
+        self.expected_seconds = 0.0
         self.seconds: list[float] = []
         self.cancelled = False
+        self.probes = 0
+        self.probe_result: Exception | None = None
+        self.probe_delay = 0.0
+
+    async def probe(self, seconds: float) -> None:
+        self.probes += 1
+        await asyncio.sleep(self.probe_delay)
+        if self.probe_result is not None:
+            raise self.probe_result
 
     async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
         assert self.limiter.in_flight > 0
@@ -67,7 +85,7 @@ class Scripted:
 def read(engines: Sequence[Engine], page: PageImage, mode: Mode = "text", timeout: float = 60.0) -> Page:
     async def run() -> Page:
         try:
-            return await read_page(engines, page, Task(mode), timeout)
+            return await Chain(engines, timeout).read(page, Task(mode))
         finally:
             for engine in engines:
                 await engine.aclose()
@@ -101,7 +119,7 @@ def test_a_refused_connection_makes_tesseract_read_the_page(page: PageImage) -> 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         base_url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     result = read([VLLMEngine(base_url), TesseractEngine()], page, "layout")
-    assert (result.mode, lines(result.text)) == ("text", LINES)
+    assert (result.mode, lines(result.text)) == ("layout", LINES)
     assert (result.attempts[0].error, base_url in result.attempts[0].reason) == ("ServerUnavailable", True)
 
 
@@ -128,7 +146,8 @@ def test_a_burst_of_pages_stays_within_the_limit(server: FakeServer, page: PageI
     engine = VLLMEngine(server.base_url, limiter=Limiter(start=2, cap=3))
 
     async def run() -> list[Page]:
-        pages = await asyncio.gather(*(read_page([engine], page, Task("text"), 20.0) for _ in range(12)))
+        chain = Chain([engine], 20.0)
+        pages = await asyncio.gather(*(chain.read(page, Task("text")) for _ in range(12)))
         await engine.aclose()
         return pages
 
@@ -224,7 +243,7 @@ def test_an_engine_with_no_time_left_is_skipped(page: PageImage) -> None:
     with pytest.raises(AllEnginesFailed) as caught:
         read([Blocking("first", ""), second], page, timeout=0.1)
     assert caught.value.attempts[1] == Attempt(
-        "second", "skipped", "DeadlineExceeded", "nothing was left of the 0.1 s for the page", 0.0
+        "second", "skipped", "NotApplicable", "nothing was left of the 0.1 s for the page", 0.0
     )
     assert second.seconds == []
 
@@ -233,7 +252,8 @@ def test_waiting_for_a_slot_does_not_cost_the_page_its_time(page: PageImage) -> 
     engine = Scripted("only", "text", delay=0.2, slots=1)
 
     async def run() -> list[Page]:
-        return await asyncio.gather(*(read_page([engine], page, Task("text"), 1.0) for _ in range(7)))
+        chain = Chain([engine], 1.0)
+        return await asyncio.gather(*(chain.read(page, Task("text")) for _ in range(7)))
 
     pages = asyncio.run(run())
     assert engine.seconds == [1.0] * 7
@@ -247,7 +267,7 @@ def test_the_caller_hears_once_that_a_page_has_its_first_slot(page: PageImage) -
         first, second = Scripted("first", UnusableAnswer("no"), slots=1), Scripted("second", "text")
         async with first.limiter:
             reading = asyncio.create_task(
-                read_page([first, second], page, Task("text"), 9.0, lambda: heard.append(first.limiter.in_flight))
+                Chain([first, second], 9.0).read(page, Task("text"), lambda: heard.append(first.limiter.in_flight))
             )
             await asyncio.sleep(0.05)
             assert heard == []
@@ -255,3 +275,268 @@ def test_the_caller_hears_once_that_a_page_has_its_first_slot(page: PageImage) -
 
     asyncio.run(run())
     assert heard == [1]
+
+
+# An engine that is not there
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses of a fraction of a second."""
+    monkeypatch.setattr(breaker, "PAUSE", 0.1)
+    monkeypatch.setattr(breaker, "MAX_PAUSE", 0.1)
+    monkeypatch.setattr(fallback, "LOOK_SECONDS", 0.01)
+
+
+GONE = ServerUnavailable("cannot reach it")
+
+
+async def read_all(chain: Chain, page: PageImage, count: int) -> list[Page]:
+    """One page after the other."""
+    return [await chain.read(page, Task("text")) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "asked"),
+    [
+        (GONE, 3),
+        (DeadlineExceeded("too slow"), 3),
+        (Overloaded("full"), 5),
+        (UnusableAnswer("nonsense"), 5),
+        (RequestRejected("too large"), 5),
+        (EngineMissing("install it"), 5),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_an_engine_that_is_not_there_is_left_alone(failure: Exception, asked: int, page: PageImage) -> None:
+    first = Scripted("first", failure)
+    pages = asyncio.run(read_all(Chain([first, Scripted("second", "text")], 9.0), page, 5))
+    assert [page.engine for page in pages] == ["second"] * 5
+    assert len(first.seconds) == asked
+    last = pages[-1].attempts[0]
+    assert (last.error == "CircuitOpen", last.outcome == "skipped") == (
+        (True, True) if asked == 3 else (False, isinstance(failure, EngineMissing))
+    )
+
+
+def test_an_engine_that_hangs_costs_only_the_first_pages_their_time(page: PageImage) -> None:
+    hanging = Scripted("first", "too late", delay=60)
+    pages = asyncio.run(read_all(Chain([hanging, Scripted("second", "text")], 0.2), page, 6))
+    assert [page.attempts[0].error for page in pages] == ["DeadlineExceeded"] * 3 + ["CircuitOpen"] * 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_page_probes_while_the_others_go_on(page: PageImage) -> None:
+    first, second = Scripted("first", GONE), Scripted("second", "text", slots=64)
+    chain = Chain([first, second], 9.0)
+
+    async def run() -> list[Page]:
+        await read_all(chain, page, 3)
+        await asyncio.sleep(0.12)
+        first.result, first.probe_delay = "better text", 0.1
+        return await asyncio.gather(*(chain.read(page, Task("text")) for _ in range(20)))
+
+    pages = asyncio.run(run())
+    assert first.probes == 1
+    assert [page.engine for page in pages].count("first") == 1
+    assert {page.attempts[0].error for page in pages if page.engine == "second"} == {"CircuitOpen"}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "probe_result", [GONE, ConfigurationError("it serves another model"), TimeoutError(), None], ids=repr
+)
+def test_the_best_engine_is_asked_again_only_after_a_probe_that_went_well(
+    probe_result: Exception | None, page: PageImage
+) -> None:
+    first = Scripted("first", GONE)
+    chain = Chain([first, Scripted("second", "text")], 9.0)
+
+    async def run() -> list[Page]:
+        await read_all(chain, page, 3)
+        first.result, first.probe_result = "better text", probe_result
+        await asyncio.sleep(0.12)
+        return await read_all(chain, page, 2)
+
+    pages = asyncio.run(run())
+    assert [page.engine for page in pages] == ["first" if probe_result is None else "second"] * 2
+    if isinstance(probe_result, ConfigurationError):
+        assert "another model" in pages[0].attempts[0].reason
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_that_is_back_gets_few_pages_at_first(page: PageImage) -> None:
+    first = Scripted("first", "text")
+    first.limiter = Limiter(2, 32)
+    chain = Chain([first], 9.0)
+
+    async def run() -> None:
+        await asyncio.gather(*(read_and_grow() for _ in range(40)))
+        assert first.limiter.limit > 8
+        first.result = GONE
+        for _ in range(3):
+            with pytest.raises(AllEnginesFailed):
+                await chain.read(page, Task("text"))
+        first.result = "text"
+        await asyncio.sleep(0.12)
+        await chain.read(page, Task("text"))
+        assert first.limiter.limit == 2
+
+    async def read_and_grow() -> None:
+        await chain.read(page, Task("text"))
+        async with first.limiter:
+            first.limiter.succeeded()
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_probe_that_is_cancelled_leaves_the_next_one_free(page: PageImage) -> None:
+    first = Scripted("first", GONE)
+    chain = Chain([first, Scripted("second", "text")], 9.0)
+
+    async def run() -> Page:
+        await read_all(chain, page, 3)
+        await asyncio.sleep(0.12)
+        first.result, first.probe_delay = "better text", 9.0
+        probing = asyncio.create_task(chain.read(page, Task("text")))
+        await asyncio.sleep(0.05)
+        probing.cancel()
+        await asyncio.gather(probing, return_exceptions=True)
+        first.probe_delay = 0.0
+        return await chain.read(page, Task("text"))
+
+    assert asyncio.run(run()).engine == "first"
+
+
+@pytest.mark.usefixtures("quick")
+def test_pages_that_wait_are_all_read_by_the_engine_when_it_is_back(page: PageImage) -> None:
+    first, second = Scripted("first", GONE, slots=2), Scripted("second", "worse text")
+    first.probe_result = GONE
+    chain = Chain([first, second], 9.0, "wait", max_wait=20.0)
+
+    async def run() -> list[Page]:
+        reading = [asyncio.create_task(chain.read(page, Task("text"))) for _ in range(10)]
+        await asyncio.sleep(0.6)
+        assert not any(task.done() for task in reading)
+        asked = len(first.seconds)
+        first.result, first.probe_result = "text", None
+        pages = await asyncio.gather(*reading)
+        assert len(first.seconds) == asked + 10
+        return pages
+
+    pages = asyncio.run(run())
+    assert [page.engine for page in pages] == ["first"] * 10
+    assert second.seconds == []
+    assert first.seconds[-1] == 9.0 * SHARE
+
+
+@pytest.mark.usefixtures("quick")
+def test_waiting_ends_with_the_reason(page: PageImage) -> None:
+    first, second = Scripted("first", GONE), Scripted("second", "text")
+    first.probe_result = GONE
+    started = time.monotonic()
+    with pytest.raises(AllEnginesFailed, match="cannot reach it"):
+        asyncio.run(Chain([first, second], 9.0, "wait", max_wait=0.5).read(page, Task("text")))
+    assert 0.3 < time.monotonic() - started < 3.0
+    assert second.seconds == []
+
+
+@pytest.mark.parametrize("on_unavailable", ["wait", "fail"])
+def test_an_answer_of_no_use_is_no_reason_to_wait_or_to_fail(on_unavailable: OnUnavailable, page: PageImage) -> None:
+    chain = Chain([Scripted("first", UnusableAnswer("no")), Scripted("second", "text")], 9.0, on_unavailable)
+    assert asyncio.run(chain.read(page, Task("text"))).engine == "second"
+
+
+def test_without_fallback_the_page_fails_at_once(page: PageImage) -> None:
+    first, second = Scripted("first", GONE), Scripted("second", "text")
+    with pytest.raises(AllEnginesFailed) as caught:
+        asyncio.run(Chain([first, second], 9.0, "fail").read(page, Task("text")))
+    assert [attempt.error for attempt in caught.value.attempts] == ["ServerUnavailable"]
+    assert (len(first.seconds), second.seconds) == (1, [])
+
+
+def test_an_engine_that_is_too_slow_for_the_time_left_is_passed_over_for_others_only(page: PageImage) -> None:
+    slow, quick = Scripted("slow", "better text"), Scripted("quick", "text")
+    slow.expected_seconds = 480.0
+    result = read([slow, quick], page, timeout=120.0)
+    assert (result.engine, result.attempts[0].error, result.attempts[0].outcome) == (
+        "quick",
+        "NotApplicable",
+        "skipped",
+    )
+    assert "480" in result.attempts[0].reason
+    assert read([slow, quick], page, timeout=500.0).engine == "slow"
+    assert read([slow], page, timeout=120.0).engine == "slow"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"engines": []}, "engines is empty"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"timeout": float("inf")}, "timeout"),
+        ({"max_wait": -1.0}, "max_wait"),
+        ({"on_unavailable": "wat"}, "'wait', 'fallback', 'fail', not 'wat'"),
+    ],
+    ids=repr,
+)
+def test_wrong_arguments_are_named(wrong: dict[str, object], words: str) -> None:
+    arguments: dict[str, Any] = {"engines": [Scripted("only", "text")], "timeout": 9.0, **wrong}
+    with pytest.raises(ValueError, match=words):
+        Chain(**arguments)
+
+
+# vLLM that goes, and comes back as something else
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_that_comes_back_with_another_model_is_not_used(server: FakeServer, page: PageImage) -> None:
+    chain = Chain([VLLMEngine(server.base_url), TesseractEngine()], 20.0)
+
+    async def run() -> list[Page]:
+        before = await read_all(chain, page, 1)
+        server.models = {"facebook/opt-125m": 2048}
+        server.fail_with(404)
+        during = await read_all(chain, page, 4)
+        server.models, server.answer = {"dots.ocr": 16_384}, None
+        await asyncio.sleep(0.12)
+        after = await read_all(chain, page, 1)
+        await chain.aclose()
+        return [*before, *during, *after]
+
+    pages = asyncio.run(run())
+    assert [page.engine for page in pages] == ["vllm", *["tesseract"] * 4, "vllm"]
+    assert "facebook/opt-125m" in pages[1].attempts[0].reason
+
+
+def test_a_server_that_never_had_the_model_is_a_wrong_setting(server: FakeServer, page: PageImage) -> None:
+    server.models = {"facebook/opt-125m": 2048}
+    with pytest.raises(ModelNotServed):
+        read([VLLMEngine(server.base_url), TesseractEngine()], page)
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (404, True), (500, False), (503, False)])
+def test_a_probe_asks_for_health_and_model(status: int, healthy: bool, server: FakeServer) -> None:
+    server.health = status
+
+    async def probe() -> None:
+        engine = VLLMEngine(server.base_url)
+        try:
+            await engine.probe(5.0)
+        finally:
+            await engine.aclose()
+
+    if healthy:
+        asyncio.run(probe())
+        assert server.asked_for("/v1/models") == 1
+    else:
+        with pytest.raises(ServerUnavailable, match=f"/health answered {status}"):
+            asyncio.run(probe())
+
+
+def test_a_probe_of_a_server_that_is_not_there_fails() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        base_url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    with pytest.raises(ServerUnavailable, match="cannot reach"):
+        asyncio.run(VLLMEngine(base_url).probe(5.0))

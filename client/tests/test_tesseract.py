@@ -10,7 +10,18 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 from support import LINES
 
-from dots_ocr_client import Answer, Box, EngineError, EngineMissing, PageImage, RequestRejected, Task, TesseractEngine
+from dots_ocr_client import (
+    Answer,
+    Box,
+    EngineError,
+    EngineMissing,
+    Page,
+    PageImage,
+    RequestRejected,
+    Task,
+    TesseractEngine,
+)
+from dots_ocr_client.fallback import Chain
 from dots_ocr_client.prompts import MODES, Mode
 
 FakeTesseract = Callable[[str], Path]
@@ -35,10 +46,45 @@ def test_it_reads_a_rendered_page(page: PageImage) -> None:
     assert (answer.mode, answer.model, answer.warnings) == ("text", "eng", ())
 
 
-def test_a_layout_comes_as_text_with_a_warning(page: PageImage) -> None:
+@pytest.fixture
+def letter() -> Image.Image:
+    """A page of two paragraphs of two lines, as wide as a letter."""
+    image = Image.new("RGB", (1240, 900), "white")
+    draw = ImageDraw.Draw(image)
+    rows = {120: LINES[0], 170: LINES[1], 420: LINES[2], 470: LINES[0]}
+    for top, line in rows.items():
+        draw.text((150, top), line, "black", font=ImageFont.load_default(36))
+    return image
+
+
+@pytest.mark.parametrize("own", [(1240, 900), (4960, 3600)])
+def test_a_layout_has_a_cell_for_each_paragraph_in_pixels_of_the_page(
+    own: tuple[int, int], letter: Image.Image
+) -> None:
+    sent = PageImage.of(1, letter)
+    page = PageImage(1, *own, sent.png, sent.sent_width, sent.sent_height)
     answer = read(page, "layout")
-    assert (answer.mode, lines(answer.text), answer.cells) == ("text", LINES, ())
-    assert answer.warnings == ("tesseract reads text without layout",)
+    assert [cell.text for cell in answer.cells] == ["\n".join(LINES[:2]), f"{LINES[2]}\n{LINES[0]}"]
+    assert {cell.category for cell in answer.cells} == {"Text"}
+    times = own[0] / letter.width
+    for cell, (top, bottom) in zip(answer.cells, ((120, 210), (420, 510)), strict=True):
+        ink = letter.crop((0, top, 1240, bottom)).convert("L").point(lambda level: 255 * (level < 128)).getbbox()
+        assert ink is not None
+        expected = (ink[0], ink[1] + top, ink[2], ink[3] + top)
+        assert cell.box == pytest.approx([times * value for value in expected], abs=4 * times)
+
+
+def test_a_layout_says_what_the_text_says(letter: Image.Image) -> None:
+    page = PageImage.of(1, letter)
+    layout = read(page, "layout")
+    assert (layout.mode, layout.warnings) == ("layout", ())
+    assert layout.text == read(page, "text").text == "\n\n".join(cell.text for cell in layout.cells)
+
+
+def test_a_picture_is_no_cell(letter: Image.Image) -> None:
+    for row in range(560, 860, 3):
+        letter.paste(Image.linear_gradient("L").resize((900, 3)).convert("RGB"), (150, row))
+    assert [cell.text[:7] for cell in read(PageImage.of(1, letter), "layout").cells] == ["Invoice", "Thank y"]
 
 
 @pytest.mark.parametrize("own", [(784, 224), (7840, 2240)])
@@ -67,6 +113,23 @@ def test_it_knows_the_modes_that_need_no_model() -> None:
 
 def test_it_reads_as_many_pages_at_once_as_there_are_processors() -> None:
     assert TesseractEngine().limiter.limit == len(os.sched_getaffinity(0))
+
+
+def test_there_are_never_more_processes_than_processors(
+    fake_tesseract: FakeTesseract, page: PageImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    running = tmp_path / "running"
+    running.mkdir()
+    count = f"ls {running} | wc -l >> {tmp_path}/counts"
+    fake_tesseract(f"touch {running}/$$; {count}; cat > /dev/null; sleep 0.3; {count}; rm {running}/$$; echo text")
+
+    async def run() -> list[Page]:
+        chain = Chain([TesseractEngine()], 60.0)
+        return await asyncio.gather(*(chain.read(page, Task("text")) for _ in range(8)))
+
+    assert [page.text for page in asyncio.run(run())] == ["text"] * 8
+    assert max(map(int, (tmp_path / "counts").read_text().split())) == 3
 
 
 def test_it_reads_widely_spaced_letters_in_a_strip() -> None:
@@ -113,6 +176,30 @@ def test_a_missing_language_says_how_to_install_it(languages: str, page: PageIma
     package = languages.split("+")[-1].replace("_", "-")
     with pytest.raises(EngineMissing, match=f"tesseract-ocr-{package}"):
         read(page, languages=languages)
+
+
+def probe(languages: str = "eng") -> None:
+    asyncio.run(TesseractEngine(languages).probe(10))
+
+
+def test_a_probe_finds_what_is_installed() -> None:
+    probe("eng+rus")
+
+
+def test_a_probe_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(EngineMissing, match=r"language data for 'tlh': apt-get install .*tesseract-ocr-tlh"):
+        probe("eng+tlh")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineMissing, match="no tesseract on the PATH"):
+        probe()
+
+
+def test_a_program_that_cannot_be_run_is_an_error_of_the_engine(fake_tesseract: FakeTesseract, page: PageImage) -> None:
+    fake_tesseract("").write_bytes(b"\x7fELF no program")
+    with pytest.raises(EngineError, match="does not run"):
+        probe()
+    with pytest.raises(EngineError, match="does not run"):
+        read(page)
 
 
 def test_failing_it_is_told_with_its_last_words(fake_tesseract: FakeTesseract, page: PageImage) -> None:

@@ -208,13 +208,13 @@ def test_a_wrong_model_fails_fast_and_names_those_that_exist(
     assert server.requests == []
 
 
-def test_a_model_that_vanishes_after_the_first_page_is_named_too(
+def test_a_model_that_vanishes_after_the_first_page_is_a_fault_of_the_server(
     engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
     read(engine, page, "text")
     server.models = {"newer": 1}
     server.fail_with(404)
-    with pytest.raises(ModelNotServed, match="'newer'"):
+    with pytest.raises(ServerUnavailable, match=r"in place of the right one.*'newer'"):
         read(engine, page, "text")
 
 

@@ -1,12 +1,14 @@
-"""Read documents with dots.ocr on a vLLM server, and with Tesseract when that server cannot."""
+"""Read documents with dots.ocr on a vLLM server, or with the next engine that can."""
 
 from .client import AsyncDotsOCR, DotsOCR
 from .documents import PageImage
 from .engines.base import Answer, Engine, Task
+from .engines.defaults import make_engines
 from .engines.tesseract import TesseractEngine
 from .engines.vllm import VLLMEngine
 from .errors import (
     AllEnginesFailed,
+    CircuitOpen,
     ConfigurationError,
     CutOff,
     DeadlineExceeded,
@@ -16,6 +18,7 @@ from .errors import (
     InputError,
     ModelNotServed,
     ModeNotSupported,
+    NotApplicable,
     Overloaded,
     Repetition,
     RequestRejected,
@@ -36,6 +39,7 @@ __all__ = [
     "Attempt",
     "Box",
     "Cell",
+    "CircuitOpen",
     "ConfigurationError",
     "CutOff",
     "DeadlineExceeded",
@@ -51,6 +55,7 @@ __all__ = [
     "Mode",
     "ModeNotSupported",
     "ModelNotServed",
+    "NotApplicable",
     "Overloaded",
     "Page",
     "PageImage",
@@ -63,4 +68,5 @@ __all__ = [
     "UnusableAnswer",
     "VLLMEngine",
     "__version__",
+    "make_engines",
 ]

@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -22,9 +23,12 @@ from .progress import count, printable, shown
 
 if TYPE_CHECKING:  # what takes long to import waits until a command needs it
     from .batch import Report
+    from .benchmark import Measurement
+    from .benchmark_report import BenchmarkReport
     from .doctor import Check
     from .documents import PageImage
     from .engines.base import Engine
+    from .engines.defaults import Name
     from .engines.vllm import VLLMEngine
     from .prompts import Mode
     from .results import Box, Document, FailedPage, Page
@@ -33,7 +37,7 @@ EXIT_OK, EXIT_UNREAD, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="dots-ocr",
-    help="Read documents with dots.ocr on a vLLM server, and with Tesseract when that server cannot.",
+    help="Read documents with dots.ocr on a vLLM server, or with the next engine that can.",
     epilog="Environment: DOTS_OCR_BASE_URL, DOTS_OCR_API_KEY. "
     "Exit status: 0 all went well, 1 something could not be read or does not work, 2 wrong usage or bad input, "
     "130 interrupted.",
@@ -49,6 +53,15 @@ class Format(StrEnum):  # typer knows no lists of Literal
     TEXT = "text"
     JSON = "json"
     HTML = "html"
+
+
+class EngineName(StrEnum):
+    """Which engine to ask."""
+
+    VLLM = "vllm"
+    QWEN = "qwen"
+    TEXTLAYER = "textlayer"
+    TESSERACT = "tesseract"
 
 
 class _Ended(Exception):
@@ -159,7 +172,12 @@ BaseUrl = Annotated[
     ),
 ]
 Model = Annotated[str, typer.Option(metavar="NAME", help="One of the names that the server serves.")]
+Engines = Annotated[
+    list[EngineName] | None,
+    typer.Option("--engine", help="Which to ask; may be repeated, in their order. Default: all."),
+]
 Timeout = Annotated[float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page and all engines.")]
+Languages = Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 
 
@@ -189,15 +207,19 @@ def read(
     ] = True,
     base_url: BaseUrl = None,
     model: Model = "dots.ocr",
-    engine: Annotated[
-        Literal["auto", "vllm", "tesseract"],
-        typer.Option(help="auto: vllm, and tesseract if that cannot."),
-    ] = "auto",
+    engine: Engines = None,
+    on_unavailable: Annotated[
+        Literal["fallback", "wait", "fail"],
+        typer.Option(help="If an engine is not there: ask the next one, wait for it, or give the page up."),
+    ] = "fallback",
+    max_wait: Annotated[
+        float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page, with --on-unavailable wait.")
+    ] = 1800.0,
     languages: Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")] = "eng",
     timeout: Timeout = 120.0,
     max_in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="Pages at the server at once, at most.")] = 32,
     upgrade: Annotated[
-        bool, typer.Option("--upgrade", help="With --out: read pages again that Tesseract read.")
+        bool, typer.Option("--upgrade", help="With --out: read pages again that another engine than vllm read.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="As --format json; with --out print a report. Errors as JSON too.")
@@ -209,17 +231,21 @@ def read(
     """
     _check_usage(files, out, mode, pages, box, question, formats, upgrade, as_json)
     spoken = cast("Mode", mode.replace("-", "_"))
-    engines = _engines(base_url, model, engine, languages, max_in_flight)
+    from .engines.defaults import ENGINES, make_engines
+
+    names: Iterable[Name] = [one.value for one in engine] if engine else ENGINES
+    engines = make_engines(names, base_url=base_url, model=model, max_in_flight=max_in_flight, languages=languages)
+    patience = _Patience(timeout, max_in_flight, on_unavailable, max_wait)
     if out is not None:
         chosen = formats or (Format.JSON, Format.MD)
         kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
-        report = _batch(engines, timeout, max_in_flight, files, out, spoken, kinds, headers, upgrade)
+        report = _batch(engines, patience, files, out, spoken, kinds, headers, upgrade)
         return _summarize(report, out, as_json)
 
     from .client import DotsOCR
     from .results import FailedPage
 
-    with DotsOCR(engines=engines, timeout=timeout, max_in_flight=max_in_flight) as ocr:
+    with DotsOCR(engines=engines, **asdict(patience)) as ocr:
         try:
             document = ocr.read(
                 files[0], mode=spoken, pages=pages, box=None if box is None else _box(box), question=question
@@ -265,18 +291,14 @@ def _check_usage(
         raise typer.BadParameter(wrong)
 
 
-def _engines(base_url: str | None, model: str, which: str, languages: str, max_in_flight: int) -> list[Engine]:
-    from .engines.tesseract import TesseractEngine
-    from .engines.vllm import VLLMEngine
-    from .limiter import START, Limiter
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """The arguments of the clients that are about time and load."""
 
-    chain: list[Engine] = []
-    if which != "tesseract":
-        limiter = Limiter(min(START, max_in_flight), max_in_flight)
-        chain.append(VLLMEngine(base_url, model=model, limiter=limiter))
-    if which != "vllm":
-        chain.append(TesseractEngine(languages))
-    return chain
+    timeout: float
+    max_in_flight: int
+    on_unavailable: Literal["fallback", "wait", "fail"]
+    max_wait: float
 
 
 def _written(document: Document, form: Format, headers: bool) -> str:
@@ -303,9 +325,8 @@ def _failure(page: FailedPage) -> str:
 
 
 def _batch(
-    engines: list[Engine],
-    timeout: float,
-    max_in_flight: int,
+    engines: Sequence[Engine],
+    patience: _Patience,
     inputs: list[Path],
     out: Path,
     mode: Mode,
@@ -322,7 +343,7 @@ def _batch(
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with shown() as progress:
-            async with AsyncDotsOCR(engines=engines, timeout=timeout, max_in_flight=max_in_flight) as client:
+            async with AsyncDotsOCR(engines=engines, **asdict(patience)) as client:
                 return await batch.run(
                     client,
                     inputs,
@@ -360,9 +381,14 @@ def _summarize(report: Report, out: Path, as_json: bool) -> int:
 
 @app.command()
 def doctor(
-    base_url: BaseUrl = None, model: Model = "dots.ocr", timeout: Timeout = 120.0, as_json: AsJson = False
+    base_url: BaseUrl = None,
+    model: Model = "dots.ocr",
+    ocr: Annotated[bool, typer.Option("--ocr", help="Have every engine read a page, and check the text.")] = False,
+    languages: Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")] = "eng",
+    timeout: Timeout = 120.0,
+    as_json: AsJson = False,
 ) -> int:
-    """Check the server, its model, Tesseract and the installation, and say what to do about what does not work."""
+    """Check the server, its model, the other engines and the installation, and say what to do about what is amiss."""
     from .engines.vllm import VLLMEngine
 
     engine = VLLMEngine(base_url, model=model)
@@ -371,7 +397,7 @@ def doctor(
         from .doctor import examine
 
         try:
-            return await examine(engine, timeout)
+            return await examine(engine, timeout, ocr=ocr, languages=languages)
         finally:
             await engine.aclose()
 
@@ -391,6 +417,116 @@ def _print_check(check: Check) -> None:
     _print_text(f"{check.status:8} {check.name}: {printable(check.detail)}{took}")
     if check.cure and check.status != "skipped":
         _print_text(f"         -> {printable(check.cure)}")
+
+
+def _levels(text: str) -> str:
+    """Check a list of concurrencies."""
+    _concurrency(text)
+    return text
+
+
+def _concurrency(text: str) -> list[int]:
+    try:
+        levels = [int(one) for one in text.split(",")]
+    except ValueError:
+        levels = [0]
+    if min(levels) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers from 1 on, with commas")
+    return levels
+
+
+@app.command()
+def bench(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="PDFs and images, with NAME.txt beside each; else pages of our own."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write bench.json, bench.md and bench.svg here.")
+    ] = None,
+    mode: Annotated[Literal["text", "layout"], typer.Option(help="What to read.")] = "text",
+    pages: Annotated[
+        int, typer.Option(metavar="N", min=1, max=200, help="How many pages of our own, without FILE.")
+    ] = 8,
+    concurrency: Annotated[
+        str, typer.Option(metavar="N,N", callback=_levels, help="Pages at once, as far as an engine takes so many.")
+    ] = "1,2,4,8",
+    engine: Engines = None,
+    base_url: BaseUrl = None,
+    model: Model = "dots.ocr",
+    languages: Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")] = "eng+rus",
+    timeout: Annotated[float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page.")] = 120.0,
+    as_json: AsJson = False,
+) -> int:
+    """Measure engines side by side on the same pages: time, pages per second, characters that are wrong, memory."""
+    from .benchmark_report import EXTRA
+
+    levels = _concurrency(concurrency)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # before all the work
+    report = asyncio.run(_measure(files or [], pages, engine, base_url, model, languages, levels, mode, timeout))
+    if any(one.loads and not one.compared for one in report.measurements) and _is_missing("rapidfuzz"):
+        _warn(f"without character errors: rapidfuzz is not installed: {EXTRA}")
+    if out is not None:
+        _write_report(report, out)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print_text(report.markdown())
+    good = any(one.loads for one in report.measurements) and not any(one.failed for one in report.measurements)
+    return EXIT_OK if good else EXIT_UNREAD
+
+
+async def _measure(
+    files: list[Path],
+    pages: int,
+    names: Sequence[EngineName] | None,
+    base_url: str | None,
+    model: str,
+    languages: str,
+    levels: list[int],
+    mode: Literal["text", "layout"],
+    timeout: float,
+) -> BenchmarkReport:
+    from .benchmark import measure
+    from .benchmark_pages import generate_pages, load_pages
+    from .benchmark_report import BenchmarkReport, describe_machine
+    from .engines.defaults import ENGINES, make_engines
+    from .engines.vllm import VLLMEngine
+    from .limiter import Limiter
+
+    engines: list[Engine] = [
+        VLLMEngine(base_url, model=model, limiter=Limiter(max(levels), max(levels)))
+        if name == "vllm"
+        else make_engines([name], languages=languages)[0]
+        for name in ([one.value for one in names] if names else ENGINES)
+    ]
+    sheets = await load_pages(files) if files else await asyncio.to_thread(generate_pages, pages)
+    machine = describe_machine()
+    measured: list[Measurement] = []
+    for one in engines:
+        try:
+            measured.append(await measure(one, sheets, levels, mode=mode, seconds=timeout, say=_warn))
+        finally:
+            await one.aclose()
+    return BenchmarkReport(measured, sheets, mode, machine)
+
+
+def _write_report(report: BenchmarkReport, out: Path) -> None:
+    from .benchmark_report import EXTRA
+
+    (out / "bench.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n", "utf-8")
+    (out / "bench.md").write_text(report.markdown() + "\n", "utf-8")
+    try:
+        (out / "bench.svg").write_text(report.svg(), "utf-8")
+    except ImportError:
+        _warn(f"without a picture: matplotlib is not installed: {EXTRA}")
+
+
+def _is_missing(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is None
 
 
 @app.command()
@@ -454,6 +590,75 @@ def view(
         _print_json({"file": str(file)})
     else:
         _print_text(printable(str(file)))
+    return EXIT_OK
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65_535, help="0: any that is free.")] = 8000,
+    engine: Annotated[
+        list[EngineName] | None,
+        typer.Option("--engine", help="Which to ask; may be repeated, in their order. Default: tesseract."),
+    ] = None,
+    languages: Languages = "eng",
+    base_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of the server behind --engine vllm, with /v1; else DOTS_OCR_BASE_URL."),
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="NAME", help="The model's name at that server.")] = "dots.ocr",
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--served-model-name",
+            metavar="NAME",
+            help="What clients may call the model; may be repeated. "
+            "Default: dots.ocr, rednote-hilab/dots.ocr, dotsocr-model, model.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Holds the key that clients must send; else DOTS_OCR_SERVE_API_KEY."),
+    ] = None,
+    no_api_key: Annotated[
+        bool, typer.Option("--no-api-key", help="Ask for no key, even if other machines can reach the service.")
+    ] = False,
+    timeout: Timeout = 120.0,
+    max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Pages that wait, at most.")] = 64,
+) -> int:
+    """Serve the OpenAI API as vLLM does, with Tesseract or any chain of engines behind it, until SIGTERM or Ctrl-C."""
+    try:
+        from . import serve as service
+    except ModuleNotFoundError as error:
+        if error.name not in ("prometheus_client", "starlette", "uvicorn"):
+            raise
+        message = f"{error.name} is not installed: pip install 'dots-ocr-client[serve]'"
+        raise _Ended("ModuleNotFoundError", message, EXIT_UNREAD) from error
+    from .engines.defaults import make_engines
+
+    names: list[Name] = [one.value for one in engine or (EngineName.TESSERACT,)]
+    if "textlayer" in names:
+        raise typer.BadParameter("clients send images, which have no text layer: leave --engine textlayer out")
+    base_url = base_url or os.environ.get("DOTS_OCR_BASE_URL")
+    if "vllm" in names and not base_url:
+        raise typer.BadParameter("--engine vllm needs --base-url")
+    if no_api_key and api_key_file:
+        raise typer.BadParameter("--no-api-key and --api-key-file exclude each other")
+    api_key = None if no_api_key else service.read_key(api_key_file)
+    application = service.Service(
+        make_engines(names, base_url=base_url, model=model, languages=languages),
+        names=served_model_name or service.SERVED_NAMES,
+        api_key=api_key,
+        timeout=timeout,
+        max_queue=max_queue,
+    )
+    with service.listen(host, port, public=no_api_key or api_key is not None) as listener:
+        if "vllm" in names and base_url and service.is_own(base_url, listener):
+            raise typer.BadParameter(f"--base-url {base_url} is this service itself: give it another --port")
+        address = "[{}]:{}" if ":" in listener.getsockname()[0] else "{}:{}"
+        where = address.format(*listener.getsockname()[:2])
+        _warn(f"http://{where}/v1 reads with {', '.join(names)}, {'with' if api_key else 'without'} an API key")
+        service.run(application, listener, timeout)
     return EXIT_OK
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -11,10 +10,10 @@ from typing import Final, NoReturn, Self
 
 from .documents import Source, describe, open_document
 from .engines.base import Engine, Task
-from .engines.tesseract import TesseractEngine
-from .engines.vllm import VLLMEngine
+from .engines.defaults import make_engines
 from .errors import AllEnginesFailed, InputError
-from .limiter import CAP, START, Limiter
+from .fallback import MAX_WAIT, Chain, OnUnavailable
+from .limiter import CAP
 from .loop_thread import LoopThread
 from .pipeline import Pipeline
 from .prompts import MODES, Mode
@@ -28,7 +27,7 @@ Pages = str | Iterable[int] | None
 
 
 class AsyncDotsOCR:
-    """Reads documents: first with dots.ocr on a vLLM server, then with Tesseract.
+    """Reads documents: with dots.ocr on a vLLM server, or with the next engine that can.
 
     It belongs to one event loop, and may do any number of things at once there: they share its limits. Close it, or use
     it in an ``async with`` statement.
@@ -49,6 +48,8 @@ class AsyncDotsOCR:
         engines: Sequence[Engine] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         max_in_flight: int = CAP,
+        on_unavailable: OnUnavailable = "fallback",
+        max_wait: float = MAX_WAIT,
     ) -> None:
         """Choose server, engines and patience; nothing is sent yet.
 
@@ -57,28 +58,26 @@ class AsyncDotsOCR:
                 ``http://127.0.0.1:8000/v1``.
             api_key: The server's key. Default: ``DOTS_OCR_API_KEY`` of the environment, or else none.
             model: One of the names that the server serves.
-            engines: Asked in this order, and closed with this client. Default: vLLM, then Tesseract (English). With
-                engines of your own the three arguments above are not used.
+            engines: Asked in this order, and closed with this client. Default: those of `make_engines`: vLLM, Qwen2-VL,
+                a PDF's own text, Tesseract (English). With engines of your own the three arguments above are not used.
             timeout: For one page and all engines together, in seconds of their work; waiting for a turn among other
                 pages does not count. While others stand behind an engine, it gets three quarters of what is left.
             max_in_flight: Pages at the server at once, at most; how many it really takes is found out.
+            on_unavailable: What to do with a page whose engine is not there: ask the next one (``fallback``), wait
+                until it is back (``wait``; a restart of vLLM takes minutes), or give the page up (``fail``).
+            max_wait: With ``wait``: for each page at most, in seconds; after that it fails.
 
         Raises:
             ConfigurationError: The base URL is not an http or https URL.
-            ValueError: The timeout or `max_in_flight` is not positive, or there are no engines.
+            ValueError: A time or `max_in_flight` is not positive, or there are no engines.
         """
-        if not (math.isfinite(timeout) and timeout > 0):
-            raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight!r}")
         if engines is None:
-            limiter = Limiter(min(START, max_in_flight), max_in_flight)
-            engines = (VLLMEngine(base_url, api_key=api_key, model=model, limiter=limiter), TesseractEngine())
-        if not engines:
-            raise ValueError("engines is empty: give at least one, or None for the default chain")
+            engines = make_engines(base_url=base_url, api_key=api_key, model=model, max_in_flight=max_in_flight)
         self.max_in_flight = max_in_flight
-        self._engines = tuple(engines)
-        self._pipeline = Pipeline(self._engines, timeout, max_in_flight)
+        self._chain = Chain(engines, timeout, on_unavailable, max_wait)
+        self._pipeline = Pipeline(self._chain, max_in_flight)
 
     async def read(
         self,
@@ -154,8 +153,7 @@ class AsyncDotsOCR:
     async def aclose(self) -> None:
         """Close the connections and end the processes that draw; a second call does nothing."""
         await self._pipeline.aclose()
-        for engine in self._engines:
-            await engine.aclose()
+        await self._chain.aclose()
 
     async def __aenter__(self) -> Self:
         """Return the client itself."""
@@ -190,10 +188,19 @@ class DotsOCR:
         engines: Sequence[Engine] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         max_in_flight: int = CAP,
+        on_unavailable: OnUnavailable = "fallback",
+        max_wait: float = MAX_WAIT,
     ) -> None:
         """Take the arguments of `AsyncDotsOCR`; nothing is sent yet."""
         self._client = AsyncDotsOCR(
-            base_url, api_key=api_key, model=model, engines=engines, timeout=timeout, max_in_flight=max_in_flight
+            base_url,
+            api_key=api_key,
+            model=model,
+            engines=engines,
+            timeout=timeout,
+            max_in_flight=max_in_flight,
+            on_unavailable=on_unavailable,
+            max_wait=max_wait,
         )
         self._loop = LoopThread()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import importlib.util
 import platform
 import re
 import shutil
@@ -17,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import images
 from .documents import PageImage
-from .engines.base import Task
-from .errors import DotsOCRError, Unauthorized, UnusableAnswer
+from .engines.base import Engine, Task
+from .errors import DotsOCRError, EngineMissing, NotApplicable, Unauthorized, UnusableAnswer
 from .prompts import MODES
 
 if TYPE_CHECKING:
@@ -33,9 +34,11 @@ ANSWER_TOKENS: Final = 4096
 """Room for the answer, in tokens (our own choice: a densely printed page with its layout)."""
 SAMPLE: Final = "The quick brown fox jumps over 1234567890 lazy dogs."
 """What the page says that is read as a test."""
-ALIKE: Final = 0.8
-"""How alike the text that was read must be, from 0 to 1 as `difflib` counts (our own choice)."""
+ALIKE: Final = 0.9
+"""How alike the text that was read must be, from 0 to 1 as `difflib` counts (our own choice: a letter or two may be
+wrong, but without its number or its last two words the sentence comes to less)."""
 PACKAGES: Final = ("dots-ocr-client", "openai", "pypdfium2", "pillow")
+QWEN_PACKAGES: Final = ("torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,10 @@ class Check:
     Attributes:
         name: What, in a word or two.
         status: ``failed`` if reading with dots.ocr cannot work without it, ``warning`` if it can but something is
-            amiss, ``skipped`` if it could not be looked at.
+            amiss, ``skipped`` if it was not or could not be looked at.
         detail: What was found.
         cure: What to do about it; empty for ``ok``.
-        seconds: How long the server took, where it was asked.
+        seconds: How long the server or another engine took, where it was asked.
     """
 
     name: str
@@ -62,20 +65,31 @@ class Check:
         return asdict(self)
 
 
-async def examine(engine: VLLMEngine, seconds: float = 120.0) -> list[Check]:
-    """Check the server, its model, Tesseract and the packages, in this order.
+async def examine(
+    engine: VLLMEngine, seconds: float = 120.0, *, ocr: bool = False, languages: str = "eng"
+) -> list[Check]:
+    """Check the server, its model, the other engines and the packages, in this order.
 
     Args:
         engine: Says which server and model; stays open.
-        seconds: For each question to the server.
+        seconds: For each question to the server, and for each page.
+        ocr: Have every engine that is there read a page, and compare what it read.
+        languages: Of Tesseract. The page is in English.
 
     Returns:
-        What was found; nothing is raised for what does not work.
+        What was found; nothing is raised for what does not work. PDFs' own text is not checked: it needs nothing but
+        the packages.
     """
-    return [*await _server(engine, seconds), await _tesseract(), _versions()]
+    checks = [*await _server(engine, seconds, ocr), await _tesseract(languages)]
+    if ocr:
+        checks.append(await _page_by_tesseract(languages, seconds))
+    checks.append(_qwen())
+    if ocr:
+        checks.append(await _page_by_qwen(seconds))
+    return [*checks, _versions()]
 
 
-async def _server(engine: VLLMEngine, seconds: float) -> list[Check]:
+async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
     started = time.monotonic()
     try:
         cards = await _within(seconds, engine.models(seconds))
@@ -106,7 +120,10 @@ async def _server(engine: VLLMEngine, seconds: float) -> list[Check]:
     if engine.model not in served:
         why, cure = "the model is not served", "choose a model that is served first"
         return [*checks, _skipped("context", why, cure), _skipped("page", why, cure)]
-    return [*checks, _context(served[engine.model]), await _page(engine, seconds)]
+    context = _context(served[engine.model])
+    if not ocr:
+        return [*checks, context, _skipped("page", "none was read: --ocr has every engine read one", "add --ocr")]
+    return [*checks, context, await _page(engine, seconds)]
 
 
 async def _within(seconds: float, work: Awaitable[T]) -> T:
@@ -151,27 +168,74 @@ def _context(card: Mapping[str, Any]) -> Check:
 
 
 async def _page(engine: VLLMEngine, seconds: float) -> Check:
+    cure = "see whether the server runs the right model, with --chat-template-content-format string"
+    try:
+        return await _read("page", engine, seconds, cure)
+    except Unauthorized as error:
+        return Check("page", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
+    except (DotsOCRError, TimeoutError) as error:
+        cure = "look at the server's log and its load, or allow more time (--timeout)"
+        return Check("page", "failed", _unread(error, seconds), cure)
+
+
+async def _page_by_tesseract(languages: str, seconds: float) -> Check:
+    from .engines.tesseract import TesseractEngine
+
+    name = "page by tesseract"
+    if shutil.which("tesseract") is None:
+        return _skipped(name, "tesseract is not installed", "install it first")
+    cure = "put eng among the --languages, because the page is in English; else install tesseract-ocr-eng anew"
+    try:
+        return await _read(name, TesseractEngine(languages), seconds, cure)
+    except EngineMissing as error:
+        return _skipped(name, str(error), "install the languages first")
+    except (DotsOCRError, TimeoutError) as error:
+        return Check(name, "warning", _unread(error, seconds), "allow more time (--timeout), or install it anew")
+
+
+async def _page_by_qwen(seconds: float) -> Check:
+    name = "page by qwen"
+    if _lacking(QWEN_PACKAGES):
+        return _skipped(name, "the packages for Qwen are not installed", "install them first")
+    from .engines.qwen import QwenEngine
+
+    engine = QwenEngine()
+    try:
+        return await _read(name, engine, seconds, "leave this engine out, or give it another model")
+    except (EngineMissing, NotApplicable) as error:
+        return _skipped(name, str(error), "none needed unless pages are to be read by Qwen")
+    except (DotsOCRError, TimeoutError) as error:
+        cure = "allow more time (--timeout), or leave this engine out"
+        return Check(name, "warning", _unread(error, seconds), cure)
+    finally:
+        await engine.aclose()
+
+
+async def _read(name: str, engine: Engine, seconds: float, cure: str) -> Check:
+    """Have an engine read the page, and compare.
+
+    Raises:
+        DotsOCRError, TimeoutError: There is nothing to compare.
+    """
     page = await asyncio.to_thread(lambda: PageImage.of(1, _sample()))
     started = time.monotonic()
+    detail = ""
     try:
         async with engine.limiter:
             answer = await _within(seconds, engine.read(page, Task("text"), seconds))
-    except Unauthorized as error:
-        return Check("page", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
     except UnusableAnswer as error:
-        return _misread(f"a test page that says {SAMPLE!r} got no useful answer: {error}", time.monotonic() - started)
-    except (DotsOCRError, TimeoutError) as error:
-        detail = f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
-        return Check("page", "failed", detail, "look at the server's log and its load, or allow more time (--timeout)")
+        detail = f"a test page that says {SAMPLE!r} got no useful answer: {error}"
+    else:
+        if _alike(answer.text) < ALIKE:
+            detail = f"a test page that says {SAMPLE!r} was read as {answer.text[:200]!r}"
     took = time.monotonic() - started
-    if _alike(answer.text) < ALIKE:
-        return _misread(f"a test page that says {SAMPLE!r} was read as {answer.text[:200]!r}", took)
-    return Check("page", "ok", "a test page was read as it is", seconds=took)
+    if detail:
+        return Check(name, "warning", detail, cure, took)
+    return Check(name, "ok", "a test page was read as it is", seconds=took)
 
 
-def _misread(detail: str, seconds: float) -> Check:
-    cure = "see whether the server runs the right model, with --chat-template-content-format string"
-    return Check("page", "warning", detail, cure, seconds)
+def _unread(error: Exception, seconds: float) -> str:
+    return f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
 
 
 def _sample() -> Image.Image:
@@ -185,20 +249,25 @@ def _alike(text: str) -> float:
     return difflib.SequenceMatcher(None, said, expected, autojunk=False).ratio()
 
 
-async def _tesseract() -> Check:
+async def _tesseract(languages: str) -> Check:
     cure = "apt-get install tesseract-ocr tesseract-ocr-eng, to have a page read when the server cannot"
     program = shutil.which("tesseract")
     if program is None:
         return Check("tesseract", "warning", "it is not on the PATH", cure)
     try:
         said = await _output(program, "--version")
-        languages = (await _output(program, "--list-langs")).splitlines()[1:]  # the first line is a heading
+        listed = (await _output(program, "--list-langs")).splitlines()[1:]  # the first line is a heading
     except (OSError, TimeoutError) as error:
         return Check("tesseract", "warning", f"{program} does not run: {error}", cure)
-    names = sorted(name.strip() for name in languages if name.strip() not in ("", "osd"))  # osd only finds directions
+    names = sorted(name.strip() for name in listed if name.strip() not in ("", "osd"))  # osd only finds directions
     first_line = said.partition("\n")[0]
     if not names:
         return Check("tesseract", "warning", f"{first_line} has no languages", cure)
+    lacking = [name for name in languages.split("+") if name not in names]
+    if lacking:
+        packages = " ".join(f"tesseract-ocr-{name.replace('_', '-')}" for name in lacking)
+        detail = f"{first_line} with {', '.join(names)} lacks {', '.join(lacking)}"
+        return Check("tesseract", "warning", detail, f"apt-get install {packages}")
     return Check("tesseract", "ok", f"{first_line} with {', '.join(names)}")
 
 
@@ -215,6 +284,19 @@ async def _output(*command: str) -> str:
     if process.returncode != 0:
         raise OSError(f"it ended with status {process.returncode}")
     return output.decode(errors="replace")
+
+
+def _qwen() -> Check:
+    lacking = _lacking(QWEN_PACKAGES)
+    if lacking:
+        detail = f"not installed: {', '.join(lacking)}; pip install 'dots-ocr-client[qwen]' adds this engine"
+        return _skipped("qwen", detail, "none needed unless pages are to be read by Qwen")
+    return Check("qwen", "ok", f"{' and '.join(QWEN_PACKAGES)} are installed")
+
+
+def _lacking(packages: tuple[str, ...]) -> list[str]:
+    """Name the packages that are not there, without importing those that are: these take seconds and much memory."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def _versions() -> Check:

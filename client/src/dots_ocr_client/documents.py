@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib
 import importlib.util
 import io
@@ -12,8 +13,8 @@ import re
 import stat
 import tempfile
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO, Final, Literal, NamedTuple, Self
@@ -68,6 +69,7 @@ class PageImage:
         sent_width: Of ``png``, in pixels.
         sent_height: As above.
         warnings: What a reader of the results should know.
+        origin: Where the page of a PDF comes from, for engines that read more than pixels; ``None`` for images.
     """
 
     number: int
@@ -77,6 +79,7 @@ class PageImage:
     sent_width: int
     sent_height: int
     warnings: tuple[str, ...] = ()
+    origin: PageReference | None = None
 
     @property
     def image(self) -> Image.Image:
@@ -237,10 +240,10 @@ def draw(reference: PageReference) -> PageImage:
     Raises:
         InputError: The page is broken, too large or too narrow, or the file has changed since it was opened.
     """
-    if isinstance(reference.source, str):
-        _check_stamp(reference.source, reference.stamp, reference.label)
     if reference.kind == "pdf":
         return _draw_pdf(reference)
+    if isinstance(reference.source, str):
+        _check_stamp(reference.source, reference.stamp, reference.label, "drawn")
     if isinstance(reference.source, Image.Image):
         return _page_of(reference.number, reference.source, reference.warnings, reference.label)
     with (
@@ -405,13 +408,13 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _check_stamp(path: str, stamp: tuple[int, ...] | None, label: str) -> None:
+def _check_stamp(path: str, stamp: tuple[int, ...] | None, label: str, verb: str) -> None:
     try:
         same = _stamp(Path(path).stat()) == stamp
     except OSError as error:
         raise InputError(f"cannot read {label}: {_reason(error)}") from error
     if not same:
-        raise InputError(f"{label} cannot be drawn: the file has changed since it was opened")
+        raise InputError(f"{label} cannot be {verb}: the file has changed since it was opened")
 
 
 def _inspect(source: str | bytes, head: bytes, file: BinaryIO | None, name: str) -> _Content:
@@ -529,8 +532,31 @@ def _open_pdf(path: str, label: str) -> Any:
 
 
 def _draw_pdf(reference: PageReference) -> PageImage:
+    with open_page(reference, "drawn") as (page, scale):
+        rgb = page.render(scale=scale).to_pil().convert("RGB")
+    warnings = reference.warnings
+    if (dpi := round(scale * 72)) < PDF_DPI:
+        warnings += (f"the page was drawn at {dpi} dpi instead of {PDF_DPI}, to keep the model's limits",)
+    return replace(_encode(reference.number, rgb, warnings), origin=reference)
+
+
+@contextlib.contextmanager
+def open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, float]]:
+    """Open a page of a PDF, and keep the PDF open for its next page; see `forget`. PDFium is locked meanwhile.
+
+    Args:
+        reference: The page; the file must be the one that was opened.
+        verb: For messages: what is to be done to it, such as ``drawn``.
+
+    Yields:
+        The page, of type `pypdfium2.PdfPage`, and the pixels per point at which it is drawn.
+
+    Raises:
+        InputError: The page is broken, too large or too narrow, also if PDFium says so inside the ``with`` statement.
+    """
     global _kept
     label, path, stamp = reference.label, str(reference.source), reference.stamp
+    _check_stamp(path, stamp, label, verb)
     with _pdfium:
         if _kept is None or (_kept.path, _kept.stamp) != (path, stamp) or not _kept.pages_left:
             if _kept is not None:
@@ -542,16 +568,11 @@ def _draw_pdf(reference: PageReference) -> PageImage:
         try:
             page = _kept.pdf[reference.number - 1]
             try:
-                scale = _scale(*page.get_size())
-                rgb = page.render(scale=scale).to_pil().convert("RGB")
+                yield page, _scale(*page.get_size())
             finally:
                 page.close()
         except (pypdfium2.PdfiumError, ValueError, MemoryError) as error:
-            raise InputError(f"{label} cannot be drawn: {_reason(error)}") from error
-    warnings = reference.warnings
-    if (dpi := round(scale * 72)) < PDF_DPI:
-        warnings += (f"the page was drawn at {dpi} dpi instead of {PDF_DPI}, to keep the model's limits",)
-    return _encode(reference.number, rgb, warnings)
+            raise InputError(f"{label} cannot be {verb}: {_reason(error)}") from error
 
 
 def _scale(width: float, height: float) -> float:

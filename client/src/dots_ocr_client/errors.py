@@ -10,8 +10,10 @@
     ├── EngineError            one engine could not read one page: the next one is tried
     │   ├── EngineMissing      its program or its language data are not installed
     │   ├── ModeNotSupported   it cannot read in this mode
+    │   ├── NotApplicable      the page is nothing for it: no text layer, or too slow for the time that is left
     │   ├── ServerUnavailable  no connection, still starting, or a fault inside the server
-    │   │   └── Overloaded     it has too much to do (429, 503)
+    │   │   ├── Overloaded     it has too much to do (429, 503)
+    │   │   └── CircuitOpen    not asked, because it was unavailable several times in a row
     │   ├── DeadlineExceeded   no answer in its share of the time
     │   ├── RequestRejected    the server refuses this page
     │   └── UnusableAnswer     empty, no layout, or otherwise of no use
@@ -76,6 +78,10 @@ class ModeNotSupported(EngineError):
     """The engine, or the model behind it, cannot read in the mode that was asked for."""
 
 
+class NotApplicable(EngineError):
+    """The page is nothing for the engine: it has no sound text layer, or the engine is too slow for the time left."""
+
+
 class ServerUnavailable(EngineError):
     """The server cannot be reached, is still starting, or failed inside (5xx)."""
 
@@ -91,6 +97,10 @@ class Overloaded(ServerUnavailable):
         """Keep the server's wish beside the message."""
         self.retry_after = retry_after
         super().__init__(message)
+
+
+class CircuitOpen(ServerUnavailable):
+    """The engine was not asked, because it was unavailable several times in a row; it will be tried again."""
 
 
 class DeadlineExceeded(EngineError):

@@ -3,90 +3,267 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from dataclasses import dataclass, field
+from typing import Final, Literal, get_args
 
+from .breaker import Breaker
 from .documents import PageImage
-from .engines.base import Engine, Task
-from .errors import AllEnginesFailed, DeadlineExceeded, EngineError, EngineMissing, ModeNotSupported
+from .engines.base import Answer, Engine, Task
+from .errors import (
+    AllEnginesFailed,
+    CircuitOpen,
+    ConfigurationError,
+    DeadlineExceeded,
+    EngineError,
+    EngineMissing,
+    ModeNotSupported,
+    NotApplicable,
+    Overloaded,
+    ServerUnavailable,
+)
 from .results import Attempt, Page
 
 SHARE: Final = 0.75
 """Part of the remaining time that an engine may use while others stand behind it (our own choice). Without this a
 server that hangs would use up the time in which Tesseract, at 2 to 4 s for a page, could have read it."""
+PROBE_SECONDS: Final = 5.0
+"""How long a probe may take: a server that is there tells its health at once, however busy it is."""
+LOOK_SECONDS: Final = 0.25
+"""How long a page that waits for an engine leaves it alone at least."""
+MAX_WAIT: Final = 1800.0
+"""How long a page waits for an engine to come back at most, in seconds: as long as this project's servers may take to
+start (``dots_ocr_server_ready_timeout``)."""
+
+OnUnavailable = Literal["wait", "fallback", "fail"]
+"""What to do with a page whose engine is not there: wait for it, ask the next engine, or give the page up."""
 
 
-async def read_page(
-    engines: Sequence[Engine],
-    page: PageImage,
-    task: Task,
-    timeout: float,
-    started: Callable[[], None] = lambda: None,
-) -> Page:
-    """Read one page with the first engine that can.
+@dataclass(slots=True)
+class _Clock:
+    """The time of one page. It runs only while an engine works: whoever holds a slot has a limit of its own."""
 
-    Args:
-        engines: In the order in which they are to be tried.
-        page: The page.
-        task: What to read.
-        timeout: For all engines together, in seconds. It is a hard limit: whoever is at work then is cancelled. Waiting
-            for a slot of an engine does not count, because whoever holds the slot has a limit of its own.
-        started: Called once, when the first engine has a slot for the page; not at all if none ever has.
+    limit: float
+    left: float
+    wait_until: float
+    started: Callable[[], None]
+    attempts: dict[str, Attempt] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self.started()
+        self.started = _nothing
+
+
+def _nothing() -> None: ...
+
+
+class Chain:
+    """Reads pages with the first engine that can. It belongs to one event loop.
+
+    Each engine has a circuit breaker, which all pages share: what one of them finds out, the others need not.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        timeout: float,
+        on_unavailable: OnUnavailable = "fallback",
+        max_wait: float = MAX_WAIT,
+    ) -> None:
+        """Choose engines and patience.
+
+        Args:
+            engines: In the order in which they are to be asked.
+            timeout: For one page and all engines together, in seconds. It is a hard limit: whoever is at work then is
+                cancelled. Waiting for a slot, or for an engine to come back, does not count.
+            on_unavailable: What to do with a page whose engine is not there. ``wait`` starts its time anew when the
+                engine is back. It is about engines, not about pages: an answer of no use always leads to the next one.
+            max_wait: With ``wait``: for each page in all, in seconds; after that it fails.
+
+        Raises:
+            ValueError: There are no engines, a time is not positive, or there is no such `OnUnavailable`.
+        """
+        if not engines:
+            raise ValueError("engines is empty: give at least one, or None for the default chain")
+        for name, seconds in (("timeout", timeout), ("max_wait", max_wait)):
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise ValueError(f"{name} must be a positive number of seconds, not {seconds!r}")
+        if on_unavailable not in get_args(OnUnavailable):
+            known = ", ".join(map(repr, get_args(OnUnavailable)))
+            raise ValueError(f"on_unavailable must be one of {known}, not {on_unavailable!r}")
+        self.engines = tuple(engines)
+        self._breakers = [Breaker() for _ in engines]
+        self._timeout = timeout
+        self._on_unavailable = on_unavailable
+        self._max_wait = max_wait
+
+    async def read(self, page: PageImage, task: Task, started: Callable[[], None] = _nothing) -> Page:
+        """Read one page.
+
+        Args:
+            page: The page.
+            task: What to read.
+            started: Called once, when the first engine has a slot for the page; not at all if none ever has.
+
+        Raises:
+            AllEnginesFailed: No engine could, or none was to be asked any more.
+            ConfigurationError: The settings of one are wrong; those behind it are not tried.
+        """
+        clock = _Clock(self._timeout, self._timeout, time.monotonic() + self._max_wait, started)
+        for position, (engine, breaker) in enumerate(zip(self.engines, self._breakers, strict=True), start=1):
+            others = any(task.mode in other.modes for other in self.engines[position:])
+            while True:
+                before = clock.left
+                failure: EngineError
+                try:
+                    answer = await self._ask(engine, breaker, page, task, clock, others=others)
+                except EngineError as error:
+                    failure = error
+                else:
+                    return _page(page, engine, answer, before - clock.left, tuple(clock.attempts.values()))
+                _note(clock, engine, failure, before - clock.left)
+                if not _is_absence(failure, breaker) or self._on_unavailable == "fallback":
+                    break
+                if self._on_unavailable == "fail" or not await _back(breaker, clock):
+                    raise AllEnginesFailed(page.number, tuple(clock.attempts.values())) from failure
+                clock.left = self._timeout
+        raise AllEnginesFailed(page.number, tuple(clock.attempts.values()))
+
+    async def aclose(self) -> None:
+        """Close the engines."""
+        for engine in self.engines:
+            await engine.aclose()
+
+    async def _ask(
+        self, engine: Engine, breaker: Breaker, page: PageImage, task: Task, clock: _Clock, *, others: bool
+    ) -> Answer:
+        """Ask one engine.
+
+        Raises:
+            EngineError: It did not answer, or was not asked.
+            ConfigurationError: See `read`.
+        """
+        if task.mode not in engine.modes:
+            raise ModeNotSupported(f"{engine.name} cannot read in the mode {task.mode!r}")
+        if clock.left <= 0:
+            raise NotApplicable(f"nothing was left of the {clock.limit:g} s for the page")
+        if others and engine.expected_seconds > clock.left:
+            raise NotApplicable(
+                f"{engine.name} takes {engine.expected_seconds:g} s for a page or more, and {clock.left:.1f} s were "
+                "left: allow more time (timeout=), or ask no other engine"
+            )
+        _refuse(breaker)
+        async with engine.limiter:
+            clock.start()
+            begin = time.monotonic()
+            try:
+                await _admit(engine, breaker)
+                age = breaker.age
+                seconds = clock.left * SHARE if others else clock.left
+                try:
+                    async with asyncio.timeout(seconds):
+                        answer = await engine.read(page, task, seconds)
+                except TimeoutError:
+                    message = f"no answer within {seconds:.1f} s: look at its load, or allow more time"
+                    breaker.failed(age)
+                    raise DeadlineExceeded(message) from None
+                except Overloaded:
+                    raise
+                except (ServerUnavailable, DeadlineExceeded):
+                    breaker.failed(age)
+                    raise
+                except EngineError:
+                    breaker.succeeded()
+                    raise
+                breaker.succeeded()
+                return answer
+            finally:
+                clock.left -= time.monotonic() - begin
+
+
+async def _admit(engine: Engine, breaker: Breaker) -> None:
+    """Let a page through to its engine, if need be after probing that.
 
     Raises:
-        AllEnginesFailed: None could.
-        ConfigurationError: The settings of one are wrong; those behind it are not tried.
+        CircuitOpen: The engine is not there, or another page is finding out whether it is.
     """
-    left = timeout
-    waiting = True
-    attempts: list[Attempt] = []
+    if breaker.begin_probe():
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await engine.probe(PROBE_SECONDS)
+        except (EngineError, ConfigurationError, TimeoutError) as error:
+            breaker.open()
+            reason = str(error) or f"no answer within {PROBE_SECONDS:g} s"
+            raise CircuitOpen(f"{engine.name} is not back: {reason}") from error
+        except BaseException:
+            breaker.abandon_probe()
+            raise
+        engine.limiter.restart()
+        breaker.close()
+    _refuse(breaker)
 
-    def note(engine: Engine, error: EngineError, seconds: float | None) -> None:
-        skipped = seconds is None or isinstance(error, EngineMissing | ModeNotSupported)
-        outcome: Literal["failed", "skipped"] = "skipped" if skipped else "failed"
-        attempts.append(Attempt(engine.name, outcome, type(error).__name__, str(error), round(seconds or 0.0, 3)))
 
-    for position, engine in enumerate(engines, start=1):
-        if task.mode not in engine.modes:
-            note(engine, ModeNotSupported(f"{engine.name} cannot read in the mode {task.mode!r}"), None)
-            continue
-        if left <= 0:
-            note(engine, DeadlineExceeded(f"nothing was left of the {timeout:g} s for the page"), None)
-            continue
-        others = any(task.mode in other.modes for other in engines[position:])
-        seconds = left * SHARE if others else left
-        async with engine.limiter:
-            if waiting:
-                waiting = False
-                started()
-            begin = time.monotonic()
-            failure: EngineError
-            try:
-                async with asyncio.timeout(seconds):
-                    answer = await engine.read(page, task, seconds)
-            except TimeoutError:
-                failure = DeadlineExceeded(f"no answer within {seconds:.1f} s: look at its load, or allow more time")
-            except EngineError as error:
-                failure = error
-            else:
-                return Page(
-                    number=page.number,
-                    width=page.width,
-                    height=page.height,
-                    mode=answer.mode,
-                    text=answer.text,
-                    cells=answer.cells,
-                    engine=engine.name,
-                    model=answer.model,
-                    seconds=round(time.monotonic() - begin, 3),
-                    prompt_tokens=answer.prompt_tokens,
-                    completion_tokens=answer.completion_tokens,
-                    finish_reason=answer.finish_reason,
-                    attempts=tuple(attempts),
-                    warnings=(*page.warnings, *answer.warnings),
-                )
-            spent = time.monotonic() - begin
-        left -= spent
-        note(engine, failure, spent)
-    raise AllEnginesFailed(page.number, tuple(attempts))
+def _refuse(breaker: Breaker) -> None:
+    """Refuse a page while the breaker is open.
+
+    Raises:
+        CircuitOpen: It is, and no probe is due.
+    """
+    match breaker.state:
+        case "half-open":
+            raise CircuitOpen("it was unavailable several times in a row; another page is finding out if it is back")
+        case "open" if (seconds := breaker.seconds_left) > 0:
+            raise CircuitOpen(f"it was unavailable several times in a row; it is asked again in {seconds:.1f} s")
+
+
+def _is_absence(failure: EngineError, breaker: Breaker) -> bool:
+    """Tell whether the engine failed, and not the page. One deadline may be the page's fault, several are not."""
+    return isinstance(failure, ServerUnavailable) or (
+        isinstance(failure, DeadlineExceeded) and breaker.state != "closed"
+    )
+
+
+async def _back(breaker: Breaker, clock: _Clock) -> bool:
+    """Wait until a page may ask again, perhaps as a probe; tell whether there was time enough."""
+    while True:
+        pause = max(LOOK_SECONDS, breaker.seconds_left)
+        if pause >= clock.wait_until - time.monotonic():
+            return False
+        await asyncio.sleep(pause)
+        if breaker.state != "half-open" and breaker.seconds_left == 0:
+            return True
+
+
+def _note(clock: _Clock, engine: Engine, error: EngineError, seconds: float) -> None:
+    """Keep why an engine did not deliver; of one that was asked again and again, the last real failure."""
+    skipped = isinstance(error, EngineMissing | ModeNotSupported | NotApplicable | CircuitOpen)
+    if isinstance(error, CircuitOpen) and engine.name in clock.attempts:
+        return
+    clock.attempts[engine.name] = Attempt(
+        engine.name,
+        "skipped" if skipped else "failed",
+        type(error).__name__,
+        str(error),
+        0.0 if skipped else round(seconds, 3),
+    )
+
+
+def _page(page: PageImage, engine: Engine, answer: Answer, seconds: float, attempts: tuple[Attempt, ...]) -> Page:
+    return Page(
+        number=page.number,
+        width=page.width,
+        height=page.height,
+        mode=answer.mode,
+        text=answer.text,
+        cells=answer.cells,
+        engine=engine.name,
+        model=answer.model,
+        seconds=round(seconds, 3),
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+        finish_reason=answer.finish_reason,
+        attempts=attempts,
+        warnings=(*page.warnings, *answer.warnings),
+    )

@@ -41,6 +41,7 @@ class Limiter:
         """
         if not 1 <= start <= cap:
             raise ValueError(f"the limits must be 1 <= start <= cap, not {start} and {cap}")
+        self._start = start
         self._cap = cap
         self._limit = float(start)
         self._slow_start = True
@@ -71,6 +72,11 @@ class Limiter:
             self._halved_at = now
             self._slow_start = False
             self._limit = max(1.0, self._limit / 2)
+
+    def restart(self) -> None:
+        """Begin anew with few slots: whatever was found out, was found out about another state of the engine."""
+        self._limit = float(min(self._start, self._limit))
+        self._slow_start = True
 
     async def __aenter__(self) -> Self:
         """Wait for a slot."""

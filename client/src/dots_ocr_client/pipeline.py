@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Final
 
 from .documents import OpenDocument
-from .engines.base import Engine, Task
+from .engines.base import Task
 from .errors import AllEnginesFailed, ConfigurationError, InputError
-from .fallback import read_page
+from .fallback import Chain
 from .rasterizer import Rasterizer
 from .results import FailedPage, Page
 
@@ -24,10 +24,9 @@ BACKLOG: Final = 64
 class Pipeline:
     """Reads the pages of any number of documents at once; all share its limits."""
 
-    def __init__(self, engines: Sequence[Engine], timeout: float, max_in_flight: int) -> None:
-        """Take the engines in the order in which they are asked, and seconds of work for one page and all engines."""
-        self._engines = tuple(engines)
-        self._timeout = timeout
+    def __init__(self, chain: Chain, max_in_flight: int) -> None:
+        """Take the chain that reads the pages, and how many it may have at once."""
+        self._chain = chain
         self._rasterizer = Rasterizer()
         self._turns = asyncio.Semaphore(max(2 * self._rasterizer.workers, round(AHEAD * max_in_flight)))
 
@@ -78,7 +77,7 @@ class Pipeline:
         page: Page | FailedPage
         try:
             image = await self._rasterizer.draw(document.reference(number))
-            page = await read_page(self._engines, image, task, self._timeout, turn.end)
+            page = await self._chain.read(image, task, turn.end)
         except InputError as error:
             page = FailedPage(number, type(error).__name__, str(error))
         except AllEnginesFailed as error:

@@ -1,8 +1,9 @@
-"""Pages drawn side by side, those of PDFs in processes of their own.
+"""Pages drawn side by side, those of PDFs in processes of their own, which also read their text layers.
 
 PDFium is not thread-safe, so threads would not help. A page that crashes it, loops or wants all memory loses its
 process, and nothing else. Worker processes of the standard library and of anyio run their parent's main program again,
-which a script without ``if __name__ == "__main__"`` does not expect; these import only this module and `documents`.
+which a script without ``if __name__ == "__main__"`` does not expect; these import only this module, `documents` and
+`pdf_text`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, Final
+from dataclasses import asdict
+from typing import IO, Any, Final, TypeVar
 
-from . import documents
+from . import documents, pdf_text
 from .documents import PageImage, PageReference
 from .errors import InputError
+from .pdf_text import TextLayer
+
+Result = TypeVar("Result")
 
 MAX_WORKERS: Final = 8
 """By default; our own choice: together they draw more pages than one server takes in."""
@@ -70,25 +76,37 @@ class Rasterizer:
         Raises:
             InputError: The page cannot be drawn, crashes its worker, or takes too long. Other pages are not affected.
         """
+        return await self._run(_draw, reference, seconds, "drawn")
+
+    async def read_text(self, reference: PageReference, seconds: float = 60) -> TextLayer:
+        """Read the text layer of a PDF's page, as `draw` draws it.
+
+        Raises:
+            InputError: As for `draw`.
+        """
+        return await self._run(_read_text, reference, seconds, "read")
+
+    async def _run(
+        self,
+        job: Callable[[_Worker | None, PageReference, float], Result],
+        reference: PageReference,
+        seconds: float,
+        verb: str,
+    ) -> Result:
         async with self._slots:
-            worker = self._worker(reference) if reference.in_process else None
+            worker = self._worker(reference, verb) if reference.in_process else None
             answered = False
             try:
                 run = asyncio.get_running_loop().run_in_executor
-                job = (
-                    run(self._threads, documents.draw, reference)
-                    if worker is None
-                    else run(self._threads, worker.draw, reference, seconds)
-                )
                 async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
-                    page = await job
+                    result = await run(self._threads, job, worker, reference, seconds)
                 answered = True
-                return page
+                return result
             except InputError:
                 answered = True
                 raise
             except TimeoutError as error:
-                raise InputError(f"{reference.label} cannot be drawn: it takes longer than {seconds:g} s") from error
+                raise InputError(f"{reference.label} cannot be {verb}: it takes longer than {seconds:g} s") from error
             finally:
                 if worker is not None:
                     if answered and worker.alive and self._finalizer.alive:
@@ -101,7 +119,7 @@ class Rasterizer:
         self._finalizer()
         self._threads.shutdown()
 
-    def _worker(self, reference: PageReference) -> _Worker:
+    def _worker(self, reference: PageReference, verb: str) -> _Worker:
         while self._idle:
             worker = self._idle.pop()
             if worker.alive:
@@ -110,7 +128,7 @@ class Rasterizer:
         try:
             return _Worker()
         except OSError as error:
-            raise InputError(f"{reference.label} cannot be drawn: no process can be started: {error}") from error
+            raise InputError(f"{reference.label} cannot be {verb}: no process can be started: {error}") from error
 
 
 class _Worker:
@@ -128,12 +146,17 @@ class _Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def draw(self, reference: PageReference, seconds: float) -> PageImage:
+    def ask(self, verb: str, reference: PageReference, seconds: float) -> tuple[dict[str, Any], bytes]:
+        """Have a page ``drawn`` or ``read``; return what `_answer` sends.
+
+        Raises:
+            InputError: It cannot be, or the process ended over it.
+        """
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
         try:
-            pickle.dump((reference, seconds), requests)
+            pickle.dump((verb, reference, seconds), requests)
             requests.flush()
             fields = json.loads(answers.readline(_MAX_ANSWER))
             size = fields.pop("size")
@@ -144,10 +167,10 @@ class _Worker:
             self.end(patience=5)
             status = self._process.returncode
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            raise InputError(f"{reference.label} cannot be drawn: its process ended ({how})") from error
+            raise InputError(f"{reference.label} cannot be {verb}: its process ended ({how})") from error
         if "error" in fields:
             raise InputError(fields["error"])
-        return PageImage(**{**fields, "png": png, "warnings": tuple(fields["warnings"])})
+        return fields, png
 
     def end(self, patience: float = 0) -> None:
         """End the process, in whatever state it is; after some seconds of patience, which leave it its exit status."""
@@ -160,6 +183,19 @@ class _Worker:
             assert pipe is not None
             with contextlib.suppress(OSError):  # what was not sent is lost
                 pipe.close()
+
+
+def _draw(worker: _Worker | None, reference: PageReference, seconds: float) -> PageImage:
+    if worker is None:
+        return documents.draw(reference)
+    fields, png = worker.ask("drawn", reference, seconds)
+    origin = reference if reference.kind == "pdf" else None
+    return PageImage(**{**fields, "png": png, "warnings": tuple(fields["warnings"]), "origin": origin})
+
+
+def _read_text(worker: _Worker | None, reference: PageReference, seconds: float) -> TextLayer:
+    assert worker is not None, "only PDFs have a text layer, and they are for workers"
+    return TextLayer.from_dict(worker.ask("read", reference, seconds)[0])
 
 
 def _end(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
@@ -189,27 +225,29 @@ def _serve() -> None:
             documents.forget()
             select.select([requests], [], [])
         try:
-            reference, seconds = pickle.load(requests)
+            verb, reference, seconds = pickle.load(requests)
         except EOFError:
             return
         # Ends this process even inside PDFium, and even if the parent is gone; otherwise the parent is faster.
         signal.setitimer(signal.ITIMER_REAL, min(seconds, 10**6) + 1)
-        _answer(answers, reference)
+        _answer(answers, verb, reference)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(answers: IO[bytes], reference: PageReference) -> None:
-    """Draw a page and send it, as a line of JSON and a PNG: a parent that unpickled it would trust PDFium."""
+def _answer(answers: IO[bytes], verb: str, reference: PageReference) -> None:
+    """Do it and send the result, as a line of JSON and a PNG: a parent that unpickled it would trust PDFium."""
     fields: dict[str, Any]
     png = b""
     try:
-        page = documents.draw(reference)
+        if verb == "read":
+            fields = asdict(pdf_text.read(reference))
+        else:
+            page = documents.draw(reference)
+            png = page.png
+            fields = {name: getattr(page, name) for name in page.__slots__ if name not in ("png", "origin")}
     except InputError as error:
         fields = {"error": str(error)}
     except Exception as error:
-        fields = {"error": f"{reference.label} cannot be drawn: {type(error).__name__}: {error}"}
-    else:
-        png = page.png
-        fields = {name: getattr(page, name) for name in page.__slots__ if name != "png"}
+        fields = {"error": f"{reference.label} cannot be {verb}: {type(error).__name__}: {error}"}
     answers.write(json.dumps({**fields, "size": len(png)}).encode() + b"\n" + png)
     answers.flush()

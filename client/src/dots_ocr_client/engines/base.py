@@ -69,6 +69,23 @@ class Engine(Protocol):
         """How many pages it may be given at once; the caller holds one of its slots while it calls `read`."""
         ...
 
+    @property
+    def expected_seconds(self) -> float:
+        """About how long one page takes; with less time left, an engine that has others behind it is passed over."""
+        ...
+
+    async def probe(self, seconds: float) -> None:
+        """Find out whether the engine could read a page now, at little cost: for a server, its health and its model.
+
+        Args:
+            seconds: How long that may take. The caller cancels this call then.
+
+        Raises:
+            EngineError: It could not.
+            ConfigurationError: It never will with these settings.
+        """
+        ...
+
     async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
         """Read one page.
 

@@ -117,6 +117,24 @@ class Server:
             pass
         raise self._not_an_api()
 
+    async def health(self, seconds: float) -> None:
+        """Ask for ``/health``; a server or gateway without it counts as healthy.
+
+        Raises:
+            ServerUnavailable: No answer, or another one than that.
+        """
+        import httpx2
+
+        self._connect()
+        assert self._http is not None
+        address = self.base_url.removesuffix("/v1") + "/health"
+        try:
+            answer = await self._http.get(address, timeout=_timeout(seconds))
+        except httpx2.HTTPError as error:
+            raise ServerUnavailable(f"cannot reach {address} ({error or type(error).__name__})") from error
+        if answer.status_code not in (200, 401, 403, 404):
+            raise ServerUnavailable(f"{address} answered {answer.status_code}")
+
     async def version(self, seconds: float) -> str | None:
         """Return vLLM's version, such as ``0.11.0``, or ``None`` if the server does not tell."""
         import httpx2

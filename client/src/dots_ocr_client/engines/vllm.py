@@ -81,6 +81,8 @@ class VLLMEngine:
 
     name = "vllm"
     modes: frozenset[Mode] = frozenset(MODES)
+    expected_seconds = 1.0
+    """A page of a few lines on an idle GPU (our own choice: whoever allows less does not want to wait for a model)."""
 
     def __init__(
         self,
@@ -111,6 +113,7 @@ class VLLMEngine:
         self.limiter = limiter or Limiter()
         self._stream = stream
         self._served: _Served | None = None
+        self._was_right = False
         self._text_tokens: dict[Mode, int] = {}
         self._learning = asyncio.Lock()
         self._max_pixels = images.MAX_PIXELS
@@ -134,6 +137,16 @@ class VLLMEngine:
         """
         return await self._server.version(seconds)
 
+    async def probe(self, seconds: float) -> None:
+        """Ask the server for its health and its models.
+
+        Raises:
+            EngineError, ConfigurationError: As `read`.
+        """
+        await self._server.health(seconds)
+        self._served = None
+        await self._know(time.monotonic() + seconds)
+
     async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
         """Read one page.
 
@@ -142,7 +155,8 @@ class VLLMEngine:
         fails is asked up to `TRIES` times, one that has too much to do `OVERLOAD_TRIES` times.
 
         Raises:
-            ModelNotServed: The server does not know the model.
+            ModelNotServed: The server does not know the model, and never did. If it did, another model was started in
+                its place, which is a fault of the server (`ServerUnavailable`) and not of the settings.
             Unauthorized: The server wants another API key.
             ConfigurationError: There is no OpenAI API at the base URL.
             ModeNotSupported: The server's model is dots.ocr, and only dots.mocr knows the mode.
@@ -225,6 +239,11 @@ class VLLMEngine:
                 return await self._complete_once(page, picture, task, temperature, deadline)
             except UnusableAnswer:
                 raise
+            except ModelNotServed as error:
+                self._served = None
+                if self._was_right:
+                    raise ServerUnavailable(f"another model was started in place of the right one: {error}") from error
+                raise
             except ServerUnavailable as error:
                 self._served = None  # it may come back as another one
                 wait = WAIT_SECONDS * 2**attempt * (1 - JITTER * random.random())
@@ -280,6 +299,7 @@ class VLLMEngine:
             cards = {card["id"]: card for card in await self._server.models(_left(deadline))}
             if self.model not in cards:
                 raise ModelNotServed(self.model, cards, self.base_url)
+            self._was_right = True
             context, root = (cards[self.model].get(name) for name in ("max_model_len", "root"))
             numbers = re.match(r"v?(\d+)\.(\d+)", await self._server.version(_left(deadline)) or "")
             self._served = _Served(

@@ -1,0 +1,187 @@
+"""The pages that `dots_ocr_client.benchmark` measures with, and what they say."""
+
+# ruff: noqa: RUF001  (Russian text)
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from PIL import Image, ImageDraw, ImageFont
+
+from . import images
+from .documents import PageImage, open_document
+from .errors import InputError
+from .rasterizer import Rasterizer
+
+A4: Final = (1654, 2339)
+"""The size of a generated page in pixels: A4 at 200 dpi, the resolution at which PDFs are drawn."""
+MOST_PAGES: Final = 200
+"""All are held in memory, each as a PNG of up to some MB (our own choice)."""
+GIVEN: Final = "given"
+"""The language of a user's page, which nobody told."""
+
+_FONT = "DejaVuSans.ttf"  # Pillow's own font has no Cyrillic
+_LETTERS, _LINE, _MARGIN, _COLUMNS = 32, 47, 130, 78  # pixels, pixels, pixels, characters
+_PARAGRAPHS, _SENTENCES = 5, 6
+
+_ENGLISH = (
+    "The ferry left the harbour at twenty past six, a little late because of the fog.",
+    "Three crates of apples were counted twice and entered under number 4071.",
+    "Nobody had expected that the old bridge would carry the new tram.",
+    "Please send the signed copy back before the 14th of September.",
+    "A kettle, two blankets and a box of matches were all that they took along.",
+    "The invoice comes to 1,284.50 pounds, which includes the discount of 5 %.",
+    "In the afternoon the wind turned and the rain moved on towards the hills.",
+    "She wrote every measurement down by hand: 17.2, 17.9 and, at noon, 21.4 degrees.",
+    "The library closes at eight; books may be left in the box beside the door.",
+    "His grandfather had repaired clocks in a narrow shop behind the market.",
+    "Questions are answered by telephone (0113 496 0182) or by letter.",
+    "Half of the seeds had been sown in March, the rest only after the frost.",
+)
+_RUSSIAN = (
+    "Паром вышел из гавани в двадцать минут седьмого, немного позже из-за тумана.",
+    "Три ящика яблок пересчитали дважды и записали под номером 4071.",
+    "Никто не ожидал, что старый мост выдержит новый трамвай.",
+    "Просим вернуть подписанный экземпляр до 14 сентября.",
+    "Чайник, два одеяла и коробка спичек — вот и всё, что они взяли с собой.",
+    "Сумма счёта составляет 1284,50 рубля, включая скидку в размере 5 %.",
+    "После полудня ветер переменился, и дождь ушёл в сторону холмов.",
+    "Каждое измерение она записывала от руки: 17,2, 17,9 и в полдень 21,4 градуса.",
+    "Библиотека закрывается в восемь; книги можно оставить в ящике у двери.",
+    "Его дедушка чинил часы в узкой мастерской за рынком.",
+    "На вопросы отвечают по телефону (495) 555-01-82 или письмом.",
+    "Половину семян посеяли в марте, остальные — лишь после заморозков.",
+)
+_TEXTS: Final = {"English": _ENGLISH, "Russian": _RUSSIAN}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkPage:
+    """A page and what it says.
+
+    Attributes:
+        name: For reports.
+        language: ``English`` or ``Russian`` of a generated page, else `GIVEN`.
+        image: As engines get it.
+        truth: What an engine should read; ``None`` if nobody knows.
+    """
+
+    name: str
+    language: str
+    image: PageImage
+    truth: str | None
+
+    def variant(self, number: int) -> PageImage:
+        """Return the page with the last bit of another pixel flipped, so that no server answers from a cache of images.
+
+        Args:
+            number: Different for each variant, from 0.
+        """
+        picture = self.image.image
+        place = number % picture.width, number // picture.width % picture.height
+        red, green, blue = picture.getpixel(place)  # type: ignore[misc]  # three numbers for mode RGB
+        picture.putpixel(place, (red, green, blue ^ 1))
+        return replace(self.image, png=images.to_png(picture))
+
+
+def generate_pages(count: int) -> list[BenchmarkPage]:
+    """Draw pages of printed text, English and Russian by turns; the same ones each time.
+
+    Args:
+        count: How many. Without a font that has Cyrillic, all of them are English.
+    """
+    path = _font()
+    languages = list(_TEXTS) if path else ["English"]
+    font = ImageFont.truetype(path, _LETTERS) if path else ImageFont.load_default(_LETTERS)
+    return [_generate(number, languages[number % len(languages)], font) for number in range(count)]
+
+
+def _generate(number: int, language: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> BenchmarkPage:
+    chance = random.Random(number)
+    paragraphs = [" ".join(chance.sample(_TEXTS[language], _SENTENCES)) for _ in range(_PARAGRAPHS)]
+    picture = Image.new("RGB", A4, "white")
+    draw = ImageDraw.Draw(picture)
+    top = _MARGIN
+    for paragraph in paragraphs:
+        for line in _wrapped(paragraph):
+            draw.text((_MARGIN, top), line, "black", font=font)
+            top += _LINE
+        top += _LINE
+    return BenchmarkPage(f"{language} {number + 1}", language, PageImage.of(number + 1, picture), "\n".join(paragraphs))
+
+
+def _wrapped(paragraph: str) -> list[str]:
+    lines = [""]
+    for word in paragraph.split():
+        if len(lines[-1]) + len(word) >= _COLUMNS:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return lines
+
+
+def _font() -> str | None:
+    """Find a font with Cyrillic: the distribution's, or the one that comes with matplotlib."""
+    places = [_FONT]  # a bare name is looked for where the system keeps its fonts
+    matplotlib = importlib.util.find_spec("matplotlib")
+    if matplotlib is not None and matplotlib.origin is not None:
+        places.append(str(Path(matplotlib.origin).with_name("mpl-data") / "fonts/ttf" / _FONT))
+    for place in places:
+        try:
+            ImageFont.truetype(place, _LETTERS)
+        except OSError:
+            continue
+        return place
+    return None
+
+
+async def load_pages(files: Sequence[Path]) -> list[BenchmarkPage]:
+    """Draw every page of some documents.
+
+    Beside ``NAME.pdf`` (or another ending) there may be ``NAME.txt`` in UTF-8 with what it says, page after page with a
+    form feed between them, as pdftotext writes it.
+
+    Args:
+        files: PDFs and images.
+
+    Raises:
+        InputError: A file cannot be read, a text has not as many parts as its document has pages, or there are more
+            than `MOST_PAGES` pages.
+    """
+    pages: list[BenchmarkPage] = []
+    rasterizer = Rasterizer()
+    try:
+        for file in files:
+            with await asyncio.to_thread(open_document, file) as document:
+                if len(pages) + document.page_count > MOST_PAGES:
+                    raise InputError(f"a benchmark takes {MOST_PAGES} pages at most: give fewer files, or shorter ones")
+                truths = _truths(file, document.page_count)
+                for number, truth in zip(document.numbers, truths, strict=True):
+                    name = document.name if document.page_count == 1 else f"{document.name}, page {number}"
+                    image = await rasterizer.draw(document.reference(number))
+                    pages.append(BenchmarkPage(name, GIVEN, image, truth))
+    finally:
+        rasterizer.close()
+    return pages
+
+
+def _truths(file: Path, count: int) -> list[str] | list[None]:
+    source = file.with_suffix(".txt")
+    try:
+        text = source.read_text("utf-8")
+    except FileNotFoundError:
+        return [None] * count
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {source}: {error}") from error
+    parts = text.removesuffix("\f").split("\f")
+    if len(parts) != count:
+        raise InputError(
+            f"{source} has {len(parts)} parts with form feeds between them, but {file} has {count} pages: "
+            "write one part for each page"
+        )
+    return parts

@@ -1,0 +1,237 @@
+"""What `dots_ocr_client.benchmark` found, as JSON, as Markdown and as a picture."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from .benchmark import Load, Measurement, first_measured, ratios
+from .benchmark_pages import BenchmarkPage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PACKAGES: Final = ("dots-ocr-client", "openai", "pillow", "pypdfium2", "torch", "transformers")
+"""Whose versions a report names."""
+EXTRA: Final = "pip install 'dots-ocr-client[bench]'"
+
+_NOTES = (
+    "Engines are asked directly, one after the other, for the same pages. A page that was not read counts in no time "
+    "and no rate but as not read.",
+    "First page: with all that is loaded for it. Load: how much longer that was than the same page once more.",
+    "p50 and p95: seconds for a page at the lowest concurrency, by nearest rank; with fewer than 20 pages p95 is the "
+    "slowest.",
+    "Pages/s: at the best concurrency, in brackets. Ratios: to the first engine that was measured.",
+    "Character errors: edits by the length of the right text, white space collapsed; of pages that were read.",
+    "Memory: peak of this process until then, engines measured earlier included, and of its largest child process, as "
+    "an upper bound. A server's memory is not in it.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkReport:
+    """A whole run.
+
+    Attributes:
+        measurements: One for each engine, in the order in which they were measured.
+        pages: What was read.
+        mode: How.
+        machine: On what; see `describe_machine`.
+    """
+
+    measurements: Sequence[Measurement]
+    pages: Sequence[BenchmarkPage]
+    mode: str
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values; times are seconds."""
+        first = first_measured(self.measurements)
+        return {
+            "machine": self.machine,
+            "mode": self.mode,
+            "pages": [
+                {
+                    "name": page.name,
+                    "language": page.language,
+                    "width": page.image.width,
+                    "height": page.image.height,
+                    "characters": None if page.truth is None else len(" ".join(page.truth.split())),
+                }
+                for page in self.pages
+            ],
+            "engines": [one.to_dict(first) for one in self.measurements],
+        }
+
+    def markdown(self) -> str:
+        """Return two tables (engines; pages per second by concurrency), and what the numbers mean."""
+        first = first_measured(self.measurements)
+        sizes = sorted({f"{page.image.width} x {page.image.height}" for page in self.pages})
+        lines = [
+            "# Engines side by side",
+            "",
+            _machine_line(self.machine),
+            "",
+            f"{len(self.pages)} pages of {', '.join(sizes[:3])}{' …' * (len(sizes) > 3)} px, mode {self.mode}.",
+            "",
+            "| engine | model | first page, s | load, s | p50, s | p95, s | p50 ratio | pages/s | ratio | tokens/s "
+            "| character errors | not read | memory, MiB |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            *(_row(one, first) for one in self.measurements),
+        ]
+        levels = sorted({load.at_once for one in self.measurements for load in one.loads})
+        if levels:
+            lines += ["", "Pages per second, by pages at once:", ""]
+            lines += [f"| engine | {' | '.join(map(str, levels))} |", "|---" * (len(levels) + 1) + "|"]
+            for one in self.measurements:
+                rates = {load.at_once: f"{load.pages_per_second:.2f}" for load in one.loads}
+                if rates:
+                    lines.append(f"| {_cell(one.engine)} | {' | '.join(rates.get(level, '') for level in levels)} |")
+        return "\n".join([*lines, "", *(f"- {note}" for note in _NOTES)])
+
+    def svg(self) -> str:
+        """Return a picture: pages per second by concurrency, seconds for a page, character errors.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        measured = [one for one in self.measurements if one.loads]
+        colours = {one.engine: f"C{number}" for number, one in enumerate(self.measurements)}
+        absent = [f"{one.engine}: not available" for one in self.measurements if not one.loads]
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "dots-ocr", "font.size": 9}):
+            figure = Figure(figsize=(11, 4.2), layout="constrained")
+            rates, times, errors = figure.subplots(1, 3)
+            _draw_rates(rates, measured, colours)
+            _draw_times(times, measured, colours)
+            _draw_errors(errors, measured, colours)
+            figure.suptitle("Engines side by side: " + _plain(_machine_line(self.machine)), fontsize=8)
+            if absent:
+                figure.supxlabel("; ".join(absent), fontsize=8)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return buffer.getvalue()
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the time, the processors and the versions that a run depends on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "processors": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    return (
+        f"{machine['time']}: {machine['processors']} processors ({_cell(machine['processor'])}), {machine['system']}, "
+        f"Python {machine['python']}, {packages}."
+    )
+
+
+def _row(one: Measurement, first: Measurement | None) -> str:
+    if one.unavailable is not None:
+        return f"| {_cell(one.engine)} | not available: {_cell(one.unavailable)} |" + " |" * 11
+    lowest, best, compared = one.loads[0], one.best or one.loads[0], ratios(one, first)
+    cells = (
+        _cell(one.engine),
+        _cell(one.model or ""),
+        _number(one.first_seconds),
+        _number(one.load_seconds),
+        _number(lowest.p50),
+        _number(lowest.p95),
+        _number(compared.get("p50")),
+        f"{best.pages_per_second:.2f} ({best.at_once})",
+        _number(compared.get("pages_per_second")),
+        _number(best.tokens_per_second, 0),
+        _errors(one),
+        _not_read(one.loads),
+        f"{one.process_mib or 0:.0f} + {one.child_mib or 0:.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _errors(one: Measurement) -> str:
+    rates = one.character_errors
+    if not rates:
+        return "-"
+    languages = ", ".join(f"{name} {rate:.2%}" for name, rate in sorted(rates.items()) if name != "all")
+    return f"{rates['all']:.2%}" + (f" ({languages})" if len(rates) > 2 else "")
+
+
+def _not_read(loads: Sequence[Load]) -> str:
+    counts: dict[str, int] = {}
+    for load in loads:
+        for kind, number in load.failures.items():
+            counts[kind] = counts.get(kind, 0) + number
+    total = sum(counts.values()) + sum(load.read for load in loads)
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))
+    return f"{sum(counts.values())} of {total}" + (f" ({kinds})" if kinds else "")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    """Write text so that matplotlib takes no part of it for a formula."""
+    return text.replace("$", "\\$")
+
+
+def _draw_rates(axes: Axes, measured: Sequence[Measurement], colours: dict[str, str]) -> None:
+    for one in measured:
+        levels, rates = [load.at_once for load in one.loads], [load.pages_per_second for load in one.loads]
+        axes.plot(levels, rates, marker="o", color=colours[one.engine], label=_plain(one.engine))
+    axes.set(title="pages per second", xlabel="pages at once", ylim=(0, None))
+    axes.set_xticks(sorted({load.at_once for one in measured for load in one.loads}))
+    if measured:
+        axes.legend()
+
+
+def _draw_times(axes: Axes, measured: Sequence[Measurement], colours: dict[str, str]) -> None:
+    shown = [(one, one.loads[0]) for one in measured if one.loads[0].p50 is not None]
+    names = [_plain(one.engine) for one, _ in shown]
+    for part, shade in (("p95", 0.4), ("p50", 1.0)):  # the median in front of the longer bar
+        values = [getattr(load, part) for _, load in shown]
+        axes.bar(names, values, color=[colours[one.engine] for one, _ in shown], alpha=shade)
+    axes.set(title="seconds for a page: p50, pale p95", ylim=(0, None))
+
+
+def _draw_errors(axes: Axes, measured: Sequence[Measurement], colours: dict[str, str]) -> None:
+    shown = [one for one in measured if one.character_errors]
+    rates = [100 * one.character_errors["all"] for one in shown]
+    bars = axes.bar([_plain(one.engine) for one in shown], rates, color=[colours[one.engine] for one in shown])
+    axes.bar_label(bars, fmt="%.2f")
+    axes.set(title="character errors, %", ylim=(0, max(1.0, *rates) * 1.1 if rates else 1.0))

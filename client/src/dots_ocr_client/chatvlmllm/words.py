@@ -1,0 +1,57 @@
+"""What goes wrong, in the words of chatvlmllm's users."""
+
+# ruff: noqa: RUF001  # Russian
+
+from __future__ import annotations
+
+from typing import Final
+
+from ..errors import (
+    AllEnginesFailed,
+    ConfigurationError,
+    CutOff,
+    DeadlineExceeded,
+    EngineMissing,
+    InputError,
+    ModelNotServed,
+    ModeNotSupported,
+    Overloaded,
+    Repetition,
+    RequestRejected,
+    ServerUnavailable,
+    Unauthorized,
+    UnusableAnswer,
+)
+
+UNAVAILABLE: Final = "vLLM недоступен"
+NO_FALLBACK: Final = f"{UNAVAILABLE} и fallback модель не настроена"
+NO_SERVICE: Final = "OCR сервис временно недоступен"
+
+_WORDS: Final[tuple[tuple[type[Exception], str], ...]] = (  # the first that fits, so subclasses before their bases
+    (InputError, "не удалось прочитать изображение"),
+    (ModelNotServed, "сервер запущен с другой моделью: перезапустите его с dots.ocr"),
+    (Unauthorized, "сервер отклонил ключ API: задайте его в переменной DOTS_OCR_API_KEY"),
+    (ConfigurationError, "по этому адресу нет сервера vLLM: проверьте адрес"),
+    (Overloaded, "сервер перегружен: повторите попытку позже"),
+    (ServerUnavailable, f"{UNAVAILABLE}: запустите сервер или подождите, загрузка модели занимает несколько минут"),
+    (DeadlineExceeded, "сервер не ответил вовремя: повторите попытку или уменьшите изображение"),
+    (ModeNotSupported, "модель не поддерживает этот режим"),
+    (RequestRejected, "сервер отклонил запрос"),
+    (Repetition, "модель зациклилась: повторите попытку или измените размер изображения"),
+    (CutOff, "ответ не поместился: увеличьте max_tokens или --max-model-len сервера"),
+    (UnusableAnswer, "ответ модели непригоден: повторите попытку"),
+    (EngineMissing, "не установлены нужные программы или данные"),
+    (AllEnginesFailed, "не удалось прочитать страницу"),
+)
+
+
+def explain(error: Exception) -> str:
+    """Say what went wrong and what to do, with the message of this package, in English, behind it."""
+    words = next((words for kind, words in _WORDS if isinstance(error, kind)), "непредвиденная ошибка")
+    return f"{words} ({error or type(error).__name__})"
+
+
+def status_of(error: Exception) -> int | None:
+    """Return the HTTP status that the server answered with, if that is what went wrong."""
+    status = getattr(error.__cause__, "status_code", None)
+    return status if isinstance(status, int) else None

@@ -1,0 +1,454 @@
+"""The service behind ``dots-ocr serve``: the engines, one after the other, under as much of vLLM's API as OCR needs.
+
+It is for hosts without a GPU, and for programs that can speak to nothing but a server. Needs the extra ``serve``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import math
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import prometheus_client
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from . import __version__
+from .engines.base import Engine
+from .errors import (
+    AllEnginesFailed,
+    CircuitOpen,
+    ConfigurationError,
+    DeadlineExceeded,
+    EngineError,
+    EngineMissing,
+    InputError,
+    Overloaded,
+    ServerUnavailable,
+)
+from .fallback import Chain
+from .results import Attempt, Page
+from .serve_api import Question, Refused, answer, decode, task_of, understand
+
+SERVED_NAMES: Final = ("dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model")
+"""The model's names, as the servers of this project serve them: whoever asks for dots.ocr is to find this service."""
+KEY_VARIABLE: Final = "DOTS_OCR_SERVE_API_KEY"
+"""Of the environment."""
+DEFAULT_TIMEOUT: Final = 120.0
+"""For one page and all engines together, in seconds; the client's own default."""
+DEFAULT_QUEUE: Final = 64
+"""Pages that wait at most (our own choice: some minutes of Tesseract's work on two cores)."""
+CONTEXT: Final = 131_072
+"""What is said to be the context, in tokens: that of dots.ocr, so that no client refuses a page for its length."""
+MAX_BODY_BYTES: Final = 64 * 2**20
+"""Of a request. The largest page that the model takes, uncompressed and in base64, has 43 MiB."""
+BODY_SECONDS: Final = 60.0
+"""For a whole request to arrive, so that slow senders do not fill the queue (our own choice)."""
+PROBE_SECONDS: Final = 5.0
+"""For all engines to say whether they could work."""
+PROBE_AGE: Final = 1.0
+"""For so many seconds ``/health`` says the same, because anybody may ask it and a probe costs something."""
+
+_PASSING: Final = frozenset(
+    kind.__name__ for kind in (ServerUnavailable, Overloaded, CircuitOpen, DeadlineExceeded, EngineMissing)
+)
+
+T = TypeVar("T")
+_Handler = Callable[[Request], Awaitable[Response]]
+
+
+class _Metrics:
+    """What ``/metrics`` tells, apart from other services in the same process."""
+
+    def __init__(self, waiting: Callable[[], int], in_flight: Callable[[], int]) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self.registry)
+        self.requests = prometheus_client.Counter(
+            "dots_ocr_requests", "Requests for a page, by the status of the answer", ["status"], registry=self.registry
+        )
+        self.engine_pages = prometheus_client.Counter(
+            "dots_ocr_engine_pages",
+            "Pages that an engine was asked for, by what became of it: read, failed or skipped",
+            ["engine", "outcome"],
+            registry=self.registry,
+        )
+        buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+        self.request_seconds = prometheus_client.Histogram(
+            "dots_ocr_request_seconds",
+            "Time from the request to the answer, of pages that were read",
+            buckets=buckets,
+            registry=self.registry,
+        )
+        self.engine_seconds = prometheus_client.Histogram(
+            "dots_ocr_engine_seconds",
+            "Time that an engine took for a page that it read",
+            ["engine"],
+            buckets=buckets,
+            registry=self.registry,
+        )
+        for name, text, count in (
+            ("waiting", "Pages that wait for an engine", waiting),
+            ("in_flight", "Pages that engines are reading", in_flight),
+        ):
+            prometheus_client.Gauge(f"dots_ocr_pages_{name}", text, registry=self.registry).set_function(count)
+
+    def note(self, page: Page) -> None:
+        self.engine_pages.labels(page.engine, "read").inc()
+        self.engine_seconds.labels(page.engine).observe(page.seconds)
+
+
+class Service:
+    """Answers requests with the engines of a chain. It belongs to one event loop."""
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        *,
+        names: Sequence[str] = SERVED_NAMES,
+        api_key: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_queue: int = DEFAULT_QUEUE,
+    ) -> None:
+        """Take the engines, which are closed with the service.
+
+        Args:
+            engines: In the order in which they are to be asked.
+            names: Of the model, as clients may call it.
+            api_key: What clients have to send as a bearer token; ``None`` for no key.
+            timeout: For one page and all engines together, in seconds of their work.
+            max_queue: Pages that wait at most, 1 or more; further ones are refused with 503.
+
+        Raises:
+            ValueError: There are no engines or names, or a number is not positive.
+        """
+        if not names or max_queue < 1:
+            raise ValueError("the model needs a name, and the queue at least one place")
+        self._chain = Chain(engines, timeout, "fallback")
+        self._engines = tuple(engines)
+        self._names = tuple(names)
+        self._api_key = api_key
+        self._max_queue = max_queue
+        self._started = int(time.time())
+        self._admitted = 0
+        self._decoding = asyncio.Semaphore(len(os.sched_getaffinity(0)))  # a decoded page takes up to 1/4 GiB
+        self._metrics = _Metrics(self._waiting, self._in_flight)
+        self._probing = asyncio.Lock()
+        self._health: tuple[float, dict[str, str]] = float("-inf"), {}
+
+    def app(self) -> Starlette:
+        """Return the ASGI application; its shutdown closes the engines."""
+        guarded = self._guarded
+        return Starlette(
+            routes=[
+                Route("/health", self._answer_health),
+                Route("/metrics", self._answer_metrics),
+                Route("/version", self._answer_version),
+                Route("/v1/models", guarded(self._answer_models)),
+                Route("/v1/chat/completions", self._counted(guarded(self._answer_completion)), methods=["POST"]),
+            ],
+            exception_handlers={Refused: _refuse, HTTPException: _refuse_http, 500: _refuse_bug},
+            lifespan=self._lifespan,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            for engine in self._engines:
+                await engine.aclose()
+
+    def _guarded(self, handle: _Handler) -> _Handler:
+        """Ask for the key."""
+
+        async def guarded(request: Request) -> Response:
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            if self._api_key is not None and not (
+                scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), self._api_key.encode())
+            ):
+                raise Refused(401, "Unauthorized", "send the service's API key: Authorization: Bearer KEY")
+            return await handle(request)
+
+        return guarded
+
+    def _counted(self, handle: _Handler) -> _Handler:
+        """Count what becomes of requests."""
+
+        async def counted(request: Request) -> Response:
+            begin, status = time.monotonic(), 500
+            try:
+                response = await handle(request)
+                status = response.status_code
+                self._metrics.request_seconds.observe(time.monotonic() - begin)
+            except Refused as refused:
+                status = refused.status
+                raise
+            finally:
+                self._metrics.requests.labels(str(status)).inc()
+            return response
+
+        return counted
+
+    async def _answer_health(self, _: Request) -> Response:
+        async with self._probing:
+            asked, found = self._health
+            if time.monotonic() - asked >= PROBE_AGE:
+                probes = await asyncio.gather(*map(_probe, self._engines))
+                found = {engine.name: probe for engine, probe in zip(self._engines, probes, strict=True)}
+                self._health = time.monotonic(), found
+        works = "ok" in found.values()
+        return JSONResponse({"status": "ok" if works else "unavailable", "engines": found}, 200 if works else 503)
+
+    async def _answer_metrics(self, _: Request) -> Response:
+        text = prometheus_client.generate_latest(self._metrics.registry)
+        return Response(text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+
+    async def _answer_version(self, _: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def _answer_models(self, _: Request) -> Response:
+        card = {
+            "object": "model",
+            "created": self._started,
+            "owned_by": "dots-ocr-client",
+            "root": ",".join(engine.name for engine in self._engines),
+            "parent": None,
+            "max_model_len": CONTEXT,
+        }
+        return JSONResponse({"object": "list", "data": [{"id": name, **card} for name in self._names]})
+
+    async def _answer_completion(self, request: Request) -> Response:
+        with self._place():
+            body = await _body(request)
+            question = await asyncio.to_thread(understand, body, self._names)
+            del body
+            return await _while_connected(request, self._read(question))
+
+    async def _read(self, question: Question) -> Response:
+        try:
+            async with self._decoding:
+                image = await asyncio.to_thread(decode, question.picture)
+            task, doubts = task_of(question, image)
+            page = await self._chain.read(image, task)
+        except InputError as error:
+            raise Refused(400, "BadRequestError", str(error), "messages") from error
+        except ConfigurationError as error:
+            raise Refused(500, "InternalServerError", f"this service is not set up rightly: {error}") from error
+        except AllEnginesFailed as error:
+            self._note(error.attempts)
+            raise self._failed(error) from error
+        self._note(page.attempts)
+        self._metrics.note(page)
+        return answer(question, task, image, page, doubts)
+
+    def _note(self, attempts: Sequence[Attempt]) -> None:
+        for attempt in attempts:
+            self._metrics.engine_pages.labels(attempt.engine, attempt.outcome).inc()
+
+    def _failed(self, error: AllEnginesFailed) -> Refused:
+        more: dict[str, Any] = {"dots_ocr": {"attempts": [asdict(attempt) for attempt in error.attempts]}}
+        if any(attempt.error in _PASSING for attempt in error.attempts):
+            return self._later(Refused(503, "ServiceUnavailableError", str(error), **more))
+        return Refused(422, "UnprocessableEntityError", str(error), "messages", **more)
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """Hold one of the places in the queue and at the engines."""
+        if self._waiting() >= self._max_queue:
+            message = f"{self._max_queue} pages are waiting already: come back later"
+            raise self._later(Refused(503, "ServiceUnavailableError", message))
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    def _later(self, refused: Refused) -> Refused:
+        """Ask to come back when the fastest engine may have read one more page."""
+        seconds = min(engine.expected_seconds / engine.limiter.limit for engine in self._engines)
+        refused.headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+        return refused
+
+    def _in_flight(self) -> int:
+        return sum(engine.limiter.in_flight for engine in self._engines)
+
+    def _waiting(self) -> int:
+        return max(0, self._admitted - self._in_flight())
+
+
+def read_key(file: Path | None) -> str | None:
+    """Return the key that clients have to send.
+
+    Args:
+        file: Holds it; ``None`` for that of the environment (`KEY_VARIABLE`), if there is one.
+
+    Raises:
+        ConfigurationError: It is empty, or no printable ASCII.
+        OSError: The file cannot be read.
+    """
+    key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8", errors="replace")
+    if key is None:
+        return None
+    key = key.strip()
+    if not key or not all("!" <= one <= "~" for one in key):
+        raise ConfigurationError(f"{file or KEY_VARIABLE} holds no key: one line of printable ASCII without spaces")
+    return key
+
+
+def listen(host: str, port: int, *, public: bool) -> socket.socket:
+    """Open the socket that the service is to listen at.
+
+    Args:
+        host: An address of this machine, or a name of one.
+        port: 0 for any that is free.
+        public: Whether other machines may reach it.
+
+    Raises:
+        ConfigurationError: The address is none of the loopback interface, and `public` is false.
+        OSError: There is no such address, or the port is taken.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if not (public or ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback):
+        raise ConfigurationError(
+            f"{host} can be reached by other machines, and there is no API key: give --api-key-file (or set "
+            f"{KEY_VARIABLE}), listen on 127.0.0.1, or allow it with --no-api-key"
+        )
+    return socket.create_server(address[:2], family=family)
+
+
+def is_own(base_url: str, listener: socket.socket) -> bool:
+    """Tell whether a server that is to be asked is the very one that is asking, which would go on for ever.
+
+    Args:
+        base_url: With scheme and ``/v1``.
+        listener: Of `listen`.
+    """
+    parts = urlsplit(base_url)
+    own, own_port = listener.getsockname()[:2]
+    if own_port != (parts.port or {"http": 80, "https": 443}.get(parts.scheme)):
+        return False
+    try:
+        found = {str(address[0]) for *_, address in socket.getaddrinfo(parts.hostname, own_port)}
+    except OSError:
+        return False
+    anywhere = ipaddress.ip_address(own).is_unspecified
+    return own in found or (anywhere and any(ipaddress.ip_address(address).is_loopback for address in found))
+
+
+def make_server(service: Service, timeout: float) -> uvicorn.Server:
+    """Return the HTTP server; asked to exit, it finishes the pages that are being read.
+
+    Args:
+        service: What answers.
+        timeout: For these pages, in seconds.
+    """
+    config = uvicorn.Config(
+        service.app(),
+        http="h11",
+        ws="none",
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(timeout),
+    )
+    return uvicorn.Server(config)
+
+
+def run(service: Service, listener: socket.socket, timeout: float) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        service: What answers.
+        listener: Of `listen`.
+        timeout: As of `make_server`.
+    """
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has finished
+        make_server(service, timeout).run([listener])
+
+
+async def _probe(engine: Engine) -> str:
+    try:
+        async with asyncio.timeout(PROBE_SECONDS):
+            await engine.probe(PROBE_SECONDS)
+    except TimeoutError:
+        return f"no answer within {PROBE_SECONDS:g} s"
+    except (EngineError, ConfigurationError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "ok"
+
+
+async def _body(request: Request) -> bytes:
+    """Receive a request, as far as it may be long and take time."""
+    parts: list[bytes] = []
+    length = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                length += len(part)
+                if length > MAX_BODY_BYTES:
+                    message = f"the request is longer than {MAX_BODY_BYTES} bytes: send a smaller image"
+                    raise Refused(413, "RequestEntityTooLargeError", message)
+                parts.append(part)
+    except TimeoutError:
+        message = f"the request did not arrive within {BODY_SECONDS:g} s"
+        raise Refused(408, "RequestTimeoutError", message) from None
+    except ClientDisconnect:
+        raise _gone() from None
+    return b"".join(parts)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do work for a client, and give it up when the client hangs up."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, hanging_up = asyncio.create_task(work), asyncio.create_task(hang_up())
+    both = (working, hanging_up)
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _gone()
+        return working.result()
+    finally:
+        for task in both:
+            task.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
+
+
+def _gone() -> Refused:
+    return Refused(499, "ClientClosedRequest", "the client hung up")  # nginx's number; nobody but the log sees it
+
+
+def _error(status: int, kind: str, message: str, param: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}, **more}
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    body = _error(error.status, error.kind, str(error), error.param, **error.more)
+    return JSONResponse(body, error.status, headers=error.headers)
+
+
+async def _refuse_http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = _error(error.status_code, "NotFoundError" if error.status_code == 404 else "HTTPError", error.detail)
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+async def _refuse_bug(_: Request, error: Exception) -> Response:
+    return JSONResponse(_error(500, "InternalServerError", "a fault of this service: look at its log"), 500)

@@ -1,0 +1,623 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from PIL import Image
+from support import LINES, FakeServer, pdf_of
+
+from dots_ocr_client import (
+    Answer,
+    Box,
+    Cell,
+    DotsOCR,
+    Engine,
+    Limiter,
+    Mode,
+    PageImage,
+    Task,
+    TesseractEngine,
+    VLLMEngine,
+    images,
+    serve,
+)
+from dots_ocr_client.cli import main
+from dots_ocr_client.errors import ConfigurationError, EngineError, RequestRejected, ServerUnavailable
+from dots_ocr_client.prompts import MODES, PLACEHOLDER
+
+PROGRAM = Path(sys.executable).with_name("dots-ocr")
+TEXT = MODES["text"].prompt
+LAYOUT = MODES["layout"].prompt
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DOTS_OCR_SERVE_API_KEY", raising=False)
+
+
+class ScriptedEngine:
+    """Does as it is told, and remembers what it was asked.
+
+    Attributes:
+        error: What reading and probing raise.
+        text, cells: What is read.
+        tasks: What it was asked.
+        busy: Reading has begun.
+        go_on: Reading waits for this.
+        cancelled, closed: That happened to it.
+    """
+
+    modes: frozenset[Mode] = frozenset(MODES)
+    expected_seconds = 7.5
+
+    def __init__(self, name: str = "scripted") -> None:
+        self.name = name
+        self.limiter = Limiter(1, 1)
+        self.error: EngineError | ConfigurationError | None = None
+        self.text = "read"
+        self.cells: tuple[Cell, ...] = ()
+        self.tasks: list[Task] = []
+        self.busy, self.go_on = threading.Event(), threading.Event()
+        self.cancelled, self.closed = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    async def probe(self, seconds: float) -> None:
+        if self.error is not None:
+            raise self.error
+
+    async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
+        self.tasks.append(task)
+        self.busy.set()
+        try:
+            while not self.go_on.is_set():
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        if self.error is not None:
+            raise self.error
+        return Answer(task.mode, self.text, "script", self.cells, warnings=("as told",))
+
+    async def aclose(self) -> None:
+        self.closed.set()
+
+
+Serve = Callable[..., str]
+
+
+@pytest.fixture
+def start() -> Iterator[Serve]:
+    """Serves engines on a free port of this machine, and returns the address without ``/v1``."""
+    running: list[tuple[Any, threading.Thread]] = []
+
+    def start(*engines: Engine, **options: Any) -> str:
+        listener = serve.listen("127.0.0.1", 0, public=False)
+        server = serve.make_server(serve.Service(engines, **options), 10)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        running.append((server, thread))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def url(start: Serve, engine: ScriptedEngine) -> str:
+    return start(engine)
+
+
+def data_url(image: Image.Image | bytes, kind: str = "png") -> str:
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, kind)
+        image = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+SHEET = data_url(Image.new("RGB", (1000, 333), "white"))
+
+
+def picture(url: str = SHEET) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def ask(*parts: dict[str, Any] | str, system: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A request; texts become parts."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    return {"model": "dots.ocr", "messages": [*messages, {"role": "user", "content": content}], **fields}
+
+
+def post(url: str, body: Any, **options: Any) -> httpx2.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx2.post(f"{url}/v1/chat/completions", content=content, timeout=30, trust_env=False, **options)
+
+
+def get(url: str, **options: Any) -> httpx2.Response:
+    return httpx2.get(url, timeout=30, trust_env=False, **options)
+
+
+def metric(url: str, name: str) -> float:
+    """A metric with its labels, as it stands in the text."""
+    lines = dict(line.rsplit(" ", 1) for line in get(f"{url}/metrics").text.splitlines() if not line.startswith("#"))
+    return float(lines.get(name, 0))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+# Reading, with the clients that people have
+
+
+def test_the_openai_sdk_gets_what_tesseract_reads(start: Serve, sheet: Image.Image) -> None:
+    url = start(TesseractEngine())
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk:
+        answer = sdk.chat.completions.with_raw_response.create(**ask(TEXT, picture(data_url(sheet))))
+    completion = answer.parse()
+    assert [line for line in str(completion.choices[0].message.content).splitlines() if line] == list(LINES)
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.model == "dots.ocr"
+    assert answer.headers["X-Dots-OCR-Engine"] == "tesseract"
+    about = (completion.model_extra or {})["dots_ocr"]
+    assert (about["engine"], about["model"], about["attempts"], about["warnings"]) == ("tesseract", "eng", [], [])
+    assert about["seconds"] > 0
+
+
+def test_this_projects_own_client_reads_text_and_layout(start: Serve, sheet: Image.Image) -> None:
+    with DotsOCR(engines=[VLLMEngine(f"{start(TesseractEngine())}/v1")]) as ocr:
+        for mode in ("text", "layout"):
+            page = ocr.read_page(sheet, mode=mode)
+            assert page.mode == mode
+            assert [line for line in page.text.splitlines() if line] == list(LINES)
+            assert page.warnings == ()
+    assert page.cells
+
+
+@pytest.mark.parametrize("size", [(1000, 333), (20, 90), (4000, 3500)])
+def test_boxes_and_tokens_are_those_of_the_image_as_the_model_would_see_it(
+    size: tuple[int, int], url: str, engine: ScriptedEngine
+) -> None:
+    half = Box(0, 0, size[0] // 2, size[1])
+    engine.cells = (Cell("Text", half, "words"), Cell("Picture", half), Cell("Title", None, "no box"))
+    body = post(url, ask(picture(data_url(Image.new("RGB", size, "white"))), LAYOUT)).json()
+    seen = images.smart_resize(*size)
+    first, second, third = json.loads(body["choices"][0]["message"]["content"])
+    assert first == {"bbox": [0, 0, pytest.approx(seen[0] / 2, abs=1), seen[1]], "category": "Text", "text": "words"}
+    assert second == {"bbox": first["bbox"], "category": "Picture"}
+    assert third == {"category": "Title", "text": "no box"}
+    tokens = body["usage"]["prompt_tokens"] - images.image_tokens(*size)
+    assert len(LAYOUT) / 6 < tokens < len(LAYOUT) / 3
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+
+
+def test_boxes_come_back_to_our_client_and_reach_the_engine_where_they_were(url: str, engine: ScriptedEngine) -> None:
+    box = Box(101, 57, 512, 203)
+    engine.cells = (Cell("Table", box, "<table><tr><td>1</td></tr></table>"),)
+    sheet = Image.new("RGB", (1000, 333), "white")
+    with DotsOCR(engines=[VLLMEngine(f"{url}/v1")]) as ocr:
+        (cell,) = ocr.read_page(sheet).cells
+        ocr.read_page(sheet, mode="grounding", box=box)
+    for found in (cell.box, engine.tasks[1].box):
+        assert found == pytest.approx(box, abs=2)
+    assert (cell.category, cell.text) == ("Table", "<table><tr><td>1</td></tr></table>")
+    assert [task.mode for task in engine.tasks] == ["layout", "grounding"]
+
+
+def test_a_page_without_cells_is_one_cell_and_says_so(url: str, engine: ScriptedEngine) -> None:
+    body = post(url, ask(picture(), LAYOUT)).json()
+    width, height = images.smart_resize(1000, 333)
+    assert json.loads(body["choices"][0]["message"]["content"]) == [
+        {"bbox": [0, 0, width, height], "category": "Text", "text": "read"}
+    ]
+    assert body["dots_ocr"]["warnings"] == ["as told", "scripted found no layout: the text of the page is one cell"]
+
+
+def test_a_blank_page_has_an_empty_layout(url: str, engine: ScriptedEngine) -> None:
+    engine.text = ""
+    with DotsOCR(engines=[VLLMEngine(f"{url}/v1")]) as ocr:
+        page = ocr.read_page(Image.new("RGB", (560, 560), "white"))
+    assert (page.mode, page.text, page.cells) == ("layout", "", ())
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize("prefix", ["", PLACEHOLDER, PLACEHOLDER + "\n"])
+@pytest.mark.parametrize("mode", ["layout", "layout_only", "text", "web", "scene"])
+def test_the_trained_prompts_choose_the_mode(mode: Mode, prefix: str, url: str, engine: ScriptedEngine) -> None:
+    body = post(url, ask(picture(), prefix + MODES[mode].prompt)).json()
+    assert engine.tasks == [Task(mode)]
+    assert not any("prompt" in warning for warning in body["dots_ocr"]["warnings"])
+
+
+def test_prompts_with_something_filled_in_choose_their_mode(url: str, engine: ScriptedEngine) -> None:
+    post(url, ask(MODES["grounding"].prompt.format(box=[0, 0, 504, 336]), picture()))
+    post(url, ask(picture(), MODES["svg"].prompt.format(width=1000, height=333)))
+    post(url, ask(picture(), "Who pays?", system=MODES["general"].system))
+    assert engine.tasks == [
+        Task("grounding", Box(0, 0, 500, 333)),
+        Task("svg"),
+        Task("general", question="Who pays?"),
+    ]
+
+
+def test_other_prompts_are_read_as_text_with_a_warning(url: str, engine: ScriptedEngine) -> None:
+    body = post(url, ask(picture(), "Extract all text from this image")).json()
+    assert engine.tasks == [Task("text")]
+    assert body["choices"][0]["message"]["content"] == "read"
+    assert "'Extract all text from this image' is none of those" in body["dots_ocr"]["warnings"][0]
+
+
+def test_settings_of_a_model_are_passed_over(url: str) -> None:
+    extras: dict[str, Any] = {
+        "temperature": 0.1,
+        "top_p": 0.9,
+        "max_completion_tokens": 9,
+        "repetition_detection": {"min_count": 64},
+    }
+    assert post(url, ask(picture(), TEXT, n=1, seed=1, **extras)).status_code == 200
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+def test_an_answer_can_come_as_events(include_usage: bool, url: str) -> None:
+    request = ask(picture(), TEXT, stream=True, stream_options={"include_usage": include_usage})
+    with (
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk,
+        sdk.chat.completions.create(**request) as stream,
+    ):
+        assert stream.response.headers["X-Dots-OCR-Engine"] == "scripted"
+        chunks = list(stream)
+    assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == "read"
+    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices] == [None, "stop"]
+    assert [chunk.usage is not None for chunk in chunks] == [False, False] + [True] * include_usage
+    assert (chunks[1].model_extra or {})["dots_ocr"]["engine"] == "scripted"
+    assert post(url, request).text.endswith("data: [DONE]\n\n")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([picture("https://example.com/page.png")], "fetches nothing"),
+        ([picture("file:///etc/passwd")], "fetches nothing"),
+        ([picture("data:application/pdf;base64,JVBERi0x")], "fetches nothing"),
+        ([picture(data_url(pdf_of((100, 100))))], "send its pages as images"),
+        ([picture("data:image/png;base64,aaaaa")], "no base64"),
+        ([picture(data_url(b"no image"))], "neither a PDF nor an image"),
+        ([picture(), picture()], "2 images"),
+        ([{"type": "text", "text": TEXT}], "0 images"),
+        (TEXT, "0 images"),
+        ([picture(), {"type": "input_audio", "input_audio": {}}], "image_url, and nothing else"),
+        ([picture(), {"type": "text", "text": MODES["grounding"].prompt.format(box=[9000, 0, 9100, 9])}], "outside"),
+        (7, "0 images"),
+    ],
+)
+def test_requests_that_cannot_be_read_are_refused_with_what_to_do(
+    content: Any, reason: str, url: str, engine: ScriptedEngine
+) -> None:
+    answer = post(url, {"model": "model", "messages": [{"role": "user", "content": content}]})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert reason in error["message"]
+    assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "messages", 400)
+    assert engine.tasks == []
+
+
+def test_several_pages_in_one_image_are_refused(url: str) -> None:
+    buffer = io.BytesIO()
+    sheet = Image.new("RGB", (100, 100), "white")
+    sheet.save(buffer, "TIFF", save_all=True, append_images=[sheet])
+    assert "2 pages" in post(url, ask(picture(data_url(buffer.getvalue(), "tiff")), TEXT)).json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[]", b"[" * 100_000, b"{}", b'{"messages": [1]}'])
+def test_rubbish_is_refused(body: bytes, url: str) -> None:
+    answer = post(url, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == 400
+
+
+def test_only_the_models_that_are_named_are_served(start: Serve, engine: ScriptedEngine) -> None:
+    url = start(engine, names=["scan", "page"])
+    cards = get(f"{url}/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["scan", "page"]
+    assert {(card["owned_by"], card["root"], card["max_model_len"]) for card in cards} == {
+        ("dots-ocr-client", "scripted", 131_072)
+    }
+    answer = post(url, ask(picture(), TEXT))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as sdk, pytest.raises(openai.NotFoundError, match="scan"):
+        sdk.chat.completions.create(**ask(picture(), TEXT))
+
+
+def test_the_default_names_are_those_of_this_projects_servers(url: str) -> None:
+    names = [card["id"] for card in get(f"{url}/v1/models").json()["data"]]
+    assert names == ["dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", get(f"{url}/version").json()["version"])
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic secret", "secret", "Bearer sécret"])
+def test_without_the_key_only_health_and_metrics_answer(
+    header: str | None, start: Serve, engine: ScriptedEngine
+) -> None:
+    url = start(engine, api_key="secret")
+    headers = {} if header is None else {"Authorization": header.encode()}
+    assert post(url, ask(picture(), TEXT), headers=headers).status_code == 401
+    assert get(f"{url}/v1/models", headers=headers).status_code == 401
+    assert {get(f"{url}/{path}").status_code for path in ("health", "metrics", "version")} == {200}
+    assert engine.tasks == []
+    assert post(url, ask(picture(), TEXT), headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def test_a_request_that_is_too_long_is_refused(url: str) -> None:
+    answer = post(url, b" " * (2 * serve.MAX_BODY_BYTES))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+
+
+def test_a_request_that_does_not_arrive_gives_its_place_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.2)
+    port = int(url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n{")
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+    assert metric(url, "dots_ocr_pages_waiting") == 0
+
+
+def test_unknown_addresses_answer_in_json(url: str) -> None:
+    answer = get(f"{url}/v1/completions")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, 404)
+    assert get(f"{url}/v1/chat/completions").status_code == 405
+
+
+# Load, and engines that fail
+
+
+def test_the_next_engine_answers_and_says_why(start: Serve, engine: ScriptedEngine) -> None:
+    engine.error = ServerUnavailable("still starting")
+    answer = post(url := start(engine, ScriptedEngine("second")), ask(picture(), TEXT))
+    assert answer.headers["X-Dots-OCR-Engine"] == "second"
+    (attempt,) = answer.json()["dots_ocr"]["attempts"]
+    assert (attempt["engine"], attempt["outcome"], attempt["reason"]) == ("scripted", "failed", "still starting")
+    assert metric(url, 'dots_ocr_engine_pages_total{engine="scripted",outcome="failed"}') == 1
+    assert metric(url, 'dots_ocr_engine_pages_total{engine="second",outcome="read"}') == 1
+    assert metric(url, 'dots_ocr_engine_seconds_count{engine="second"}') == 1
+    assert metric(url, 'dots_ocr_requests_total{status="200"}') == metric(url, "dots_ocr_request_seconds_count") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after"),
+    [
+        (ServerUnavailable("it is down"), 503, "8"),
+        (RequestRejected("not this page"), 422, None),
+        (ConfigurationError("a wrong key"), 500, None),
+    ],
+)
+def test_a_page_that_nobody_can_read_is_an_error_with_the_cause(
+    error: EngineError, status: int, retry_after: str | None, url: str, engine: ScriptedEngine
+) -> None:
+    engine.error = error
+    answer = post(url, ask(picture(), TEXT))
+    assert (answer.status_code, answer.headers.get("retry-after")) == (status, retry_after)
+    assert str(error) in answer.json()["error"]["message"]
+    assert metric(url, f'dots_ocr_requests_total{{status="{status}"}}') == 1
+    if status != 500:
+        (attempt,) = answer.json()["dots_ocr"]["attempts"]
+        assert (attempt["engine"], attempt["error"]) == ("scripted", type(error).__name__)
+
+
+def test_health_is_that_of_the_best_engine(
+    start: Serve, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "PROBE_AGE", 0.0)
+    second = ScriptedEngine("second")
+    url = start(engine, second)
+    engine.error = ServerUnavailable("it is down")
+    answer = get(f"{url}/health")
+    assert (answer.status_code, answer.json()["status"]) == (200, "ok")
+    assert answer.json()["engines"] == {"scripted": "ServerUnavailable: it is down", "second": "ok"}
+    second.error = ConfigurationError("a wrong key")
+    answer = get(f"{url}/health")
+    assert (answer.status_code, answer.json()["status"]) == (503, "unavailable")
+    assert answer.json()["engines"]["second"] == "ConfigurationError: a wrong key"
+
+
+def test_tesseract_that_is_not_installed_is_ill(start: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    url = start(TesseractEngine())
+    answer = get(f"{url}/health")
+    assert answer.status_code == 503
+    assert "apt-get install tesseract-ocr" in answer.json()["engines"]["tesseract"]
+    answer = post(url, ask(picture(), TEXT))
+    assert answer.status_code == 503
+    assert "apt-get install tesseract-ocr" in answer.json()["error"]["message"]
+
+
+def test_a_full_queue_is_said_at_once(start: Serve, engine: ScriptedEngine) -> None:
+    url = start(engine, max_queue=2)
+    engine.go_on.clear()
+    with ThreadPoolExecutor(3) as threads:
+        answers = [threads.submit(post, url, ask(picture(), TEXT))]
+        until(lambda: metric(url, "dots_ocr_pages_in_flight") == 1)
+        answers += [threads.submit(post, url, ask(picture(), TEXT)) for _ in range(2)]
+        until(lambda: metric(url, "dots_ocr_pages_waiting") == 2)
+        refused = post(url, ask(picture(), TEXT))
+        engine.go_on.set()
+        assert [answer.result().status_code for answer in answers] == [200, 200, 200]
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "8")
+    assert len(engine.tasks) == 3
+    assert metric(url, "dots_ocr_pages_waiting") == metric(url, "dots_ocr_pages_in_flight") == 0
+
+
+def test_a_client_that_hangs_up_ends_the_work(url: str, engine: ScriptedEngine) -> None:
+    engine.go_on.clear()
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(
+            f"{url}/v1/chat/completions",
+            json=ask(picture(), TEXT),
+            timeout=httpx2.Timeout(30, read=0.3),
+            trust_env=False,
+        )
+    assert engine.busy.is_set()
+    assert engine.cancelled.wait(20)
+    until(lambda: metric(url, 'dots_ocr_requests_total{status="499"}') == 1)
+    engine.go_on.set()
+    assert post(url, ask(picture(), TEXT)).status_code == 200
+
+
+def test_the_engines_are_closed_in_the_end(engine: ScriptedEngine) -> None:
+    server = serve.make_server(serve.Service([engine]), 10)
+    server.should_exit = True
+    with serve.listen("127.0.0.1", 0, public=False) as listener:
+        server.run([listener])
+    assert engine.closed.is_set()
+
+
+# The command
+
+
+@contextlib.contextmanager
+def serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run the command on a free port, and yield its process and address."""
+    command = [str(PROGRAM), "serve", "--port", "0", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+    ) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
+            assert found is not None
+            until(lambda: _answers(found[0]))
+            yield process, found[0]
+        finally:
+            process.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return get(f"{url}/version").status_code == 200
+    except httpx2.ConnectError:
+        return False
+
+
+def test_sigterm_finishes_the_page_in_flight(fake_tesseract: Callable[[str], Path]) -> None:
+    fake_tesseract("cat >/dev/null; sleep 1; echo slow but sure")
+    with serving("--engine", "tesseract") as (process, url), ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(post, url, ask(picture(), TEXT))
+        until(lambda: metric(url, "dots_ocr_pages_in_flight") == 1)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: not _answers(url))
+        assert answer.result().json()["choices"][0]["message"]["content"] == "slow but sure"
+        output, _ = process.communicate(timeout=20)
+        assert process.returncode == 0
+    assert "slow" not in output
+    assert "Traceback" not in output
+
+
+def test_the_command_serves_a_chain_with_a_key_from_a_file(
+    server: FakeServer, sheet: Image.Image, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    chain = ("--engine", "vllm", "--engine", "tesseract", "--base-url", server.base_url)
+    headers = {"Authorization": "Bearer secret"}
+    with serving(*chain, "--api-key-file", str(key), "--served-model-name", "scan") as (_, url):
+        body = {**ask(picture(data_url(sheet)), TEXT), "model": "scan"}
+        assert post(url, body).status_code == 401
+        first = post(url, body, headers=headers)
+        server.fail_with(400)
+        second = post(url, body, headers=headers)
+    assert [answer.headers["X-Dots-OCR-Engine"] for answer in (first, second)] == ["vllm", "tesseract"]
+    assert first.json()["choices"][0]["message"]["content"] == "read by the server"
+    assert second.json()["dots_ocr"]["attempts"][0]["engine"] == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "reason"),
+    [
+        (["--host", "0.0.0.0"], 1, "give --api-key-file"),
+        (["--engine", "vllm"], 2, "needs --base-url"),
+        (["--engine", "textlayer"], 2, "clients send images"),
+        (["--api-key-file", os.devnull], 1, "holds no key"),
+        (["--api-key-file", "/nowhere/key"], 1, "/nowhere/key"),
+        (["--api-key-file", os.devnull, "--no-api-key"], 2, "exclude each other"),
+    ],
+)
+def test_the_command_refuses_what_would_not_be_safe_or_work(
+    arguments: list[str], status: int, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--port", "0", *arguments]) == status
+    assert reason in capsys.readouterr().err
+
+
+def test_the_command_refuses_to_ask_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    base_url = f"http://localhost:{port}/v1"
+    assert main(["serve", "--port", port, "--engine", "vllm", "--base-url", base_url]) == 2
+    assert "is this service itself" in capsys.readouterr().err
+
+
+def test_the_command_names_a_port_that_is_taken(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", url.rpartition(":")[2]]) == 1
+    assert "Address already in use" in capsys.readouterr().err
+
+
+def test_the_command_says_how_to_install_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "dots_ocr_client.serve")
+    monkeypatch.delattr(importlib.import_module("dots_ocr_client"), "serve")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 1
+    assert "pip install 'dots-ocr-client[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("listening_at", ["127.0.0.1", "0.0.0.0"])
+def test_a_service_is_not_asked_by_itself(host: str, listening_at: str) -> None:
+    with serve.listen(listening_at, 0, public=True) as listener:
+        port = listener.getsockname()[1]
+        assert serve.is_own(f"http://{host}:{port}/v1", listener)
+        assert not serve.is_own(f"http://{host}:{port - 1}/v1", listener)
+
+
+def test_the_key_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert serve.read_key(None) is None
+    monkeypatch.setenv("DOTS_OCR_SERVE_API_KEY", "secret")
+    assert serve.read_key(None) == "secret"
+    monkeypatch.setenv("DOTS_OCR_SERVE_API_KEY", "")
+    with pytest.raises(ConfigurationError, match="DOTS_OCR_SERVE_API_KEY"):
+        serve.read_key(None)
