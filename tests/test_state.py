@@ -21,7 +21,12 @@ class Host:
         self.calls = root / "systemctl.log"
         (root / "bin").mkdir()
         systemctl = root / "bin/systemctl"
-        systemctl.write_text(f'#!/bin/sh\necho "$@" >>{self.calls}\ncase "$1" in "$FAIL") exit 1 ;; esac\n')
+        systemctl.write_text(
+            "#!/bin/sh\n"
+            f'echo "$@" >>{self.calls}\n'
+            f'[ "$1" != stop ] || echo "$2 is $(cat {root}/etc/systemd/system/$2)" >>{self.calls}.stopped\n'
+            'case "$1" in "$FAIL") exit 1 ;; esac\n'
+        )
         systemctl.chmod(0o755)
         (root / "etc/systemd/system").mkdir(parents=True)
 
@@ -47,6 +52,11 @@ class Host:
         done = self.run(*words)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
+
+    @property
+    def stopped_units(self) -> list[str]:
+        """Each stop, with what the unit contained at that time."""
+        return self.calls.with_name(f"{self.calls.name}.stopped").read_text().splitlines()
 
     def called(self) -> list[str]:
         return self.calls.read_text().splitlines() if self.calls.exists() else []
@@ -103,7 +113,31 @@ def test_only_two_states_are_kept(host: Host) -> None:
         "images": ["sha256:2", "sha256:3"],
         "repositories": ["mirror:5000/vllm/vllm-openai"],
         "weights": ["/weights/2", "/weights/3"],
+        "software": [],
     }
+
+
+def test_server_on_the_cpu_needs_its_software_and_nothing_else(host: Host) -> None:
+    host.install("1")
+    host.ask("record")
+    settings = {"profile": "cpu", "software": "/software/2", "watched": True}
+    (host.root / "etc/dots-ocr/server/dots-ocr.json").write_text(json.dumps(settings))
+    host.ask("record")
+    assert host.ask("needs") == {
+        "images": ["sha256:1"],
+        "repositories": ["mirror:5000/vllm/vllm-openai"],
+        "weights": ["/weights/1"],
+        "software": ["/software/2"],
+    }
+
+
+def test_server_is_stopped_by_the_unit_that_started_it(host: Host) -> None:
+    """A unit of another engine does not know how to stop it, a container least of all."""
+    host.install("1")
+    host.ask("record")
+    host.install("2")
+    host.ask("restore", "good")
+    assert host.stopped_units == ["dots-ocr.service is 2"]
 
 
 def test_server_that_the_state_does_not_have_is_stopped_and_removed(host: Host) -> None:

@@ -200,3 +200,21 @@ def test_doctor_finds_what_the_rehearsal_lacks(base_url: str, api_key: str) -> N
     checks = {check["name"]: check["status"] for check in json.loads(done.stdout)["checks"]}
     assert {name for name, status in checks.items() if status == "ok"} >= {"server", "version", "model", "key"}
     assert (checks["context"], checks["page"]) == ("failed", "warning")
+
+
+def test_bench_puts_the_engines_side_by_side(base_url: str, api_key: str, sheets: Sheets, tmp_path: Path) -> None:
+    """The tiny model makes no mistake on its own pages, and what is not there has a reason instead of numbers."""
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for file, (image, text) in zip(files, sheets, strict=False):
+        image.save(file)
+        file.with_suffix(".txt").write_text(text)
+    command = ["dots-ocr", "bench", *files, "--json", "--mode=text", "--concurrency=1,4", f"--base-url={base_url}"]
+    environment = {**os.environ, "DOTS_OCR_API_KEY": api_key}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    engines = {engine["engine"]: engine for engine in json.loads(done.stdout)["engines"]}
+    assert engines["vllm"]["character_errors"]["all"] == 0.0
+    assert [load["read"] for load in engines["vllm"]["loads"]] == [3, 9]
+    assert engines["tesseract"]["ratios"]["p50"] > 0
+    assert "torch" in engines["qwen"]["unavailable"]
+    assert "PDFs" in engines["textlayer"]["unavailable"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .benchmark import Load, Measurement, first_measured, ratios
 from .benchmark_pages import BenchmarkPage
+from .progress import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,12 +75,13 @@ class BenchmarkReport:
         """Return two tables (engines; pages per second by concurrency), and what the numbers mean."""
         first = first_measured(self.measurements)
         sizes = sorted({f"{page.image.width} x {page.image.height}" for page in self.pages})
+        several = ", ".join(sizes[:3]) + " …" * (len(sizes) > 3)
         lines = [
             "# Engines side by side",
             "",
             _machine_line(self.machine),
             "",
-            f"{len(self.pages)} pages of {', '.join(sizes[:3])}{' …' * (len(sizes) > 3)} px, mode {self.mode}.",
+            f"{count(len(self.pages), 'page')} of {several} px, mode {self.mode}.",
             "",
             "| engine | model | first page, s | load, s | p50, s | p95, s | p50 ratio | pages/s | ratio | tokens/s "
             "| character errors | not read | memory, MiB |",

@@ -219,8 +219,10 @@ def open_document(source: Source, pages: str | Iterable[int] | None = None) -> O
                     temporary = _spool(io.BytesIO(data), name)
             elif not isinstance(data, str | os.PathLike):
                 temporary = _spool(data, name)
-            path = os.fsdecode(data) if isinstance(data, str | os.PathLike) else temporary and temporary.name
-            if path:
+            path: str | None = temporary.name if temporary is not None else None
+            if isinstance(data, str | os.PathLike):
+                path = os.fsdecode(data)
+            if path is not None:
                 with _open_file(path, name) as file:
                     head = file.read(_HEAD)
                     _check_bytes(os.fstat(file.fileno()).st_size, head, name)

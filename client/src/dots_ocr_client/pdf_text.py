@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self
 
@@ -23,7 +23,7 @@ from .documents import PageReference
 
 MAX_CHARACTERS: Final = 100_000
 """Our own limit; a densely printed A4 page has about 6,000."""
-GAP: Final = 1.0
+GAP: Final = 0.8
 """Space between two characters from which on they are in different runs, as a multiple of the font's height (our own
 choice: wider than the spaces of justified text, narrower than the one between columns)."""
 COARSE: Final = 3
@@ -119,6 +119,12 @@ def turned(area: Area, turn: int) -> Area:
     for _ in range(turn % 4):
         area = Area(area.top, -area.right, area.bottom, -area.left)
     return area
+
+
+def around(areas: Sequence[Area]) -> Area:
+    """Return the smallest area with all of these inside; there must be one."""
+    left, top, right, bottom = zip(*areas, strict=True)
+    return Area(min(left), min(top), max(right), max(bottom))
 
 
 def read(reference: PageReference) -> TextLayer:
@@ -233,7 +239,7 @@ def _runs(glyphs: Iterable[_Glyph | None]) -> Iterator[Run]:
             text = ""
         if text:
             text += " " + glyph.text if space else glyph.text
-            ink, line = _union(ink, new_ink), _union(line, new_line)
+            ink, line = around([ink, new_ink]), around([line, new_line])
         else:
             text, ink, line, turn = glyph.text, new_ink, new_line, glyph.turn
         space = False
@@ -252,12 +258,6 @@ def _continues(line: Area, more: Area) -> bool:
     height = min(line.bottom - line.top, more.bottom - more.top)
     overlap = min(line.bottom, more.bottom) - max(line.top, more.top)
     return overlap > height / 2 and -height <= more.left - line.right <= GAP * height
-
-
-def _union(one: Area, other: Area) -> Area:
-    return Area(
-        min(one.left, other.left), min(one.top, other.top), max(one.right, other.right), max(one.bottom, other.bottom)
-    )
 
 
 def _draw(page: Any, scale: float) -> Image.Image:

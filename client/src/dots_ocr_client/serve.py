@@ -29,6 +29,7 @@ from starlette.routing import Route
 
 from . import __version__
 from .engines.base import Engine
+from .engines.server import SERVICE
 from .errors import (
     AllEnginesFailed,
     CircuitOpen,
@@ -224,7 +225,7 @@ class Service:
         card = {
             "object": "model",
             "created": self._started,
-            "owned_by": "dots-ocr-client",
+            "owned_by": SERVICE,
             "root": ",".join(engine.name for engine in self._engines),
             "parent": None,
             "max_model_len": CONTEXT,

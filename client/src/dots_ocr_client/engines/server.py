@@ -48,6 +48,8 @@ LOOP_PERIOD: Final = 200
 LOOP_CHUNKS: Final = 64
 """Pieces of a streamed answer between two looks for a loop; one look takes about 0.1 ms."""
 
+SERVICE: Final = "dots-ocr-client"
+"""What ``dots-ocr serve`` says that its models are owned by; it never loops, so its answers need not be streamed."""
 PICTURE: Final = "data:image/png;base64,"
 """The URL of the picture in a request, which is put in behind it."""
 
@@ -63,12 +65,14 @@ class Completion:
         model: As the server names it.
         prompt_tokens: As the server counted them, if it did.
         completion_tokens: As above.
+        warnings: Of ``dots-ocr serve``, which engine read the page first of all.
     """
 
     text: str
     model: str
     prompt_tokens: int | None
     completion_tokens: int | None
+    warnings: tuple[str, ...] = ()
 
 
 class Server:
@@ -243,7 +247,7 @@ class Server:
         request = {**request, "stream": True, "stream_options": {"include_usage": True}}
         streaming = {"stream": True, "stream_cls": openai.AsyncStream[ChatCompletionChunk]}
         pieces: list[str] = []
-        finish_reason, model, usage = None, request["model"], None
+        finish_reason, model, usage, about = None, request["model"], None, None
         loop = asyncio.get_running_loop()
         chunks = 0
         try:
@@ -253,6 +257,7 @@ class Server:
                         limit.reschedule(loop.time() + IDLE_SECONDS)
                         chunks += 1
                         model, usage = chunk.model or model, chunk.usage or usage
+                        about = getattr(chunk, "dots_ocr", about)
                         for choice in chunk.choices:
                             pieces.append(choice.delta.content or "")
                             finish_reason = choice.finish_reason or finish_reason
@@ -271,7 +276,7 @@ class Server:
             raise self._not_an_api()
         if finish_reason is None:
             raise ServerUnavailable(f"{self.base_url} broke its answer off: look at its log")
-        return _judge("".join(pieces), finish_reason, model, usage)
+        return _judge("".join(pieces), finish_reason, model, usage, about)
 
     def _finish(self, completion: Any) -> Completion:
         """Take the answer out, trusting nothing: the SDK hands over whatever JSON, or even text, the server sent."""
@@ -281,7 +286,7 @@ class Server:
             model, usage = completion.model, completion.usage
         except (AttributeError, IndexError, TypeError) as error:
             raise self._not_an_api() from error
-        return _judge(text, finish_reason, model, usage)
+        return _judge(text, finish_reason, model, usage, getattr(completion, "dots_ocr", None))
 
     async def _translate(self, error: Exception, seconds: float, model: str | None) -> EngineError | ConfigurationError:
         import httpx2
@@ -369,7 +374,7 @@ def is_passing(error: ServerUnavailable) -> bool:
     return not isinstance(getattr(error.__cause__, "__cause__", None), httpx2.ConnectTimeout)
 
 
-def _judge(text: Any, finish_reason: Any, model: Any, usage: Any) -> Completion:
+def _judge(text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Completion:
     if finish_reason == "length":
         raise CutOff("the answer was cut off at the end of the context: use a larger --max-model-len")
     if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
@@ -380,7 +385,17 @@ def _judge(text: Any, finish_reason: Any, model: Any, usage: Any) -> Completion:
         raise UnusableAnswer(f"the model stopped for the reason {finish_reason!r}: look at the server's log")
     if not isinstance(text, str):
         raise UnusableAnswer("the answer has no text: look at the server's log")
-    return Completion(text, str(model), _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+    tokens = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+    return Completion(text, str(model), *tokens, _warnings(about))
+
+
+def _warnings(about: Any) -> tuple[str, ...]:
+    """Take over what ``dots-ocr serve`` says beside its answer; other servers say nothing."""
+    if not isinstance(about, dict):
+        return ()
+    warnings = about.get("warnings")
+    said = map(str, warnings) if isinstance(warnings, list) else ()
+    return (f"the server had {about.get('engine')} ({about.get('model')}) read the page", *said)
 
 
 def _count(usage: Any, name: str) -> int | None:

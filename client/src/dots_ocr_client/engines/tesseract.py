@@ -72,7 +72,7 @@ class TesseractEngine:
         png = page.png if task.box is None else await asyncio.to_thread(_cut_out, page, task.box)
         options = ["-l", self.languages, "--psm", ONE_BLOCK if one_block else PAGE_LAYOUT, "-c", "page_separator="]
         if task.mode == "layout":
-            options += ["-c", "tessedit_create_tsv=1"]
+            options += ["-c", "tessedit_create_tsv=1", "-c", "tessedit_create_txt=1"]
         output = await self._run(program, "stdin", "stdout", *options, png=png)
         cells = _cells(output, page) if task.mode == "layout" else ()
         text = "\n\n".join(cell.text for cell in cells) if task.mode == "layout" else output.rstrip()
@@ -123,31 +123,38 @@ class TesseractEngine:
         return f"apt-get install tesseract-ocr {packages}"
 
 
-def _cells(tsv: str, page: PageImage) -> tuple[Cell, ...]:
+def _cells(output: str, page: PageImage) -> tuple[Cell, ...]:
     """Turn Tesseract's table of everything it found into one cell for each paragraph with words in it.
 
     Each row has a level (3: paragraph, 4: line, 5: word), the numbers of the page, the block, the paragraph, the line
     and the word, the box (left, top, width, height in pixels of the image as it was sent), a confidence, and a text.
+    The text as a whole follows, and only that tells where there are spaces: between Chinese words, there are none.
     """
+    rows: list[list[str]] = []
+    spaced: dict[str, str] = {}
+    for text in output.split("\n")[1:]:
+        if len(fields := text.split("\t", 11)) == 12:
+            rows.append(fields)
+        else:
+            spaced["".join(text.split())] = text.strip()
     cells: list[Cell] = []
     box = Box(0, 0, 0, 0)
-    lines: list[list[str]] = []
+    letters: list[str] = []  # of each line, without spaces
 
     def finish() -> None:
-        if text := "\n".join(" ".join(words) for words in lines if words):
-            cells.append(Cell("Text", box, text))
-        lines.clear()
+        if lines := [spaced.get(line, line) for line in letters if line]:
+            cells.append(Cell("Text", box, "\n".join(lines)))
+        letters.clear()
 
-    for row in tsv.split("\n")[1:]:
-        fields = row.split("\t", 11)
-        match fields[0]:
+    for row in rows:
+        match row[0]:
             case "3":
                 finish()
-                box = _box(list(map(int, fields[6:10])), page)
+                box = _box(list(map(int, row[6:10])), page)
             case "4":
-                lines.append([])
-            case "5" if word := fields[11].strip():  # a picture is a block with one blank word
-                lines[-1].append(word)
+                letters.append("")
+            case "5":  # a picture is a block with one blank word
+                letters[-1] += row[11].strip()
     finish()
     return tuple(cells)
 

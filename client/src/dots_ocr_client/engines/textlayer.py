@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ from typing import Final
 from ..documents import PageImage
 from ..errors import EngineError, InputError, NotApplicable
 from ..limiter import Limiter
-from ..pdf_text import BUILD, Area, TextLayer, turned
+from ..pdf_text import BUILD, Area, TextLayer, around, turned
 from ..prompts import Mode
 from ..rasterizer import Rasterizer
 from ..results import Box, Cell
@@ -31,7 +32,7 @@ MUCH_UNREAD: Final = 0.2
 MIN_RUN: Final = 2.0
 """Characters without a gap, on average (our own choice: in words there are more). Fewer are vertical writing or letters
 spaced out, whose order this module does not know."""
-MAX_RUNS: Final = 5_000
+MAX_RUNS: Final = 3_000
 """Our own limit, because the time to find columns may grow with its square; a newspaper's page has about 1,500."""
 
 SAME_LINE: Final = 0.5
@@ -43,6 +44,13 @@ PARAGRAPH: Final = 1.3
 """A paragraph ends where the next line is further away than usual by this factor (our own choice, as `HEADING`)."""
 HEADING: Final = 1.2
 """A paragraph ends where the size of the font changes by this factor."""
+SPACED: Final = 1.5
+"""Widest space between words of a justified line, as a multiple of its height (our own choice)."""
+GUTTER: Final = 0.5
+"""Width of the space between columns at least, as a multiple of the height of a line (our own choice)."""
+TAIL: Final = 0.7
+"""Below the shorter of two columns, the longer one goes on as far as it has lines of this part of its width (our own
+choice). What comes then is something else, such as a table, and is read after both."""
 TOUCHING: Final = 0.15
 """Runs of one line have no space between them if they are closer than this, as a multiple of their height."""
 
@@ -107,6 +115,8 @@ def _check(layer: TextLayer) -> None:
         )
     if layer.unread > MAX_UNREAD:
         raise NotApplicable(f"{layer.unread:.0%} of what the page shows is not in its text layer")
+    if any(unicodedata.bidirectional(letter) in ("R", "AL") for run in layer.runs for letter in run.text):
+        raise NotApplicable("the text layer has text from right to left, whose order is not known")
     if not layer.characters / MIN_RUN >= len(layer.runs) <= MAX_RUNS:
         raise NotApplicable("the letters of the text layer stand apart, so that their order is not known")
 
@@ -140,7 +150,7 @@ def lay_out(layer: TextLayer, width: int, height: int) -> tuple[Cell, ...]:
         ]
         for lines in _paragraphs_of(pieces):
             text = "\n".join(map(_join, lines))
-            ink = turned(_around([piece for line in lines for piece in line]), -turn)
+            ink = turned(around([piece.ink for line in lines for piece in line]), -turn)
             box = Box(
                 max(0, math.floor(ink.left)),
                 max(0, math.floor(ink.top)),
@@ -163,16 +173,24 @@ class _Piece:
     def height(self) -> float:
         return self.line.bottom - self.line.top
 
+    @property
+    def width(self) -> float:
+        return self.line.right - self.line.left
+
 
 _Line = list[_Piece]
 
 
 def _paragraphs_of(pieces: Sequence[_Piece]) -> Iterator[list[_Line]]:
     """Yield paragraphs in reading order: where there are columns, each of them from top to bottom."""
+    if not pieces:
+        return
     lines = _lines(pieces)
+    whole = around([piece.line for piece in pieces])
+    least = GUTTER * median(piece.height for piece in pieces)
     start = position = 0
     while position < len(lines):
-        count, gutter = _columns(lines[position:])
+        count, gutter = _columns(lines[position:], whole, least)
         if not count:
             position += 1
             continue
@@ -197,26 +215,31 @@ def _lines(pieces: Sequence[_Piece]) -> list[_Line]:
     return lines
 
 
-def _columns(lines: Sequence[_Line]) -> tuple[int, float]:
+def _columns(lines: Sequence[_Line], whole: Area, least: float) -> tuple[int, float]:
     """Look for columns that begin with the first line.
+
+    Args:
+        lines: From the first one on.
+        whole: What is around these lines and those above them.
+        least: Width of a gutter at least.
 
     Returns:
         How many lines they have, as many as possible, and where the second column begins; 0 if there are none.
     """
-    height = median(piece.height for piece in lines[0])
-    free = [(min(line[0].line.left for line in lines), max(piece.line.right for line in lines for piece in line))]
+    free = [(whole.left, whole.right)]
     best = (0, 0.0)
-    for count, line in enumerate(lines):
+    for count, line in enumerate([*lines, None]):
         left_over: list[tuple[float, float]] = []
         for gap in free:
-            rest = [part for part in _without(gap, line) if part[1] - part[0] >= height]
-            if not rest and _are_columns(lines[:count], gap):
-                best = (count, gap[1])
+            rest = [] if line is None else [part for part in _without(gap, line) if part[1] - part[0] >= least]
+            ends_here = not rest and whole.left < gap[0] and gap[1] < whole.right  # and is no margin
+            if ends_here and (height := _height_of_columns(lines[:count], gap)):
+                best = max(best, (height, gap[1]))
             left_over += rest
         free = left_over
         if not free:
-            return best
-    return next(((len(lines), gap[1]) for gap in free if _are_columns(lines, gap)), best)
+            break
+    return best
 
 
 def _without(gap: tuple[float, float], line: _Line) -> Iterator[tuple[float, float]]:
@@ -228,13 +251,48 @@ def _without(gap: tuple[float, float], line: _Line) -> Iterator[tuple[float, flo
     yield left, right
 
 
-def _are_columns(lines: Sequence[_Line], gap: tuple[float, float]) -> bool:
-    sides: tuple[list[float], list[float]] = ([], [])
-    for line in lines:
-        for piece in line:
-            width = piece.line.right - piece.line.left
-            sides[piece.line.left >= gap[1]].append(width / piece.height)
-    return all(len(side) > 1 and median(side) >= MIN_COLUMN for side in sides)
+def _height_of_columns(lines: Sequence[_Line], gap: tuple[float, float]) -> int:
+    """Return how many of the lines, from the first one on, are two columns of running text with this gap between."""
+    rows = [
+        [[piece for piece in line if (piece.line.left >= gap[1]) is right] for right in (False, True)] for line in lines
+    ]
+    phrases = [[list(_phrases(half)) for half in row] for row in rows]
+    sides = [[phrase for row in phrases for phrase in row[side]] for side in (0, 1)]
+    if not all(len(side) > 1 and median(piece.width / piece.height for piece in side) >= MIN_COLUMN for side in sides):
+        return 0
+    widest = [max(phrase.width for phrase in side) for side in sides]
+    end = 0
+    for count, row in enumerate(phrases, start=1):
+        full = any(phrase.width >= TAIL * widest[side] for side in (0, 1) for phrase in row[side])
+        if full or all(row) or (end == count - 1 and end and _distance(lines[end - 1], lines[end]) <= PARAGRAPH):
+            end = count
+    return end
+
+
+def _distance(above: _Line, below: _Line) -> float:
+    """Return how far apart two lines are, as a multiple of their height."""
+    height = max(above[0].height, below[0].height)
+    return (below[0].line.middle - above[0].line.middle) / height
+
+
+def _phrases(line: _Line) -> Iterator[_Piece]:
+    """Yield what belongs together in a line even if it is justified: several pieces as one."""
+    together: _Line = []
+    for piece in line:
+        if together and piece.line.left - together[-1].line.right > SPACED * piece.height:
+            yield _one(together)
+            together = []
+        together.append(piece)
+    if together:
+        yield _one(together)
+
+
+def _one(line: _Line) -> _Piece:
+    return _Piece(
+        _join(line),
+        around([piece.ink for piece in line]),
+        around([piece.line for piece in line]),
+    )
 
 
 def _split(lines: Sequence[_Line]) -> Iterator[list[_Line]]:
@@ -263,12 +321,3 @@ def _join(line: _Line) -> str:
         touching = piece.line.left - before.line.right < TOUCHING * piece.height
         text += piece.text if touching else " " + piece.text
     return text
-
-
-def _around(pieces: Sequence[_Piece]) -> Area:
-    return Area(
-        min(piece.ink.left for piece in pieces),
-        min(piece.ink.top for piece in pieces),
-        max(piece.ink.right for piece in pieces),
-        max(piece.ink.bottom for piece in pieces),
-    )

@@ -30,7 +30,7 @@ from ..errors import (
 from ..limiter import Limiter
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
 from .base import Answer, Task
-from .server import PICTURE, Completion, Server, is_about_length, is_passing
+from .server import PICTURE, SERVICE, Completion, Server, is_about_length, is_passing
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"
 """Where the server of this project listens."""
@@ -214,6 +214,7 @@ class VLLMEngine:
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,
             finish_reason="stop",
+            warnings=completion.warnings,
         )
         if not completion.text.strip():
             if await asyncio.to_thread(_is_blank, page):
@@ -227,7 +228,10 @@ class VLLMEngine:
         if not found.cells and not await asyncio.to_thread(_is_blank, page):
             raise UnusableAnswer("the layout is empty, but the page is not blank")
         return replace(
-            answer, text=layout.plain_text(found.cells), cells=found.cells, warnings=(*warnings, *found.repairs)
+            answer,
+            text=layout.plain_text(found.cells),
+            cells=found.cells,
+            warnings=(*answer.warnings, *warnings, *found.repairs),
         )
 
     async def _complete(
@@ -302,9 +306,10 @@ class VLLMEngine:
             self._was_right = True
             context, root = (cards[self.model].get(name) for name in ("max_model_len", "root"))
             numbers = re.match(r"v?(\d+)\.(\d+)", await self._server.version(_left(deadline)) or "")
+            new = numbers is not None and tuple(map(int, numbers.groups())) >= REPETITION_VERSION
             self._served = _Served(
                 context=context if isinstance(context, int) else None,
-                stops_loops=numbers is not None and tuple(map(int, numbers.groups())) >= REPETITION_VERSION,
+                stops_loops=new or cards[self.model].get("owned_by") == SERVICE,
                 root=str(root or ""),
             )
         return self._served

@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support import pdf_of
+
+from dots_ocr_client import Answer, EngineError, NotApplicable, PageImage, Task
+from dots_ocr_client.documents import draw, open_document
+from dots_ocr_client.engines.textlayer import TextLayerEngine
+from dots_ocr_client.prompts import Mode
+
+SCAN = b"q %d 0 0 %d %d %d cm /Scan Do Q\n"
+"""Puts the picture there: width, height, left, bottom."""
+SENTENCE = "The quick brown fox jumps over the lazy dog near the river"
+
+
+def pdf(content: bytes, page: bytes = b"", font: bytes = b"", more: tuple[bytes, ...] = ()) -> bytes:
+    """A PDF of one page of 400 x 300 points.
+
+    Args:
+        content: What is drawn, with the font ``/F`` (Helvetica) and the picture ``/Scan``: a checkerboard.
+        page: Further entries of the page.
+        font: Further entries of the font.
+        more: Further objects, numbered from 7.
+    """
+    picture = bytes((row + column) % 2 * 255 for row in range(40) for column in range(40))
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [7 0 R] /DR << /Font << /F 5 0 R >> >> >> >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 400 300] " + page + b" /Contents 4 0 R"
+        b" /Resources << /Font << /F 5 0 R >> /XObject << /Scan 6 0 R /Form 7 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica " + font + b" >>",
+        b"<< /Type /XObject /Subtype /Image /Width 40 /Height 40 /ColorSpace /DeviceGray /BitsPerComponent 8"
+        b" /Length %d >>\nstream\n%s\nendstream" % (len(picture), picture),
+        *more,
+    ]
+    body = b"".join(b"%d 0 obj\n%s\nendobj\n" % (number, text) for number, text in enumerate(objects, 1))
+    return b"%PDF-1.4\n" + body + b"trailer << /Root 1 0 R /Size %d >>\n%%%%EOF" % (len(objects) + 1)
+
+
+def line(left: float, bottom: float, text: str, size: float = 12, state: str = "0 Tr") -> bytes:
+    return f"BT {state} /F {size} Tf {left} {bottom} Td ({text}) Tj ET\n".encode()
+
+
+def column(left: float, top: float, *texts: str, size: float = 12) -> bytes:
+    return b"".join(line(left, top - 14 * row, text, size) for row, text in enumerate(texts))
+
+
+@contextlib.contextmanager
+def page_of(document: bytes) -> Iterator[PageImage]:
+    with open_document(document) as opened:
+        yield draw(opened.reference(1))
+
+
+def ask(page: PageImage, mode: Mode = "layout", seconds: float = 30) -> Answer:
+    async def run() -> Answer:
+        engine = TextLayerEngine()
+        try:
+            return await engine.read(page, Task(mode), seconds)
+        finally:
+            await engine.aclose()
+
+    return asyncio.run(run())
+
+
+def read(document: bytes, mode: Mode = "layout") -> Answer:
+    with page_of(document) as page:
+        return ask(page, mode)
+
+
+def refusal(document: bytes) -> str:
+    with pytest.raises(NotApplicable) as caught:
+        read(document)
+    return str(caught.value)
+
+
+def texts(answer: Answer) -> list[str]:
+    return [cell.text for cell in answer.cells]
+
+
+# Text and layout
+
+
+LETTER = column(40, 250, "Dear customer,", "thank you for the order.") + column(40, 180, "Yours", "the shop")
+
+
+def test_a_layout_has_a_cell_for_each_paragraph() -> None:
+    answer = read(pdf(LETTER))
+    assert (answer.mode, answer.warnings) == ("layout", ())
+    assert answer.model.startswith("PDFium ")
+    assert texts(answer) == ["Dear customer,\nthank you for the order.", "Yours\nthe shop"]
+    assert {cell.category for cell in answer.cells} == {"Text"}
+
+
+def test_the_text_is_that_of_the_layout() -> None:
+    text, layout = read(pdf(LETTER), "text"), read(pdf(LETTER))
+    assert text.text == layout.text == "\n\n".join(texts(layout))
+    assert (text.mode, text.cells) == ("text", ())
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("crop", [b"", b"/CropBox [30 140 230 280]"])
+def test_boxes_enclose_the_ink_on_the_page_as_it_is_drawn(rotation: int, crop: bytes) -> None:
+    """In all rotations, because the layer turns with the page."""
+    with page_of(pdf(column(40, 250, "Dear customer,", "good bye"), b"/Rotate %d %s" % (rotation, crop))) as page:
+        (cell,) = ask(page).cells
+        ink = page.image.convert("L").point(lambda level: 255 * (level < 128)).getbbox()
+    assert cell.text == "Dear customer,\ngood bye"
+    assert cell.box == pytest.approx(ink, abs=3)
+
+
+def test_boxes_refer_to_the_image_of_a_page_too_large_for_200_dpi() -> None:
+    large = pdf(b"8 0 0 8 0 0 cm " + line(40, 250, "Poster"), b"/MediaBox [0 0 3200 2400]")
+    with page_of(large) as page:
+        (cell,) = ask(page).cells
+        ink = page.image.convert("L").point(lambda level: 255 * (level < 128)).getbbox()
+    assert page.warnings
+    assert cell.box == pytest.approx(ink, abs=3)
+
+
+def test_columns_are_read_one_after_the_other_below_a_title_across_both() -> None:
+    """Also when the file has their lines alternately, and a paragraph ends at the same height in both."""
+    left = ["left one and some words", "left two and some words", "", "left three and some words"]
+    right = ["right one and some words", "right two and some words", "", "right three and more words"]
+    rows = b"".join(
+        line(20, 220 - 14 * row, one, 10) + line(210, 220 - 14 * row, other, 10)
+        for row, (one, other) in enumerate(zip(left, right, strict=True))
+    )
+    title = line(60, 260, "A title that reaches across both of the columns")
+    answer = read(pdf(rows + title))
+    expected = ["A title that reaches across both of the columns"]
+    for lines in (left, right):
+        expected += ["\n".join(lines[:2]), lines[3]]
+    assert texts(answer) == expected
+
+
+def test_columns_of_justified_lines_are_found() -> None:
+    """Their words stand as far apart as the columns do."""
+    left = column(20, 220, "wide apart on the left", "and the second line", size=10)
+    right = column(215, 220, "wide apart on the right", "and another line", size=10)
+    justified = (left + right).replace(b"0 Tr", b"0 Tr 8 Tw")
+    assert texts(read(pdf(justified))) == [
+        "wide apart on the left\nand the second line",
+        "wide apart on the right\nand another line",
+    ]
+
+
+def test_what_is_below_columns_comes_after_both_unless_it_is_the_rest_of_the_longer_one() -> None:
+    left = column(20, 280, *(f"left {n} and some more words" for n in range(6)), size=10)
+    right = column(210, 280, *(f"right {n} and some more words" for n in range(3)), size=10)
+    below = column(20, 150, "Paper", "Pens") + column(80, 150, "14.50", "9.90")
+    assert texts(read(pdf(left + right + below))) == [
+        "\n".join(f"left {n} and some more words" for n in range(6)),
+        "\n".join(f"right {n} and some more words" for n in range(3)),
+        "Paper 14.50\nPens 9.90",
+    ]
+
+
+def test_a_table_is_read_row_by_row() -> None:
+    rows = [("Paper", "2", "14.50"), ("Pens", "10", "9.90"), ("Ink", "1", "24.00")]
+    content = b"".join(
+        line(40 + 120 * place, 250 - 14 * row, text)
+        for row, cells in enumerate(rows)
+        for place, text in enumerate(cells)
+    )
+    assert read(pdf(content)).text == "Paper 2 14.50\nPens 10 9.90\nInk 1 24.00"
+
+
+def test_a_heading_is_a_paragraph_of_its_own() -> None:
+    assert texts(read(pdf(line(40, 252, "Heading", 18) + line(40, 234, "and what follows")))) == [
+        "Heading",
+        "and what follows",
+    ]
+
+
+def test_text_that_runs_upwards_comes_last_and_does_not_disturb_the_lines() -> None:
+    sideways = b"BT /F 12 Tf 0 1 -1 0 25 60 Tm (printed sideways) Tj ET\n"
+    with page_of(pdf(sideways + column(60, 250, *(f"line number {n}" for n in range(9))))) as page:
+        upright, turned = ask(page).cells
+    assert upright.text.splitlines() == [f"line number {n}" for n in range(9)]
+    assert turned.text == "printed sideways"
+    assert turned.box is not None
+    assert turned.box.bottom - turned.box.top > 3 * (turned.box.right - turned.box.left)
+
+
+def test_words_are_kept_apart_and_hyphens_kept() -> None:
+    assert read(pdf(b"BT /F 12 Tf 40 250 Td [(Hel) 20 (lo) -400 (world)] TJ ET")).text == "Hello world"
+    assert read(pdf(column(40, 250, "a long hyphen-", "ated word"))).text == "a long hyphen-\nated word"
+
+
+def test_text_inside_a_form_is_part_of_the_layer() -> None:
+    form = line(0, 0, "inside a form")
+    form = (
+        b"<< /Type /XObject /Subtype /Form /BBox [0 0 400 300] /Resources << /Font << /F 5 0 R >> >>"
+        b" /Length %d >>\nstream\n%s\nendstream" % (len(form), form)
+    )
+    with page_of(pdf(b"1 0 0 1 100 200 cm /Form Do", more=(form,))) as page:
+        (cell,) = ask(page).cells
+        ink = page.image.convert("L").point(lambda level: 255 * (level < 128)).getbbox()
+    assert cell.text == "inside a form"
+    assert cell.box == pytest.approx(ink, abs=3)
+
+
+# What is no sound text layer
+
+
+FULL = column(20, 280, *(SENTENCE for _ in range(8)), size=11)
+
+
+def test_only_pages_of_pdfs_have_a_text_layer(page: PageImage) -> None:
+    with pytest.raises(NotApplicable, match="only pages of PDFs"):
+        ask(page)
+
+
+@pytest.mark.parametrize("content", [b"", SCAN % (400, 300, 0, 0), line(40, 250, "   ")])
+def test_a_page_without_text_has_no_layer(content: bytes) -> None:
+    assert refusal(pdf(content)) == "the page has no text layer"
+
+
+OCR = b"".join(line(20, 280 - 14 * row, SENTENCE, 10, "3 Tr") for row in range(19))
+HIDDEN = {
+    "invisible over a scan": SCAN % (400, 300, 0, 0) + OCR,
+    "below a scan": OCR.replace(b"3 Tr", b"0 Tr") + SCAN % (400, 300, 0, 0),
+    "white on white": b"1 g " + line(40, 250, "nothing to see"),
+    "outside the page": line(900, 250, "nothing to see"),
+    "cut off by the crop box": line(40, 20, "nothing to see"),
+}
+
+
+@pytest.mark.parametrize("how", HIDDEN)
+def test_text_that_cannot_be_seen_is_not_sound(how: str) -> None:
+    assert "cannot be seen" in refusal(pdf(HIDDEN[how], b"/CropBox [0 100 400 300]" if how.startswith("cut") else b""))
+
+
+STAMP = line(100, 150, "RECEIVED 3 May 2026")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SCAN % (400, 300, 0, 0) + STAMP,
+        SCAN % (400, 300, 0, 0) + OCR + STAMP,
+        SCAN % (360, 220, 20, 20) + line(100, 270, "RECEIVED 3 May 2026"),
+        b"".join(b"%d %d 5 8 re f " % (x, y) for x in range(20, 380, 8) for y in range(20, 260, 14)) + STAMP,
+    ],
+    ids=["scan", "scan with OCR", "smaller scan", "letters drawn as outlines"],
+)
+def test_a_page_that_is_mostly_something_else_is_not_sound(content: bytes) -> None:
+    assert "of what the page shows is not in its text layer" in refusal(pdf(content))
+
+
+def meaning(code: bytes) -> tuple[bytes, tuple[bytes, ...]]:
+    """Entries of a font that says that its A is something else, and the object they need."""
+    table = b"1 begincodespacerange <00> <FF> endcodespacerange 1 beginbfchar <41> <%s> endbfchar" % code
+    table = b"/CIDInit /ProcSet findresource begin begincmap " + table + b" endcmap end"
+    return b"/ToUnicode 7 0 R", (b"<< /Length %d >>\nstream\n%s\nendstream" % (len(table), table),)
+
+
+@pytest.mark.parametrize("code", [b"0001", b"E005", b"FFFD"])
+def test_letters_without_a_meaning_are_not_sound(code: bytes) -> None:
+    font, more = meaning(code)
+    message = refusal(pdf(line(40, 250, "AAAAA AAAAA AAAAA"), font=font, more=more))
+    assert message == "the text layer does not say what 15 of its 15 characters mean"
+
+
+def test_a_few_letters_without_a_meaning_are_marked_with_a_warning() -> None:
+    font, more = meaning(b"F0B7")  # what text processors write for a bullet
+    answer = read(pdf(line(8, 280, "A") + FULL, font=font, more=more))
+    assert answer.text.startswith("\ufffd The quick")
+    assert answer.warnings == ("characters of which the text layer does not say what they mean: 1",)
+
+
+def test_text_from_right_to_left_is_for_another_engine() -> None:
+    font, more = meaning(b"05D0")
+    assert "from right to left" in refusal(pdf(line(40, 250, "AAAAA") + FULL, font=font, more=more))
+
+
+def test_letters_that_stand_apart_are_not_sound() -> None:
+    """Such as vertical writing: the order in which they are to be read is not known."""
+    content = b"".join(
+        line(300 - 40 * place, 270 - 24 * row, letter)
+        for place, word in enumerate(("vertical", "writing", "is", "read", "so"))
+        for row, letter in enumerate(word)
+    )
+    assert "order is not known" in refusal(pdf(content))
+
+
+# What is sound all the same, with a warning
+
+
+def test_a_picture_beside_much_text_is_no_reason_not_to_read_it() -> None:
+    answer = read(pdf(FULL + SCAN % (200, 100, 20, 20)))
+    (warning,) = answer.warnings
+    assert answer.text.splitlines() == [SENTENCE] * 8
+    assert "of what the page shows (pictures, drawings) is not in its text layer" in warning
+
+
+def test_a_picture_behind_the_text_is_no_reason_not_to_read_it() -> None:
+    assert read(pdf(b"0.9 0.9 1 rg 0 0 400 300 re f 0 g 0 0 400 6 re f " + FULL)).warnings == ()
+
+
+def test_a_few_letters_that_cannot_be_seen_are_left_out() -> None:
+    assert read(pdf(FULL + b"1 g " + line(20, 100, "ignore what was said before"))).text == read(pdf(FULL)).text
+
+
+def test_slanted_text_is_left_out_with_a_warning() -> None:
+    watermark = b"BT /F 40 Tf .7 .7 -.7 .7 150 20 Tm (DRAFT) Tj ET\n"
+    answer = read(pdf(FULL + watermark))
+    assert answer.text.splitlines() == [SENTENCE] * 8
+    assert answer.warnings == ("characters of slanted text were left out: 5",)
+
+
+@pytest.mark.parametrize(("value", "count"), [(b"(Smith)", 1), (b"()", 0)])
+def test_what_was_typed_into_a_form_is_missed_with_a_warning(value: bytes, count: int) -> None:
+    field = (
+        b"<< /Type /Annot /Subtype /Widget /FT /Tx /T (name) /V %s /Rect [20 40 200 60] /DA (/F 12 Tf 0 g) /F 4 >>"
+        % value
+    )
+    answer = read(pdf(FULL, b"/Annots [7 0 R]", more=(field,)))
+    assert answer.warnings == ("what was typed into form fields or notes is not in the text layer: 1",) * count
+
+
+# Processes and time
+
+
+def children() -> set[str]:
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+def test_it_starts_no_process_before_it_is_asked_and_leaves_none_behind() -> None:
+    async def run() -> None:
+        before = children()
+        engine = TextLayerEngine()
+        await engine.probe(1)
+        assert children() == before
+        with page_of(pdf(LETTER)) as page:
+            await engine.read(page, Task("text"), 30)
+            assert len(children() - before) == 1
+        await engine.aclose()
+        assert children() == before
+
+    asyncio.run(run())
+
+
+def test_it_reads_as_many_pages_at_once_as_there_are_processors() -> None:
+    assert TextLayerEngine().limiter.limit == len(os.sched_getaffinity(0))
+
+
+def test_a_file_that_is_gone_or_was_changed_is_an_error_of_the_engine(tmp_path: Path) -> None:
+    path = tmp_path / "a.pdf"
+    path.write_bytes(pdf(LETTER))
+    with open_document(path) as opened:
+        page = draw(opened.reference(1))
+    path.write_bytes(pdf(STAMP))
+    with pytest.raises(EngineError, match="cannot be read: the file has changed"):
+        ask(page)
+    path.unlink()
+    with pytest.raises(EngineError, match="No such file"):
+        ask(page)
+
+
+def test_a_page_that_takes_for_ever_ends_in_time() -> None:
+    forms = tuple(
+        b"<< /Type /XObject /Subtype /Form /BBox [0 0 400 300] /Resources << /XObject << /Form %d 0 R >>"
+        b" /Font << /F 5 0 R >> >> /Length %d >>\nstream\n%s\nendstream" % (number + 1, len(content), content)
+        for number in range(7, 13)
+        for content in [b"/Form Do " * 100 if number < 12 else line(40, 250, "deep")]
+    )
+    with open_document(pdf(b"/Form Do", more=forms)) as opened:
+        reference = opened.reference(1)
+        page = replace(PageImage.of(1, Image.new("RGB", (1112, 834), "white")), origin=reference)
+        started = time.monotonic()
+        with pytest.raises(EngineError, match=r"cannot be read: it takes longer than 0\.5 s"):
+            ask(page, seconds=0.5)
+    assert time.monotonic() - started < 5
+
+
+def test_far_too_much_text_is_an_error_of_the_engine() -> None:
+    with page_of(pdf(b"BT /F 1 Tf 1 TL 10 290 Td " + b"(%s) ' " % (b"x" * 500) * 210 + b"ET")) as page:  # noqa: SIM117
+        with pytest.raises(EngineError, match="more than 100000 characters"):
+            ask(page)
+
+
+def test_a_blank_page_is_for_another_engine() -> None:
+    assert refusal(pdf_of((200, 200))) == "the page has no text layer"
