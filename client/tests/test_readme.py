@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support import FakeServer, pdf_of
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -14,8 +15,10 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("example", range(len(EXAMPLES)))
 def test_every_example_of_the_readme_runs(
-    example: int, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    example: int, server: FakeServer, sheet: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sheet.save(tmp_path / "document.png")
+    server.http.expect_request("/metrics").respond_with_data()
     for name in ("invoice.pdf", "book.pdf"):
         (tmp_path / name).write_bytes(pdf_of(*[(200.0, 100.0)] * 7))
     monkeypatch.setenv("DOTS_OCR_BASE_URL", server.base_url)
