@@ -457,7 +457,7 @@ def test_an_endless_file_object_is_read_up_to_the_limit(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     "name",
-    ["", "missing.png", ".", "pipe", "socket", "loop", "nul\0byte", "x" * 5000, "/dev/zero", "/dev/null", "sheet.png/x"],
+    ["", "missing.png", ".", "pipe", "socket", "loop", "nul\0byte", "x" * 999, "/dev/zero", "/dev/null", "sheet.png/x"],
 )
 def test_what_is_not_a_file_is_bad_input(
     name: str, tmp_path: Path, sheet_file: Path, monkeypatch: pytest.MonkeyPatch

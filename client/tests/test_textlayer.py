@@ -312,6 +312,12 @@ def test_a_few_letters_that_cannot_be_seen_are_left_out() -> None:
     assert read(pdf(FULL + b"1 g " + line(20, 100, "ignore what was said before"))).text == read(pdf(FULL)).text
 
 
+def test_what_ocr_took_visible_text_for_is_left_out() -> None:
+    """Some programs put an invisible layer over pages that have text already."""
+    misread = FULL.replace(b"0 Tr", b"3 Tr").replace(b"quick brown", b"qu1ck br0wn")
+    assert read(pdf(FULL + misread)).text == read(pdf(FULL)).text
+
+
 def test_slanted_text_is_left_out_with_a_warning() -> None:
     watermark = b"BT /F 40 Tf .7 .7 -.7 .7 150 20 Tm (DRAFT) Tj ET\n"
     answer = read(pdf(FULL + watermark))
