@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from PIL import Image
+
 from ..documents import PageImage
+from ..errors import RequestRejected
 from ..limiter import Limiter
 from ..prompts import Mode
 from ..results import Box, Cell
@@ -103,3 +107,22 @@ class Engine(Protocol):
     async def aclose(self) -> None:
         """Let go of connections and the like."""
         ...
+
+
+def cut_out(page: PageImage, box: Box) -> Image.Image:
+    """Return the part of a page that a box shows.
+
+    Args:
+        page: The page.
+        box: In pixels of the page's own image, as everywhere.
+
+    Raises:
+        RequestRejected: It shows nothing of the page.
+    """
+    across, down = page.sent_width / page.width, page.sent_height / page.height
+    left, top = max(0, math.floor(box.left * across)), max(0, math.floor(box.top * down))
+    right = min(page.sent_width, math.ceil(box.right * across))
+    bottom = min(page.sent_height, math.ceil(box.bottom * down))
+    if left >= right or top >= bottom:
+        raise RequestRejected(f"the box {list(box)} lies outside the page of {page.width} x {page.height} px")
+    return page.image.crop((left, top, right, bottom))

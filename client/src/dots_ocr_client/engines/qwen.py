@@ -11,7 +11,6 @@ import functools
 import gc
 import importlib
 import importlib.util
-import math
 import os
 import re
 import shutil
@@ -44,7 +43,7 @@ from ..errors import (
 from ..limiter import Limiter
 from ..prompts import Mode
 from ..results import Box
-from .base import Answer, Task
+from .base import Answer, Task, cut_out
 from .server import LOOP_CHUNKS, LOOP_TAIL, is_loop
 
 DEFAULT_MODEL: Final = "Qwen/Qwen2-VL-2B-Instruct"
@@ -532,13 +531,7 @@ def _cut_out(page: PageImage, box: Box) -> Image.Image:
     Raises:
         RequestRejected: Nothing, or too narrow a strip.
     """
-    across, down = page.sent_width / page.width, page.sent_height / page.height
-    left, top = max(0, math.floor(box.left * across)), max(0, math.floor(box.top * down))
-    right = min(page.sent_width, math.ceil(box.right * across))
-    bottom = min(page.sent_height, math.ceil(box.bottom * down))
-    if left >= right or top >= bottom:
-        raise RequestRejected(f"the box {list(box)} lies outside the page of {page.width} x {page.height} px")
-    picture = page.image.crop((left, top, right, bottom))
+    picture = cut_out(page, box)
     if max(picture.size) >= images.MAX_ASPECT * min(picture.size):
         raise RequestRejected(f"the box {list(box)} is too narrow: the model takes aspect ratios below 200")
     return picture

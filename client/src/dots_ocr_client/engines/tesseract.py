@@ -9,15 +9,15 @@ import shutil
 from collections.abc import Sequence
 from typing import Final
 
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from .. import images
 from ..documents import PageImage
-from ..errors import EngineError, EngineMissing, RequestRejected
+from ..errors import EngineError, EngineMissing
 from ..limiter import Limiter
 from ..prompts import Mode
 from ..results import Box, Cell
-from .base import Answer, Task
+from .base import Answer, Task, cut_out
 
 PAGE_LAYOUT, ONE_BLOCK = "3", "6"
 """Tesseract's page segmentation modes: find columns and blocks by itself (its default), or take all as one block."""
@@ -171,14 +171,7 @@ def _box(sent: Sequence[int], page: PageImage) -> Box:
 
 
 def _cut_out(page: PageImage, box: Box) -> bytes:
-    across, down = page.sent_width / page.width, page.sent_height / page.height
-    left, top = max(0, math.floor(box.left * across)), max(0, math.floor(box.top * down))
-    right = min(page.sent_width, math.ceil(box.right * across))
-    bottom = min(page.sent_height, math.ceil(box.bottom * down))
-    if left >= right or top >= bottom:
-        raise RequestRejected(f"the box {list(box)} lies outside the page of {page.width} x {page.height} px")
-    image: Image.Image = ImageOps.expand(page.image.crop((left, top, right, bottom)), MARGIN, "white")
-    return images.to_png(image)
+    return images.to_png(ImageOps.expand(cut_out(page, box), MARGIN, "white"))
 
 
 def _is_blank(page: PageImage) -> bool:
