@@ -208,7 +208,8 @@ def test_bench_puts_the_engines_side_by_side(base_url: str, api_key: str, sheets
     for file, (image, text) in zip(files, sheets, strict=False):
         image.save(file)
         file.with_suffix(".txt").write_text(text)
-    command = ["dots-ocr", "bench", *files, "--json", "--mode=text", "--concurrency=1,4", f"--base-url={base_url}"]
+    command = ["dots-ocr", "bench", *map(str, files), "--json", "--mode=text", "--concurrency=1,4"]
+    command += [f"--base-url={base_url}"]
     environment = {**os.environ, "DOTS_OCR_API_KEY": api_key}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
