@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import logging
 import math
 import os
 import socket
@@ -365,7 +366,13 @@ def make_server(service: Service, timeout: float) -> uvicorn.Server:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(timeout),
     )
+    logging.getLogger("uvicorn.access").addFilter(_is_news)
     return uvicorn.Server(config)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leave out what watchdogs and Prometheus ask for every few seconds."""
+    return not any(f" {path} " in record.getMessage() for path in ("/health", "/metrics"))
 
 
 def run(service: Service, listener: socket.socket, timeout: float) -> None:

@@ -1,0 +1,2 @@
+# Интеграция приложения
+ORIGINAL = "the application's own integration"

@@ -1,0 +1,2 @@
+# Клиент приложения
+ORIGINAL = "the application's own client"

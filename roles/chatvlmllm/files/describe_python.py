@@ -1,0 +1,37 @@
+"""Say in JSON what an installation needs to know of the interpreter that runs this."""
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+
+def client_version() -> "str | None":
+    """Return the version of the client in this environment, or None."""
+    try:
+        return importlib.metadata.version("dots-ocr-client")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# Written by the role when it installs; without it the client, if there is one, is somebody else's.
+record = Path(sys.prefix, "dots-ocr-client.installed")
+print(
+    json.dumps(
+        {
+            "version": platform.python_version(),
+            "machine": platform.machine(),
+            "glibc": platform.libc_ver()[1],
+            "pip": importlib.util.find_spec("pip") is not None,
+            # PEP 668: the distribution's own Python takes no packages from pip.
+            "managed": sys.prefix == sys.base_prefix
+            and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists(),
+            "client": client_version(),
+            "record": str(record),
+            "fingerprint": record.read_text().strip() if record.exists() else "",
+        }
+    )
+)
