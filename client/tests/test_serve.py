@@ -532,6 +532,17 @@ def _answers(url: str) -> bool:
         return False
 
 
+def test_the_log_has_the_requests_and_not_what_watchdogs_ask() -> None:
+    with serving("--engine", "tesseract") as (process, url):
+        for path in ("/health", "/v1/models", "/metrics"):
+            assert get(url + path).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        log, _ = process.communicate(timeout=20)
+    assert "GET /v1/models HTTP" in log
+    assert "/health" not in log
+    assert "/metrics" not in log
+
+
 def test_sigterm_finishes_the_page_in_flight(fake_tesseract: Callable[[str], Path]) -> None:
     fake_tesseract("cat >/dev/null; sleep 1; echo slow but sure")
     with serving("--engine", "tesseract") as (process, url), ThreadPoolExecutor(1) as threads:
