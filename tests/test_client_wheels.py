@@ -1,9 +1,9 @@
-"""The program that collects the client's wheels on the controller (roles/dots_ocr_server/files/client_wheels)."""
+"""The module client_wheels: what it collects with the real pip, and what its fingerprint covers."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -12,21 +12,22 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PROGRAM = REPOSITORY / "roles/dots_ocr_server/files/client_wheels"
+spec = importlib.util.spec_from_file_location("client_wheels", REPOSITORY / "plugins/modules/client_wheels.py")
+assert spec
+assert spec.loader
+client_wheels = importlib.util.module_from_spec(spec)
+sys.modules["client_wheels"] = client_wheels  # its dataclasses look themselves up there
+spec.loader.exec_module(client_wheels)
+
 CLIENT = "dots_ocr_client-1.0-py3-none-any.whl"
 COMPILED = "speedups-2.0-cp313-cp313-manylinux_2_28_x86_64.whl"
+TARGET = client_wheels.Target("3.13.5", "x86_64", "2.41")
 
 
-def run(*words: str | Path, python: str = "3.13.5", glibc: str = "2.41") -> subprocess.CompletedProcess[str]:
-    target = [f"--python={python}", "--machine=x86_64", f"--glibc={glibc}"]
-    command = [sys.executable, str(PROGRAM), *target, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def fingerprint(*words: str | Path, python: str = "3.13.5") -> str:
-    done = run(*words, "fingerprint", python=python)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def fingerprint(folder: Path, *, is_checkout: bool, python: str = "3.13.5") -> str:
+    target = client_wheels.Target(python, "x86_64", "2.41")
+    name: str = client_wheels.Source(folder, is_checkout).fingerprint(target)
+    return name
 
 
 def write_wheel(folder: Path, file: str, *requirements: str) -> None:
@@ -65,57 +66,54 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_what_the_service_needs_is_collected_for_the_other_python(wheels: Path, tmp_path: Path) -> None:
     archive = tmp_path / "wheels.tar"
-    done = run("--wheels", wheels, "collect", archive)
-    assert done.returncode == 0, done.stderr
+    client_wheels.Source(wheels, is_checkout=False).collect(TARGET, archive)
     with tarfile.open(archive) as tar:
         assert tar.getnames() == [CLIENT, COMPILED]
 
 
 @pytest.mark.parametrize(("python", "glibc"), [("3.12", "2.41"), ("3.13", "2.27")])
 def test_wheel_that_the_host_cannot_load_is_no_wheel(wheels: Path, tmp_path: Path, python: str, glibc: str) -> None:
-    done = run("--wheels", wheels, "collect", tmp_path / "wheels.tar", python=python, glibc=glibc)
-    assert done.returncode == 1
-    assert "speedups" in done.stderr
+    source, target = client_wheels.Source(wheels, is_checkout=False), client_wheels.Target(python, "x86_64", glibc)
+    with pytest.raises(client_wheels.CollectError, match="speedups"):
+        source.collect(target, tmp_path / "wheels.tar")
     assert not (tmp_path / "wheels.tar").exists()
 
 
 def test_folder_without_the_client_is_refused(wheels: Path) -> None:
     (wheels / CLIENT).unlink()
-    done = run("--wheels", wheels, "fingerprint")
-    assert done.returncode == 1
-    assert done.stderr.startswith("There is no wheel of dots-ocr-client")
+    with pytest.raises(client_wheels.CollectError, match="there is no wheel of dots-ocr-client"):
+        fingerprint(wheels, is_checkout=False)
 
 
 def test_other_wheels_have_another_name(wheels: Path) -> None:
-    before = fingerprint("--wheels", wheels)
-    assert fingerprint("--wheels", wheels) == before
+    before = fingerprint(wheels, is_checkout=False)
+    assert fingerprint(wheels, is_checkout=False) == before
     write_wheel(wheels, CLIENT, "speedups>=2.0; extra == 'serve'")
-    assert fingerprint("--wheels", wheels) != before
+    assert fingerprint(wheels, is_checkout=False) != before
 
 
 @pytest.mark.parametrize("changed", ["client/src/dots_ocr_client/new.py", "client/pyproject.toml", "requirements.lock"])
 def test_other_source_has_another_name(checkout: Path, changed: str) -> None:
-    before = fingerprint("--repository", checkout)
+    before = fingerprint(checkout, is_checkout=True)
     with (checkout / changed).open("a") as file:
         file.write("# changed\n")
-    assert fingerprint("--repository", checkout) != before
+    assert fingerprint(checkout, is_checkout=True) != before
 
 
 def test_bytecode_and_tests_change_nothing(checkout: Path) -> None:
-    before = fingerprint("--repository", checkout)
+    before = fingerprint(checkout, is_checkout=True)
     for place in ("client/src/dots_ocr_client/__pycache__/cli.cpython-311.pyc", "client/tests/test_cli.py"):
         (checkout / place).parent.mkdir()
         (checkout / place).write_text("anything")
-    assert fingerprint("--repository", checkout) == before
+    assert fingerprint(checkout, is_checkout=True) == before
 
 
 def test_name_is_that_of_one_minor_version_of_python(checkout: Path) -> None:
-    before = fingerprint("--repository", checkout, python="3.13.5")
-    assert fingerprint("--repository", checkout, python="3.13.9") == before
-    assert fingerprint("--repository", checkout, python="3.12.5") != before
+    before = fingerprint(checkout, is_checkout=True, python="3.13.5")
+    assert fingerprint(checkout, is_checkout=True, python="3.13.9") == before
+    assert fingerprint(checkout, is_checkout=True, python="3.12.5") != before
 
 
 def test_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    done = run("--repository", tmp_path, "fingerprint")
-    assert done.returncode == 1
-    assert "is no checkout" in done.stderr
+    with pytest.raises(client_wheels.CollectError, match="is no checkout"):
+        fingerprint(tmp_path, is_checkout=True)

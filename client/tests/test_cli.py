@@ -326,7 +326,9 @@ def test_an_interruption_ends_with_130_and_says_how_to_go_on(
 
     server.answer = slow
     options: list[str | Path] = ["--out", tmp_path / "out"] if batch else []
-    command: list[str | Path] = [PROGRAM, "read", sheet_file, *options, "--base-url", server.base_url]
+    # Whoever runs the tests in the background has them ignore SIGINT, and what they start, too.
+    command: list[str | Path] = ["env", "--default-signal=INT", PROGRAM, "read", sheet_file, *options]
+    command += ["--base-url", server.base_url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 20
         while not server.requests and time.monotonic() < deadline:

@@ -1,0 +1,197 @@
+#!/usr/bin/python
+"""Ansible module client_wheels: bring together the wheels of the client for another machine's Python."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: client_wheels
+short_description: Bring together the wheels of dots-ocr-client[serve] for another machine's Python
+description:
+  - Runs on the controller, with C(ansible_playbook_python) as its interpreter, which has pip.
+  - Names what would be installed, by a fingerprint that covers the client's source and the lock, or the wheels, and the
+    Python that they are for. This needs no network.
+  - With an O(archive) it collects them too, so that the other machine needs no package index.
+options:
+  repository:
+    description: Checkout to build the client from; the rest comes from pip's index, as C(requirements.lock) pins it.
+    type: path
+  wheels:
+    description: Folder that has all wheels, instead.
+    type: str
+    default: ""
+  python:
+    description: Version of the other machine's Python, such as C(3.13.5).
+    type: str
+    required: true
+  machine:
+    description: Its processor as C(uname) names it, such as C(x86_64).
+    type: str
+    required: true
+  glibc:
+    description: Version of its C library, such as C(2.41).
+    type: str
+    required: true
+  archive:
+    description: Tar archive to write; none if it is not set.
+    type: path
+attributes:
+  check_mode:
+    support: full
+    details: In check mode nothing is collected.
+author:
+  - The dots-ocr-deploy founders
+"""
+
+EXAMPLES = r"""
+- name: Collect the wheels for this host
+  client_wheels:
+    repository: "{{ role_path }}/../.."
+    python: 3.13.5
+    machine: x86_64
+    glibc: "2.41"
+    archive: /tmp/wheels.tar
+  delegate_to: localhost
+  become: false
+  vars:
+    ansible_python_interpreter: "{{ ansible_playbook_python }}"
+"""
+
+RETURN = r"""
+fingerprint:
+  description: A short name for what is, or would be, collected.
+  returned: success
+  type: str
+  sample: 0123456789abcdef
+"""
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+REQUIREMENT = "dots-ocr-client[serve]"
+CURE = (
+    "Cure: run from a checkout of the repository, on a controller that reaches its package index, or set the role's "
+    "variable ..._wheels to a folder on the controller that has all wheels of dots-ocr-client[serve]"
+)
+
+
+class CollectError(Exception):
+    """The wheels cannot be brought together; the message says why."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The Python that the wheels are for, as it describes itself."""
+
+    python: str
+    machine: str
+    glibc: str
+
+    @property
+    def minor(self) -> str:
+        """The version of Python without its patch level."""
+        return ".".join(self.python.split(".")[:2])
+
+    def pip_options(self) -> list[str]:
+        """Return pip's options for this Python."""
+        newest = int(self.glibc.split(".")[1])
+        # Each manylinux tag names the glibc that a wheel needs (PEP 600); the older names stand for 2.17, 2.12 and 2.5.
+        platforms = [f"manylinux_2_{number}_{self.machine}" for number in range(newest, 4, -1)]
+        platforms += [f"manylinux{name}_{self.machine}" for name in ("2014", "2010", "1")]
+        options = ["--only-binary=:all:", "--implementation=cp", f"--python-version={self.minor}"]
+        options += [f"--abi={abi}" for abi in ("cp" + self.minor.replace(".", ""), "abi3", "none")]
+        return options + [f"--platform={platform}" for platform in platforms]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the wheels come from: a checkout, or a folder that has them all."""
+
+    folder: Path
+    is_checkout: bool
+
+    def files(self) -> list[Path]:
+        """Return the files that decide what is installed; raises CollectError if there are none."""
+        if not self.is_checkout:
+            wheels = sorted(self.folder.glob("*.whl"))
+            if not any(wheel.name.startswith("dots_ocr_client-") for wheel in wheels):
+                raise CollectError(f"there is no wheel of dots-ocr-client in {self.folder}")
+            return wheels
+        client, lock = self.folder / "client", self.folder / "requirements.lock"
+        project = client / "pyproject.toml"
+        if not project.exists() or not lock.exists():
+            raise CollectError(f"{self.folder.resolve()} is no checkout: it lacks client/ or requirements.lock")
+        code = (path for path in (client / "src").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        return [lock, project, *sorted(code)]
+
+    def fingerprint(self, target: Target) -> str:
+        """Return a short name for what would be collected; raises CollectError."""
+        names = [str(path.relative_to(self.folder)) for path in self.files()]
+        digests = [hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in names]
+        lines = [
+            target.minor,
+            target.machine,
+            *(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)),
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def collect(self, target: Target, archive: Path) -> None:
+        """Write a tar archive of the wheels; raises CollectError."""
+        self.files()
+        with tempfile.TemporaryDirectory() as scratch:
+            wheels, built = Path(scratch) / "wheels", Path(scratch) / "built"
+            download = ["download", *target.pip_options(), "--dest", wheels]
+            if self.is_checkout:
+                pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, self.folder / "client")
+                lock = self.folder / "requirements.lock"
+                pip(*download, "--constraint", lock, "--find-links", built, REQUIREMENT)
+            else:
+                pip(*download, "--no-index", "--find-links", self.folder, REQUIREMENT)
+            with tarfile.open(archive, "w") as tar:
+                for wheel in sorted(wheels.iterdir()):
+                    tar.add(wheel, arcname=wheel.name)
+
+
+def pip(*words: str | Path) -> None:
+    """Run this Python's pip; raises CollectError with what it says."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CollectError(f"pip {words[0]}: {done.stderr.strip() or done.stdout.strip()}")
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "repository": {"type": "path"},
+            "wheels": {"type": "str", "default": ""},
+            "python": {"type": "str", "required": True},
+            "machine": {"type": "str", "required": True},
+            "glibc": {"type": "str", "required": True},
+            "archive": {"type": "path"},
+        },
+        supports_check_mode=True,
+    )
+    wanted = module.params
+    target = Target(wanted["python"], wanted["machine"], wanted["glibc"])
+    source = Source(Path(wanted["wheels"] or wanted["repository"]), is_checkout=not wanted["wheels"])
+    collecting = wanted["archive"] is not None and not module.check_mode
+    try:
+        fingerprint = source.fingerprint(target)
+        if collecting:
+            source.collect(target, Path(wanted["archive"]))
+    except CollectError as error:
+        module.fail_json(msg=f"{error}. {CURE}.")
+    module.exit_json(changed=collecting, fingerprint=fingerprint)
+
+
+if __name__ == "__main__":
+    main()
