@@ -211,15 +211,18 @@ import subprocess
 page = request(server)
 body = json.loads(page.data) | {"ignore_eos": True, "max_completion_tokens": 4000}
 page.data = json.dumps(body).encode()
-ended = {}
 def send():
     with urllib.request.urlopen(page, timeout=SILENCE, context=ssl._create_unverified_context()) as answer:
         ended.update(json.loads(answer.read()), status=answer.status, at=time.monotonic())
-thread = threading.Thread(target=send)
-thread.start()
-time.sleep(0.5)
-assert not ended, "the page was too short"
-stopped = time.monotonic()
+for _ in range(5):
+    ended, sent = {}, time.monotonic()
+    thread = threading.Thread(target=send)
+    thread.start()
+    time.sleep(0.5)
+    stopped = time.monotonic()
+    if not ended and stopped - sent < 1.5:
+        break
+    thread.join()  # a busy machine let us sleep too long: the page may be nearly read
 subprocess.run(["systemctl", "restart", server["unit"]], check=True)
 thread.join()
 print(json.dumps([ended["status"], ended["choices"][0]["finish_reason"], ended["usage"]["completion_tokens"],
