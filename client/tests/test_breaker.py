@@ -28,7 +28,7 @@ def breaker(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Breaker:
 
 def fail(breaker: Breaker, times: int = FAILURES) -> None:
     for _ in range(times):
-        breaker.failed(breaker.age)
+        breaker.failed(breaker.age, "gone")
 
 
 def test_it_opens_after_so_many_failures_in_a_row(breaker: Breaker) -> None:
@@ -75,7 +75,7 @@ def test_pauses_double_up_to_the_longest_and_start_anew_after_it_closed(breaker:
         pauses.append(breaker.seconds_left)
         clock.now += breaker.seconds_left
         assert breaker.begin_probe()
-        breaker.open()
+        breaker.open("still gone")
     assert pauses == [2.0, 4.0, 8.0, MAX_PAUSE, MAX_PAUSE, MAX_PAUSE]
     clock.now += breaker.seconds_left
     assert breaker.begin_probe()
@@ -102,7 +102,7 @@ def test_a_failure_of_a_page_that_was_sent_before_it_closed_does_not_count(break
     assert breaker.begin_probe()
     breaker.close()
     for _ in range(FAILURES):
-        breaker.failed(before)
+        breaker.failed(before, "gone")
     assert breaker.state == "closed"
 
 

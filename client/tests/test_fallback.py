@@ -317,6 +317,7 @@ def test_only_an_engine_that_is_not_there_is_left_alone(failure: Exception, aske
     assert (last.error == "CircuitOpen", last.outcome == "skipped") == (
         (True, True) if asked == 3 else (False, isinstance(failure, EngineMissing))
     )
+    assert str(failure) in last.reason
 
 
 def test_an_engine_that_hangs_costs_only_the_first_pages_their_time(page: PageImage) -> None:
@@ -407,6 +408,25 @@ def test_a_probe_that_is_cancelled_leaves_the_next_one_free(page: PageImage) -> 
         return await chain.read(page, Task("text"))
 
     assert asyncio.run(run()).engine == "first"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("probe_delay", [0.4, 60.0])
+def test_a_probe_costs_the_page_its_time(probe_delay: float, page: PageImage) -> None:
+    first, second = Scripted("first", GONE), Scripted("second", "text")
+    chain = Chain([first, second], 1.0)
+
+    async def run() -> float:
+        await read_all(chain, page, 3)
+        first.probe_delay, first.result, first.delay = probe_delay, "too late", 60.0
+        await asyncio.sleep(0.12)
+        started = time.monotonic()
+        assert (await chain.read(page, Task("text"))).engine == "second"
+        return time.monotonic() - started
+
+    assert asyncio.run(run()) < 1.5
+    if probe_delay < 1.0:
+        assert first.seconds[-1] == pytest.approx(SHARE - probe_delay, abs=0.1)
 
 
 @pytest.mark.usefixtures("quick")

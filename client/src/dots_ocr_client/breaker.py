@@ -40,6 +40,7 @@ class Breaker:
         self._probe_at: float | None = None
         self._probing = False
         self._age = 0
+        self._reason = ""
 
     @property
     def state(self) -> Literal["closed", "open", "half-open"]:
@@ -58,6 +59,11 @@ class Breaker:
         """Until the next probe may begin; 0 if it may now, or the breaker is closed."""
         return 0.0 if self._probe_at is None else max(0.0, self._probe_at - self._clock())
 
+    @property
+    def reason(self) -> str:
+        """Why it opened last, or why the last probe failed."""
+        return self._reason
+
     def begin_probe(self) -> bool:
         """Tell whether the caller is to probe; only one is until it calls `close`, `open` or `abandon_probe`."""
         if self.state != "open" or self.seconds_left > 0:
@@ -73,21 +79,27 @@ class Breaker:
         """Note that the engine did its part, whatever came of the page."""
         self._failures = 0
 
-    def failed(self, age: int) -> None:
+    def failed(self, age: int, reason: str) -> None:
         """Note that the engine was not there, and open after `FAILURES` of these in a row.
 
         Args:
             age: What `age` was when the page was let through.
+            reason: For those that are turned away.
         """
         if self.state != "closed" or age != self._age:
             return
         self._failures += 1
         if self._failures >= FAILURES:
             self._pause = PAUSE
-            self.open()
+            self.open(reason)
 
-    def open(self) -> None:
-        """Refuse pages for a pause: after failures, or after a probe that failed, with a longer pause each time."""
+    def open(self, reason: str) -> None:
+        """Refuse pages for a pause: after failures, or after a probe that failed, with a longer pause each time.
+
+        Args:
+            reason: For those that are turned away.
+        """
+        self._reason = reason
         self._probing = False
         self._probe_at = self._clock() + self._pause * (1 - JITTER * random.random())
         self._pause = min(MAX_PAUSE, 2 * self._pause)

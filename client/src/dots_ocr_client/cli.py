@@ -23,8 +23,8 @@ from .progress import count, printable, shown
 
 if TYPE_CHECKING:  # what takes long to import waits until a command needs it
     from .batch import Report
-    from .benchmark import Measurement
-    from .benchmark_report import BenchmarkReport
+    from .bench.measure import Measurement
+    from .bench.report import BenchmarkReport
     from .doctor import Check
     from .documents import PageImage
     from .engines.base import Engine
@@ -459,7 +459,7 @@ def bench(
     as_json: AsJson = False,
 ) -> int:
     """Measure engines side by side on the same pages: time, pages per second, characters that are wrong, memory."""
-    from .benchmark_report import EXTRA
+    from .bench.report import EXTRA
 
     levels = _concurrency(concurrency)
     if out is not None:
@@ -488,9 +488,9 @@ async def _measure(
     mode: Literal["text", "layout"],
     timeout: float,
 ) -> BenchmarkReport:
-    from .benchmark import measure
-    from .benchmark_pages import generate_pages, load_pages
-    from .benchmark_report import BenchmarkReport, describe_machine
+    from .bench.measure import measure
+    from .bench.pages import generate_pages, load_pages
+    from .bench.report import BenchmarkReport, describe_machine
     from .engines.defaults import ENGINES, make_engines
     from .engines.vllm import VLLMEngine
     from .limiter import Limiter
@@ -513,7 +513,7 @@ async def _measure(
 
 
 def _write_report(report: BenchmarkReport, out: Path) -> None:
-    from .benchmark_report import EXTRA
+    from .bench.report import EXTRA
 
     (out / "bench.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n", "utf-8")
     (out / "bench.md").write_text(report.markdown() + "\n", "utf-8")

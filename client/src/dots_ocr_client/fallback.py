@@ -159,20 +159,20 @@ class Chain:
             clock.start()
             begin = time.monotonic()
             try:
-                await _admit(engine, breaker)
-                age = breaker.age
                 seconds = clock.left * SHARE if others else clock.left
+                seconds -= await _admit(engine, breaker, min(PROBE_SECONDS, seconds))
+                age = breaker.age
                 try:
                     async with asyncio.timeout(seconds):
                         answer = await engine.read(page, task, seconds)
                 except TimeoutError:
                     message = f"no answer within {seconds:.1f} s: look at its load, or allow more time"
-                    breaker.failed(age)
+                    breaker.failed(age, message)
                     raise DeadlineExceeded(message) from None
                 except Overloaded:
                     raise
-                except (ServerUnavailable, DeadlineExceeded):
-                    breaker.failed(age)
+                except (ServerUnavailable, DeadlineExceeded) as error:
+                    breaker.failed(age, str(error))
                     raise
                 except EngineError:
                     breaker.succeeded()
@@ -183,26 +183,35 @@ class Chain:
                 clock.left -= time.monotonic() - begin
 
 
-async def _admit(engine: Engine, breaker: Breaker) -> None:
-    """Let a page through to its engine, if need be after probing that.
+async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
+    """Let a page through to its engine, if need be after probing that, and return how long that took, in seconds.
+
+    Args:
+        engine: The engine.
+        breaker: Its breaker.
+        seconds: How long a probe may take.
 
     Raises:
         CircuitOpen: The engine is not there, or another page is finding out whether it is.
     """
+    spent = 0.0
     if breaker.begin_probe():
+        begin = time.monotonic()
         try:
-            async with asyncio.timeout(PROBE_SECONDS):
-                await engine.probe(PROBE_SECONDS)
+            async with asyncio.timeout(seconds):
+                await engine.probe(seconds)
         except (EngineError, ConfigurationError, TimeoutError) as error:
-            breaker.open()
-            reason = str(error) or f"no answer within {PROBE_SECONDS:g} s"
+            reason = str(error) or f"no answer within {seconds:.1f} s"
+            breaker.open(reason)
             raise CircuitOpen(f"{engine.name} is not back: {reason}") from error
         except BaseException:
             breaker.abandon_probe()
             raise
         engine.limiter.restart()
         breaker.close()
+        spent = time.monotonic() - begin
     _refuse(breaker)
+    return spent
 
 
 def _refuse(breaker: Breaker) -> None:
@@ -211,11 +220,12 @@ def _refuse(breaker: Breaker) -> None:
     Raises:
         CircuitOpen: It is, and no probe is due.
     """
+    was = "it was unavailable several times in a row"
     match breaker.state:
         case "half-open":
-            raise CircuitOpen("it was unavailable several times in a row; another page is finding out if it is back")
+            raise CircuitOpen(f"{was}; another page is finding out if it is back; last: {breaker.reason}")
         case "open" if (seconds := breaker.seconds_left) > 0:
-            raise CircuitOpen(f"it was unavailable several times in a row; it is asked again in {seconds:.1f} s")
+            raise CircuitOpen(f"{was}; it is asked again in {seconds:.1f} s; last: {breaker.reason}")
 
 
 def _is_absence(failure: EngineError, breaker: Breaker) -> bool:

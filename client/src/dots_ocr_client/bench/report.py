@@ -1,4 +1,4 @@
-"""What `dots_ocr_client.benchmark` found, as JSON, as Markdown and as a picture."""
+"""What `dots_ocr_client.bench.measure` found, as JSON, as Markdown and as a picture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .benchmark import Load, Measurement, first_measured, ratios
-from .benchmark_pages import BenchmarkPage
-from .progress import count
+from ..progress import count
+from .measure import Load, Measurement, first_measured, ratios
+from .pages import BenchmarkPage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,11 +20,11 @@ from dots_ocr_client import (
     PageImage,
     Task,
     VLLMEngine,
-    benchmark_pages,
 )
-from dots_ocr_client.benchmark import Load, Measurement, measure, percentile, ratios
-from dots_ocr_client.benchmark_pages import A4, GIVEN, BenchmarkPage, generate_pages, load_pages
-from dots_ocr_client.benchmark_report import BenchmarkReport, describe_machine
+from dots_ocr_client.bench import pages
+from dots_ocr_client.bench.measure import Load, Measurement, measure, percentile, ratios
+from dots_ocr_client.bench.pages import A4, GIVEN, BenchmarkPage, generate_pages, load_pages
+from dots_ocr_client.bench.report import BenchmarkReport, describe_machine
 from dots_ocr_client.cli import main
 from dots_ocr_client.engines.base import Engine
 from dots_ocr_client.errors import EngineError, UnusableAnswer
@@ -249,7 +249,7 @@ def test_generated_pages_are_full_different_and_the_same_each_time() -> None:
 
 
 def test_without_a_font_that_has_cyrillic_all_pages_are_english(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_pages, "_FONT", "missing.ttf")
+    monkeypatch.setattr(pages, "_FONT", "missing.ttf")
     assert [page.language for page in generate_pages(2)] == ["English", "English"]
 
 

@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from .benchmark_pages import BenchmarkPage
-from .documents import PageImage
-from .engines.base import Answer, Engine, Task
-from .errors import (
+from ..documents import PageImage
+from ..engines.base import Answer, Engine, Task
+from ..errors import (
     ConfigurationError,
     DotsOCRError,
     EngineMissing,
@@ -26,8 +25,9 @@ from .errors import (
     NotApplicable,
     ServerUnavailable,
 )
-from .limiter import Limiter
-from .prompts import Mode
+from ..limiter import Limiter
+from ..prompts import Mode
+from .pages import BenchmarkPage
 
 READS_PER_SLOT: Final = 2
 """At each concurrency at least so many pages are read for each page at once, so that most of the time all slots are

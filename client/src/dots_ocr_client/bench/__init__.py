@@ -1,0 +1,1 @@
+"""The command `dots-ocr bench`: engines side by side on the same pages."""
