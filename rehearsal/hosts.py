@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 from rehearsal import images
-from rehearsal.engine import LABEL, NETWORK, PUSH_REGISTRY, STATE
+from rehearsal.engine import LABEL, NETWORK, PUSH_REGISTRY, RUN, STATE
 from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
+APT = HERE / "apt"  # one folder per repository
+APT_KEY_FINGERPRINT = RUN / "apt-key-fingerprint"  # for inventories, as a user copies it from a vendor's page
 BOOT_SECONDS = 60
 FORWARDED_PORT = 18000  # host/root/etc/systemd/system/loopback-forward.socket
 MIRROR = "dots-ocr-rehearsal-mirror"
@@ -44,10 +46,12 @@ def destroy(name: str) -> None:
 
 
 def mirror_up() -> None:
-    """Start the mirror and fill it: vLLM's image in the registry, the tiny model on the Hub."""
+    """Start the mirror and fill it: vendors' packages, vLLM's image in the registry, the tiny model on the Hub."""
     model = tiny_model()
     _start(MIRROR, images.mirror(), "--network-alias", "mirror", "--publish", f"{PUSH_REGISTRY}:5000",
-           "--volume", f"{model}:/srv/hub/{MODEL_REPOSITORY}:ro", "--volume", "/var/lib/docker-registry")  # fmt: skip
+           "--volume", f"{model}:/srv/hub/{MODEL_REPOSITORY}:ro", "--volume", "/var/lib/docker-registry",
+           "--volume", f"{APT}:/usr/src/apt:ro")  # fmt: skip
+    _fill_apt()
     repository = f"{PUSH_REGISTRY}/{IMAGE_REPOSITORY}"
     image = images.vllm()
     pushed = STATE / f"pushed-{output('docker', 'inspect', '--format', '{{.Id}}', MIRROR)[:12]}-{image.split(':')[1]}"
@@ -58,6 +62,14 @@ def mirror_up() -> None:
                 _derive(image, change, variant)
                 run("docker", "push", "--quiet", variant)
         pushed.touch()
+
+
+def _fill_apt() -> None:
+    """Make the apt repositories whose sources changed, and note the fingerprint of the key that signs them."""
+    for repository in sorted(path.name for path in APT.iterdir()):
+        output("docker", "exec", MIRROR, "/usr/local/lib/mirror/build-apt-repository", repository,
+               fingerprint(APT / repository))  # fmt: skip
+    APT_KEY_FINGERPRINT.write_text(output("docker", "exec", MIRROR, "cat", "/srv/apt/fingerprint"))
 
 
 def tiny_model() -> Path:
@@ -103,6 +115,8 @@ def _start(name: str, image: str, *options: str) -> None:
                "--security-opt", "systempaths=unconfined", "--cgroupns", "host",
                "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw", "--tmpfs", "/run", "--tmpfs", "/run/lock",
                "--env", "container=docker", *options, image, "/lib/systemd/systemd")  # fmt: skip
+        # Docker's mark of a container: a host plays a machine.
+        output("docker", "exec", name, "rm", "--force", "/.dockerenv")
         _wait_for_boot(name)
 
 

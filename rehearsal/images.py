@@ -30,11 +30,11 @@ def host() -> str:
 
 
 def mirror() -> str:
-    """Build the image of the mirror: OCI registry, signed apt repository, Hub; return its name."""
+    """Build the image of the mirror: OCI registry, apt repositories with their key, Hub; return its name."""
     name = _name("mirror", HERE / "mirror", Path(__file__))
     if not _exists(name):
         with step("build the mirror image"):
-            _debian(name, "trixie", HERE / "mirror", 'chroot "$1" /usr/local/lib/mirror/build-apt-repository')
+            _debian(name, "trixie", HERE / "mirror", 'chroot "$1" /usr/local/lib/mirror/make-apt-key')
     return name
 
 
