@@ -1,0 +1,404 @@
+#!/usr/bin/python
+"""Ansible module apt_set: packages that belong together, installed, pinned, held, and removed without a trace."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: apt_set
+short_description: Packages that belong together, removable without a trace
+description:
+  - Installs packages, and remembers which ones, with those that they depend on, were not there before. Absent purges
+    exactly these, except what others came to need meanwhile, so that the list of packages is what it was.
+  - Pins versions in C(/etc/apt/preferences.d), holds the packages, and keeps unattended-upgrades off them.
+  - C(ansible.builtin.apt) does the first half only. Nothing is needed on the host but apt.
+options:
+  id:
+    description: Names the files.
+    type: str
+    required: true
+  name:
+    description: The packages.
+    type: list
+    elements: str
+    default: []
+  state:
+    description: Whether they shall be there.
+    type: str
+    choices: [present, absent]
+    default: present
+  version:
+    description:
+      - Per package the version to have, also if that is a downgrade; a pattern such as C(5:28.5.*) means its newest.
+    type: dict
+    default: {}
+  hold:
+    description: Whether nobody else shall change their versions.
+    type: bool
+    default: false
+  blacklist:
+    description: Regular expressions of packages that unattended-upgrades shall leave alone.
+    type: list
+    elements: str
+    default: []
+  release:
+    description: Release to install from; empty for what apt prefers.
+    type: str
+    default: ""
+  refresh:
+    description: Whether all lists are fetched before something is installed.
+    type: bool
+    default: true
+  replace:
+    description: Packages that are removed in the same go if they are installed.
+    type: list
+    elements: str
+    default: []
+  upgrade:
+    description: Whether packages that are there are brought to apt's candidate.
+    type: bool
+    default: false
+attributes:
+  check_mode:
+    support: full
+author:
+  - The dots-ocr-deploy founders
+"""
+
+EXAMPLES = r"""
+- name: Install Docker Engine
+  apt_set:
+    id: docker-engine
+    name: [docker-ce, docker-ce-cli, containerd.io]
+    version:
+      docker-ce: "5:28.5.*"
+    hold: true
+    blacklist: ["^docker-ce", "^containerd[.]io$"]
+"""
+
+RETURN = r"""
+installed:
+  description: The packages of the set that are installed, with their versions.
+  returned: always
+  type: dict
+would_install:
+  description: In check mode, the packages that an installation would begin with.
+  returned: always
+  type: list
+  elements: str
+kept:
+  description: With C(absent), packages of the set that were there before and stay.
+  returned: always
+  type: list
+  elements: str
+"""
+
+import fnmatch
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+RECORDS = Path("/var/lib/dots-ocr/installed")
+PREFERENCES = Path("/etc/apt/preferences.d")
+SETTINGS = Path("/etc/apt/apt.conf.d")
+PIN_PRIORITY = 1001  # apt_preferences(5): above 1000, a downgrade too
+APT = ("apt-get", "--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=600")
+KEEP_CONFIGURATION = ("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
+
+Packages = dict[str, dict[str, str]]
+
+
+class SetError(Exception):
+    """The packages cannot be brought to the wanted state; the message names the cause and the cure."""
+
+
+def parse_status(text: str) -> Packages:
+    """Return {package: {version, want, status}} from dpkg-query's lines of package, version, want and status."""
+    found = {}
+    for line in text.splitlines():
+        package, version, want, status = line.split("\t")
+        found[package] = {"version": version, "want": want, "status": status}
+    return found
+
+
+def parse_removals(text: str) -> list[str]:
+    """Return the packages that a simulation of apt-get would remove."""
+    return re.findall(r"(?m)^(?:Remv|Purg) (\S+)", text)
+
+
+def parse_madison(text: str) -> dict[str, list[str]]:
+    """Return {package: versions}, newest first, from `apt-cache madison`."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        package, version, *_ = (word.strip() for word in line.split("|"))
+        found.setdefault(package, []).append(version)
+    return found
+
+
+def parse_candidates(text: str) -> dict[str, str]:
+    """Return {package: candidate} from `apt-cache policy`; packages without one are left out."""
+    found = re.findall(r"(?m)^(\S+):\n  Installed: .*\n  Candidate: (\S+)", text)
+    return {package: candidate for package, candidate in found if candidate != "(none)"}
+
+
+def render_pins(versions: dict[str, str]) -> str:
+    """Return the preferences that pin versions."""
+    paragraphs = [
+        f"Package: {package}\nPin: version {version}\nPin-Priority: {PIN_PRIORITY}\n"
+        for package, version in sorted(versions.items())
+    ]
+    return "\n".join(["# Written by Ansible (module apt_set).", *paragraphs])
+
+
+def render_blacklist(patterns: list[str]) -> str:
+    """Return the settings that keep unattended-upgrades off packages."""
+    lines = [f'\t"{pattern}";' for pattern in patterns]
+    head = "// Written by Ansible (module apt_set).\nUnattended-Upgrade::Package-Blacklist {"
+    return "\n".join([head, *lines, "};", ""])
+
+
+def explain(text: str, what: str) -> str:
+    """Return apt's own words for what failed, and a cure."""
+    complaints = [line for line in text.splitlines() if line.startswith("E:") or "No space left" in line]
+    details = [line.strip() for line in text.splitlines() if re.match(r" \S+ : ", line)]
+    reason = " ".join(complaints + details) or text.strip()[-500:]
+    if re.search(r"No space left|enough free space", reason):
+        cure = "free some space ('df --human-readable /var /usr'), then run again"
+    elif re.search(r"Unable to locate|no installation candidate|was not found", reason):
+        cure = "check that apt has the repository ('apt-cache policy') and that it serves this release"
+    elif re.search(r"unmet dependencies|held broken|Unable to correct|Conflicts", reason):
+        cure = "see what stands in the way with 'apt-mark showhold' and 'apt-get --fix-broken install'"
+    elif re.search(r"Failed to fetch|Could not|Temporary failure", reason):
+        cure = "check the network and the proxy, then run again"
+    else:
+        cure = "look at 'apt-get --fix-broken install' and 'dpkg --audit', then run again"
+    return f"{what} failed: {reason} Cure: {cure}"
+
+
+class Set:
+    """The packages on this host."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        """Take what is wanted, and look at what is there."""
+        self.module = module
+        self.params = module.params
+        identity = self.params["id"]
+        self.record_file = RECORDS / f"{identity}.json"
+        self.pins = PREFERENCES / f"dots-ocr-{identity}"
+        self.blacklist = SETTINGS / f"52dots-ocr-{identity}"
+        self.record: dict[str, list[str]] = {"packages": [], "held": []}
+        if self.record_file.exists():
+            self.record = json.loads(self.record_file.read_text())
+        self.packages = self.status()
+
+    def status(self) -> Packages:
+        """Ask dpkg for every package that it knows."""
+        fields = "${Package}\\t${Version}\\t${db:Status-Want}\\t${db:Status-Status}\\n"
+        return parse_status(
+            self.module.run_command(["dpkg-query", "--show", f"--showformat={fields}"], check_rc=True)[1]
+        )
+
+    def is_installed(self, package: str) -> bool:
+        """Tell whether a package is wholly installed."""
+        return self.packages.get(package, {}).get("status") == "installed"
+
+    def apt(self, *words: str, what: str, options: tuple[str, ...] = ()) -> str:
+        """Run apt-get.
+
+        Raises:
+            SetError: it fails.
+        """
+        environment = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C", "NEEDRESTART_SUSPEND": "1"}
+        status, output, errors = self.module.run_command([*APT, *options, *words], environ_update=environment)
+        if status != 0:
+            raise SetError(explain(f"{output}\n{errors}", what))
+        return str(output)
+
+    def wanted_versions(self, names: list[str]) -> dict[str, str]:
+        """Return the version to have of each package with a pin.
+
+        Raises:
+            SetError: there is none.
+        """
+        pinned = [name for name in names if self.params["version"].get(name)]
+        if not pinned:
+            return {}
+        offered = parse_madison(self.module.run_command(["apt-cache", "madison", *pinned], check_rc=True)[1])
+        chosen = {}
+        for name in pinned:
+            pattern = str(self.params["version"][name])
+            fitting = [version for version in offered.get(name, []) if fnmatch.fnmatchcase(version, pattern)]
+            if not fitting:
+                there = ", ".join(offered.get(name, [])) or "none"
+                raise SetError(f"there is no version {pattern} of {name}; there are: {there}. Cure: change the pin")
+            chosen[name] = fitting[0]
+        return chosen
+
+    def outdated(self) -> list[str]:
+        """Return the packages whose version is not the one to have."""
+        names = [name for name in self.params["name"] if self.is_installed(name)]
+        versions = {name: self.packages[name]["version"] for name in names}
+        wrong = [
+            name
+            for name in names
+            if self.params["version"].get(name)
+            and not fnmatch.fnmatchcase(versions[name], str(self.params["version"][name]))
+        ]
+        if self.params["upgrade"] and names:
+            if self.params["refresh"] and not self.module.check_mode:
+                self.refresh()
+            candidates = parse_candidates(self.module.run_command(["apt-cache", "policy", *names], check_rc=True)[1])
+            wrong += [name for name in names if candidates.get(name, versions[name]) != versions[name]]
+        return sorted(set(wrong))
+
+    def refresh(self) -> None:
+        """Fetch all lists; what of it fails shows when the packages do not come."""
+        self.module.run_command(["apt-get", "update", "-o", "DPkg::Lock::Timeout=600"])
+
+    def present(self) -> dict[str, Any]:
+        """Bring the packages."""
+        pins = {name: str(version) for name, version in self.params["version"].items() if version}
+        blacklist = self.params["blacklist"]
+        files = {
+            self.pins: render_pins(pins) if pins else None,
+            self.blacklist: render_blacklist(blacklist) if blacklist else None,
+        }
+        before = {path: path.read_text() if path.exists() else None for path in files}
+        changed = [self.write(path, content) for path, content in files.items()]
+        try:
+            missing = [name for name in self.params["name"] if not self.is_installed(name)]
+            unwanted = [name for name in self.params["replace"] if self.is_installed(name)]
+            to_install = missing + self.outdated()
+            if (to_install or unwanted) and not self.module.check_mode:
+                self.install(to_install, unwanted)
+        except SetError:
+            for path, content in before.items():
+                self.write(path, content)
+            raise
+        changed += [bool(to_install or unwanted), self.hold()]
+        return {"changed": any(changed), "would_install": to_install if self.module.check_mode else []}
+
+    def install(self, names: list[str], unwanted: list[str]) -> None:
+        """Install packages, and record what came with them, also if it fails half-way."""
+        if self.params["refresh"] and not self.params["upgrade"]:
+            self.refresh()
+        versions = self.wanted_versions(names)
+        words = [f"{name}={versions[name]}" if name in versions else name for name in names]
+        words += [f"{name}-" for name in unwanted]
+        options = (*KEEP_CONFIGURATION, "--allow-downgrades", "--allow-change-held-packages")
+        options += ("--target-release", self.params["release"]) if self.params["release"] else ()
+        before = self.packages
+        try:
+            self.apt("install", *words, what=f"installing {' '.join(names)}", options=options)
+        finally:
+            self.packages = self.status()
+            new = {name for name in self.packages if name not in before or before[name]["status"] == "config-files"}
+            self.record["packages"] = sorted({*self.record["packages"], *new})
+            self.save()
+
+    def hold(self) -> bool:
+        """Hold the packages, or let those go that were held before."""
+        wanted = [name for name in self.params["name"] if self.params["hold"] and self.is_installed(name)]
+        to_hold = [name for name in wanted if self.packages[name]["want"] != "hold"]
+        to_free = [name for name in self.record["held"] if name not in wanted and name in self.packages]
+        if not self.module.check_mode:
+            for command, names in (("hold", to_hold), ("unhold", to_free)):
+                if names:
+                    self.module.run_command(["apt-mark", command, *names], check_rc=True)
+            held = sorted({*to_hold, *self.record["held"]} & set(wanted))
+            if held != self.record["held"]:
+                self.record["held"] = held
+                self.save()
+        return bool(to_hold or to_free)
+
+    def absent(self) -> dict[str, Any]:
+        """Remove what was brought."""
+        there = [name for name in self.record["packages"] if name in self.packages]
+        held = [name for name in self.record["held"] if name in self.packages]
+        asked = [name for name in self.params["name"] if name in there]
+        kept = [name for name in self.params["name"] if self.is_installed(name) and name not in there]
+        changed = any([there, held, self.record_file.exists(), self.pins.exists(), self.blacklist.exists()])
+        if changed and not self.module.check_mode:
+            others = [name for name in self.simulate("purge", *asked) if name not in there] if asked else []
+            if others:
+                raise SetError(f"{', '.join(others)} would go too. Cure: remove those first, if nobody needs them")
+            if held:
+                self.module.run_command(["apt-mark", "unhold", *held], check_rc=True)
+            if asked:
+                self.apt("purge", *asked, what=f"removing {' '.join(asked)}")
+            self.purge_what_came_along(there)
+            for path in (self.record_file, self.pins, self.blacklist):
+                path.unlink(missing_ok=True)
+            for folder in (RECORDS, RECORDS.parent):
+                if folder.exists() and not any(folder.iterdir()):
+                    folder.rmdir()
+        return {"changed": changed, "kept": kept}
+
+    def purge_what_came_along(self, recorded: list[str]) -> None:
+        """Purge recorded packages that nothing depends on any more, and the configuration of those that are gone."""
+        while True:
+            self.packages = self.status()
+            idle = [name for name in self.simulate("autoremove") if name in recorded]
+            idle += [name for name in recorded if self.packages.get(name, {}).get("status") == "config-files"]
+            if not idle:
+                return
+            self.apt("purge", *idle, what=f"removing {' '.join(idle)}")
+
+    def simulate(self, *words: str) -> list[str]:
+        """Return the packages that apt-get would remove."""
+        return parse_removals(self.apt("--simulate", "--allow-change-held-packages", *words, what="a simulation"))
+
+    def save(self) -> None:
+        """Keep the record."""
+        self.write(self.record_file, json.dumps(self.record, indent=2) + "\n")
+
+    def write(self, path: Path, content: str | None) -> bool:
+        """Write a file in one go, or remove it without content; tell whether that changes it, in check mode too."""
+        if (path.read_text() if path.exists() else None) == content:
+            return False
+        if not self.module.check_mode:
+            if content is None:
+                path.unlink()
+            else:
+                path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+                growing = path.with_name(f".{path.name}.new")
+                growing.write_text(content)
+                growing.chmod(0o644)
+                growing.replace(path)
+        return True
+
+
+def main() -> None:
+    """Run the module."""
+    texts = {"type": "list", "elements": "str", "default": []}
+    flag = {"type": "bool", "default": False}
+    module = AnsibleModule(
+        argument_spec={
+            "id": {"type": "str", "required": True},
+            "name": texts,
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "version": {"type": "dict", "default": {}},
+            "hold": flag,
+            "blacklist": texts,
+            "release": {"type": "str", "default": ""},
+            "refresh": {"type": "bool", "default": True},
+            "replace": texts,
+            "upgrade": flag,
+        },
+        supports_check_mode=True,
+    )
+    packages = Set(module)
+    try:
+        result = packages.present() if module.params["state"] == "present" else packages.absent()
+    except SetError as error:
+        module.fail_json(msg=f"{error}.")
+    names = [name for name in module.params["name"] if packages.is_installed(name)]
+    installed = {name: packages.packages[name]["version"] for name in names}
+    module.exit_json(**{"would_install": [], "kept": [], "installed": installed, **result})
+
+
+if __name__ == "__main__":
+    main()
