@@ -1,0 +1,64 @@
+"""The module apt_set: what it makes of the words of apt and dpkg. Its work on hosts is tested there (molecule/*)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).resolve().parent.parent / "plugins/modules/apt_set.py"
+spec = importlib.util.spec_from_file_location("apt_set", FILE)
+assert spec
+assert spec.loader
+apt_set = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(apt_set)
+
+
+def test_status_tells_held_and_half_removed_packages() -> None:
+    found = apt_set.parse_status("docker-ce\t5:28.5.2-1\thold\tinstalled\njq\t1.7\tdeinstall\tconfig-files\n")
+    assert found["docker-ce"] == {"version": "5:28.5.2-1", "want": "hold", "status": "installed"}
+    assert found["jq"]["status"] == "config-files"
+
+
+def test_removals_of_a_simulation() -> None:
+    text = "Reading package lists...\nRemv docker-ce [5:28.5.2] [x:amd64 ]\nPurg jq [1.7]\nInst libc6 [2.41]\n"
+    assert apt_set.parse_removals(text) == ["docker-ce", "jq"]
+
+
+def test_versions_of_madison_newest_first() -> None:
+    text = " docker-ce | 5:28.5.2-1~x | http://m stable/amd64\n docker-ce | 5:28.3.3-1~x | http://m stable/amd64\n"
+    assert apt_set.parse_madison(text) == {"docker-ce": ["5:28.5.2-1~x", "5:28.3.3-1~x"]}
+
+
+def test_candidates_of_policy() -> None:
+    text = (
+        "jq:\n  Installed: 1.6\n  Candidate: 1.7\n  Version table:\nghost:\n  Installed: (none)\n  Candidate: (none)\n"
+    )
+    assert apt_set.parse_candidates(text) == {"jq": "1.7"}
+
+
+def test_pins_outweigh_what_is_installed() -> None:
+    text = apt_set.render_pins({"docker-ce": "5:28.5.*"})
+    assert "Package: docker-ce\nPin: version 5:28.5.*\nPin-Priority: 1001\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        ("E: Unable to locate package docker-ce", "apt-cache policy"),
+        ("E: Package 'docker-ce' has no installation candidate", "apt-cache policy"),
+        ("E: You don't have enough free space in /var/cache/apt/archives/.", "free some space"),
+        ("dpkg: error processing archive x: No space left on device", "free some space"),
+        (
+            " docker-ce : Depends: iptables but it is not installable\nE: Unable to correct problems",
+            "apt-mark showhold",
+        ),
+        ("E: Failed to fetch http://mirror/x.deb  404  Not Found", "check the network"),
+        ("E: Sub-process /usr/bin/dpkg returned an error code (1)", "dpkg --audit"),
+    ],
+)
+def test_failure_is_told_in_the_words_of_apt_with_a_cure(words: str, cure: str) -> None:
+    message = apt_set.explain(f"Reading package lists...\n{words}\n", "installing docker-ce")
+    assert words.splitlines()[0].strip() in message
+    assert cure in message.split("Cure: ")[1]
