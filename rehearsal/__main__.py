@@ -17,7 +17,10 @@ def main() -> None:
     commands.add_parser("run", help="deploy on a rehearsal host, verify, read a page; leave it running")
     commands.add_parser("down", help="remove every trace")
     commands.add_parser("prepare", help="install what the rehearsal needs and make sure that an engine runs")
-    commands.add_parser("mirror", help="make sure that the engine and the mirror run")
+    mirror = commands.add_parser("mirror", help="make sure that the engine and the mirror run")
+    mirror.add_argument(
+        "--packages", action="store_true", help="with the vendors' packages only: no images, no weights"
+    )
     for name, text in (("up", "start a host without deploying"), ("destroy", "remove a host and its data")):
         host = commands.add_parser(name, help=text)
         host.add_argument("name")
@@ -39,7 +42,7 @@ def main() -> None:
             case "down":
                 engine.stop()
             case "mirror":
-                hosts.mirror_up()
+                hosts.packages_up() if arguments.packages else hosts.mirror_up()
             case "up":
                 hosts.up(arguments.name, port=arguments.port, network=not arguments.no_network)
             case "destroy":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rehearsal import images
@@ -11,6 +14,7 @@ from rehearsal.engine import LABEL, NETWORK, PUSH_REGISTRY, RUN, STATE
 from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
+MODELS = STATE / "models"
 APT = HERE / "apt"  # one folder per repository
 APT_KEY_FINGERPRINT = RUN / "apt-key-fingerprint"  # for inventories, as a user copies it from a vendor's page
 BOOT_SECONDS = 60
@@ -28,6 +32,14 @@ VARIANTS = {
 MODEL_REPOSITORY = "dots-studio/dots.ocr"
 
 
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Keep another process of the rehearsal, such as a scenario beside this one, from making the same thing."""
+    with (RUN / f"{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def up(name: str, *, port: int | None = None, network: bool = True) -> None:
     """Start a host unless it runs.
 
@@ -36,7 +48,9 @@ def up(name: str, *, port: int | None = None, network: bool = True) -> None:
     """
     options = ["--publish", f"127.0.0.1:{port}:{FORWARDED_PORT}"] if port else []
     options += [] if network else ["--network", "none"]
-    _start(name, images.host(), *options, "--volume", "/var/lib/docker")
+    with one_at_a_time("host"):
+        image = images.host()
+    _start(name, image, *options, "--volume", "/var/lib/docker")
 
 
 def destroy(name: str) -> None:
@@ -45,13 +59,33 @@ def destroy(name: str) -> None:
         output("docker", "rm", "--force", "--volumes", name)
 
 
+def packages_up() -> None:
+    """Start the mirror, with the vendors' packages and nothing else."""
+    MODELS.mkdir(exist_ok=True)
+    with one_at_a_time("mirror"):
+        _start(MIRROR, images.mirror(), "--network-alias", "mirror", "--publish", f"{PUSH_REGISTRY}:5000",
+               "--volume", f"{MODELS}:/srv/models:ro", "--volume", "/var/lib/docker-registry",
+               "--volume", f"{APT}:/usr/src/apt:ro")  # fmt: skip
+        _fill_apt()
+
+
 def mirror_up() -> None:
     """Start the mirror and fill it: vendors' packages, vLLM's image in the registry, the tiny model on the Hub."""
-    model = tiny_model()
-    _start(MIRROR, images.mirror(), "--network-alias", "mirror", "--publish", f"{PUSH_REGISTRY}:5000",
-           "--volume", f"{model}:/srv/hub/{MODEL_REPOSITORY}:ro", "--volume", "/var/lib/docker-registry",
-           "--volume", f"{APT}:/usr/src/apt:ro")  # fmt: skip
-    _fill_apt()
+    packages_up()
+    with one_at_a_time("vllm"):
+        _fill_hub(tiny_model())
+        _fill_registry()
+
+
+def _fill_hub(model: Path) -> None:
+    """Let the Hub offer the tiny model."""
+    place = f"/srv/hub/{MODEL_REPOSITORY}"
+    output("docker", "exec", MIRROR, "mkdir", "-p", str(Path(place).parent))
+    output("docker", "exec", MIRROR, "ln", "-sfn", f"/srv/models/{model.name}", place)
+
+
+def _fill_registry() -> None:
+    """Push vLLM's image, and its variants, unless this mirror has them."""
     repository = f"{PUSH_REGISTRY}/{IMAGE_REPOSITORY}"
     image = images.vllm()
     pushed = STATE / f"pushed-{output('docker', 'inspect', '--format', '{{.Id}}', MIRROR)[:12]}-{image.split(':')[1]}"
@@ -77,7 +111,7 @@ def tiny_model() -> Path:
     source = HERE / "tiny_model"
     program = [file for file in sorted(source.glob("*.py")) if not file.name.startswith("test_")]
     image = images.vllm()
-    folder = STATE / "models" / fingerprint(*program, HERE / "vllm/requirements.lock")
+    folder = MODELS / fingerprint(*program, HERE / "vllm/requirements.lock")
     if not folder.exists():
         with step("train the tiny model"):
             growing = folder.with_suffix(".growing")

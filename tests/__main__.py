@@ -177,7 +177,11 @@ def stages(names: Iterable[str]) -> list[list[list[str]]]:
         left[:] = [name for name in left if name not in taken]
         return taken
 
-    first = [take("lint", "unit", "client", "command_line"), take("rehearse")]
+    # The last three need a host and packages only, and no vLLM: the rehearsal beside them has that to build first.
+    first = [
+        take("lint", "unit", "client", "command_line", "molecule preflight", "molecule wsl", "molecule nvidia_driver"),
+        take("rehearse"),
+    ]
     alone, last = take("live_client"), take("molecule site")
     longest = take("molecule dots_ocr_server")
     return [first, [alone], [longest, left], [last]]
