@@ -1,15 +1,21 @@
-"""Write the generated part of docs/tuning.md: `python docs/tables.py`; with --check, only tell whether it is needed."""
+"""Write the generated tables of the documentation: `python docs/tables.py`; --check only tells whether it is needed."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 DOCS = Path(__file__).resolve().parent
-PAGE = DOCS / "tuning.md"
-BEGIN, END = "<!-- BEGIN memory_plan: python docs/tables.py -->", "<!-- END memory_plan -->"
+MOLECULE = DOCS.parent / "molecule"
+
+# Of the cases of host preparation, those that were seen on a real machine, by their names.
+SEEN_ON_REAL_HARDWARE: frozenset[str] = frozenset()
 
 # What it is, platform, total and free memory (MiB).
 CARDS = (
@@ -49,8 +55,8 @@ def row(card: str, total: int, free: int, plan: dict[str, Any]) -> str:
     return f"| {' | '.join([card, f'{total:,}', f'{free:,}', *cells])} |"
 
 
-def generate() -> str:
-    """Return the table, and the arithmetic behind one plan and behind each refusal."""
+def memory_plans() -> str:
+    """Return the table of cards, and the arithmetic behind one plan and behind each refusal."""
     memory_plan = load_filter()
     plans = []
     for index, (card, platform, total, free) in enumerate(CARDS):
@@ -69,16 +75,87 @@ def generate() -> str:
     )
 
 
+@dataclass(frozen=True, order=True)
+class Case:
+    """One row of the matrix of host preparation."""
+
+    platform: str
+    case: str
+    outcome: str
+    cure: str
+    scenario: str
+
+    def row(self) -> str:
+        """Return its line of the table."""
+        seen = "yes" if self.case in SEEN_ON_REAL_HARDWARE else "never"
+        cells = (self.platform, self.case, self.outcome, self.cure or "-", f"`{self.scenario}`", seen)
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def tasks(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield every mapping below a node of a playbook, tasks in blocks included."""
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from tasks(child)
+
+
+def expected_cases(scenario: str, playbook: Any) -> Iterator[Case]:
+    """Yield the cases of a playbook: its includes of expect_failure.yml and expect_success.yml that name one.
+
+    Raises:
+        ValueError: a case is not spelt out but computed.
+    """
+    for task in tasks(playbook):
+        wanted = str(task.get("ansible.builtin.include_tasks", ""))
+        told = task.get("vars", {})
+        if not wanted.endswith(("expect_failure.yml", "expect_success.yml")) or "case" not in told:
+            continue
+        success = wanted.endswith("expect_success.yml")
+        outcome = told["outcome"] if success else f"refused: {told['complaint']}"
+        found = Case(told["platform"], told["case"], outcome, "" if success else told["cure"], scenario)
+        if "{{" in str(found):
+            raise ValueError(f"{scenario}: a case of the matrix must be spelt out: {found}")
+        yield found
+
+
+def preflight_cases(inventory: Any) -> Iterator[Case]:
+    """Yield the cases of the preflight: one host each."""
+    for host in inventory["ocr_servers"]["children"]["preflight"]["hosts"].values():
+        problems = host["expected_problems"]
+        outcome = "; ".join(f"refused: {entry['problem']}" for entry in problems) or "can serve"
+        cure = "; ".join(entry["cure"] for entry in problems)
+        yield Case(host["platform"], host["case"], outcome, cure, "preflight")
+
+
+def host_matrix() -> str:
+    """Return the table of every case of host preparation: platform, case, outcome, cure."""
+    cases = set(preflight_cases(yaml.safe_load((MOLECULE / "inventory/hosts.yml").read_text())))
+    for file in sorted(MOLECULE.glob("*/*.yml")):
+        cases |= set(expected_cases(file.parent.name, yaml.safe_load(file.read_text())))
+    head = ["platform", "case", "expected outcome", "cure", "scenario", "on real hardware"]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(case.row() for case in sorted(cases))])
+
+
+# Which table goes where.
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "memory_plan": (DOCS / "tuning.md", memory_plans),
+    "host_matrix": (DOCS / "verification.md", host_matrix),
+}
+
+
 def main() -> int:
-    """Rewrite the page, or with --check return 1 if that would change it."""
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    wanted = f"{before}{BEGIN}\n\n{generate()}\n\n{END}{after}"
-    if sys.argv[1:] == ["--check"]:
-        return int(text != wanted)
-    PAGE.write_text(wanted)
-    return 0
+    """Rewrite the pages, or with --check return 1 if that would change one."""
+    stale = False
+    for name, (page, generate) in TABLES.items():
+        begin, end = f"<!-- BEGIN {name}: python docs/tables.py -->", f"<!-- END {name} -->"
+        text = page.read_text()
+        before, rest = text.split(begin)
+        wanted = f"{before}{begin}\n\n{generate()}\n\n{end}{rest.split(end)[1]}"
+        stale |= text != wanted
+        if sys.argv[1:] != ["--check"]:
+            page.write_text(wanted)
+    return int(stale and sys.argv[1:] == ["--check"])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -384,8 +382,3 @@ def test_plan_survives_a_json_file(memory: tuple[int, int], platform: str, wishe
     if found["fits"]:
         again = plan(*memory, platform, wishes=wishes, previous=json.loads(text))
         assert json.dumps(again) == text
-
-
-def test_table_in_the_documentation_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, REPOSITORY / "docs/tables.py", "--check"], check=False)
-    assert done.returncode == 0, "run: python docs/tables.py"

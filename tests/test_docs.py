@@ -1,0 +1,66 @@
+"""The generated tables of the documentation: up to date, and nothing of a scenario left out in silence."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+FILE = Path(__file__).resolve().parent.parent / "docs/tables.py"
+spec = importlib.util.spec_from_file_location("tables", FILE)
+assert spec
+assert spec.loader
+tables = importlib.util.module_from_spec(spec)
+sys.modules["tables"] = tables  # its dataclass looks itself up
+spec.loader.exec_module(tables)
+
+PLAYBOOK = """
+- hosts: all
+  tasks:
+    - block:
+        - ansible.builtin.include_tasks: ../expect_failure.yml
+          vars: {role: x, case: mirror down, platform: Debian 13, complaint: cannot fetch, cure: check the network}
+      rescue:
+        - ansible.builtin.include_tasks: ../expect_success.yml
+          vars: {role: x, case: pinned, platform: Debian 13, outcome: runs on}
+    - ansible.builtin.include_tasks: ../expect_failure.yml
+      vars: {role: x, complaint: no row}
+"""
+
+
+def test_tables_are_up_to_date() -> None:
+    done = subprocess.run([sys.executable, FILE, "--check"], check=False)
+    assert done.returncode == 0, "run: python docs/tables.py"
+
+
+def test_cases_are_found_in_blocks_too() -> None:
+    found = sorted(tables.expected_cases("x", yaml.safe_load(PLAYBOOK)))
+    assert [case.row() for case in found] == [
+        "| Debian 13 | mirror down | refused: cannot fetch | check the network | `x` | never |",
+        "| Debian 13 | pinned | runs on | - | `x` | never |",
+    ]
+
+
+def test_case_that_is_computed_is_an_error() -> None:
+    playbook = yaml.safe_load(PLAYBOOK.replace("check the network", "'{{ item }}'"))
+    with pytest.raises(ValueError, match="must be spelt out"):
+        list(tables.expected_cases("x", playbook))
+
+
+def test_case_without_a_cure_is_an_error() -> None:
+    playbook = yaml.safe_load(PLAYBOOK.replace(", cure: check the network", ""))
+    with pytest.raises(KeyError, match="cure"):
+        list(tables.expected_cases("x", playbook))
+
+
+def test_hosts_of_the_preflight_are_cases() -> None:
+    host = {"platform": "WSL2", "case": "12 GB", "expected_problems": [{"problem": "old driver", "cure": "newer"}]}
+    good = {"platform": "WSL2", "case": "16 GB", "expected_problems": []}
+    groups = {"preflight": {"hosts": {"a": host, "b": good}}}
+    found = list(tables.preflight_cases({"ocr_servers": {"children": groups}}))
+    assert [case.outcome for case in found] == ["refused: old driver", "can serve"]
+    assert [case.cure for case in found] == ["newer", ""]
