@@ -29,6 +29,9 @@ FONT = Path("/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf")  # pages of t
 PID_FILE = RUN / "docker.pid"
 FIREWALL_BEFORE = STATE / "firewall-before.json"
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
+INOTIFY_BEFORE = STATE / "inotify-before"
+INOTIFY_INSTANCES = 512  # each host's systemd takes five; the kernel's 128 suffice for some 20 hosts
 LOG = STATE / "dockerd.log"
 START_SECONDS = 60
 
@@ -79,6 +82,9 @@ def ensure() -> None:
     """
     RUN.mkdir(parents=True, exist_ok=True)
     STATE.mkdir(parents=True, exist_ok=True)
+    if int(INOTIFY.read_text()) < INOTIFY_INSTANCES:
+        INOTIFY_BEFORE.write_text(INOTIFY.read_text())
+        INOTIFY.write_text(str(INOTIFY_INSTANCES))
     if not succeeds("docker", "version"):
         SOCKET.unlink(missing_ok=True)
         if _system_engine_runs():
@@ -113,6 +119,8 @@ def stop() -> None:
             _wait_until(lambda: not process.exists(), "our Docker Engine does not stop")
         succeeds("umount", STATE / "docker")  # an engine that ended in haste leaves this mount of its own behind
         _restore_firewall()
+    if INOTIFY_BEFORE.exists():
+        INOTIFY.write_text(INOTIFY_BEFORE.read_text())
     shutil.rmtree(STATE, ignore_errors=True)
     shutil.rmtree(RUN, ignore_errors=True)
     left = [place for place in (STATE, RUN) if place.exists()]

@@ -296,8 +296,9 @@ class Set:
         finally:
             self.packages = self.status()
             new = {name for name in self.packages if name not in before or before[name]["status"] == "config-files"}
-            self.record["packages"] = sorted({*self.record["packages"], *new})
-            self.save()
+            if new:
+                self.record["packages"] = sorted({*self.record["packages"], *new})
+                self.save()
 
     def hold(self) -> bool:
         """Hold the packages, or let those go that were held before."""

@@ -1,0 +1,155 @@
+"""The modules docker_daemon and docker_engine_info: merging options, and what they make of the engine's words."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def load(name: str) -> ModuleType:
+    """Return a module of plugins/modules."""
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).resolve().parent.parent / f"plugins/modules/{name}.py"
+    )
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+daemon, info = load("docker_daemon"), load("docker_engine_info")
+
+REQUIRED = {"features": {"cdi": True}, "live-restore": False}
+LOGS: dict[str, Any] = {"log-driver": "local", "log-opts": {"max-size": "50m"}}
+POOLS: dict[str, Any] = {"default-address-pools": [{"base": "10.201.0.0/16", "size": 24}]}
+
+
+def merge(existing: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Merge with what the role requires and sets where nobody has."""
+    merged: dict[str, Any] = daemon.merge(existing, REQUIRED, [LOGS, POOLS], options)
+    return merged
+
+
+def test_without_a_file_all_of_ours_is_set() -> None:
+    assert merge({}) == {**REQUIRED, **LOGS, **POOLS}
+
+
+def test_foreign_options_stay_at_every_depth() -> None:
+    merged = merge({"mtu": 1400, "features": {"buildkit": True}})
+    assert merged["mtu"] == 1400
+    assert merged["features"] == {"buildkit": True, "cdi": True}
+
+
+@pytest.mark.parametrize("theirs", [{"log-driver": "json-file"}, {"log-opts": {"max-size": "1g"}}])
+def test_group_of_defaults_is_all_or_nothing(theirs: dict[str, Any]) -> None:
+    merged = merge(theirs)
+    assert {key: merged[key] for key in LOGS if key in merged} == theirs
+
+
+def test_option_of_the_user_takes_the_place_of_a_default() -> None:
+    assert "log-opts" not in merge({}, **{"log-driver": "journald"})
+
+
+def test_what_is_required_outweighs_the_file_but_is_not_contradicted() -> None:
+    assert merge({"live-restore": True})["live-restore"] is False
+    with pytest.raises(daemon.ConfigError, match=r"sets live-restore, which has to be false here. Cure: leave it out"):
+        merge({}, **{"live-restore": True})
+
+
+def test_option_beside_a_required_one_is_no_contradiction() -> None:
+    assert merge({}, features={"buildkit": False})["features"] == {"buildkit": False, "cdi": True}
+
+
+def test_second_merge_changes_nothing() -> None:
+    once = merge({"features": {"buildkit": True}}, mtu=1400)
+    assert merge(once, mtu=1400) == once
+
+
+def test_taking_ours_away_leaves_theirs() -> None:
+    theirs = {"mtu": 1400, "features": {"buildkit": True}, "log-opts": {"max-size": "7m"}}
+    merged = merge(theirs)
+    ours = {**REQUIRED, **LOGS, **POOLS}
+    assert daemon.subtract(merged, ours) == theirs
+    assert daemon.subtract(merge({}), ours) == {}
+
+
+def test_changed_value_of_ours_is_theirs() -> None:
+    assert daemon.subtract({"live-restore": True}, REQUIRED) == {"live-restore": True}
+
+
+@pytest.mark.parametrize(("text", "complaint"), [('{"features": ', "not valid JSON"), ("[1]", "not a JSON object")])
+def test_broken_file_is_reported(text: str, complaint: str) -> None:
+    with pytest.raises(daemon.ConfigError, match=f"{complaint}.*nothing was changed. Cure: mend it or move it away"):
+        daemon.parse(text)
+
+
+def test_empty_file_has_no_options() -> None:
+    assert daemon.parse(" \n") == {}
+
+
+UNIT = "[Service]\nExecStart=/usr/bin/dockerd -H fd:// --containerd=/run/containerd.sock $OPTS\n"
+
+
+def test_flags_of_the_unit() -> None:
+    assert daemon.flags_of(UNIT) == {"hosts", "containerd"}
+
+
+def test_drop_in_replaces_the_command_line() -> None:
+    drop_in = "[Service]\nExecStart=\nExecStart=/usr/bin/dockerd \\\n  --mtu 1400 --registry-mirror http://m\n"
+    assert daemon.flags_of(UNIT + drop_in) == {"mtu", "registry-mirrors"}
+
+
+def test_option_that_is_a_flag_too_is_refused() -> None:
+    with pytest.raises(
+        daemon.ConfigError, match=r"hosts is set in .* and as a flag of docker.service.*Cure: remove one"
+    ):
+        daemon.check({"hosts": ["fd://"]}, daemon.flags_of(UNIT), wsl=False)
+
+
+def test_userland_proxy_stays_on_wsl() -> None:
+    daemon.check({"userland-proxy": False}, set(), wsl=False)
+    with pytest.raises(daemon.ConfigError, match="userland-proxy is false"):
+        daemon.check({"userland-proxy": False}, set(), wsl=True)
+
+
+def test_proxy_keeps_its_percent_signs_from_systemd() -> None:
+    text = daemon.render_proxy({"http": "http://user:p%40ss@proxy:3128", "https": None, "no_proxy": "mirror"})
+    assert text is not None
+    assert 'Environment="HTTP_PROXY=http://user:p%%40ss@proxy:3128"\nEnvironment="NO_PROXY=mirror"\n' in text
+    assert daemon.render_proxy({}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("Docker version 28.5.2, build ecc6942", "28.5.2"),
+        ("Docker version 26.1.5+dfsg1, build a72d7cd", "26.1.5"),
+        ("", ""),
+    ],
+)
+def test_version_of_the_engine(text: str, version: str) -> None:
+    assert info.parse_version(text) == version
+
+
+def container(name: str, *, running: bool = True, remove: bool = False, policy: str = "no") -> dict[str, Any]:
+    """Return what `docker inspect` says of a container, as far as it matters."""
+    return {
+        "Name": f"/{name}",
+        "State": {"Running": running},
+        "HostConfig": {"AutoRemove": remove, "RestartPolicy": {"Name": policy}},
+    }
+
+
+def test_only_what_nobody_else_starts_again_is_started_again() -> None:
+    inspected = [
+        container("keeper"),
+        container("stopped", running=False),
+        container("of-a-unit", remove=True),
+        container("policy", policy="unless-stopped"),
+    ]
+    assert info.running_containers(inspected) == ["keeper"]
