@@ -1,0 +1,534 @@
+#!/usr/bin/python
+"""Ansible module nvidia_driver_plan: decide what a machine needs for a working NVIDIA driver, and whether it has it."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: nvidia_driver_plan
+short_description: Decide about the NVIDIA driver of a machine
+description:
+  - Says which packages bring the driver to this machine and from where, whether a reboot is due and why, and what is
+    still wrong with the driver. Fails with the cause and the cure where there is no good way.
+  - A driver that is good enough and came from elsewhere is left alone. One that is not is never mixed with ours.
+  - Refreshes apt's lists if they do not know the packages yet; changes nothing else.
+options:
+  host:
+    description: The fact C(gpu_host).
+    type: dict
+    required: true
+  branch:
+    description: NVIDIA's driver branch, such as C(580).
+    type: str
+    required: true
+  package_version:
+    description: The exact version of the driver, such as C(580.173.02); empty for the newest of the branch.
+    type: str
+    default: ""
+  source:
+    description:
+      - Where the packages come from; C(auto) is Canonical's archive on Ubuntu and NVIDIA's repository on Debian.
+    type: str
+    choices: [auto, ubuntu, cuda_repo]
+    default: auto
+attributes:
+  check_mode:
+    support: full
+    details: The lists are refreshed in check mode too; without them not even a check can tell what there is.
+author:
+  - The dots-ocr-deploy founders
+"""
+
+EXAMPLES = r"""
+- name: Decide what is to be done
+  nvidia_driver_plan:
+    host: "{{ ansible_facts['gpu_host'] }}"
+    branch: "580"
+  register: plan
+"""
+
+RETURN = r"""
+install:
+  description: Whether the packages below are ours to keep in place; false leaves a good driver from elsewhere alone.
+  returned: always
+  type: bool
+repository:
+  description: The folder of the distribution in NVIDIA's CUDA repository, such as C(debian13); empty if none is needed.
+  returned: always
+  type: str
+pinning:
+  description: The package that keeps NVIDIA's repository on one branch or version, to be installed first; or empty.
+  returned: always
+  type: str
+unpin:
+  description: Packages of that kind for other branches, to be purged before.
+  returned: always
+  type: list
+  elements: str
+packages:
+  description: The driver's packages.
+  returned: always
+  type: list
+  elements: str
+versions:
+  description: Patterns of the versions to have, by package or pattern of packages.
+  returned: always
+  type: dict
+replace:
+  description: Packages of ours for another branch, to be removed in the same go.
+  returned: always
+  type: list
+  elements: str
+kernel:
+  description: Packages that bring new kernels and their headers, to be held with the driver.
+  returned: always
+  type: list
+  elements: str
+missing:
+  description: Which of the packages are not installed.
+  returned: always
+  type: list
+  elements: str
+reboot:
+  description: Why the machine has to reboot, or empty.
+  returned: always
+  type: str
+faults:
+  description: What is wrong with the driver as it runs now; empty is the proof that it works.
+  returned: always
+  type: list
+  elements: str
+persistenced:
+  description: Whether the unit nvidia-persistenced.service is there.
+  returned: always
+  type: bool
+machine_id:
+  description: The machine's identity, to tell it from the controller.
+  returned: always
+  type: str
+"""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Container
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ansible.module_utils.basic import AnsibleModule
+
+Host = dict[str, Any]
+
+RECORDS = Path("/var/lib/dots-ocr/installed")  # apt_set's; those of the driver are named nvidia-driver*
+RELEASES = {"debian": ("12", "13"), "ubuntu": ("22.04", "24.04", "26.04")}
+# NVIDIA's device ids grow with the generations (general knowledge): the open modules drive Turing and newer alone, and
+# Blackwell is driven by the open modules alone.
+OLDEST_OPEN = 0x1E00
+OLDEST_BLACKWELL = 0x2900
+# Whatever depends on NVIDIA's packages in the very same version. Other packages of such names have other versions.
+PINNED_TOGETHER = ("nvidia-*", "libnvidia-*", "libcuda*", "firmware-nvidia-*", "xserver-xorg-video-nvidia*")
+# In Ubuntu's archive the enterprise driver comes first: it changes least.
+UBUNTU_VARIANTS = ("-server", "")
+
+
+class Refusal(Exception):
+    """There is no good way; says why and what to do."""
+
+    def __init__(self, problem: str, cure: str) -> None:
+        super().__init__(f"{problem}. Cure: {cure}.")
+
+
+class NotInLists(Refusal):
+    """Apt's lists lack what is needed; they may be old."""
+
+
+class System(NamedTuple):
+    """What apt and dpkg say of a machine."""
+
+    packages: dict[str, str]  # installed, with what they depend on
+    configured: frozenset[str]  # removed, but with configuration files left
+    available: frozenset[str]  # known to apt's lists
+    owned: bool  # the driver that is there is the one that we installed
+    reboot_wanted_by: tuple[str, ...]  # packages that asked for a reboot
+    booted_since: bool  # since the kernel's modules changed last
+
+
+class Wishes(NamedTuple):
+    """What the operator asked for."""
+
+    branch: str
+    package_version: str
+    source: str
+
+
+class Resolution(NamedTuple):
+    """The packages of one source."""
+
+    packages: tuple[str, ...]
+    kernel: tuple[str, ...] = ()
+    repository: str = ""
+    pinning: str = ""
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+def major(text: str) -> int:
+    """Return the branch of a version such as 580.65.06; 0 for none."""
+    found = re.match(r"\d+", text)
+    return int(found.group()) if found else 0
+
+
+def in_packages(release: str) -> str:
+    """Return a kernel's release as package names have it: without capitals and underscores."""
+    return release.lower().replace("_", "-")
+
+
+def version_on_disk(host: Host) -> str:
+    """Return the version of the driver that the next boot will run, or the one that runs if that is all we see."""
+    shown: list[str] = [gpu["driver_version"] for gpu in host["gpus"]]
+    return str(host["driver"]["installed"] or host["driver"]["loaded"] or (shown[0] if shown else ""))
+
+
+def flavours(host: Host, system: System) -> list[str]:
+    """Return the flavours of Ubuntu's or Debian's kernel that the running one may belong to, likeliest first.
+
+    `uname -r` alone does not tell generic from generic-hwe-24.04, so the installed package that brings new kernels
+    decides: the one that depends on the running kernel, else one whose flavour begins like it.
+    """
+    release = in_packages(host["kernel_release"])
+    metas = {name.removeprefix("linux-image-"): depends for name, depends in sorted(system.packages.items())
+             if re.match(r"linux-image-[a-z]", name) and not name.startswith("linux-image-unsigned-")}  # fmt: skip
+    exact = [flavour for flavour, depends in metas.items()
+             if re.search(rf"\blinux-image(-unsigned)?-{re.escape(release)}(?![\w.+-])", depends)]  # fmt: skip
+    similar = [flavour for flavour in metas if re.search(rf"-{re.escape(flavour.split('-')[0])}\b", release)]
+    return [*exact, *(flavour for flavour in similar if flavour not in exact)]
+
+
+def kernel_packages(flavour: str, there: Container[str]) -> tuple[str, ...]:
+    """Return those of the packages there that would bring another kernel."""
+    names = (f"linux-{flavour}", f"linux-image-{flavour}", f"linux-headers-{flavour}")
+    return tuple(name for name in names if name in there)
+
+
+def known(name: str, system: System) -> bool:
+    """Tell whether apt can install a package, or has."""
+    return name in system.available or name in system.packages
+
+
+def upgrade_kernel(host: Host, flavour: str, what: str) -> NotInLists:
+    """Refuse a kernel for which the archive no longer has, or not yet has, what is needed."""
+    return NotInLists(
+        f"apt has no {what} for the running kernel {host['kernel_release']}",
+        f"upgrade the kernel first: 'apt-get update && apt-get install linux-image-{flavour} linux-headers-{flavour}',"
+        " reboot, then run again",
+    )
+
+
+def resolve_ubuntu(host: Host, system: System, wishes: Wishes) -> Resolution:
+    """Choose Canonical's modules, signed and built for the running kernel.
+
+    Raises:
+        Refusal: the archive has none of this branch, or none for this kernel.
+    """
+    if wishes.package_version:
+        raise Refusal(
+            f"nvidia_driver_package_version is {wishes.package_version}, but Canonical's modules go with the kernel and"
+            " have its version",
+            "leave it empty: what is installed is held; or set nvidia_driver_source to 'cuda_repo'",
+        )
+    candidates = flavours(host, system)
+    if not candidates:
+        raise Refusal(
+            f"no installed package brings kernels like the running {host['kernel_release']}, so none brings modules for"
+            " it",
+            "install a kernel of Ubuntu's own ('apt-get install linux-generic'), reboot, then run again",
+        )
+    branch, release = wishes.branch, in_packages(host["kernel_release"])
+    for variant in UBUNTU_VARIANTS:
+        modules = f"linux-modules-nvidia-{branch}{variant}-open"
+        others = (f"nvidia-headless-no-dkms-{branch}{variant}-open", f"nvidia-utils-{branch}{variant}")
+        for flavour in candidates:
+            if not all(known(name, system) for name in (f"{modules}-{flavour}", *others)):
+                continue
+            if not known(f"{modules}-{release}", system):
+                raise upgrade_kernel(host, flavour, f"module of branch {branch}, signed by Canonical,")
+            packages = (f"{modules}-{flavour}", f"{modules}-{release}", *others)
+            return Resolution(packages, kernel_packages(flavour, system.packages))
+    raise NotInLists(
+        f"apt has no linux-modules-nvidia-{branch}-server-open-{candidates[0]}, so there is no driver of branch"
+        f" {branch} for this kernel's flavour",
+        "see that the component 'restricted' and the suite '-updates' of Ubuntu's archive are apt sources, or choose"
+        " another nvidia_driver_branch",
+    )
+
+
+def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
+    """Choose NVIDIA's own packages, whose modules are built on the machine by DKMS.
+
+    Raises:
+        Refusal: Secure Boot would not load such modules, or the kernel's headers are not to be had.
+    """
+    # One that is loaded in spite of it was signed by an enrolled key, and so the next will be.
+    if host["secure_boot"] and not host["driver"]["loaded"]:
+        first = "turn Secure Boot off in the firmware and run again"
+        if host["distribution"] == "ubuntu":
+            first = "set nvidia_driver_source to 'ubuntu', whose modules Canonical signed"
+        raise Refusal(
+            "Secure Boot is on, and it loads no module that DKMS built on this machine: such a module is signed with a"
+            " key of the machine's own (MOK), which a person has to enrol at the console during a reboot",
+            f"{first}; or install the driver by hand with the key enrolled ('mokutil --import /var/lib/dkms/mok.pub',"
+            " reboot, enrol), which this role then leaves alone",
+        )
+    release = in_packages(host["kernel_release"])
+    candidates = flavours(host, system) or (["amd64"] if host["distribution"] == "debian" else ["generic"])
+    headers = f"linux-headers-{release}"
+    if not known(headers, system):
+        raise upgrade_kernel(host, candidates[0], headers)
+    folder = host["distribution"] + host["distribution_version"].replace(".", "")
+    version = wishes.package_version or wishes.branch
+    meta = f"linux-headers-{candidates[0]}"
+    names = ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"]
+    if host["distribution"] == "ubuntu":
+        # From 590 on NVIDIA's packages for Ubuntu no longer have the branch in their names.
+        suffix = f"-{wishes.branch}" if int(wishes.branch) < 590 else ""
+        names = [f"libnvidia-compute{suffix}", f"nvidia-dkms{suffix}-open", f"nvidia-utils{suffix}"]
+    pattern = f"{version}-*" if wishes.package_version else f"{version}.*"
+    packages = (*names, headers, *((meta,) if known(meta, system) else ()))
+    return Resolution(
+        packages,
+        kernel_packages(candidates[0], {*system.packages, *packages}),
+        folder,
+        f"nvidia-driver-pinning-{version}",
+        tuple((name, pattern) for name in (*names, *PINNED_TOGETHER)),
+    )
+
+
+def resolve(host: Host, system: System, wishes: Wishes) -> Resolution:
+    """Choose the packages for a machine that has no driver but ours.
+
+    Raises:
+        Refusal: no source has a driver for this GPU on this machine.
+    """
+    distribution, release = host["distribution"], host["distribution_version"]
+    if release not in RELEASES.get(distribution, ()):
+        supported = "Debian 12 or 13, or Ubuntu 22.04, 24.04 or 26.04"
+        raise Refusal(
+            f"we know no source of drivers for {distribution or 'this system'} {release}".strip(),
+            f"use {supported}; or install the driver by hand, which this role then leaves alone",
+        )
+    devices = [int(device, 16) for device in host["nvidia_pci_ids"]]
+    if devices and max(devices) < OLDEST_OPEN:
+        raise Refusal(
+            f"the GPU ({', '.join(host['nvidia_pci_ids'])}) is older than Turing, and the open kernel modules do not"
+            " drive it",
+            "use a GPU of the Turing generation (RTX 20) or newer",
+        )
+    source = wishes.source
+    if source == "auto":
+        source = "ubuntu" if distribution == "ubuntu" else "cuda_repo"
+    if source == "ubuntu" and distribution != "ubuntu":
+        raise Refusal(
+            f"nvidia_driver_source is 'ubuntu', but this is {distribution} {release}",
+            "set nvidia_driver_source to 'auto' or 'cuda_repo'",
+        )
+    return resolve_ubuntu(host, system, wishes) if source == "ubuntu" else resolve_cuda(host, system, wishes)
+
+
+def foreign_is_good(host: Host, wishes: Wishes) -> bool:
+    """Tell whether a driver that is not ours does, now or after a reboot."""
+    version = version_on_disk(host)
+    if major(version) < int(wishes.branch) or not version.startswith(wishes.package_version):
+        return False
+    flavour = host["driver"]["flavour"] or host["driver"]["loaded_flavour"]
+    return flavour != "proprietary" or bool(host["gpus"])
+
+
+def refuse_foreign(host: Host, wishes: Wishes) -> Refusal:
+    """Refuse to install beside a driver that others installed, with the way to be rid of it."""
+    packages, version = host["nvidia_packages"], version_on_disk(host)
+    flavour = host["driver"]["flavour"] or host["driver"]["loaded_flavour"]
+    what = f"NVIDIA driver {version}" if version else "NVIDIA driver that brought no module for this kernel"
+    wanted = wishes.package_version or f"branch {wishes.branch}"
+    reason = f"{wanted} is needed"
+    if flavour == "proprietary" and major(version) >= int(wishes.branch):
+        blackwell = any(int(device, 16) >= OLDEST_BLACKWELL for device in host["nvidia_pci_ids"])
+        what = f"proprietary kernel module of {what}"
+        reason = "it does not drive this GPU" + (": Blackwell needs the open modules" if blackwell else "")
+    where = f"by others ({', '.join(packages[:6])}{', …' if len(packages) > 6 else ''})" if packages else (
+        "without a package, by NVIDIA's .run program")  # fmt: skip
+    remove = "'apt-get purge " + " ".join(packages) + "'" if packages else "'nvidia-uninstall'"
+    return Refusal(
+        f"the {what} was installed {where}, but {reason}; drivers of two sources do not mix",
+        f"remove it with {remove}, then run again",
+    )
+
+
+def judge_reboot(host: Host, system: System) -> str:
+    """Return why the machine has to reboot before its driver can work, or nothing."""
+    loaded, installed = host["driver"]["loaded"], host["driver"]["installed"]
+    if host["nouveau"]:
+        return "the module nouveau holds the GPU" + (f", {installed} is installed" if installed else "")
+    if loaded and installed and loaded != installed:
+        return f"the kernel runs the NVIDIA module {loaded}, but {installed} is installed"
+    if installed and not loaded and not system.booted_since:
+        return f"the NVIDIA module {installed} is installed but not loaded"
+    if "version mismatch" in host["nvidia_smi_message"]:
+        return f"the driver's libraries do not fit the loaded module {loaded} ({host['nvidia_smi_message']})"
+    asking = [name for name in system.reboot_wanted_by if "nvidia" in name]
+    return f"{', '.join(asking)} asked for a reboot" if asking else ""
+
+
+def judge(host: Host, wishes: Wishes, ours: bool) -> list[str]:
+    """Return what is wrong with the driver as it runs now; nothing is the proof that it works.
+
+    Of our own we demand more: the very branch or version, and the open modules by the words of their licence.
+    """
+    driver, faults = host["driver"], []
+    shown = {gpu["driver_version"] for gpu in host["gpus"]}
+    versions = {"loaded": {driver["loaded"]}, "installed": {driver["installed"]}, "shown by nvidia-smi": shown}
+    seen = {name: ", ".join(sorted(values)) for name, values in versions.items() if values - {""}}
+    if len(set(seen.values())) > 1:
+        faults.append("the versions differ: " + ", ".join(f"{value} is {name}" for name, value in seen.items()))
+    if ours and not driver["installed"]:
+        faults.append(f"no NVIDIA module is installed for the running kernel {host['kernel_release']}")
+    elif ours and not driver["loaded"]:
+        on = ", and Secure Boot is on" if host["secure_boot"] else ""
+        faults.append(f"the kernel did not load the NVIDIA module {driver['installed']}{on}")
+    if not host["gpus"]:
+        said = f" ({host['nvidia_smi_message']})" if host["nvidia_smi_message"] else ""
+        faults.append(f"nvidia-smi shows no GPU{said}" if host["nvidia_smi"] else "there is no nvidia-smi")
+    elif len(host["gpus"]) < host["nvidia_pci_devices"]:
+        faults.append(f"nvidia-smi shows {len(host['gpus'])} of {host['nvidia_pci_devices']} GPUs")
+    for where in ("flavour", "loaded_flavour"):
+        if ours and driver[where] not in ("open", ""):
+            faults.append(f"the module is {driver[where]} by its licence, not open")
+            break
+    version = version_on_disk(host)
+    if ours and version and (major(version) != int(wishes.branch) or not version.startswith(wishes.package_version)):
+        faults.append(f"the driver is {version}, wanted is {wishes.package_version or 'branch ' + wishes.branch}")
+    return faults
+
+
+def make_plan(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
+    """Return the plan; RETURN describes it.
+
+    Raises:
+        Refusal: there is no good way.
+    """
+    if not wishes.branch.isdecimal():
+        raise Refusal(f"nvidia_driver_branch is '{wishes.branch}'", "set it to a branch of NVIDIA's, such as '580'")
+    if wishes.package_version and major(wishes.package_version) != int(wishes.branch):
+        raise Refusal(
+            f"nvidia_driver_package_version {wishes.package_version} is not of branch {wishes.branch}",
+            "set nvidia_driver_branch to the same branch, or leave the version empty",
+        )
+    if host["platform"] == "container":
+        raise Refusal(
+            "this is a container, and kernel modules belong to the machine that runs it", "deploy to that machine"
+        )
+    if not host["nvidia_pci_devices"] and not host["gpus"]:
+        raise Refusal("there is no NVIDIA GPU in this machine", "choose a machine that has one")
+    there = bool(version_on_disk(host) or host["nvidia_packages"])
+    ours = system.owned or not there
+    if not ours and not foreign_is_good(host, wishes):
+        raise refuse_foreign(host, wishes)
+    chosen = resolve(host, system, wishes) if ours else Resolution(())
+    replace, unpin = [], []
+    if ours:
+        for name in host["nvidia_packages"]:
+            branch = re.search(r"-(\d{3})(?=-|$)", name)
+            if branch and branch.group(1) != wishes.branch and name not in chosen.packages:
+                replace.append(name)
+        pinnings = {
+            name for name in (*system.configured, *system.packages) if name.startswith("nvidia-driver-pinning-")
+        }
+        unpin = sorted(pinnings - {chosen.pinning})
+    return {
+        "install": ours,
+        "repository": chosen.repository,
+        "pinning": chosen.pinning,
+        "unpin": unpin,
+        "packages": list(chosen.packages),
+        "versions": dict(chosen.versions),
+        "replace": replace,
+        "kernel": list(chosen.kernel),
+        "missing": [name for name in chosen.packages if name not in system.packages],
+        "reboot": judge_reboot(host, system),
+        "faults": judge(host, wishes, ours),
+    }
+
+
+def run(*command: str) -> str:
+    """Return what a program prints; nothing where it fails or is missing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+    except OSError:
+        return ""
+    return done.stdout
+
+
+def boot_time() -> float:
+    """Return when the first process started, in seconds since 1970; a container has a boot of its own."""
+    ticks = int(Path("/proc/1/stat").read_text().rsplit(")", 1)[1].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
+
+
+def measure_packages() -> tuple[dict[str, str], frozenset[str]]:
+    """Return the packages of kernels and drivers: what is installed depends on, and what left files behind."""
+    lines = run("dpkg-query", "--show", "--showformat=${Package}\t${db:Status-Status}\t${Depends}\n",
+                "linux-*", "nvidia-*", "libnvidia-*").splitlines()  # fmt: skip
+    rows = [line.split("\t", 2) for line in lines]
+    packages = {name: depends for name, status, depends in rows if status == "installed"}
+    return packages, frozenset(name for name, status, _ in rows if status == "config-files")
+
+
+def measure(release: str) -> System:
+    """Ask apt, dpkg and the kernel."""
+    packages, configured = measure_packages()
+    asking = Path("/run/reboot-required.pkgs")
+    modules = Path("/lib/modules", release, "modules.dep")
+    return System(
+        packages=packages,
+        configured=configured,
+        available=frozenset(run("apt-cache", "pkgnames").split()),
+        owned=any(RECORDS.glob("nvidia-driver*.json")),
+        reboot_wanted_by=tuple(sorted(set(asking.read_text().split()))) if asking.exists() else (),
+        booted_since=modules.exists() and boot_time() > modules.stat().st_mtime,
+    )
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "host": {"type": "dict", "required": True},
+            "branch": {"type": "str", "required": True},
+            "package_version": {"type": "str", "default": ""},
+            "source": {"type": "str", "choices": ["auto", "ubuntu", "cuda_repo"], "default": "auto"},
+        },
+        supports_check_mode=True,
+    )
+    host = module.params["host"]
+    wishes = Wishes(module.params["branch"], module.params["package_version"], module.params["source"])
+    system = measure(host["kernel_release"])
+    machine_id = Path("/etc/machine-id")
+    try:
+        try:
+            plan = make_plan(host, system, wishes)
+        except NotInLists:
+            run("apt-get", "--quiet", "update")
+            plan = make_plan(host, measure(host["kernel_release"]), wishes)
+    except Refusal as refusal:
+        module.fail_json(msg=str(refusal))
+    module.exit_json(
+        changed=False,
+        machine_id=machine_id.read_text().strip() if machine_id.exists() else "",
+        persistenced=any(Path(folder, "nvidia-persistenced.service").exists()
+                         for folder in ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system")),
+        **plan,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
