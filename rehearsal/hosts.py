@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,8 +102,9 @@ def _fill_registry() -> None:
 def _fill_apt() -> None:
     """Make the apt repositories whose sources changed, and note the fingerprint of the key that signs them."""
     for repository in sorted(path.name for path in APT.iterdir()):
+        # Some packages are for the kernel that runs.
         output("docker", "exec", MIRROR, "/usr/local/lib/mirror/build-apt-repository", repository,
-               fingerprint(APT / repository))  # fmt: skip
+               f"{fingerprint(APT / repository)}-{platform.release()}")  # fmt: skip
     APT_KEY_FINGERPRINT.write_text(output("docker", "exec", MIRROR, "cat", "/srv/apt/fingerprint"))
 
 

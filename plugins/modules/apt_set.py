@@ -18,7 +18,7 @@ options:
     type: str
     required: true
   name:
-    description: The packages.
+    description: The packages; with C(absent) all that were recorded if it is empty.
     type: list
     elements: str
     default: []
@@ -319,7 +319,7 @@ class Set:
         """Remove what was brought."""
         there = [name for name in self.record["packages"] if name in self.packages]
         held = [name for name in self.record["held"] if name in self.packages]
-        asked = [name for name in self.params["name"] if name in there]
+        asked = [name for name in self.params["name"] or there if name in there]
         kept = [name for name in self.params["name"] if self.is_installed(name) and name not in there]
         changed = any([there, held, self.record_file.exists(), self.pins.exists(), self.blacklist.exists()])
         if changed and not self.module.check_mode:
