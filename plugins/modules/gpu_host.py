@@ -8,35 +8,27 @@ DOCUMENTATION = r"""
 module: gpu_host
 short_description: Measure a GPU host and judge it
 description:
-  - Measures platform, operating system, GPUs, driver, memory and free disk space, as the fact C(gpu_host).
+  - Measures platform, operating system, GPUs, driver, memory, engine and free disk space, as the fact C(gpu_host).
   - Compares them with the requirements and returns every problem with its cure. It never fails because of a problem and
     never changes anything; what to do about the problems is the caller's business.
+  - Whether an image can run on the GPUs, and whether the model fits, is not judged here but by the filter
+    C(gpu_problems), since both depend on the image.
 options:
   requirements:
-    description: What the host must offer; without it the host is only measured.
+    description: What the host must offer; without it the host is only measured, and ports and processes are not.
     type: dict
     options:
-      driver_version:
-        description: Oldest NVIDIA driver that is good enough, such as C(580.65.06).
-        type: str
-        required: true
-      compute_capability:
-        description: Oldest compute capability that the image has kernels for, such as C(7.5).
-        type: str
-        required: true
-      gpu_memory_mib:
-        description: Memory that at least one GPU must have, in MiB.
-        type: int
-        required: true
       disk_free:
-        description: Free space that must be left, as a list of C(path) and C(gib); a path need not exist yet.
+        description: Free space that must be left. What lies on one file system is added up.
         type: list
         elements: dict
         default: []
         options:
           path:
-            description: A folder, or where one will be.
-            type: path
+            description:
+              - A folder, or where one will be. C(images) is where the engine of this host keeps images, C(weights) what
+                O(requirements.weights) says.
+            type: str
             required: true
           gib:
             description: Free space in GiB.
@@ -45,6 +37,26 @@ options:
           unless_exists:
             description: A path that exists once the space is in use; then nothing more is demanded.
             type: path
+      weights:
+        description: The folder of the model's weights.
+        type: path
+        default: /var/lib/dots-ocr/models
+      ports:
+        description: TCP ports that must be free.
+        type: list
+        elements: int
+        default: []
+      installed:
+        description: A path that exists once our server is there; then the ports are its own.
+        type: path
+      wsl_memory_mib:
+        description: Main memory that a WSL host must have, in MiB; 0 is any.
+        type: int
+        default: 0
+      manages_windows:
+        description: Whether the role C(wsl) may change what Windows gives to WSL.
+        type: bool
+        default: false
 attributes:
   check_mode:
     support: full
@@ -56,29 +68,37 @@ EXAMPLES = r"""
 - name: Measure the host
   gpu_host:
     requirements:
-      driver_version: "580.65.06"
-      compute_capability: "7.5"
-      gpu_memory_mib: 12000
+      ports: [8000]
       disk_free:
-        - path: /var/lib/docker
+        - path: images
           gib: 60
 """
 
 RETURN = r"""
 ansible_facts:
-  description: The fact C(gpu_host), the host as measured.
+  description: The fact C(gpu_host), the host as measured. Memory is in MiB, disk space in GiB.
   returned: always
   type: dict
   sample:
     gpu_host:
-      platform: bare_metal
+      platform: bare_metal  # wsl1, wsl2, bare_metal or container
       systemd: true
+      systemd_version: 257
       distribution: debian
       distribution_version: "13"
       architecture: x86_64
+      kernel_release: 6.12.48+deb13-amd64
+      secure_boot: false
       docker_engine: true
+      docker: {desktop: false, snap: false, version: 29.9.0, images: /var/lib/containerd}
       memory_total_mib: 32000
       nvidia_pci_devices: 1
+      nvidia_pci_ids: ["0x2c05"]
+      dxg: false
+      nouveau: false
+      driver: {loaded: 580.173.02, loaded_flavour: open, installed: 580.173.02, flavour: open}
+      nvidia_packages: [nvidia-driver-cuda, nvidia-kernel-open-dkms]
+      wsl: {}  # in WSL: {version: 2.6.1.0, networking: nat}, each empty if WSL does not tell
       nvidia_smi: /usr/bin/nvidia-smi
       nvidia_smi_message: ""
       gpus:
@@ -88,37 +108,79 @@ ansible_facts:
           memory_free_mib: 15791
           compute_capability: "12.0"
           driver_version: 580.173.02
-      disk_free_gib:
-        /var/lib/docker: 120
+      gpu_processes: [{pid: 4711, name: python3, memory_mib: 5000}]
+      containers: [{name: dots-ocr-server, state: running, ports: [8000]}]
+      ports_in_use: [{port: 8000, pid: 812, process: docker-proxy}]
+      disk_free_gib: {/var/lib/containerd: 120}
+      server_installed: false
 problems:
-  description: What keeps the host from serving, each with its cure.
+  description: What keeps the host from serving, each with its cure and the role that deals with it, if one does.
   returned: always
   type: list
   elements: dict
   sample:
     - problem: "systemd does not run"
       cure: "boot the machine with systemd"
+      mended_by: ""
+advice:
+  description: What does not keep the host from serving but will be missed, each with its cure.
+  returned: always
+  type: list
+  elements: dict
 """
 
+import http.client
+import json
 import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
 Host = dict[str, Any]
+Problem = dict[str, str]
 
 OLDEST_RELEASES = {"debian": "12", "ubuntu": "22.04"}
+OLDEST_SYSTEMD = 249  # of the directives that the units use
+# The first whose source has instanceIdleTimeout, without which WSL puts a server to sleep.
+OLDEST_WSL = "2.5.10"
 
 # NVIDIA's documentation for WSL: root does not find nvidia-smi on its PATH, so it is called by its full path.
 WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
 NVIDIA_PCI_VENDOR = "0x10de"
 DISPLAY_PCI_CLASS = "0x03"
+# NVIDIA's device ids grow with the generations (general knowledge). Blackwell is driven by the open modules alone.
+OLDEST_BLACKWELL = 0x2900
+BLACKWELL_CAPABILITY = 10
 QUERY = ("index", "name", "memory.total", "memory.free", "compute_cap", "driver_version")
+SECURE_BOOT = Path("/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
+LOADED_MODULE = Path("/proc/driver/nvidia/version")
+
+# Packages of a driver, of kernel modules and of their libraries, in Debian's, Ubuntu's and NVIDIA's names. The
+# container toolkit and the package that only pins a branch are none.
+DRIVER_PACKAGES = re.compile(
+    rb"^Package: ((?:nvidia-(?!container|driver-pinning)|libnvidia-(?!container)|linux-(?:modules|objects|signatures)"
+    rb"-nvidia-|cuda-drivers|libcuda1|libcudadebugger1|xserver-xorg-video-nvidia)\S*)\n"
+    rb"(?:[A-Z]\S*: .*\n)*?Status: \S+ \S+ installed$",
+    re.MULTILINE,
+)
+
+DOCKER_SOCKET = "/var/run/docker.sock"
+DOCKER_DESKTOP = Path("/mnt/wsl/docker-desktop")
+# What the shell scripts that this deployment grew out of leave behind; they come back at every boot.
+SEED_CONTAINERS = ("dots-ocr-server", "dots-ocr-fixed")
+CONTAINERD_STORE = "io.containerd.snapshotter.v1"
+FIRST_ENGINE_WITH_CONTAINERD_STORE = 29
+
+TIMEOUT = 10  # seconds, for whatever is asked; a driver that hangs gets a minute
+GPU_TIMEOUT = 60
+LISTENING = "0A"
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -126,93 +188,210 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
-def judge(host: Host, requirements: dict[str, Any]) -> list[dict[str, str]]:
+def trouble(problem: str, cure: str, mended_by: str = "") -> Problem:
+    """Return a problem with its cure, and the role that deals with it."""
+    return {"problem": problem, "cure": cure, "mended_by": mended_by}
+
+
+def judge(host: Host, requirements: dict[str, Any]) -> list[Problem]:
     """Return every problem of a measured host with its cure, in the order in which to mend them."""
-    problems: list[dict[str, str]] = []
-
-    def add(problem: str, cure: str) -> None:
-        problems.append({"problem": problem, "cure": cure})
-
     wsl = host["platform"] in ("wsl1", "wsl2")
+    return [
+        *judge_platform(host, wsl),
+        *(judge_wsl(host, requirements) if wsl else []),
+        *judge_docker(host),
+        *(judge_wsl_gpu(host) if wsl else judge_gpu(host)),
+        *judge_ports(host, requirements),
+        *judge_disks(host, requirements["disk_free"]),
+    ]
+
+
+def judge_platform(host: Host, wsl: bool) -> Iterator[Problem]:
+    """Yield the problems with the machine and its operating system."""
     if host["platform"] == "wsl1":
-        add("this is WSL 1, which has no GPU", "in Windows: wsl --set-version DISTRIBUTION 2")
+        yield trouble("this is WSL 1, which has no GPU", "in Windows: wsl --set-version DISTRIBUTION 2")
+    if host["platform"] == "container":
+        yield trouble(
+            "this is a container, where neither drivers nor services can be installed",
+            "deploy to the machine that runs it",
+        )
     if host["architecture"] != "x86_64":
-        add(f"the processor is {host['architecture']}", "use an x86-64 machine: the images are built for it alone")
+        yield trouble(
+            f"the processor is {host['architecture']}", "use an x86-64 machine: the images are built for it alone"
+        )
     release = f"{host['distribution'] or 'unknown'} {host['distribution_version']}".strip()
     oldest = OLDEST_RELEASES.get(host["distribution"])
     if oldest is None or version(host["distribution_version"]) < version(oldest):
-        add(f"the distribution is {release}", "use Debian 12 or newer or Ubuntu 22.04 or newer")
-    elif release == "debian 12" and not host["docker_engine"]:
-        add("Docker Engine of Debian 12 is too old for CDI", "install docker-ce from Docker first, or use Debian 13")
-    if not host["systemd"]:
-        cure = "put [boot] systemd=true into /etc/wsl.conf, then in Windows: wsl --shutdown"
-        add("systemd does not run", cure if wsl else "boot the machine with systemd; a plain container is no target")
-    problems += judge_gpus(host, requirements, wsl)
-    for wanted in requirements["disk_free"]:
-        free = host["disk_free_gib"][wanted["path"]]
-        in_use = wanted.get("unless_exists") and Path(wanted["unless_exists"]).exists()
-        if free < wanted["gib"] and not in_use:
-            add(
-                f"{free} GiB are free for {wanted['path']}, {wanted['gib']} GiB are needed",
+        yield trouble(f"the distribution is {release}", "use Debian 12 or newer or Ubuntu 22.04 or newer")
+    if not host["systemd"] and wsl:
+        yield trouble(
+            "systemd does not run",
+            "put systemd=true below [boot] in /etc/wsl.conf, then in Windows: wsl --shutdown",
+            "wsl",
+        )
+    elif not host["systemd"]:
+        yield trouble("systemd does not run", "boot the machine with systemd; a plain container is no target")
+    elif host["systemd_version"] < OLDEST_SYSTEMD:
+        yield trouble(
+            f"systemd is {host['systemd_version']}, {OLDEST_SYSTEMD} or newer is needed", "upgrade the distribution"
+        )
+
+
+def judge_wsl(host: Host, requirements: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what does not belong into a distribution of WSL, and what Windows gives it too little of."""
+    if packages := host["nvidia_packages"]:
+        yield trouble(
+            f"a Linux driver of NVIDIA is installed inside WSL ({', '.join(packages)}), and hides the one of Windows",
+            f"apt-get purge {' '.join(packages)}, then in Windows: wsl --shutdown",
+        )
+    needed = requirements["wsl_memory_mib"]
+    if host["memory_total_mib"] < needed:
+        yield trouble(
+            f"WSL has {host['memory_total_mib']} MiB of main memory, {needed} MiB are needed",
+            f"put memory={-(-needed // 1024) + 2}GB below [wsl2] in Windows' %UserProfile%\\.wslconfig,"
+            " then: wsl --shutdown",
+            "wsl" if requirements["manages_windows"] else "",
+        )
+
+
+def judge_docker(host: Host) -> Iterator[Problem]:
+    """Yield engines that are in the way of ours."""
+    if host["docker"]["desktop"]:
+        yield trouble(
+            "Docker Desktop is at work in this distribution, with an engine of its own",
+            "switch its WSL integration off for this distribution and quit it, then in Windows: wsl --shutdown",
+        )
+    if host["docker"]["snap"]:
+        yield trouble("Docker is installed as a snap, which sees no GPU", "snap remove docker")
+
+
+def judge_wsl_gpu(host: Host) -> Iterator[Problem]:
+    """Yield which link between Windows' GPU and us is broken."""
+    if not host["gpus"] and host["platform"] == "wsl2":
+        missing = "" if host["dxg"] else " (there is no /dev/dxg)"
+        yield trouble(
+            f"no GPU answers inside WSL{detail(host) or missing}",
+            "install NVIDIA's driver in Windows (580 or newer), run 'wsl --update', then 'wsl --shutdown'",
+        )
+
+
+def judge_gpu(host: Host) -> Iterator[Problem]:
+    """Yield which link between the GPU and us is broken, on a machine with drivers of its own."""
+    driver, mender = host["driver"], "nvidia_driver"
+    if not host["nvidia_pci_devices"] and not host["gpus"]:
+        yield trouble("there is no NVIDIA GPU in this machine", "choose a machine that has one")
+        return
+    known = False
+    if host["nouveau"]:
+        known = True
+        yield trouble(
+            "the kernel module nouveau holds the GPU, so NVIDIA's cannot",
+            "keep nouveau from loading ('blacklist nouveau' in /etc/modprobe.d, update-initramfs -u) and reboot",
+            mender,
+        )
+    if driver["loaded"] and driver["installed"] and driver["loaded"] != driver["installed"]:
+        known = True
+        yield trouble(
+            f"the kernel runs the NVIDIA module {driver['loaded']}, but {driver['installed']} is installed",
+            "reboot",
+            mender,
+        )
+    elif "version mismatch" in host["nvidia_smi_message"]:
+        known = True
+        running = driver["loaded"] or "that is loaded"
+        yield trouble(
+            f"the NVIDIA libraries do not fit the kernel module {running}{detail(host)}",
+            "reboot; if that does not help, install libraries and module of one version",
+            mender,
+        )
+    if is_blackwell(host) and "proprietary" in (driver["loaded_flavour"], driver["flavour"]):
+        known = True
+        yield trouble(
+            "the NVIDIA kernel module is the proprietary one, which does not drive Blackwell",
+            "install the open kernel modules in its place (Ubuntu: the packages with -open in their names), and reboot",
+            mender,
+        )
+    if host["gpus"]:
+        return
+    if host["secure_boot"] and host["distribution"] == "debian" and not driver["loaded"]:
+        yield trouble(
+            "Secure Boot is on and no NVIDIA driver is loaded; Debian's are built on the machine (DKMS), and the"
+            " firmware does not know who signed them",
+            "switch Secure Boot off in the firmware, or use Ubuntu, whose modules are signed by Canonical",
+        )
+    elif host["nvidia_smi"] is None and not driver["loaded"] and not driver["installed"]:
+        yield trouble(
+            "there is an NVIDIA GPU but no driver",
+            "install the NVIDIA driver, branch 580 or newer, with the open kernel modules, and reboot",
+            mender,
+        )
+    elif not known:
+        yield trouble(
+            f"the NVIDIA driver is installed but shows no GPU{detail(host)}",
+            "reboot; if that does not help, reinstall the driver for the running kernel",
+            mender,
+        )
+
+
+def is_blackwell(host: Host) -> bool:
+    """Tell whether a GPU is of the Blackwell generation or newer, also where no driver says so."""
+    capabilities = [version(gpu["compute_capability"]) for gpu in host["gpus"]]
+    return any(capability >= (BLACKWELL_CAPABILITY,) for capability in capabilities) or any(
+        int(device, 16) >= OLDEST_BLACKWELL for device in host["nvidia_pci_ids"]
+    )
+
+
+def judge_ports(host: Host, requirements: dict[str, Any]) -> Iterator[Problem]:
+    """Yield who holds our ports, and what else of the seed runs; whoever runs in a container is named by it."""
+    ports = {entry["port"]: entry for entry in host["ports_in_use"]}
+    told = set()
+    for container in host["containers"]:
+        name, held = container["name"], [port for port in container["ports"] if port in ports]
+        seed = name in SEED_CONTAINERS
+        if container["state"] != "running" or not (seed or held):
+            continue
+        told |= set(held)
+        holds = [f"port {port}" for port in held] + ["memory of the GPU"] * seed
+        yield trouble(
+            f"the container {name}{', left from an older deployment,' if seed else ''} holds {' and '.join(holds)}",
+            f"docker rm --force {name}" if seed else f"docker stop {name}, or set dots_ocr_server_port to a free one",
+        )
+    for port, entry in ports.items():
+        if port not in told:
+            who = f"{entry['process']} (process {entry['pid']})" if entry["pid"] else "an unknown process"
+            yield trouble(f"port {port} is taken by {who}", "stop it, or set dots_ocr_server_port to a free one")
+
+
+def judge_disks(host: Host, wanted: list[dict[str, Any]]) -> Iterator[Problem]:
+    """Yield the file systems with too little space for what shall lie on them, all together."""
+    shares: dict[int, list[dict[str, Any]]] = {}
+    for space in wanted:
+        shares.setdefault(host["disk_devices"][space["place"]], []).append(space)
+    for spaces in shares.values():
+        free = min(host["disk_free_gib"][space["place"]] for space in spaces)
+        needed = sum(space["gib"] for space in spaces)
+        if free < needed:
+            what = [space["place"] if space["place"] == space["path"] else f"{space['path']} in {space['place']}"
+                    for space in spaces]  # fmt: skip
+            together = " together" if len(spaces) > 1 else ""
+            yield trouble(
+                f"{free} GiB are free for {' and '.join(what)}, {needed} GiB are needed{together}",
                 "free some space, or mount a larger file system there",
             )
-    return problems
 
 
-def judge_gpus(host: Host, requirements: dict[str, Any], wsl: bool) -> list[dict[str, str]]:
-    """Return the problems with the GPUs and their driver."""
-    if not host["gpus"]:
-        return [judge_missing_gpu(host, wsl)]
-    problems = []
-    needed = requirements["compute_capability"]
-    capable = [gpu for gpu in host["gpus"] if version(gpu["compute_capability"]) >= version(needed)]
-    # Of those that are new enough; if none is, of all, so that both problems are named at once.
-    memory = max(gpu["memory_total_mib"] for gpu in capable or host["gpus"])
-    names = ", ".join(f"{gpu['name']} ({gpu['compute_capability']})" for gpu in host["gpus"])
-    if not capable:
-        problems.append(
-            {
-                "problem": f"compute capability {needed} is needed, but the GPU is {names}",
-                "cure": "use a GPU of the Turing generation (RTX 20) or newer",
-            }
-        )
-    if memory < requirements["gpu_memory_mib"]:
-        problems.append(
-            {
-                "problem": f"the GPU has {memory} MiB of memory, {requirements['gpu_memory_mib']} MiB are needed",
-                "cure": "use a GPU with 12 GB or more",
-            }
-        )
-    driver = host["gpus"][0]["driver_version"]
-    if version(driver) < version(requirements["driver_version"]):
-        where = "in Windows (never inside WSL)" if wsl else "with the open kernel modules, then reboot"
-        problems.append(
-            {
-                "problem": f"the NVIDIA driver is {driver}, the image needs {requirements['driver_version']} or newer",
-                "cure": f"install a newer driver {where}",
-            }
-        )
-    return problems
-
-
-def judge_missing_gpu(host: Host, wsl: bool) -> dict[str, str]:
-    """Say which link between the GPU and us is broken."""
-    if wsl:
-        return {
-            "problem": f"no GPU answers inside WSL{detail(host)}",
-            "cure": "install NVIDIA's driver in Windows (580 or newer), run 'wsl --update', then 'wsl --shutdown'",
-        }
-    if host["nvidia_smi"] is None and host["nvidia_pci_devices"] == 0:
-        return {"problem": "there is no NVIDIA GPU in this machine", "cure": "choose a machine that has one"}
-    if host["nvidia_smi"] is None:
-        return {
-            "problem": "there is an NVIDIA GPU but no driver",
-            "cure": "install the NVIDIA driver, branch 580 or newer, with the open kernel modules, and reboot",
-        }
-    return {
-        "problem": f"the NVIDIA driver is installed but shows no GPU{detail(host)}",
-        "cure": "reboot; if that does not help, reinstall the driver for the running kernel",
-    }
+def warn(host: Host) -> list[Problem]:
+    """Return what will be missed although the host can serve."""
+    found = host["wsl"].get("version", "")
+    if found and version(found)[:3] < version(OLDEST_WSL):
+        return [
+            trouble(
+                f"WSL is {found}; only {OLDEST_WSL} and newer can be told not to put an idle distribution to sleep",
+                "in Windows: wsl --update, then wsl --shutdown",
+                "wsl",
+            )
+        ]
+    return []
 
 
 def detail(host: Host) -> str:
@@ -220,38 +399,54 @@ def detail(host: Host) -> str:
     return f" ({host['nvidia_smi_message']})" if host["nvidia_smi_message"] else ""
 
 
+def read(path: Path | str) -> str:
+    """Return the text of a file, and nothing of one that cannot be read."""
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def ask(command: list[str], timeout: int = TIMEOUT) -> tuple[int, str]:
+    """Return the exit status of a program and all that it said; -1 if it cannot be run or does not end."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
+            env={**os.environ, "PATH": path, "LC_ALL": "C"},
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return -1, str(error)
+    return done.returncode, done.stdout + done.stderr
+
+
 def measure_platform(kernel: str) -> str:
-    """Return wsl1, wsl2 or bare_metal, which here is every other kind of machine.
+    """Return wsl1, wsl2, container or bare_metal, which here is every other kind of machine.
 
-    Ansible's own facts do not know WSL. A custom kernel may lack Microsoft's name, hence the second sign; a container
-    inside WSL shows the same kernel but is not WSL.
+    Ansible's own facts do not know WSL. A custom kernel may lack Microsoft's name, hence the other signs; a container
+    inside WSL shows the same kernel but is not WSL. WSL2 alone has /dev/dxg.
     """
-    microsoft = "microsoft" in kernel.lower() or Path("/run/WSL").is_dir() or Path("/usr/lib/wsl/lib").is_dir()
-    if not microsoft or Path("/.dockerenv").exists():
-        return "bare_metal"
-    return "wsl1" if kernel.endswith("-Microsoft") else "wsl2"
+    if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
+        return "container"
+    if "microsoft" in kernel.lower() or Path("/run/WSL").is_dir() or Path("/usr/lib/wsl/lib").is_dir():
+        return "wsl2" if "wsl2" in kernel.lower() or Path("/dev/dxg").exists() else "wsl1"
+    return "bare_metal"
 
 
-def measure_gpus() -> Host:
+def measure_gpus(platform_name: str) -> Host:
     """Ask nvidia-smi for the GPUs: index, name, memory in MiB, compute capability, driver version."""
-    smi = WSL_NVIDIA_SMI if Path(WSL_NVIDIA_SMI).exists() else shutil.which("nvidia-smi")
+    wsl = platform_name in ("wsl1", "wsl2")
+    smi = WSL_NVIDIA_SMI if wsl and Path(WSL_NVIDIA_SMI).exists() else None if wsl else shutil.which("nvidia-smi")
     found: Host = {"nvidia_smi": smi, "nvidia_smi_message": "", "gpus": []}
     if smi is None:
         return found
-    command = [smi, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        found["nvidia_smi_message"] = str(error)
-        return found
-    if done.returncode != 0:
-        found["nvidia_smi_message"] = " ".join((done.stdout + done.stderr).split())
-        return found
-    try:
-        found["gpus"] = [parse_gpu(line) for line in done.stdout.splitlines()]
-    except ValueError:
-        found["nvidia_smi_message"] = " ".join(done.stdout.split())
-    return found
+    status, answer = ask([smi, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"], GPU_TIMEOUT)
+    if status == 0:
+        try:
+            return {**found, "gpus": [parse_gpu(line) for line in answer.splitlines()]}
+        except ValueError:
+            pass
+    return {**found, "nvidia_smi_message": " ".join(answer.split())}
 
 
 def parse_gpu(line: str) -> Host:
@@ -267,68 +462,265 @@ def parse_gpu(line: str) -> Host:
     }
 
 
-def count_nvidia_pci_devices() -> int:
-    """Return how many NVIDIA display controllers the PCI bus shows."""
+def measure_gpu_processes(smi: str) -> list[Host]:
+    """Ask nvidia-smi who computes on the GPUs; nobody where it cannot tell, as on WSL."""
+    query = "--query-compute-apps=pid,process_name,used_memory"
+    status, answer = ask([smi, query, "--format=csv,noheader,nounits"], GPU_TIMEOUT)
+    found = re.findall(r"^(\d+), *(.+), *(\d+)$", answer, re.MULTILINE) if status == 0 else []
+    return [{"pid": int(pid), "name": Path(name).name, "memory_mib": int(memory)} for pid, name, memory in found]
 
-    def shows(device: Path, attribute: str, start: str) -> bool:
+
+def measure_pci() -> list[str]:
+    """Return the device ids of the NVIDIA display controllers that the PCI bus shows."""
+    return [
+        read(device / "device")
+        for device in sorted(Path("/sys/bus/pci/devices").glob("*"))
+        if read(device / "vendor") == NVIDIA_PCI_VENDOR and read(device / "class").startswith(DISPLAY_PCI_CLASS)
+    ]
+
+
+def measure_driver(kernel: str) -> dict[str, str]:
+    """Return version and flavour of the kernel module that is loaded, and of the one installed for this kernel."""
+    said = read(LOADED_MODULE)
+    told = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", said)
+    loaded = read("/sys/module/nvidia/version") or (told.group() if told else "")
+    flavour = "open" if "Open Kernel Module" in said else "proprietary" if said else ""
+    found = {"loaded": loaded, "loaded_flavour": flavour if loaded else "", "installed": "", "flavour": ""}
+    status, answer = ask(["modinfo", "-k", kernel, "nvidia"])
+    module = dict(re.findall(r"^(version|license): *(.+)$", answer, re.MULTILINE)) if status == 0 else {}
+    if "version" in module:
+        found["installed"] = module["version"]
+        found["flavour"] = "open" if "MIT" in module.get("license", "") else "proprietary"
+    return found
+
+
+def measure_packages(status: Path) -> list[str]:
+    """Return the installed packages that are of a driver of NVIDIA, by dpkg's own file: fast, and without a program."""
+    try:
+        return sorted(name.decode() for name in DRIVER_PACKAGES.findall(status.read_bytes()))
+    except OSError:
+        return []
+
+
+def measure_wsl() -> dict[str, str]:
+    """Return the version of WSL and its kind of network, each empty if WSL does not tell."""
+    answers = {}
+    for name, option in (("version", "--wsl-version"), ("networking", "--networking-mode")):
+        status, answer = ask(["wslinfo", option])
+        answers[name] = answer.strip() if status == 0 else ""
+    return answers
+
+
+class Engine(http.client.HTTPConnection):
+    """Docker Engine, by its socket."""
+
+    def connect(self) -> None:
+        """Connect to the socket."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(TIMEOUT)
+        self.sock.connect(DOCKER_SOCKET)
+
+
+def ask_engine(path: str) -> Any:
+    """Return the engine's answer to a question of its API; None if it does not answer."""
+    connection = Engine("localhost")
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return json.loads(response.read()) if response.status == http.HTTPStatus.OK else None
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def engine_runs() -> bool:
+    """Tell whether an engine is there to be asked; a socket alone may be systemd's, which would start one."""
+    if not Path(DOCKER_SOCKET).exists():
+        return False
+    return DOCKER_DESKTOP.exists() or any(read(name) == "dockerd" for name in Path("/proc").glob("[0-9]*/comm"))
+
+
+def measure_docker(ports: list[int]) -> Host:
+    """Return which engine is there and where it keeps images, and its containers of the seed or on our ports."""
+    runs = engine_runs()
+    info = (ask_engine("/info") if runs else None) or {}
+    listed = (ask_engine("/containers/json?all=1") if runs and ports else None) or []
+    containers = []
+    for entry in listed:
+        name = entry["Names"][0].lstrip("/")
+        published = sorted({port["PublicPort"] for port in entry["Ports"] if "PublicPort" in port})
+        if name in SEED_CONTAINERS or set(published) & set(ports):
+            containers.append({"name": name, "state": entry["State"], "ports": published})
+    docker = {
+        "desktop": DOCKER_DESKTOP.exists() or info.get("OperatingSystem") == "Docker Desktop",
+        "snap": Path("/snap/docker").exists() or any(Path("/var/lib/snapd/snaps").glob("docker_*.snap")),
+        "version": info.get("ServerVersion", ""),
+        "images": image_folder(info),
+    }
+    return {"docker": docker, "containers": containers}
+
+
+def image_folder(info: Host) -> str:
+    """Return the folder that holds the engine's images, or will.
+
+    That is containerd's and not the engine's if its image store is containerd's: what the engine says of itself, else
+    what its configuration says, else what a new one does from release 29 on.
+    """
+    try:
+        settings = json.loads(Path("/etc/docker/daemon.json").read_text())
+    except (OSError, ValueError):
+        settings = {}  # the role docker_engine reports a broken one
+    settings = settings if isinstance(settings, dict) else {}
+    root = str(info.get("DockerRootDir") or settings.get("data-root") or "/var/lib/docker")
+    if info:
+        containerd = CONTAINERD_STORE in json.dumps(info.get("DriverStatus"))
+    else:
+        features = settings.get("features")
+        wish = features.get("containerd-snapshotter") if isinstance(features, dict) else None
+        containerd = (
+            bool(wish) if wish is not None else not (Path(root) / "image").exists() and starts_with_containerd()
+        )
+    if not containerd:
+        return root
+    moved = re.search(r"^root *= *[\"'](.+)[\"']", read("/etc/containerd/config.toml"), re.MULTILINE)
+    return moved.group(1) if moved else "/var/lib/containerd"
+
+
+def starts_with_containerd() -> bool:
+    """Tell whether the engine that is installed, or will be, keeps its first images in containerd's store."""
+    status, answer = ask(["dockerd", "--version"])
+    release = re.search(r"version (\d+)", answer) if status == 0 else None
+    return release is None or int(release.group(1)) >= FIRST_ENGINE_WITH_CONTAINERD_STORE
+
+
+def measure_ports(ports: list[int]) -> list[Host]:
+    """Return which of the ports somebody listens on, with the process and its name where /proc shows them."""
+    taken: dict[str, int] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in read(table).splitlines()[1:]:
+            fields = line.split()
+            port = int(fields[1].rpartition(":")[2], 16)
+            if fields[3] == LISTENING and port in ports:
+                taken[fields[9]] = port
+    if not taken:
+        return []
+    owners = {}
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            return (device / attribute).read_text().startswith(start)
+            inode = re.fullmatch(r"socket:\[(\d+)\]", str(descriptor.readlink()))
         except OSError:
-            return False
+            continue
+        if inode and inode.group(1) in taken:
+            owners[taken[inode.group(1)]] = int(descriptor.parts[2])
+    return [
+        {"port": port, "pid": owners.get(port), "process": read(f"/proc/{owners.get(port)}/comm")}
+        for port in sorted(set(taken.values()))
+    ]
 
-    devices = Path("/sys/bus/pci/devices").glob("*")
-    return sum(shows(d, "vendor", NVIDIA_PCI_VENDOR) and shows(d, "class", DISPLAY_PCI_CLASS) for d in devices)
+
+def existing(path: str) -> Path:
+    """Return a path, or the nearest folder above it that exists."""
+    place = Path(path)
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def free_gib(path: str) -> int:
     """Return the free space in GiB of the file system that holds a path or will hold it."""
-    place = Path(path)
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free >> 30
+    return shutil.disk_usage(existing(path)).free >> 30
 
 
-def measure(paths: list[str]) -> Host:
+def measure_systemd() -> int:
+    """Return the version of systemd, 0 if there is none."""
+    found = re.match(r"systemd (\d+)", ask(["systemctl", "--version"])[1])
+    return int(found.group(1)) if found else 0
+
+
+def measure_secure_boot() -> bool:
+    """Tell whether the firmware says that Secure Boot is on: four bytes of attributes, then the value."""
+    try:
+        return SECURE_BOOT.read_bytes()[4:] == b"\x01"
+    except OSError:
+        return False
+
+
+def measure(ports: list[int], with_processes: bool) -> Host:
     """Measure this host."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
         release = {}
-    return {
-        "platform": measure_platform(platform.release()),
+    kernel = platform.release()
+    kind = measure_platform(kernel)
+    wsl = kind in ("wsl1", "wsl2")
+    devices = measure_pci()
+    host = {
+        "platform": kind,
         "systemd": Path("/run/systemd/system").is_dir(),
+        "systemd_version": measure_systemd(),
         "distribution": release.get("ID", ""),
         "distribution_version": release.get("VERSION_ID", ""),
         "architecture": platform.machine(),
+        "kernel_release": kernel,
+        "secure_boot": measure_secure_boot(),
         "docker_engine": shutil.which("dockerd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin") is not None,
         "memory_total_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
-        "nvidia_pci_devices": count_nvidia_pci_devices(),
-        **measure_gpus(),
-        "disk_free_gib": {path: free_gib(path) for path in paths},
+        "nvidia_pci_devices": len(devices),
+        "nvidia_pci_ids": devices,
+        "dxg": Path("/dev/dxg").exists(),
+        "nouveau": Path("/sys/module/nouveau").is_dir(),
+        "driver": measure_driver(kernel),
+        "nvidia_packages": measure_packages(Path("/var/lib/dpkg/status")),
+        "wsl": measure_wsl() if wsl else {},
+        **measure_gpus(kind),
+        **measure_docker(ports),
+        "ports_in_use": measure_ports(ports) if ports else [],
+        "gpu_processes": [],
+        "disk_free_gib": {},
+        "disk_devices": {},
     }
+    if with_processes and host["gpus"] and not wsl:
+        host["gpu_processes"] = measure_gpu_processes(host["nvidia_smi"])
+    return host
 
 
 def main() -> None:
     """Run the module."""
     space = {
-        "path": {"type": "path", "required": True},
+        "path": {"type": "str", "required": True},
         "gib": {"type": "int", "required": True},
         "unless_exists": {"type": "path"},
     }
     requirements = {
-        "driver_version": {"type": "str", "required": True},
-        "compute_capability": {"type": "str", "required": True},
-        "gpu_memory_mib": {"type": "int", "required": True},
         "disk_free": {"type": "list", "elements": "dict", "default": [], "options": space},
+        "weights": {"type": "path", "default": "/var/lib/dots-ocr/models"},
+        "ports": {"type": "list", "elements": "int", "default": []},
+        "installed": {"type": "path"},
+        "wsl_memory_mib": {"type": "int", "default": 0},
+        "manages_windows": {"type": "bool", "default": False},
     }
     module = AnsibleModule(
         argument_spec={"requirements": {"type": "dict", "options": requirements}},
         supports_check_mode=True,
     )
     wanted = module.params["requirements"]
-    host = measure([space["path"] for space in wanted["disk_free"]] if wanted else [])
-    problems = judge(host, wanted) if wanted else []
-    module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=problems)
+    if not wanted:
+        module.exit_json(changed=False, ansible_facts={"gpu_host": measure([], False)}, problems=[], advice=[])
+    ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
+    host = {**measure([] if ours else wanted["ports"], with_processes=True), "server_installed": ours}
+    named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
+    wanted["disk_free"] = [
+        {**space, "place": named.get(space["path"], space["path"])}
+        for space in wanted["disk_free"]
+        if not (space["unless_exists"] and Path(space["unless_exists"]).exists())
+    ]
+    for place in (space["place"] for space in wanted["disk_free"]):
+        host["disk_free_gib"][place] = free_gib(place)
+        host["disk_devices"][place] = existing(place).stat().st_dev
+    problems = judge(host, wanted)
+    module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=problems, advice=warn(host))
 
 
 if __name__ == "__main__":
