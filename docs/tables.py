@@ -137,10 +137,17 @@ def host_matrix() -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(case.row() for case in sorted(cases))])
 
 
+def left_on_purpose() -> str:
+    """Return the table of what the uninstallation of everything leaves."""
+    left = yaml.safe_load((MOLECULE / "host_state/vars/main.yml").read_text())["left_on_purpose"]
+    return "\n".join(["| what | why |", "|---|---|", *(f"| {entry['shown']} | {entry['reason']} |" for entry in left)])
+
+
 # Which table goes where.
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "memory_plan": (DOCS / "tuning.md", memory_plans),
     "host_matrix": (DOCS / "verification.md", host_matrix),
+    "left_on_purpose": (DOCS / "verification.md", left_on_purpose),
 }
 
 

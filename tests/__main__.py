@@ -20,6 +20,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent
 REPORTS = REPOSITORY / ".cache/junit"
+WORKERS = 2  # the cores that there are: most parts keep one of them busy
 TOTAL = re.compile(r"^(\d+) passed, (\d+) failed, (\d+) skipped\n*\Z", re.MULTILINE)
 
 
@@ -149,6 +150,11 @@ def scenario(name: str) -> Callable[[], Count]:
     return run
 
 
+def deploy_site() -> Count:
+    """Deploy what the scenario `site` verifies afterwards, alone."""
+    return command("molecule", "converge", "--scenario-name", "site")
+
+
 def parts() -> dict[str, Callable[[], Count]]:
     """Return every part in the order to run, cheap ones first."""
     scenarios = sorted(path.parent.name for path in (REPOSITORY / "molecule").glob("*/molecule.yml"))
@@ -160,15 +166,15 @@ def parts() -> dict[str, Callable[[], Count]]:
         "qwen": qwen,
         "live_client": live_client,
         "command_line": command_line,
+        "deploy site": deploy_site,
         **{f"molecule {name}": scenario(name) for name in scenarios},
     }
 
 
-def stages(names: Iterable[str]) -> list[list[list[str]]]:
-    """Return the order of the parts: stages one after the other, the lanes of each side by side.
+def stages(names: Iterable[str]) -> list[list[str]]:
+    """Return the order of the parts: stages one after the other, the parts of each side by side, the first ones first.
 
-    Two lanes, since the machine has two cores and most parts keep one of them busy. What measures time or puts a server
-    under load runs alone.
+    What measures time or puts a server under load is a stage of its own.
     """
     left = list(names)
 
@@ -177,14 +183,14 @@ def stages(names: Iterable[str]) -> list[list[list[str]]]:
         left[:] = [name for name in left if name not in taken]
         return taken
 
-    # The last three need a host and packages only, and no vLLM: the rehearsal beside them has that to build first.
-    first = [
-        take("lint", "unit", "client", "command_line", "molecule preflight", "molecule wsl", "molecule nvidia_driver"),
-        take("rehearse"),
-    ]
+    # None of these needs vLLM, which the rehearsal has to build first.
+    first = take(
+        *("rehearse", "lint", "unit", "client", "command_line"),
+        *("molecule preflight", "molecule wsl", "molecule nvidia_driver", "molecule cpu", "molecule docker_engine"),
+    )
     alone, last = take("live_client"), take("molecule site")
-    longest = take("molecule dots_ocr_server")
-    return [first, [alone], [longest, left], [last]]
+    longest = take("molecule dots_ocr_server", "molecule airgap", "deploy site")
+    return [first, alone, longest + left, last]
 
 
 def prepare() -> None:
@@ -220,16 +226,14 @@ def run_beside(name: str) -> Result:
 
 
 def run_all(names: Iterable[str]) -> list[Result]:
-    """Run parts in their stages."""
+    """Run parts in their stages, as many side by side as there are WORKERS."""
     results: list[Result] = []
     for stage in stages(names):
-        lanes = [lane for lane in stage if lane]
-        if len(lanes) == 1:
-            results += map(run_here, lanes[0])
-        elif lanes:
-            with ThreadPoolExecutor(len(lanes)) as pool:
-                for lane in pool.map(lambda lane: list(map(run_beside, lane)), lanes):
-                    results += lane
+        if len(stage) == 1:
+            results += map(run_here, stage)
+        else:
+            with ThreadPoolExecutor(WORKERS) as pool:
+                results += pool.map(run_beside, stage)
     return results
 
 

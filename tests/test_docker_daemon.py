@@ -136,6 +136,43 @@ def test_version_of_the_engine(text: str, version: str) -> None:
     assert info.parse_version(text) == version
 
 
+def test_data_is_counted_without_the_engine(tmp_path: Path) -> None:
+    for name in ("containers/1", "volumes/a", "volumes/b", "100000.100000/volumes/c"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "volumes/metadata.db").touch()
+    assert info.kept_in({tmp_path, tmp_path / "nowhere"}) == {"containers": 1, "volumes": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "folders"),
+    [
+        ('{"data-root": "/srv/docker"}', {Path("/var/lib/docker"), Path("/srv/docker")}),
+        ("{}", {Path("/var/lib/docker")}),
+        ('{"data-root": ', {Path("/var/lib/docker")}),
+        ("[]", {Path("/var/lib/docker")}),
+    ],
+)
+def test_data_may_be_elsewhere(text: str, folders: set[Path], tmp_path: Path) -> None:
+    daemon_file = tmp_path / "daemon.json"
+    daemon_file.write_text(text)
+    assert info.data_roots(daemon_file) == folders
+
+
+@pytest.mark.parametrize(
+    ("content", "result"),
+    [
+        (b'#!/bin/sh\nexec /usr/bin/podman "$@"\n', True),
+        (b"#!/bin/sh\nexec sudo docker\n", False),
+        (b"\x7fELF podman", False),
+    ],
+)
+def test_podman_in_the_place_of_docker(content: bytes, result: bool, tmp_path: Path) -> None:
+    command = tmp_path / "docker"
+    assert not info.is_podman(command)
+    command.write_bytes(content)
+    assert info.is_podman(command) is result
+
+
 def container(name: str, *, running: bool = True, remove: bool = False, policy: str = "no") -> dict[str, Any]:
     """Return what `docker inspect` says of a container, as far as it matters."""
     return {

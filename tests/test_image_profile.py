@@ -34,6 +34,11 @@ def test_every_profile_is_in_the_order_once() -> None:
     assert sorted(ORDER) == sorted(PROFILES)
 
 
+def test_preflight_asks_in_the_same_order() -> None:
+    file = REPOSITORY / "roles/preflight/vars/main.yml"
+    assert yaml.safe_load(file.read_text())["_preflight_profile_order"] == ORDER
+
+
 def test_files_are_named_after_their_profile() -> None:
     for file in (ROLE / "profiles").glob("*.yml"):
         assert list(yaml.safe_load(file.read_text())) == [file.stem]

@@ -40,15 +40,21 @@ def test_what_must_run_everything_may_skip_nothing() -> None:
 
 
 def test_every_part_has_one_place_in_the_order() -> None:
-    order = [name for stage in stages(parts()) for lane in stage for name in lane]
+    order = [name for stage in stages(parts()) for name in stage]
     assert sorted(order) == sorted(parts())
 
 
 def test_parts_that_measure_time_run_alone() -> None:
     for stage in stages(parts()):
-        lanes = [lane for lane in stage if lane]
-        if {"live_client", "molecule site"} & {name for lane in lanes for name in lane}:
-            assert [len(lane) for lane in lanes] == [1]
+        if {"live_client", "molecule site"} & set(stage):
+            assert len(stage) == 1
+
+
+def test_what_needs_another_part_comes_after_it() -> None:
+    order = [name for stage in stages(parts()) for name in stage]
+    assert order.index("deploy site") < order.index("molecule site")
+    assert order.index("rehearse") == 0
+    assert "live_client" not in stages(parts())[0]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_part_beside_others_counts_by_its_last_line_and_its_status(
     assert run_beside("lint").count == count
 
 
-def test_lanes_run_side_by_side_and_stages_after_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_run_side_by_side_and_stages_after_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     both, finished = threading.Barrier(2, timeout=10), []
 
     def run(name: str) -> Result:

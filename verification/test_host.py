@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from testinfra.host import Host
 
@@ -11,6 +12,20 @@ def test_docker_engine_runs_now_and_at_boot(host: Host) -> None:
     service = host.service("docker")
     assert service.is_running
     assert service.is_enabled
+
+
+def test_engine_keeps_published_loopback_ports_to_the_host(host: Host) -> None:
+    # Docker's notes on 28.0: before it, neighbours on the network reached ports that are published on loopback.
+    version = host.check_output("docker version --format '{{.Server.Version}}'")
+    assert tuple(map(int, version.split("+")[0].split(".")[:2])) >= (28, 0)
+
+
+def test_what_was_installed_is_held(host: Host) -> None:
+    with host.sudo():
+        records = host.check_output("cat /var/lib/dots-ocr/installed/*.json || true")
+    names = re.findall(r'"held": \[([^]]*)\]', records)
+    held = {name for group in names for name in re.findall(r'"([^"]+)"', group)}
+    assert held <= set(host.check_output("apt-mark showhold").split())
 
 
 def test_engine_looks_for_cdi_devices(host: Host) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: gpu_problems
 short_description: Judge the GPUs of a host by the images and by the memory plan
-version_added: 0.3.0
+version_added: 0.1.0
 description:
   - Says whether an image runs on a GPU of this host with its driver, and whether the model fits into the GPU's memory.
     Which image and how much memory is decided by the filters C(image_profile) and C(memory_plan).

@@ -5,7 +5,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: image_profile
 short_description: Choose the image profile for a GPU
-version_added: 0.2.0
+version_added: 0.1.0
 description:
   - Takes the first profile, in the order given, whose range of compute capabilities holds the GPU, and of it the first
     tag whose CUDA the driver is new enough for.

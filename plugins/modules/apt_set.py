@@ -323,11 +323,14 @@ class Set:
         kept = [name for name in self.params["name"] if self.is_installed(name) and name not in there]
         changed = any([there, held, self.record_file.exists(), self.pins.exists(), self.blacklist.exists()])
         if changed and not self.module.check_mode:
-            others = [name for name in self.simulate("purge", *asked) if name not in there] if asked else []
-            if others:
-                raise SetError(f"{', '.join(others)} would go too. Cure: remove those first, if nobody needs them")
+            # Before the simulation, which a hold would end without a word of what would go.
             if held:
                 self.module.run_command(["apt-mark", "unhold", *held], check_rc=True)
+            others = [name for name in self.simulate("purge", *asked) if name not in there] if asked else []
+            if others:
+                if held:
+                    self.module.run_command(["apt-mark", "hold", *held], check_rc=True)
+                raise SetError(f"{', '.join(others)} would go too. Cure: remove those first, if nobody needs them")
             if asked:
                 self.apt("purge", *asked, what=f"removing {' '.join(asked)}")
             self.purge_what_came_along(there)

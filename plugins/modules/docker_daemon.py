@@ -323,7 +323,8 @@ def is_wsl() -> bool:
 
 def main() -> None:
     """Run the module."""
-    text = {"type": "str"}
+    # An address may have a password in it.
+    address = {"type": "str", "no_log": True}
     options = {"type": "dict", "default": {}}
     module = AnsibleModule(
         argument_spec={
@@ -331,7 +332,7 @@ def main() -> None:
             "required": options,
             "defaults": {"type": "list", "elements": "dict", "default": []},
             "options": options,
-            "proxy": {**options, "options": {"http": text, "https": text, "no_proxy": text}},
+            "proxy": {**options, "options": {"http": address, "https": address, "no_proxy": {"type": "str"}}},
             "registry_ca": options,
         },
         supports_check_mode=True,

@@ -8,7 +8,8 @@ DOCUMENTATION = r"""
 module: docker_engine_info
 short_description: Which Docker Engine is on a host, and what it runs
 description:
-  - Looks without changing anything. What the engine runs is asked only of one that answers.
+  - Looks without changing anything. What runs is asked of an engine that answers; what it keeps is counted in its
+    folder, so that an engine that is stopped or broken does not look like an empty one.
 attributes:
   check_mode:
     support: full
@@ -24,7 +25,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 engine:
-  description: The engine; C(origin) is package, snap, desktop, other, or none.
+  description: The engine; C(origin) is package, snap, desktop, podman, other, or none.
   returned: always
   type: dict
   sample:
@@ -46,7 +47,10 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 PLACES = "/usr/bin:/usr/sbin:/usr/local/bin:/usr/local/sbin"
+COMMAND = Path("/usr/bin/docker")
 SOCKET = Path("/var/run/docker.sock")
+DAEMON = Path("/etc/docker/daemon.json")
+ROOT = Path("/var/lib/docker")
 SNAP = Path("/snap/bin/docker")
 # Docker Desktop's integration mounts this into a distribution of WSL.
 DESKTOP = Path("/mnt/wsl/docker-desktop")
@@ -56,6 +60,32 @@ def parse_version(text: str) -> str:
     """Return the version in what `dockerd --version` prints, without a distribution's suffix; nothing without one."""
     found = re.search(r"\d+(?:\.\d+)+", text)
     return found[0] if found else ""
+
+
+def is_podman(command: Path) -> bool:
+    """Tell whether the command docker is podman's script of that name, from its package podman-docker."""
+    if not command.is_file():
+        return False
+    with command.open("rb") as file:
+        head = file.read(4096)
+    return head.startswith(b"#!") and b"podman" in head
+
+
+def data_roots(daemon: Path) -> set[Path]:
+    """Return the folders that may hold an engine's data: the usual one, and what its configuration says."""
+    try:
+        return {ROOT, Path(json.loads(daemon.read_text())["data-root"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {ROOT}
+
+
+def kept_in(roots: set[Path]) -> dict[str, int]:
+    """Count the containers and volumes in an engine's folders, each of which is a folder; userns-remap has its own."""
+    folders = [folder for root in roots for folder in (root, *root.glob("[0-9]*.[0-9]*"))]
+    return {
+        name: sum(entry.is_dir() for folder in folders for entry in folder.glob(f"{name}/*"))
+        for name in ("containers", "volumes")
+    }
 
 
 def running_containers(inspected: list[dict[str, Any]]) -> list[str]:
@@ -87,21 +117,19 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "origin": "package" if package else "other" if program else "none",
         "package": package,
         "running": [],
-        "containers": 0,
-        "volumes": 0,
+        **kept_in(data_roots(DAEMON)),
     }
     if DESKTOP.exists():
         engine["origin"] = "desktop"
     elif SNAP.exists():
         engine["origin"] = "snap"
+    elif is_podman(COMMAND):
+        engine["origin"] = "podman"
     if program and SOCKET.exists() and ask("systemctl", "is-active", "docker.service").strip() == "active":
-        containers = ask("docker", "ps", "--all", "--quiet").split()
-        inspected = json.loads(ask("docker", "inspect", *containers) or "[]") if containers else []
-        engine |= {
-            "running": running_containers(inspected),
-            "containers": len(containers),
-            "volumes": len(ask("docker", "volume", "ls", "--quiet").split()),
-        }
+        running = ask("docker", "ps", "--quiet").split()
+        engine["running"] = (
+            running_containers(json.loads(ask("docker", "inspect", *running) or "[]")) if running else []
+        )
     return engine
 
 

@@ -4,7 +4,14 @@ from testinfra.host import Host
 
 
 def test_gpu_is_a_cdi_device(host: Host) -> None:
-    assert host.check_output("nvidia-ctk cdi list").splitlines() == ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
+    wsl = host.file("/dev/dxg").exists
+    expected = ["nvidia.com/gpu=all"] if wsl else ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
+    assert host.check_output("nvidia-ctk cdi list").splitlines() == expected
+
+
+def test_container_has_started_with_it_and_left_nothing(host: Host) -> None:
+    assert host.file("/run/dots-ocr-gpu-devices").exists
+    assert host.check_output("docker ps --all --quiet; docker images --all --quiet") == ""
 
 
 def test_specification_is_refreshed_at_boot_and_on_changes(host: Host) -> None:
@@ -13,9 +20,14 @@ def test_specification_is_refreshed_at_boot_and_on_changes(host: Host) -> None:
     assert host.service("nvidia-cdi-refresh.path").is_running
 
 
-def test_repository_is_signed_by_its_own_key(host: Host) -> None:
+def test_repository_is_signed_by_its_own_key_and_the_older_entry_is_gone(host: Host) -> None:
     source = host.file("/etc/apt/sources.list.d/nvidia-container-toolkit.sources").content_string
-    assert "Signed-By: /etc/apt/keyrings/nvidia-container-toolkit.asc" in source
+    assert "Signed-By: /etc/apt/keyrings/nvidia-container-toolkit.gpg" in source
+    assert not host.file("/etc/apt/sources.list.d/nvidia-container-toolkit.list").exists
+
+
+def test_package_is_held(host: Host) -> None:
+    assert "nvidia-container-toolkit-base" in host.check_output("apt-mark showhold").split()
 
 
 def test_legacy_hook_is_not_installed(host: Host) -> None:

@@ -1,0 +1,1 @@
+"""What a run that has nothing to do costs."""

@@ -1,0 +1,351 @@
+#!/usr/bin/python
+"""Ansible module gpu_devices: GPUs as CDI devices, refreshed when stale and proven in a throwaway container."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: gpu_devices
+short_description: GPUs as CDI devices, proven in a throwaway container
+description:
+  - Enables NVIDIA's refresh units, has the CDI specification written anew when it lacks the device or no longer fits
+    the driver, and opens the device in a container that leaves nothing behind.
+  - The proof is given again after every boot and after every change of the engine, the driver or the specification.
+options:
+  device:
+    description: The CDI device that a container shall get.
+    type: str
+    default: nvidia.com/gpu=all
+  state:
+    description: C(absent) stops and disables the units, and removes the specification that they wrote.
+    type: str
+    choices: [present, absent]
+    default: present
+attributes:
+  check_mode:
+    support: full
+author:
+  - The dots-ocr-deploy founders
+"""
+
+EXAMPLES = r"""
+- name: Prove that containers get the GPU
+  gpu_devices:
+    device: nvidia.com/gpu=all
+  register: gpus
+"""
+
+RETURN = r"""
+devices:
+  description: The CDI devices.
+  returned: always
+  type: list
+  elements: str
+stale:
+  description: Why the specification was written anew; empty if it was not.
+  returned: always
+  type: str
+proven:
+  description: Whether a container was started to prove it this time.
+  returned: always
+  type: bool
+services:
+  description: Services of dots.ocr with a GPU that run, or try to, with what another specification gave them.
+  returned: always
+  type: list
+  elements: str
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+UNITS = ("nvidia-cdi-refresh.path", "nvidia-cdi-refresh.service")
+SPECIFICATION = Path("/var/run/cdi/nvidia.yaml")
+OWN_SPECIFICATIONS = Path("/etc/cdi")
+STAMP = Path("/run/dots-ocr-gpu-devices")
+ENGINE_PROCESS = Path("/var/run/docker.pid")
+LOADED_DRIVER = Path("/sys/module/nvidia/version")
+CONTAINER = "dots-ocr-gpu-proof"
+
+# A whole static program for x86-64 Linux, since an image must come from somewhere, also behind an air gap: it opens the
+# file that its argument names for reading and writing, which the device's cgroup has to allow, and exits with the
+# error's number.
+CODE = bytes.fromhex(
+    "488b7c2410"  # mov rdi, [rsp+16]   the argument
+    "be02000000"  # mov esi, 2          O_RDWR
+    "b802000000"  # mov eax, 2          open
+    "0f05"  # syscall
+    "89c7"  # mov edi, eax
+    "c1ff1f"  # sar edi, 31             all ones if it failed
+    "21c7"  # and edi, eax
+    "f7df"  # neg edi                   0, or the error's number
+    "b83c000000"  # mov eax, 60         exit
+    "0f05"  # syscall
+)
+
+
+class DeviceError(Exception):
+    """Containers do not get the GPU; the message names the cause and the cure."""
+
+
+def program() -> bytes:
+    """Return CODE as an executable file: ELF header, one segment, code (System V ABI, ELF-64)."""
+    base, offset = 0x400000, 64 + 56
+    size = offset + len(CODE)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, base + offset, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)
+    return header + segment + CODE
+
+
+def image() -> bytes:
+    """Return the file system of the throwaway image: the program, and the folder that NVIDIA's hooks write to."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as files:
+        folder = tarfile.TarInfo("etc")
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+        files.addfile(folder)
+        entry = tarfile.TarInfo("open")
+        entry.size, entry.mode = len(program()), 0o755
+        files.addfile(entry, io.BytesIO(program()))
+    return archive.getvalue()
+
+
+def host_files(specification: str) -> list[str]:
+    """Return the files on the host that a CDI specification names, in YAML or JSON.
+
+    A device node's `path` is the one in the container, and on the host too unless a `hostPath` stands beside it.
+    """
+    found = re.findall(r"""["']?\b(hostPath|path)["']?:\s*["']?(/[^"',}\s]+)""", specification)
+    files = []
+    for position, (key, path) in enumerate(found):
+        beside = found[max(position - 1, 0) : position + 2]
+        has_other = any(other == "hostPath" and place.startswith("/dev/") for other, place in beside)
+        if key == "hostPath" or (path.startswith("/dev/") and not has_other):
+            files.append(path)
+    return list(dict.fromkeys(files))
+
+
+def why_stale(specification: str, loaded: str) -> str:
+    """Return why a specification no longer fits the host; nothing if it does.
+
+    `loaded` is the version of the kernel module; WSL2 has none, where a new driver lies in another folder instead.
+    """
+    gone = [path for path in host_files(specification) if not Path(path).exists()]
+    if gone:
+        return f"it names {gone[0]}, which is gone"
+    versions = set(re.findall(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)*)", specification)) - {"1.1"}
+    if loaded and versions and loaded not in versions:
+        return f"it is for the driver {sorted(versions)[0]}, loaded is {loaded}"
+    return ""
+
+
+def node(specification: str) -> str:
+    """Return a device node that a container gets."""
+    found = re.search(r"/dev/(?:nvidia\d+|dxg)\b", specification)
+    return found[0] if found else "/dev/nvidiactl"
+
+
+def read(path: Path) -> str:
+    """Return a file's text; nothing if there is no such file."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def explain(message: str, device: str) -> str:
+    """Return the engine's own words for why a container does not start, and a cure."""
+    own = [file for file in sorted(OWN_SPECIFICATIONS.glob("*")) if why_stale(read(file), read(LOADED_DRIVER).strip())]
+    if "Cannot connect" in message or "No such file or directory: b'docker'" in message:
+        cure = "'systemctl status docker.service'; the role docker_engine brings the engine"
+    elif 'device driver "cdi"' in message:
+        cure = "run the role docker_engine, or set features.cdi to true in /etc/docker/daemon.json and restart Docker"
+    elif own:
+        cure = f"remove {own[0]}, which somebody wrote for another driver; NVIDIA's units write {SPECIFICATION}"
+    elif "unresolvable CDI devices" in message:
+        cure = "see that 'docker info' lists /var/run/cdi among its CDI spec directories, then restart Docker"
+    elif "No space left" in message:
+        cure = "free some space ('df --human-readable /var/lib/docker /var/lib/containerd'), then run again"
+    else:
+        cure = "look at 'journalctl -u docker.service' and at 'nvidia-ctk cdi list'"
+    return f"A container does not get {device}: {message}. Cure: {cure}"
+
+
+class Devices:
+    """The CDI devices of this host."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        """Take what is wanted."""
+        self.module = module
+        self.device: str = module.params["device"]
+
+    def ask(self, *command: str, data: bytes | None = None) -> tuple[int, str, str]:
+        """Run a command, and return its status, output and errors."""
+        environment = {"LC_ALL": "C"}
+        status, output, errors = self.module.run_command(
+            list(command), data=data, binary_data=True, environ_update=environment, handle_exceptions=False
+        )
+        return status, output.strip(), errors.strip()
+
+    def devices(self) -> list[str]:
+        """Return the CDI devices."""
+        return self.ask("nvidia-ctk", "cdi", "list")[1].split()
+
+    def enable(self) -> bool:
+        """Have the units work at boot and on changes."""
+        states = self.ask("systemctl", "is-enabled", *UNITS)[1].split()
+        running = self.ask("systemctl", "is-active", UNITS[0])[1] == "active"
+        if running and states == ["enabled", "enabled"]:
+            return False
+        if not self.module.check_mode:
+            self.ask("systemctl", "enable", *UNITS)
+            status, _, errors = self.ask("systemctl", "start", UNITS[0])
+            if status != 0:
+                raise DeviceError(f"{UNITS[0]} does not start: {errors}. Cure: 'systemctl status {UNITS[0]}'")
+        return True
+
+    def refresh(self, reason: str) -> None:
+        """Have the specification written anew.
+
+        Raises:
+            DeviceError: it was not.
+        """
+        # Somebody else's failures of before do not count towards the limit of starts.
+        self.ask("systemctl", "reset-failed", UNITS[1])
+        status, _, _ = self.ask("systemctl", "restart", UNITS[1])
+        found = self.devices()
+        if status == 0 and self.device in found:
+            return
+        said = self.ask("journalctl", "--unit", UNITS[1], "--output", "cat", "--lines", "20", "--no-pager")[1]
+        errors = [line for line in said.splitlines() if re.search(r"(?i)fail|error|mismatch", line)]
+        words = [line for line in errors if not re.search(r"systemd|nvidia-cdi-refresh|Failed with result", line)]
+        what = f"The GPU is no CDI device: {self.device} is not among {', '.join(found) or 'none'}"
+        if self.device in found:
+            what = f"The CDI specification is stale ({reason}) and cannot be written anew"
+        raise DeviceError(
+            f"{what} ({(words or errors or ['nothing was said'])[-1]}). Cure: see that 'nvidia-smi' shows the GPU,"
+            " after an update of the driver reboot (WSL: 'wsl --shutdown' in Windows), then look at 'journalctl -u"
+            f" {UNITS[1]}'"
+        )
+
+    def prove(self, path: str) -> None:
+        """Open the device in a container that leaves nothing behind.
+
+        Raises:
+            DeviceError: it does not start, or cannot open the device.
+        """
+        try:
+            status, name, errors = self.ask("docker", "image", "import", "-", data=image())
+        except OSError as error:
+            raise DeviceError(explain(str(error), self.device)) from error
+        if status != 0:
+            raise DeviceError(explain(errors, self.device))
+        options = ["--rm", "--pull=never", "--network=none", "--log-driver=none", f"--name={CONTAINER}"]
+        try:
+            self.ask("docker", "rm", "--force", CONTAINER)
+            status, _, errors = self.ask(
+                "timeout", "60", "docker", "run", *options, f"--device={self.device}", name, "/open", path
+            )
+            if status == 124:
+                self.ask("docker", "rm", "--force", CONTAINER)
+                errors = "it does not start within 60 seconds"
+        finally:
+            self.ask("docker", "image", "rm", name)
+        if status == 0:
+            return
+        if errors:
+            lines = [line for line in errors.splitlines() if "--help" not in line and line.strip()]
+            raise DeviceError(explain(" ".join(lines).removeprefix("docker: "), self.device))
+        raise DeviceError(explain(f"{path} cannot be opened in it ({os.strerror(status)})", self.device))
+
+    def fingerprint(self, specification: str) -> str:
+        """Return what the proof holds for; a boot removes it with the folder that it is in."""
+        started = ENGINE_PROCESS.stat().st_mtime_ns if ENGINE_PROCESS.exists() else 0
+        return hashlib.sha256(
+            json.dumps([self.device, specification, read(LOADED_DRIVER), started]).encode()
+        ).hexdigest()
+
+    def services(self) -> list[str]:
+        """Return the services of dots.ocr that use a CDI device, and that run or try to."""
+        states = "--state=active,activating,reloading,failed"
+        listed = self.ask("systemctl", "list-units", "--all", "--plain", "--no-legend", states, "dots-ocr*.service")[1]
+        names = [line.split()[0] for line in listed.splitlines() if line.strip()]
+        found = []
+        for name in names:
+            fragment = self.ask("systemctl", "show", "--property=FragmentPath", "--value", name)[1]
+            if fragment and "nvidia.com/gpu=" in read(Path(fragment)):
+                found.append(name)
+        return found
+
+    def present(self) -> dict[str, Any]:
+        """Have the device, and prove it."""
+        changed = self.enable()
+        before = read(SPECIFICATION)
+        found = self.devices()
+        stale = why_stale(before, read(LOADED_DRIVER).strip())
+        if self.device not in found or not before:
+            stale = f"{self.device} is missing"
+        result: dict[str, Any] = {"devices": found, "stale": stale, "proven": False, "services": []}
+        if self.module.check_mode:
+            return {**result, "changed": changed or bool(stale)}
+        if stale:
+            self.refresh(stale)
+            result["devices"] = self.devices()
+        after = read(SPECIFICATION)
+        fingerprint = self.fingerprint(after)
+        if read(STAMP) != fingerprint:
+            STAMP.unlink(missing_ok=True)
+            self.prove(node(after))
+            STAMP.write_text(fingerprint)
+            result["proven"] = True
+        if after != before:
+            result["services"] = self.services()
+        return {**result, "changed": changed or after != before}
+
+    def absent(self) -> dict[str, Any]:
+        """Stop the units, and remove what they wrote; their package may be gone already."""
+        links = [link for unit in UNITS for link in Path("/etc/systemd/system").glob(f"*.wants/{unit}")]
+        files = [path for path in (SPECIFICATION, STAMP, *links) if path.exists() or path.is_symlink()]
+        running = self.ask("systemctl", "is-active", *UNITS)[1].split()
+        changed = bool(files) or "active" in running
+        if changed and not self.module.check_mode:
+            self.ask("systemctl", "stop", *UNITS)
+            for path in files:
+                path.unlink(missing_ok=True)
+            self.ask("systemctl", "daemon-reload")
+            self.ask("systemctl", "reset-failed", *UNITS)
+            if SPECIFICATION.parent.exists() and not any(SPECIFICATION.parent.iterdir()):
+                SPECIFICATION.parent.rmdir()
+        return {"changed": changed, "devices": [], "stale": "", "proven": False, "services": []}
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "device": {"type": "str", "default": "nvidia.com/gpu=all"},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        supports_check_mode=True,
+    )
+    devices = Devices(module)
+    try:
+        result = devices.present() if module.params["state"] == "present" else devices.absent()
+    except DeviceError as error:
+        module.fail_json(msg=f"{error}.")
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

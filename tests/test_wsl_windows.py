@@ -1,0 +1,91 @@
+"""windows/Prepare-DotsOcr.ps1, as far as it can be tested without Windows: its grammar, the shell script in it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "windows/Prepare-DotsOcr.ps1"
+
+
+def faults(node: Any) -> Iterator[str]:
+    """Yield where a tree of syntax has something that is no PowerShell."""
+    if node.type == "ERROR" or node.is_missing:
+        yield f"line {node.start_point[0] + 1}: {node.text[:60]!r}"
+    for child in node.children:
+        yield from faults(child)
+
+
+def parsed(text: str) -> list[str]:
+    """Return the faults of a PowerShell script."""
+    tree_sitter = pytest.importorskip("tree_sitter")
+    powershell = pytest.importorskip("tree_sitter_powershell")
+    tree = tree_sitter.Parser(tree_sitter.Language(powershell.language())).parse(text.encode())
+    return list(faults(tree.root_node))
+
+
+def test_script_is_powershell() -> None:
+    assert parsed(SCRIPT.read_text()) == []
+
+
+def test_a_missing_brace_is_found() -> None:
+    assert parsed(SCRIPT.read_text().replace("function Test-Driver {", "function Test-Driver")) != []
+
+
+def test_script_is_plain_ascii() -> None:
+    # Windows PowerShell reads a file without a mark in the code page of the machine.
+    assert SCRIPT.read_text().isascii()
+
+
+def test_everything_that_changes_windows_can_be_asked_first() -> None:
+    text = SCRIPT.read_text()
+    for change in (
+        "--install --dist",
+        "--install --no-dist",
+        "& $Wsl --update",
+        "::WriteAllText",
+        "Register-Sched",
+        "sh', '-c'",
+    ):
+        function = text[: text.index(change)].rsplit("\nfunction ", 1)[1]
+        assert "$PSCmdlet.ShouldProcess(" in function, change
+
+
+def test_script_and_role_agree() -> None:
+    root = SCRIPT.parent.parent
+    script, module = SCRIPT.read_text(), (root / "plugins/modules/wsl_settings.py").read_text()
+    floor = re.search(r"_wsl_floor: (\S+)", (root / "roles/wsl/vars/main.yml").read_text())
+    assert floor
+    assert f"[version] '{floor[1]}'" in script
+    assert f'OLDEST_WSL = "{floor[1]}"' in (root / "plugins/modules/gpu_host.py").read_text()
+    assert '"dots-ocr-$Distribution"' in script
+    assert 'TASK_PREFIX = "dots-ocr-"' in module
+    assert '"-d $Distribution -u root --exec /bin/true"' in script
+    assert 'f"-d {self.distribution} -u root --exec /bin/true"' in module
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "\n[boot]\nsystemd=true\n"),
+        ("[user]\ndefault=me\n", "[user]\ndefault=me\n\n[boot]\nsystemd=true\n"),
+        ("[boot]\ncommand=x\n[user]\ndefault=me\n", "[boot]\nsystemd=true\ncommand=x\n[user]\ndefault=me\n"),
+        ("[Boot]\nsystemd = false\n# mine\n", "[Boot]\nsystemd=true\n# mine\n"),
+        ("[user]\nsystemd=mine\n[boot]\nsystemd=false", "[user]\nsystemd=mine\n[boot]\nsystemd=true\n"),
+    ],
+    ids=["no file", "no section", "a section", "switched off", "no newline at the end"],
+)
+def test_shell_script_lets_systemd_run(tmp_path: Path, before: str | None, after: str) -> None:
+    script = re.search(r"\$script = @'\n(.*?)\n'@", SCRIPT.read_text(), re.DOTALL)
+    assert script
+    file = tmp_path / "wsl.conf"
+    if before is not None:
+        file.write_text(before)
+    merging = script[1].replace("/etc/wsl.conf", str(file)).split("if ! [ -x /sbin/init ]")[0]
+    subprocess.run(["sh", "-c", merging], check=True)
+    assert file.read_text().rstrip("\n") == after.rstrip("\n")

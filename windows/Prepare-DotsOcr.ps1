@@ -1,0 +1,268 @@
+<#
+.SYNOPSIS
+Prepares Windows so that a dots.ocr server can run in a distribution of WSL2.
+
+.DESCRIPTION
+Checks NVIDIA's driver, updates WSL, installs a distribution if it is not there, keeps it running (.wslconfig), lets systemd
+run in it (/etc/wsl.conf), and starts it when you log on. Other settings of yours stay as they are; the first state of
+.wslconfig is kept beside it as .wslconfig.before-dots-ocr. A second run changes nothing. docs/wsl2.md has the same steps by
+hand, and how to take them back.
+
+Run it as the user who will use WSL, in an ordinary window: only the first installation of WSL itself asks for an
+administrator. With -WhatIf it only says what it would do.
+
+.PARAMETER Distribution
+The distribution, by its name in 'wsl --list --online'.
+
+.PARAMETER Memory
+Main memory for WSL, such as 24GB. Without it half of what Windows has.
+
+.PARAMETER Swap
+Swap space for WSL, such as 8GB. Without it a quarter of WSL's memory.
+
+.PARAMETER NoLogonTask
+Do not start the distribution when you log on.
+
+.EXAMPLE
+powershell -ExecutionPolicy Bypass -File .\Prepare-DotsOcr.ps1 -Memory 24GB -WhatIf
+#>
+#Requires -Version 5.1
+[CmdletBinding(SupportsShouldProcess = $true)]
+param(
+    [ValidatePattern('^[A-Za-z0-9._-]+$')]
+    [string] $Distribution = 'Ubuntu-24.04',
+
+    [ValidatePattern('^(\d+ ?(KB|MB|GB|TB)?)?$')]
+    [string] $Memory = '',
+
+    [ValidatePattern('^(\d+ ?(KB|MB|GB|TB)?)?$')]
+    [string] $Swap = '',
+
+    [switch] $NoLogonTask
+)
+
+Set-StrictMode -Version Latest
+$ErrorActionPreference = 'Stop'
+
+# The first branch with CUDA 13, and the first WSL whose source has instanceIdleTimeout.
+$OldestDriver = 580
+$OldestWsl = [version] '2.5.10'
+$Wsl = Join-Path $env:SystemRoot 'System32\wsl.exe'
+# Otherwise wsl.exe writes UTF-16, which Windows PowerShell reads as text with a NUL after every letter.
+$env:WSL_UTF8 = '1'
+
+function Stop-WithCure {
+    param([string] $Cause, [string] $Cure)
+    throw "$Cause. Cure: $Cure."
+}
+
+function Invoke-Wsl {
+    # Runs wsl.exe and returns its lines; the exit status is in $LASTEXITCODE.
+    param([string[]] $Arguments)
+    $before = $ErrorActionPreference
+    # What a program writes to its error stream must not end the script.
+    $ErrorActionPreference = 'Continue'
+    try {
+        & $Wsl @Arguments 2>&1 | ForEach-Object { ([string] $_).Replace("`0", '').Trim() } | Where-Object { $_ -ne '' }
+    } finally {
+        $ErrorActionPreference = $before
+    }
+}
+
+function Test-Driver {
+    $smi = Join-Path $env:SystemRoot 'System32\nvidia-smi.exe'
+    if (-not (Test-Path -LiteralPath $smi)) {
+        Stop-WithCure "There is no NVIDIA driver in Windows" "install NVIDIA's driver for Windows, branch $OldestDriver or newer"
+    }
+    $answer = @(& $smi '--query-gpu=name,driver_version' '--format=csv,noheader')
+    if ($LASTEXITCODE -ne 0 -or $answer.Count -eq 0) {
+        Stop-WithCure "NVIDIA's driver shows no GPU ($answer)" "reinstall NVIDIA's driver for Windows, and restart"
+    }
+    $driver = ($answer[0] -split ',')[-1].Trim()
+    if ([int] ($driver -split '\.')[0] -lt $OldestDriver) {
+        Stop-WithCure "NVIDIA's driver is $driver" "install a newer one in Windows, branch $OldestDriver or newer"
+    }
+    Write-Host "GPU: $($answer -join '; ')"
+}
+
+function Get-WslVersion {
+    # The first number of 'wsl --version' that looks like one of WSL; its words are in the language of Windows.
+    $lines = @(Invoke-Wsl '--version')
+    if ($LASTEXITCODE -ne 0) { return $null }
+    foreach ($line in $lines) {
+        if ($line -match '(\d+\.\d+\.\d+)') { return [version] $Matches[1] }
+    }
+    return $null
+}
+
+function Update-Wsl {
+    $version = Get-WslVersion
+    if ($null -ne $version -and $version -ge $OldestWsl) {
+        Write-Host "WSL: $version"
+        return
+    }
+    if ($null -eq $version) {
+        if (-not $PSCmdlet.ShouldProcess('WSL', 'install')) { return }
+        & $Wsl --install --no-distribution | Out-Host
+    } else {
+        if (-not $PSCmdlet.ShouldProcess('WSL', "update from $version")) { return }
+        & $Wsl --update | Out-Host
+    }
+    $version = Get-WslVersion
+    if ($null -eq $version -or $version -lt $OldestWsl) {
+        Stop-WithCure "WSL is '$version' now, $OldestWsl or newer is needed" `
+            "restart Windows and run this again; if that does not help: 'wsl --update --web-download' as administrator"
+    }
+}
+
+function Install-Distribution {
+    $names = @(Invoke-Wsl @('--list', '--quiet'))
+    if ($LASTEXITCODE -eq 0 -and $names -contains $Distribution) {
+        Write-Host "Distribution: $Distribution"
+        return $true
+    }
+    if (-not $PSCmdlet.ShouldProcess($Distribution, 'install')) { return $false }
+    # Its first start, which asks for a name and a password for Linux, is left to you.
+    & $Wsl --install --distribution $Distribution --no-launch | Out-Host
+    if ($LASTEXITCODE -ne 0) {
+        Stop-WithCure "$Distribution was not installed" `
+            "switch virtualization on in the firmware, restart if Windows asks for it, then run this again"
+    }
+    return $true
+}
+
+function Merge-Setting {
+    # Returns a file's text with keys set in a section; all else stays, line ends included.
+    param([string] $Text, [string] $Section, [System.Collections.IDictionary] $Keys, [string] $NewLine)
+    $lines = New-Object 'System.Collections.Generic.List[string]'
+    if ($Text -ne '') { $lines.AddRange([string[]] ($Text -split '\r?\n')) }
+    $ends = $lines.Count -eq 0 -or $lines[$lines.Count - 1] -eq ''
+    if ($lines.Count -gt 0 -and $ends) { $lines.RemoveAt($lines.Count - 1) }
+    foreach ($key in $Keys.Keys) {
+        $value = $Keys[$key]
+        $inside = $false
+        $found = $false
+        $last = -1
+        for ($number = 0; $number -lt $lines.Count; $number++) {
+            if ($lines[$number] -match '^\s*\[([^\]]*)\]') {
+                $inside = $Matches[1].Trim() -eq $Section
+                if ($inside) { $last = $number }
+            } elseif ($inside -and $lines[$number].Trim() -ne '') {
+                $last = $number
+                if ($lines[$number] -match "^(\s*$([regex]::Escape($key))\s*=[ \t]*)([^#]*?)(\s*(?:#.*)?)$") {
+                    $lines[$number] = $Matches[1] + $value + $Matches[3]
+                    $found = $true
+                }
+            }
+        }
+        if ($found) { continue }
+        if ($last -lt 0) {
+            if ($lines.Count -gt 0 -and $lines[$lines.Count - 1].Trim() -ne '') { $lines.Add('') }
+            $lines.Add("[$Section]")
+            $last = $lines.Count - 1
+        }
+        $lines.Insert($last + 1, "$key=$value")
+    }
+    $result = $lines -join $NewLine
+    if ($ends -and $lines.Count -gt 0) { $result += $NewLine }
+    return $result
+}
+
+function Set-WslConfig {
+    $path = Join-Path $env:USERPROFILE '.wslconfig'
+    $before = ''
+    # UTF-8, with or without its mark, as it was; Windows PowerShell's own commands would add one.
+    $encoding = New-Object System.Text.UTF8Encoding $false
+    if (Test-Path -LiteralPath $path) {
+        $bytes = [System.IO.File]::ReadAllBytes($path)
+        if ($bytes.Length -ge 2 -and (($bytes[0] -eq 0xFF -and $bytes[1] -eq 0xFE) -or ($bytes[0] -eq 0xFE -and $bytes[1] -eq 0xFF))) {
+            Stop-WithCure "$path is in UTF-16" "save it as UTF-8 in an editor, then run this again"
+        }
+        if ($bytes.Length -ge 3 -and $bytes[0] -eq 0xEF -and $bytes[1] -eq 0xBB -and $bytes[2] -eq 0xBF) {
+            $encoding = New-Object System.Text.UTF8Encoding $true
+        }
+        $before = [System.IO.File]::ReadAllText($path, $encoding)
+    }
+    $newLine = "`r`n"
+    if ($before -ne '' -and $before -notmatch "`r`n") { $newLine = "`n" }
+    $keys = [ordered] @{ vmIdleTimeout = '-1' }
+    if ($Memory -ne '') { $keys['memory'] = $Memory }
+    if ($Swap -ne '') { $keys['swap'] = $Swap }
+    $after = Merge-Setting $before 'general' ([ordered] @{ instanceIdleTimeout = '-1' }) $newLine
+    $after = Merge-Setting $after 'wsl2' $keys $newLine
+    if ($after -ceq $before) { return $false }
+    if (-not $PSCmdlet.ShouldProcess($path, 'set instanceIdleTimeout, vmIdleTimeout, and memory and swap if given')) { return $false }
+    $backup = "$path.before-dots-ocr"
+    if ((Test-Path -LiteralPath $path) -and -not (Test-Path -LiteralPath $backup)) { Copy-Item -LiteralPath $path -Destination $backup }
+    [System.IO.File]::WriteAllText($path, $after, $encoding)
+    return $true
+}
+
+function Enable-Systemd {
+    # One script for the shell inside; quotes would not survive the way there, so it comes in base64.
+    $conf = @(Invoke-Wsl @('-d', $Distribution, '-u', 'root', '--exec', 'cat', '/etc/wsl.conf'))
+    $section = ''
+    foreach ($line in $conf) {
+        if ($line -match '^\s*\[([^\]]*)\]') { $section = $Matches[1].Trim() }
+        elseif ($section -eq 'boot' -and $line -match '^\s*systemd\s*=\s*true\b') { return $false }
+    }
+    if (-not $PSCmdlet.ShouldProcess("$Distribution, /etc/wsl.conf", 'let systemd run')) { return $false }
+    $script = @'
+set -eu
+touch /etc/wsl.conf
+sed -i -E '/^[[:space:]]*\[[Bb]oot\]/,/^[[:space:]]*\[/{/^[[:space:]]*[Ss]ystemd[[:space:]]*=/d}' /etc/wsl.conf
+if grep -qiE '^[[:space:]]*\[boot\]' /etc/wsl.conf; then
+  sed -i -E '0,/^[[:space:]]*\[[Bb]oot\].*/s//&\nsystemd=true/' /etc/wsl.conf
+else
+  printf '\n[boot]\nsystemd=true\n' >> /etc/wsl.conf
+fi
+if ! [ -x /sbin/init ] || ! [ -e /lib/systemd/systemd ]; then
+  apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends systemd systemd-sysv
+fi
+'@
+    $encoded = [Convert]::ToBase64String([System.Text.Encoding]::UTF8.GetBytes($script.Replace("`r`n", "`n")))
+    Invoke-Wsl @('-d', $Distribution, '-u', 'root', '--exec', 'sh', '-c', "echo $encoded | base64 -d | sh") | Write-Host
+    if ($LASTEXITCODE -ne 0) {
+        Stop-WithCure "/etc/wsl.conf of $Distribution was not changed" "put systemd=true below [boot] there by hand"
+    }
+    return $true
+}
+
+function Register-Start {
+    # The same task as the Ansible role's, for this user alone: one for all users takes an administrator.
+    $name = "dots-ocr-$Distribution"
+    $arguments = "-d $Distribution -u root --exec /bin/true"
+    $task = Get-ScheduledTask -TaskName $name -ErrorAction SilentlyContinue
+    if ($null -ne $task -and $task.Actions[0].Execute -eq $Wsl -and $task.Actions[0].Arguments -eq $arguments) { return }
+    if (-not $PSCmdlet.ShouldProcess($name, 'register a task that starts the distribution at your logon')) { return }
+    $user = "$env:USERDOMAIN\$env:USERNAME"
+    $options = @{
+        TaskName  = $name
+        Action    = New-ScheduledTaskAction -Execute $Wsl -Argument $arguments
+        Trigger   = New-ScheduledTaskTrigger -AtLogOn -User $user
+        Principal = New-ScheduledTaskPrincipal -UserId $user -LogonType Interactive -RunLevel Limited
+        Settings  = New-ScheduledTaskSettingsSet -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries
+        Force     = $true
+    }
+    Register-ScheduledTask @options | Out-Null
+}
+
+if (-not (Test-Path -LiteralPath $Wsl)) {
+    Stop-WithCure 'This Windows has no WSL' 'use Windows 11, or Windows 10 22H2, up to date'
+}
+Test-Driver
+Update-Wsl
+$present = Install-Distribution
+$changed = Set-WslConfig
+if ($present) { $changed = (Enable-Systemd) -or $changed }
+if (-not $NoLogonTask) { Register-Start }
+
+Write-Host ''
+if ($WhatIfPreference) {
+    Write-Host 'Nothing was changed. Run it again without -WhatIf.'
+    return
+}
+Write-Host 'Now type:'
+if ($changed) { Write-Host '  wsl --shutdown                  (ends all distributions; save your work in them first)' }
+Write-Host "  wsl -d $Distribution"
+Write-Host 'and in there follow the README: fetch dots-ocr-deploy, then ansible-playbook site.yml'
