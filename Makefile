@@ -10,13 +10,14 @@ export PYTHONUNBUFFERED := 1
 # By name: Ansible ignores the file in a folder that everybody may write, as all of a Windows drive is.
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help rehearse rehearse-down test bench-client deploy verify docs lock
+.PHONY: help rehearse rehearse-down test bench-client bench-host deploy verify docs lock
 
 help:
 	@echo "make rehearse        deploy dots.ocr on a rehearsal host (no GPU needed) and read a page with it"
 	@echo "make rehearse-down   remove every trace of the rehearsal"
 	@echo "make test            lint, unit tests, every Molecule scenario"
 	@echo "make bench-client    measure what the client costs (after make rehearse)"
+	@echo "make bench-host      measure what a run that changes nothing costs (after make rehearse)"
 	@echo "make deploy          deploy dots.ocr on this machine (needs the GPU)"
 	@echo "make verify          test what was deployed on this machine"
 
@@ -31,6 +32,9 @@ test: .venv/ready
 
 bench-client: .venv/ready
 	@cd client && $(CURDIR)/$(BIN)/python -m benchmarks
+
+bench-host: .venv/ready
+	@$(SUDO) $(BIN)/python -m benchmarks
 
 verify: .venv/ready
 	@$(BIN)/pytest verification --hosts=ansible://ocr_servers --ansible-inventory=inventory/local --sudo

@@ -129,6 +129,9 @@ def test_proxy_keeps_its_percent_signs_from_systemd() -> None:
     [
         ("Docker version 28.5.2, build ecc6942", "28.5.2"),
         ("Docker version 26.1.5+dfsg1, build a72d7cd", "26.1.5"),
+        ("5:28.3.3-1~debian.13~trixie", "28.3.3"),
+        ("26.1.5+dfsg1-9+b9", "26.1.5"),
+        ("28.2.2-0ubuntu1~24.04.1", "28.2.2"),
         ("", ""),
     ],
 )

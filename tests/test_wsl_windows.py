@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tree_sitter
+import tree_sitter_powershell
 
 SCRIPT = Path(__file__).resolve().parent.parent / "windows/Prepare-DotsOcr.ps1"
 
@@ -23,9 +25,8 @@ def faults(node: Any) -> Iterator[str]:
 
 def parsed(text: str) -> list[str]:
     """Return the faults of a PowerShell script."""
-    tree_sitter = pytest.importorskip("tree_sitter")
-    powershell = pytest.importorskip("tree_sitter_powershell")
-    tree = tree_sitter.Parser(tree_sitter.Language(powershell.language())).parse(text.encode())
+    language = tree_sitter.Language(tree_sitter_powershell.language())
+    tree = tree_sitter.Parser(language).parse(text.encode())
     return list(faults(tree.root_node))
 
 

@@ -33,6 +33,7 @@ engine:
     version: 28.5.2
     origin: package
     package: docker-ce
+    package_version: 5:28.5.2-1~debian.13~trixie
     running: [web]
     containers: 2
     volumes: 1
@@ -57,7 +58,7 @@ DESKTOP = Path("/mnt/wsl/docker-desktop")
 
 
 def parse_version(text: str) -> str:
-    """Return the version in what `dockerd --version` prints, without a distribution's suffix; nothing without one."""
+    """Return the version in what an engine prints or its package has, without epoch and suffix; nothing without one."""
     found = re.search(r"\d+(?:\.\d+)+", text)
     return found[0] if found else ""
 
@@ -111,11 +112,13 @@ def look(module: AnsibleModule) -> dict[str, Any]:
 
     program = shutil.which("dockerd", path=PLACES)
     package = ask("dpkg-query", "--search", program).split(":")[0] if program else ""
+    package_version = ask("dpkg-query", "--show", "--showformat=${Version}", package) if package else ""
     engine: dict[str, Any] = {
         "program": program or "",
-        "version": parse_version(ask(program, "--version")) if program else "",
+        "version": parse_version(package_version or (ask(program, "--version") if program else "")),
         "origin": "package" if package else "other" if program else "none",
         "package": package,
+        "package_version": package_version,
         "running": [],
         **kept_in(data_roots(DAEMON)),
     }
