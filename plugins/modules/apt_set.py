@@ -96,6 +96,7 @@ kept:
 import fnmatch
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ from ansible.module_utils.basic import AnsibleModule
 RECORDS = Path("/var/lib/dots-ocr/installed")
 PREFERENCES = Path("/etc/apt/preferences.d")
 SETTINGS = Path("/etc/apt/apt.conf.d")
+REFRESHED = Path("/run/dots-ocr-apt-lists")  # when all lists were fetched; gone after a boot
+FRESH_SECONDS = 600  # roles that follow each other need not fetch the same lists
 PIN_PRIORITY = 1001  # apt_preferences(5): above 1000, a downgrade too
 APT = ("apt-get", "--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=600")
 KEEP_CONFIGURATION = ("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
@@ -255,8 +258,12 @@ class Set:
         return sorted(set(wrong))
 
     def refresh(self) -> None:
-        """Fetch all lists; what of it fails shows when the packages do not come."""
-        self.module.run_command(["apt-get", "update", "-o", "DPkg::Lock::Timeout=600"])
+        """Fetch all lists, unless we just did; what of it fails shows when the packages do not come."""
+        if REFRESHED.exists() and time.time() - REFRESHED.stat().st_mtime < FRESH_SECONDS:
+            return
+        status, _, _ = self.module.run_command(["apt-get", "update", "-o", "DPkg::Lock::Timeout=600"])
+        if status == 0:
+            REFRESHED.touch()
 
     def present(self) -> dict[str, Any]:
         """Bring the packages."""
@@ -283,7 +290,7 @@ class Set:
 
     def install(self, names: list[str], unwanted: list[str]) -> None:
         """Install packages, and record what came with them, also if it fails half-way."""
-        if self.params["refresh"] and not self.params["upgrade"]:
+        if self.params["refresh"]:
             self.refresh()
         versions = self.wanted_versions(names)
         words = [f"{name}={versions[name]}" if name in versions else name for name in names]
