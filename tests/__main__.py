@@ -183,7 +183,7 @@ def stages(names: Iterable[str]) -> list[list[str]]:
         left[:] = [name for name in left if name not in taken]
         return taken
 
-    # None of the others needs vLLM, which the rehearsal has to build first. The long ones first, so that none is left over.
+    # None of the others needs vLLM, which the rehearsal has to build first. The long ones first: none is left over.
     first = take(
         *("rehearse", "molecule cpu", "molecule nvidia_driver", "molecule docker_engine", "client"),
         *("molecule wsl", "molecule preflight", "lint", "unit", "command_line"),
