@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from rehearsal.shell import RehearsalError, output, run, say, step, succeeds
@@ -82,9 +83,11 @@ def ensure() -> None:
     """
     RUN.mkdir(parents=True, exist_ok=True)
     STATE.mkdir(parents=True, exist_ok=True)
-    if int(INOTIFY.read_text()) < INOTIFY_INSTANCES:
-        INOTIFY_BEFORE.write_text(INOTIFY.read_text())
-        INOTIFY.write_text(str(INOTIFY_INSTANCES))
+    before = INOTIFY.read_text()
+    if int(before) < INOTIFY_INSTANCES:
+        with suppress(OSError):  # where it cannot be raised, fewer hosts run at once
+            INOTIFY.write_text(str(INOTIFY_INSTANCES))
+            INOTIFY_BEFORE.write_text(before)
     if not succeeds("docker", "version"):
         SOCKET.unlink(missing_ok=True)
         if _system_engine_runs():
