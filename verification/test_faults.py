@@ -194,7 +194,12 @@ def test_gpu_memory_is_gone_at_the_start(
         try:
             signal(host, "KILL", "[v]llm serve")
             time.sleep(15)
-            assert "Free memory on device" in host.check_output("journalctl --since=-1min --unit %s", server["unit"])
+            # A machine that others keep busy may take longer to get that far.
+            end = time.monotonic() + 45
+            complaint = "Free memory on device"
+            while complaint not in host.check_output("journalctl --since=-2min --unit %s", server["unit"]):
+                assert time.monotonic() < end, f"vLLM does not say '{complaint}'"
+                time.sleep(1)
         finally:
             state["gpus"][0]["memory.used"] -= 14000
             python(host, "print(open(file, 'w').write(json.dumps(state)))", file=stand_in, state=state)
