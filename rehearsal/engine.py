@@ -25,7 +25,6 @@ SOCKET = RUN / "docker.sock"
 SYSTEM_SOCKET = Path("/var/run/docker.sock")
 NETWORK = "dots-ocr-rehearsal"
 LABEL = "dots-ocr-rehearsal"
-PUSH_REGISTRY = "127.0.0.1:15000"  # the mirror's, on the controller's loopback, only to push images
 FONT = Path("/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf")  # pages of the tests are drawn with it
 PID_FILE = RUN / "docker.pid"
 FIREWALL_BEFORE = STATE / "firewall-before.json"
@@ -46,6 +45,7 @@ def packages() -> list[str]:
     needed = {
         "mmdebstrap": shutil.which("mmdebstrap") is not None,
         "debian-archive-keyring": Path("/usr/share/keyrings/debian-archive-keyring.gpg").exists(),
+        "binutils": shutil.which("strip") is not None,
         "gpg": shutil.which("gpg") is not None,  # mmdebstrap looks at keys with it
         "iptables": shutil.which("iptables") is not None,
         "docker.io": shutil.which("docker") is not None and (_dockerd() is not None or _system_engine_runs()),
@@ -112,7 +112,7 @@ def stop() -> None:
             if names:
                 output("docker", kind, *remove, *names)
         images = output("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
-        ours = [name for name in images if name.startswith((f"{LABEL}/", PUSH_REGISTRY))]
+        ours = [name for name in images if name.startswith(f"{LABEL}/")]
         if ours and not own:
             output("docker", "image", "rm", "--force", *ours)
     if own:

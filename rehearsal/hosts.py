@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rehearsal import images
-from rehearsal.engine import LABEL, NETWORK, PUSH_REGISTRY, RUN, STATE
+from rehearsal.engine import LABEL, NETWORK, RUN, STATE
 from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
@@ -21,6 +22,7 @@ APT_KEY_FINGERPRINT = RUN / "apt-key-fingerprint"  # for inventories, as a user 
 BOOT_SECONDS = 60
 FORWARDED_PORT = 18000  # host/root/etc/systemd/system/loopback-forward.socket
 MIRROR = "dots-ocr-rehearsal-mirror"
+PUSH = "/usr/local/lib/mirror/push-images"
 IMAGE_REPOSITORY = "vllm/vllm-openai"
 IMAGE_TAG = "v0.32.0"
 # Tags of the registry beside IMAGE_TAG: an upgrade that works, and two that do not.
@@ -64,7 +66,7 @@ def packages_up() -> None:
     """Start the mirror, with the vendors' packages and nothing else."""
     MODELS.mkdir(exist_ok=True)
     with one_at_a_time("mirror"):
-        _start(MIRROR, images.mirror(), "--network-alias", "mirror", "--publish", f"{PUSH_REGISTRY}:5000",
+        _start(MIRROR, images.mirror(), "--network-alias", "mirror",
                "--volume", f"{MODELS}:/srv/models:ro", "--volume", "/var/lib/docker-registry",
                "--volume", f"{APT}:/usr/src/apt:ro")  # fmt: skip
         _fill_apt()
@@ -87,15 +89,16 @@ def _fill_hub(model: Path) -> None:
 
 def _fill_registry() -> None:
     """Push vLLM's image, and its variants, unless this mirror has them."""
-    repository = f"{PUSH_REGISTRY}/{IMAGE_REPOSITORY}"
     image = images.vllm()
     pushed = STATE / f"pushed-{output('docker', 'inspect', '--format', '{{.Id}}', MIRROR)[:12]}-{image.split(':')[1]}"
     if not pushed.exists():
         with step("push the vLLM image to the registry"):
-            for suffix, change in VARIANTS.items():
-                variant = f"{repository}:{IMAGE_TAG}{suffix}"
-                _derive(image, change, variant)
-                run("docker", "push", "--quiet", variant)
+            names = [f"{LABEL}/{IMAGE_REPOSITORY}:{IMAGE_TAG}{suffix}" for suffix in VARIANTS]
+            for name, change in zip(names, VARIANTS.values(), strict=True):
+                _derive(image, change, name)
+            # `docker push` would take minutes to pack it.
+            save, push = ("docker", "save", *names), ("docker", "exec", "--interactive", MIRROR, PUSH, LABEL, *names)
+            run("bash", "-o", "pipefail", "-c", f"{shlex.join(save)} | {shlex.join(push)}")
         pushed.touch()
 
 

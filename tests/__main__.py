@@ -150,11 +150,6 @@ def scenario(name: str) -> Callable[[], Count]:
     return run
 
 
-def deploy_site() -> Count:
-    """Deploy what the scenario `site` verifies afterwards, alone."""
-    return command("molecule", "converge", "--scenario-name", "site")
-
-
 def parts() -> dict[str, Callable[[], Count]]:
     """Return every part in the order to run, cheap ones first."""
     scenarios = sorted(path.parent.name for path in (REPOSITORY / "molecule").glob("*/molecule.yml"))
@@ -166,7 +161,6 @@ def parts() -> dict[str, Callable[[], Count]]:
         "qwen": qwen,
         "live_client": live_client,
         "command_line": command_line,
-        "deploy site": deploy_site,
         **{f"molecule {name}": scenario(name) for name in scenarios},
     }
 
@@ -174,7 +168,7 @@ def parts() -> dict[str, Callable[[], Count]]:
 def stages(names: Iterable[str]) -> list[list[str]]:
     """Return the order of the parts: stages one after the other, the parts of each side by side, the first ones first.
 
-    What measures time or puts a server under load is a stage of its own.
+    What measures time is a stage of its own.
     """
     left = list(names)
 
@@ -188,9 +182,9 @@ def stages(names: Iterable[str]) -> list[list[str]]:
         *("rehearse", "molecule cpu", "molecule nvidia_driver", "molecule docker_engine", "client"),
         *("molecule wsl", "molecule preflight", "lint", "unit", "command_line"),
     )
-    alone, last = take("live_client"), take("molecule site")
-    longest = take("molecule dots_ocr_server", "molecule airgap", "deploy site")
-    return [first, alone, longest + left, last]
+    alone = take("live_client")
+    longest = take("molecule dots_ocr_server", "molecule site", "molecule airgap")
+    return [first, alone, longest + left]
 
 
 def prepare() -> None:
