@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import re
@@ -15,20 +14,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import pdf_of
+from support import children, pdf_of
 
 from dots_ocr_client import InputError
 from dots_ocr_client.documents import OpenDocument, PageImage, draw, open_document
 from dots_ocr_client.rasterizer import WORKER_MEMORY, Rasterizer
-
-
-def children() -> set[int]:
-    """The processes that this one has started and that have not ended."""
-    found: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-            found.update(map(int, (task / "children").read_text().split()))
-    return found
 
 
 def has_ended(pid: int, seconds: float) -> bool:

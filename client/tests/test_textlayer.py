@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import pdf_of
+from support import children, pdf_of
 
 from dots_ocr_client import Answer, EngineError, NotApplicable, PageImage, Task
 from dots_ocr_client.documents import draw, open_document
@@ -336,10 +336,6 @@ def test_what_was_typed_into_a_form_is_missed_with_a_warning(value: bytes, count
 
 
 # Processes and time
-
-
-def children() -> set[str]:
-    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 def test_it_starts_no_process_before_it_is_asked_and_leaves_none_behind() -> None:
