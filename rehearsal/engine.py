@@ -49,6 +49,8 @@ def packages() -> list[str]:
         "gpg": shutil.which("gpg") is not None,  # mmdebstrap looks at keys with it
         "iptables": shutil.which("iptables") is not None,
         "docker.io": shutil.which("docker") is not None and (_dockerd() is not None or _system_engine_runs()),
+        "haproxy": Path("/usr/sbin/haproxy").exists(),
+        "prometheus": shutil.which("promtool") is not None,
         "fonts-dejavu-core": FONT.exists(),
         "fonts-wqy-microhei": Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc").exists(),
         "tesseract-ocr": shutil.which("tesseract") is not None,

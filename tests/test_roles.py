@@ -62,8 +62,9 @@ def test_readme_is_generated_from_the_specification(role: Path, tmp_path: Path) 
 
 
 @every_role
-def test_role_has_a_scenario_of_its_own(role: Path) -> None:
-    assert (REPOSITORY / "molecule" / role.name / "molecule.yml").exists()
+def test_role_has_a_scenario_of_its_own_or_tests_beside_it(role: Path) -> None:
+    folder = {"dots_ocr_gateway": "tests/gateway", "monitoring": "tests/monitoring"}.get(role.name)
+    assert (REPOSITORY / (folder or f"molecule/{role.name}/molecule.yml")).exists()
 
 
 @every_role
