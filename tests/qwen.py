@@ -37,6 +37,7 @@ def main() -> int:
     volumes = [word for source, target in mounts.items() for word in ("--volume", f"{source}:{target}")]
     environment = {
         "HF_HOME": "/tmp/huggingface",
+        "OMP_NUM_THREADS": "1",  # more would wait for each other busily where other parts run beside
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": "/client/src:/client/tests_qwen:/packages",
     }
