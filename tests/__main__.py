@@ -103,7 +103,8 @@ def lint() -> Count:
 
 def unit() -> Count:
     """Test the modules, the roles' contracts and the rehearsal's own code."""
-    return pytest("unit", "tests", "rehearsal/tiny_model", "--ignore=tests/command_line", "--ignore=tests/live_client")
+    others = [f"--ignore=tests/{name}" for name in ("command_line", "fleet", "live_client")]
+    return pytest("unit", "tests", "rehearsal/tiny_model", *others)
 
 
 def client() -> Count:
@@ -168,7 +169,7 @@ def parts() -> dict[str, Callable[[], Count]]:
 def stages(names: Iterable[str]) -> list[list[str]]:
     """Return the order of the parts: stages one after the other, the parts of each side by side, the first ones first.
 
-    What measures time is a stage of its own.
+    What measures time is a stage of its own, and so are hosts that keep both cores busy.
     """
     left = list(names)
 
@@ -183,8 +184,9 @@ def stages(names: Iterable[str]) -> list[list[str]]:
         *("molecule wsl", "molecule preflight", "lint", "unit", "command_line"),
     )
     alone = take("live_client")
+    fleet = take("molecule fleet")
     longest = take("molecule dots_ocr_server", "molecule site", "molecule airgap")
-    return [first, alone, longest + left]
+    return [first, alone, longest + left, fleet]
 
 
 def prepare() -> None:

@@ -109,6 +109,7 @@ REFRESHED = Path("/run/dots-ocr-apt-lists")  # when all lists were fetched; gone
 FRESH_SECONDS = 600  # roles that follow each other need not fetch the same lists
 PIN_PRIORITY = 1001  # apt_preferences(5): above 1000, a downgrade too
 APT = ("apt-get", "--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=600")
+ONLY_DEPENDENCIES = ("-o", "APT::AutoRemove::SuggestsImportant=false")  # what others suggest is not needed by them
 KEEP_CONFIGURATION = ("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
 
 Packages = dict[str, dict[str, str]]
@@ -352,7 +353,7 @@ class Set:
         """Purge recorded packages that nothing depends on any more, and the configuration of those that are gone."""
         while True:
             self.packages = self.status()
-            idle = [name for name in self.simulate("autoremove") if name in recorded]
+            idle = [name for name in self.simulate(*ONLY_DEPENDENCIES, "autoremove") if name in recorded]
             idle += [name for name in recorded if self.packages.get(name, {}).get("status") == "config-files"]
             if not idle:
                 return

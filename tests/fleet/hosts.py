@@ -1,0 +1,84 @@
+"""The hosts of the scenario `fleet`: how to ask, stop and deploy to them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rehearsal.engine import SOCKET
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCENARIO = REPOSITORY / "molecule/fleet"
+GATEWAY, MONITOR = "test-fleet-gateway", "test-fleet-monitor"
+GPUS = ["test-fleet-1", "test-fleet-2"]
+CPU = "test-fleet-cpu"
+KEY = "the-key-of-a-client-0123456789"
+PATIENCE = 240.0  # seconds; a server starts in 30
+
+
+def docker(*words: str) -> str:
+    """Run a command of the engine that carries the hosts, and return what it prints."""
+    done = subprocess.run(
+        ["docker", "--host", f"unix://{SOCKET}", *words], capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert done.returncode == 0, f"docker {' '.join(words)}: {done.stderr}"
+    return done.stdout.strip()
+
+
+def on(host: str, *words: str) -> str:
+    """Run a command on a host, and return what it prints."""
+    return docker("exec", host, *words)
+
+
+def address(host: str) -> str:
+    """Return a host's IP address."""
+    return docker("inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", host)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition, and fail if it does not come true."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"never came: {what}"
+        time.sleep(0.5)
+
+
+def states() -> dict[str, str]:
+    """Return what the gateway thinks of each server, such as `UP`, `DOWN`, `DRAIN`."""
+    ask = "echo 'show stat ocr 4 -1' | socat -t5 - UNIX-CONNECT:/run/dots-ocr-gateway/admin.sock"
+    rows = csv.DictReader(on(GATEWAY, "sh", "-c", ask).removeprefix("# ").splitlines())
+    return {row["svname"]: row["status"].split(" ")[0] for row in rows}
+
+
+def all_up(*servers: str) -> bool:
+    """Tell whether the gateway uses these servers, all of them if none is named."""
+    found = states()
+    return all(found.get(name) == "UP" for name in servers or found)
+
+
+def image(host: str) -> str:
+    """Return the identity of the image that a host's server runs."""
+    return on(host, "docker", "inspect", "--format", "{{.Image}}", "dots-ocr")
+
+
+def play(playbook: str, variables: str = "{}", *, further: bool = True) -> tuple[int, str]:
+    """Run a playbook for the whole fleet; return its status and what it printed, in one line."""
+    inventories = [SCENARIO / "inventory", *([SCENARIO / "further.yml"] if further else [])]
+    options = [f"--inventory={inventory}" for inventory in inventories]
+    done = subprocess.run(
+        ["ansible-playbook", playbook, *options, "--extra-vars", variables],
+        cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        check=False, env={**os.environ, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+    )  # fmt: skip
+    return done.returncode, " ".join(done.stdout.split())
+
+
+def recap(output: str) -> dict[str, tuple[int, int]]:
+    """Return {host: (changed, failed)} from what `play` returned."""
+    found = re.findall(r"(\S+) : ok=\d+ changed=(\d+) unreachable=\d+ failed=(\d+)", output)
+    return {host: (int(changed), int(failed)) for host, changed, failed in found}
