@@ -68,7 +68,7 @@ def image(host: str) -> str:
 
 def play(playbook: str, variables: str = "{}", *, further: bool = True) -> tuple[int, str]:
     """Run a playbook for the whole fleet; return its status and what it printed, in one line."""
-    inventories = [SCENARIO / "inventory", *([SCENARIO / "further.yml"] if further else [])]
+    inventories = [SCENARIO / "inventory", *([SCENARIO / "further.ini"] if further else [])]
     options = [f"--inventory={inventory}" for inventory in inventories]
     done = subprocess.run(
         ["ansible-playbook", playbook, *options, "--extra-vars", variables],

@@ -141,6 +141,20 @@ def test_page_goes_to_another_server_when_one_cannot_be_reached(main: Gateway, b
     assert {answer.headers["x-dots-ocr-server"] for answer in answers} == {"gpu2"}
 
 
+def test_backup_reads_the_pages_of_the_moment_in_which_all_gpus_die(main: Gateway, backends: Backends) -> None:
+    for name in ("gpu1", "gpu2"):
+        backends[name].stop()
+    try:
+        assert main.status("gpu1") == main.status("gpu2") == "UP"
+        with in_background(partial(main.ask, key=ALICE), count=8) as answers:
+            pass
+    finally:
+        for name in ("gpu1", "gpu2"):
+            backends[name].start(backends[name].port)
+    assert [answer.status for answer in answers] == [200] * 8
+    assert {answer.headers["x-dots-ocr-engine"] for answer in answers} == {"cpu"}
+
+
 def test_server_that_dies_over_a_page_gives_an_error_that_clients_retry(main: Gateway, backends: Backends) -> None:
     backends["gpu1"].reset = backends["gpu2"].reset = True
     answer = main.ask(key=ALICE, body=b"x" * (MIB // 2))
@@ -148,15 +162,20 @@ def test_server_that_dies_over_a_page_gives_an_error_that_clients_retry(main: Ga
     assert answer.error["type"] == "BadGatewayError"
 
 
-def test_page_on_a_server_that_hangs_gives_an_error_that_clients_retry(main: Gateway, backends: Backends) -> None:
+def test_page_on_a_server_that_hangs_is_waited_for_and_others_avoid_it(main: Gateway, backends: Backends) -> None:
     backend = backends["gpu1"]
     main.command("set server ocr/gpu2 state drain")
     backend.gate.clear()
     with in_background(partial(main.ask, key=ALICE)) as answers:
         wait_until(lambda: backend.in_flight == 1, "the page in flight")
+        main.command("set server ocr/gpu2 state ready")
         backend.healthy = False
-    assert answers[0].status in (502, 503), answers
-    assert answers[0].error
+        wait_until(lambda: main.status("gpu1") == "DOWN", "gpu1 out")
+        others = [main.ask(key=ALICE) for _ in range(4)]
+        backend.gate.set()
+    assert {answer.headers["x-dots-ocr-server"] for answer in others} == {"gpu2"}
+    assert answers[0].status == 200
+    assert answers[0].headers["x-dots-ocr-server"] == "gpu1"
 
 
 def test_server_that_refuses_the_gateway_is_not_the_fault_of_the_client(main: Gateway, backends: Backends) -> None:
