@@ -34,7 +34,7 @@ bench-client: .venv/ready
 	@cd client && $(CURDIR)/$(BIN)/python -m benchmarks
 
 bench-host: .venv/ready
-	@$(SUDO) $(BIN)/python -m benchmarks
+	@$(SUDO) $(BIN)/python -m benchmarks.host
 
 verify: .venv/ready
 	@$(BIN)/pytest verification --hosts=ansible://ocr_servers --ansible-inventory=inventory/local --sudo
