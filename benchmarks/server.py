@@ -1,7 +1,8 @@
 """A server that reads so many pages at once and takes so long for each, but only waits: `python -m benchmarks.server`.
 
 Takes the pages at once and the seconds for each, and prints its port. A process of its own, so that it shares no
-interpreter with who measures it.
+interpreter with who measures it. The scripted servers of tests/gateway would not do: their answers leave in two parts,
+and the second one waits 40 ms for the first to be acknowledged.
 """
 
 from __future__ import annotations

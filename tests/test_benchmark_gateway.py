@@ -111,8 +111,8 @@ def test_pages_through_a_real_gateway_become_figures(capsys: pytest.CaptureFixtu
     assert len(re.findall(rf"^\| [\d.]+ \| (?:HTTP|TLS) \| {FIGURE}", output, re.MULTILINE)) == 4
     fleet = re.search(rf"^\| 2, 4 \| 60 \| {FIGURE} \| {FIGURE} \| {FIGURE} \|$", output, re.MULTILINE)
     assert fleet
-    # What else runs may make it slower; faster than possible would be a wrong count.
-    assert 0.3 < float(fleet[2]) < 1.05
+    # So short a time says no more than that the order is right, least of all where other things run.
+    assert 0.1 < float(fleet[2]) < 2
     shares = re.findall(rf"^\| \d \| (?:33.3|66.7) \| {FIGURE} \| {FIGURE} \|$", output, re.MULTILINE)
     assert [round(sum(map(float, column))) for column in zip(*shares, strict=True)] == [100, 100]
 
