@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # By name: Ansible ignores the file in a folder that everybody may write, as all of a Windows drive is.
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help rehearse rehearse-down test bench-client bench-host deploy verify docs lock
+.PHONY: help rehearse rehearse-down test bench-client bench-host bench-gateway deploy verify docs lock
 
 help:
 	@echo "make rehearse        deploy dots.ocr on a rehearsal host (no GPU needed) and read a page with it"
@@ -18,6 +18,7 @@ help:
 	@echo "make test            lint, unit tests, every Molecule scenario"
 	@echo "make bench-client    measure what the client costs (after make rehearse)"
 	@echo "make bench-host      measure what a run that changes nothing costs (after make rehearse)"
+	@echo "make bench-gateway   measure the gateway against its servers, one to three of them (needs haproxy)"
 	@echo "make deploy          deploy dots.ocr on this machine (needs the GPU)"
 	@echo "make verify          test what was deployed on this machine"
 
@@ -34,7 +35,10 @@ bench-client: .venv/ready
 	@cd client && $(CURDIR)/$(BIN)/python -m benchmarks
 
 bench-host: .venv/ready
-	@$(SUDO) $(BIN)/python -m benchmarks
+	@$(SUDO) $(BIN)/python -m benchmarks.host
+
+bench-gateway: .venv/ready
+	@$(BIN)/python -m benchmarks.gateway
 
 verify: .venv/ready
 	@$(BIN)/pytest verification --hosts=ansible://ocr_servers --ansible-inventory=inventory/local --sudo

@@ -1,4 +1,4 @@
-"""The benchmark of runs that change nothing (benchmarks): it reads Ansible's report, and refuses any other run."""
+"""The benchmark of runs that change nothing (benchmarks.host): it reads Ansible's report, and refuses any other run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.__main__ import BenchmarkError, Run, read, tables
+from benchmarks.figures import BenchmarkError
+from benchmarks.host import Run, read, tables
 
 
 def report(*tasks: tuple[str, float, float, dict[str, Any]], **stats: int) -> str:

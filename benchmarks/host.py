@@ -20,6 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import BenchmarkError, spread
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOST_PART, FACTS = "playbooks/host.yml", "benchmarks/facts.yml"
 SLOWEST = 3
@@ -29,10 +31,6 @@ CALLBACK = {
     "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"),
     "ANSIBLE_FORCE_COLOR": "false",
 }
-
-
-class BenchmarkError(Exception):
-    """There is nothing to measure; the message names the cause and the cure."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,6 @@ def play(playbook: str, options: Sequence[str]) -> Run:
     return read(done.stdout, time.monotonic() - start)
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return the median of values, with the least and the greatest."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def tables(host: Sequence[Run], facts: Sequence[Run]) -> str:
     """Return the tables: medians, with the least and the greatest of the runs."""
     slowest = sorted(
@@ -156,7 +149,7 @@ def tables(host: Sequence[Run], facts: Sequence[Run]) -> str:
 
 def main() -> int:
     """Measure, and print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
     parser.add_argument("-i", "--inventory", default="inventory/rehearsal", help="default: the rehearsal's host")
     parser.add_argument("--limit", default="ocr_servers", help="hosts; default: all")
     parser.add_argument("--runs", type=int, default=5, help="of each; default: 5")
