@@ -167,6 +167,7 @@ def test_wrong_model_gets_no_page(during: Events) -> None:
     with during("wrong model on a host", planned=False) as happened:
         on(host, "systemctl", "stop", "dots-ocr.service")
         wait_until(lambda: states()[host] == "DOWN", "the gateway notices")
+        stopped = time.monotonic()
         docker("cp", str(WRONG_MODEL), f"{host}:/root/wrong_model.py")
         docker("exec", "--detach", host, "python3", "/root/wrong_model.py", "8000", "/root/wrong_model.log")
         log = ("sh", "-c", "cat /root/wrong_model.log || true")
@@ -179,7 +180,8 @@ def test_wrong_model_gets_no_page(during: Events) -> None:
         wait_until(all_up, "the host in use again")
     assert state == "DOWN"
     assert "POST" not in asked
-    assert happened.event.lost == []
+    # vLLM answers some pages with 500 while it stops; none is lost to the wrong model.
+    assert_only_pages_in_flight_are_lost(happened.event, stopped)
 
 
 def test_backup_reads_when_all_gpus_are_gone(during: Events) -> None:
