@@ -66,13 +66,18 @@ class Reader:
             {
                 "document": document,
                 "page": page.number,
-                "text": "" if isinstance(page, FailedPage) else page.text.encode(errors="replace").decode(),
-                "error": page.reason if isinstance(page, FailedPage) else None,
+                "text": "" if isinstance(page, FailedPage) else utf8(page.text),
+                "error": utf8(page.reason) if isinstance(page, FailedPage) else None,
                 "result": json.dumps(page.to_dict()),
                 "worker": self.worker,
             }
             for page in pages
         ]
+
+
+def utf8(text: str) -> str:
+    """Replace halves of surrogate pairs, on which the output could not be written."""
+    return text.encode(errors="replace").decode()
 
 
 def missing_pages(row: Row) -> Iterator[Row]:
@@ -87,7 +92,11 @@ def missing_pages(row: Row) -> Iterator[Row]:
 
 
 def find_documents(inputs: Iterable[Path]) -> list[str]:
-    """List files, and the documents in folders, by their absolute paths."""
+    """List files, and the documents in folders, by their absolute paths.
+
+    Raises:
+        InputError: There are none, or one cannot be named.
+    """
     found: set[Path] = set()
     for path in inputs:
         if not path.exists():
@@ -96,7 +105,10 @@ def find_documents(inputs: Iterable[Path]) -> list[str]:
         found.update(file.absolute() for file in (inside if path.is_dir() else [path]))
     if not found:
         raise InputError(f"there are no PDFs or images in {', '.join(map(str, inputs))}. Cure: name another folder.")
-    return sorted(map(str, found))
+    names = sorted(map(str, found))
+    if wrong := [name for name in names if utf8(name) != name]:
+        raise InputError(f"the name {wrong[0]!r} is not in UTF-8. Cure: rename it.")
+    return names
 
 
 def take_up(output: Path) -> dict[str, set[int]]:
@@ -125,6 +137,7 @@ async def check(base_url: str | None) -> str:
     """
     engine = VLLMEngine(base_url)
     try:
+        await engine.models(seconds=30)  # says best what to do if there is no server, or another key is needed
         await engine.probe(seconds=30)
     finally:
         await engine.aclose()
@@ -150,7 +163,7 @@ def read(documents: list[str], output: Path, base_url: str, workers: int, addres
         with ray.init(address, **(local if address == "local" else {})):
             # Each worker holds a CPU for good; without one more, nothing would list and write, and all would wait.
             if (cpus := int(ray.cluster_resources().get("CPU", 0))) <= workers:
-                raise InputError(f"{workers} workers need {workers + 1} CPUs, and Ray has {cpus}. Cure: fewer --workers.")
+                raise InputError(f"{workers} workers need {workers + 1} CPUs; Ray has {cpus}. Cure: fewer --workers.")
             (
                 ray.data.from_items([{"document": name, "done": sorted(done[name])} for name in documents])
                 .flat_map(missing_pages)
@@ -180,14 +193,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="clients, each a process with a CPU of its own")
     parser.add_argument("--address", default="local", help="of a Ray cluster (auto: of this machine's); default: none")
     options = parser.parse_args()
+    if options.workers < 1:
+        parser.error("--workers must be at least 1")
     try:
         documents = find_documents(options.inputs)
         base_url = asyncio.run(check(options.base_url))
         failed = read(documents, options.output, base_url, options.workers, options.address)
-    except (DotsOCRError, OSError, ray.exceptions.RayError) as error:
+    except (DotsOCRError, OSError) as error:
         sys.exit(f"ray_data: {error}")
+    except ray.exceptions.RayError as error:
+        sys.exit(f"{error}\nray_data: ended early, see above. Cure: remove the cause; the same command goes on.")
     if failed:
-        sys.exit(f"ray_data: {failed} pages failed; their rows in {options.output} say why. The same command tries again.")
+        sys.exit(f"ray_data: {failed} pages failed; their rows in {options.output} say why. Cure: run the same again.")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dots_ocr_client import Page
+from dots_ocr_client.limiter import START
 from PIL import Image
 from pytest_httpserver import HTTPServer
 from support import FakeServer, pdf_of, reply, sent_image
 from werkzeug import Request, Response
-
-from dots_ocr_client import Page
-from dots_ocr_client.limiter import START
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "client/examples/ray_data.py"
@@ -71,10 +70,10 @@ class Example:
         return self.started[-1]
 
     def run(self, *words: str | Path) -> tuple[int, str]:
-        """Return its exit status and its last words."""
+        """Return its exit status and what it said."""
         process = self.start(*words)
         said = process.communicate(timeout=PATIENCE)[1]
-        return process.returncode, said.splitlines()[-1] if said else ""
+        return process.returncode, said
 
     def processes(self) -> list[str]:
         """What is there of its processes and those of Ray."""
@@ -216,6 +215,7 @@ def test_wrong_key_ends_the_job(
     status, said = example.run(documents[0], "--output", tmp_path / "output")
     assert status == 1
     assert "set DOTS_OCR_API_KEY" in said
+    assert said.endswith("the same command goes on.\n")
     assert rows(tmp_path / "output") == []
 
 
@@ -228,5 +228,6 @@ def test_folder_without_documents(example: Example, tmp_path: Path) -> None:
 def test_server_out_of_reach(example: Example, documents: tuple[Path, Pages], tmp_path: Path) -> None:
     status, said = example.run(documents[0], "--output", tmp_path / "output", "--base-url", "http://127.0.0.1:9/v1")
     assert status == 1
-    assert "http://127.0.0.1:9/v1" in said
+    assert said.startswith("ray_data: cannot reach http://127.0.0.1:9/v1")
+    assert "start the server" in said
     assert not (tmp_path / "output").exists()
