@@ -103,8 +103,8 @@ def lint() -> Count:
 
 def unit() -> Count:
     """Test the modules, the roles' contracts and the rehearsal's own code."""
-    others = [f"--ignore=tests/{name}" for name in ("command_line", "fleet", "live_client")]
-    return pytest("unit", "tests", "rehearsal/tiny_model", *others)
+    apart = ("tests/command_line", "tests/fleet", "tests/live_client", "tests/ray")
+    return pytest("unit", "tests", "rehearsal/tiny_model", *(f"--ignore={folder}" for folder in apart))
 
 
 def client() -> Count:
@@ -117,13 +117,23 @@ def rehearse() -> Count:
     return command(sys.executable, "-m", "rehearsal", "run")
 
 
-def qwen() -> Count:
-    """Put the client's Qwen engine to real torch and transformers, inside vLLM's image."""
-    report = REPORTS / "qwen.xml"
+def module(name: str) -> Count:
+    """Run the module tests.NAME, which prepares what its tests need, and count these as `pytest` does."""
+    report = REPORTS / f"{name}.xml"
     report.unlink(missing_ok=True)
-    status = command(sys.executable, "-m", "tests.qwen", str(report))
+    status = command(sys.executable, "-m", f"tests.{name}", str(report))
     count = read_report(report)
     return count + status if status.failed and not count.failed else count
+
+
+def qwen() -> Count:
+    """Put the client's Qwen engine to real torch and transformers, inside vLLM's image."""
+    return module("qwen")
+
+
+def ray() -> Count:
+    """Run the client's example for Ray Data with a real Ray."""
+    return module("ray")
 
 
 def live_client() -> Count:
@@ -160,6 +170,7 @@ def parts() -> dict[str, Callable[[], Count]]:
         "client": client,
         "rehearse": rehearse,
         "qwen": qwen,
+        "ray": ray,
         "live_client": live_client,
         "command_line": command_line,
         **{f"molecule {name}": scenario(name) for name in scenarios},

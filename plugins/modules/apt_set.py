@@ -109,7 +109,6 @@ REFRESHED = Path("/run/dots-ocr-apt-lists")  # when all lists were fetched; gone
 FRESH_SECONDS = 600  # roles that follow each other need not fetch the same lists
 PIN_PRIORITY = 1001  # apt_preferences(5): above 1000, a downgrade too
 APT = ("apt-get", "--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=600")
-ONLY_DEPENDENCIES = ("-o", "APT::AutoRemove::SuggestsImportant=false")  # what others suggest is not needed by them
 KEEP_CONFIGURATION = ("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
 
 Packages = dict[str, dict[str, str]]
@@ -353,11 +352,26 @@ class Set:
         """Purge recorded packages that nothing depends on any more, and the configuration of those that are gone."""
         while True:
             self.packages = self.status()
-            idle = [name for name in self.simulate(*ONLY_DEPENDENCIES, "autoremove") if name in recorded]
+            idle = [name for name in self.simulate("autoremove") if name in recorded]
             idle += [name for name in recorded if self.packages.get(name, {}).get("status") == "config-files"]
+            if not idle:
+                idle = self.replaceable(recorded)
             if not idle:
                 return
             self.apt("purge", *idle, what=f"removing {' '.join(idle)}")
+
+    def replaceable(self, recorded: list[str]) -> list[str]:
+        """Return recorded packages that apt keeps for the sake of others which did without them before.
+
+        They are the second choice in a dependency on alternatives: `adduser` is one.
+        """
+        there = [name for name in recorded if self.is_installed(name)]
+        automatic = self.module.run_command(["apt-mark", "showauto", *there])[1].split() if there else []
+        for name in automatic:
+            removals = self.simulate("purge", name)
+            if set(removals) <= set(recorded):
+                return removals
+        return []
 
     def simulate(self, *words: str) -> list[str]:
         """Return the packages that apt-get would remove."""
