@@ -180,7 +180,7 @@ def parts() -> dict[str, Callable[[], Count]]:
 def stages(names: Iterable[str]) -> list[list[str]]:
     """Return the order of the parts: stages one after the other, the parts of each side by side, the first ones first.
 
-    What measures time is a stage of its own, and so are hosts that keep both cores busy.
+    What measures time is a stage of its own.
     """
     left = list(names)
 
@@ -195,9 +195,8 @@ def stages(names: Iterable[str]) -> list[list[str]]:
         *("molecule wsl", "molecule preflight", "lint", "unit", "command_line"),
     )
     alone = take("live_client")
-    fleet = take("molecule fleet")
-    longest = take("molecule dots_ocr_server", "molecule site", "molecule airgap")
-    return [first, alone, longest + left, fleet]
+    longest = take("molecule fleet", "molecule dots_ocr_server", "molecule site", "molecule airgap")
+    return [first, alone, longest + left]
 
 
 def prepare() -> None:

@@ -113,6 +113,7 @@ def test_upgrade_of_all(during: Events) -> None:
     assert happened.event.lost == []
     assert {page.engine for page in happened.event.pages} == {"vllm"}
     assert not set(before) & {image(host) for host in GPUS}
+    assert recap(output)[GATEWAY] == (0, 0), "nothing new for the gateway, so it is left alone"
 
 
 def test_upgrade_that_fails_is_taken_back_on_all_if_asked(during: Events) -> None:
@@ -206,3 +207,9 @@ def test_monitor_sees_all_of_it() -> None:
     assert jobs == {"dots_ocr": 3, "node": 5, "haproxy": 1, "prometheus": 1}
     assert [target["scrapeUrl"] for target in targets if target["health"] != "up"] == []
     assert live.problems(url, without=MISSING) == []
+
+
+def test_second_run_of_monitoring_changes_nothing() -> None:
+    status, output = play("playbooks/monitoring.yml")
+    assert status == 0, output[-3000:]
+    assert set(recap(output).values()) == {(0, 0)}
