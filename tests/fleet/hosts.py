@@ -73,7 +73,7 @@ def play(playbook: str, variables: str = "{}", *, further: bool = True) -> tuple
     done = subprocess.run(
         ["ansible-playbook", playbook, *options, "--extra-vars", variables],
         cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        check=False, env={**os.environ, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        check=False, env={**os.environ, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
     )  # fmt: skip
     return done.returncode, " ".join(done.stdout.split())
 
