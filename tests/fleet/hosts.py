@@ -70,10 +70,12 @@ def play(playbook: str, variables: str = "{}", *, further: bool = True) -> tuple
     """Run a playbook for the whole fleet; return its status and what it printed, in one line."""
     inventories = [SCENARIO / "inventory", *([SCENARIO / "further.ini"] if further else [])]
     options = [f"--inventory={inventory}" for inventory in inventories]
+    # Molecule has colours forced.
+    settings = {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"}
     done = subprocess.run(
         ["ansible-playbook", playbook, *options, "--extra-vars", variables],
         cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        check=False, env={**os.environ, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
+        check=False, env={**os.environ, **settings},
     )  # fmt: skip
     return done.returncode, " ".join(done.stdout.split())
 
