@@ -62,3 +62,23 @@ def test_failure_is_told_in_the_words_of_apt_with_a_cure(words: str, cure: str) 
     message = apt_set.explain(f"Reading package lists...\n{words}\n", "installing docker-ce")
     assert words.splitlines()[0].strip() in message
     assert cure in message.split("Cure: ")[1]
+
+
+@pytest.mark.parametrize(
+    ("goes_too", "expected"),
+    [([], ["adduser"]), (["libsecond"], ["adduser", "libsecond"]), (["asked-for"], []), (["of-others"], [])],
+)
+def test_second_choice_goes_unless_something_that_somebody_asked_for_would_go_too(
+    goes_too: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Module:
+        def run_command(self, words: list[str]) -> tuple[int, str, str]:
+            return 0, "\n".join({"adduser", "libsecond"} & set(words)), ""
+
+    packages = object.__new__(apt_set.Set)
+    packages.module = Module()
+    monkeypatch.setattr(packages, "is_installed", lambda name: name != "haproxy")
+    monkeypatch.setattr(
+        packages, "simulate", lambda action, name: [name, *goes_too] if name == "adduser" else ["libc6"]
+    )
+    assert packages.replaceable(["adduser", "asked-for", "haproxy", "libsecond"]) == expected

@@ -369,7 +369,7 @@ class Set:
         automatic = self.module.run_command(["apt-mark", "showauto", *there])[1].split() if there else []
         for name in automatic:
             removals = self.simulate("purge", name)
-            if set(removals) <= set(recorded):
+            if set(removals) <= set(automatic):  # none that somebody has asked for meanwhile
                 return removals
         return []
 
