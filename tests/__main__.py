@@ -1,7 +1,8 @@
 """Run every part of the test suite, count what ran, and report the time of each: `python -m tests [PART ...]`.
 
 A part that fails does not keep the others from running. A part that ran nothing is red: an empty scenario or an
-empty test folder must not pass for success.
+empty test folder must not pass for success. What failed, and why, is said at the end, which is often all that is left
+of a long output.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -22,19 +23,30 @@ PROGRAMS = Path(sys.executable).parent
 REPORTS = REPOSITORY / ".cache/junit"
 WORKERS = 2  # the cores that there are: most parts keep one of them busy
 TOTAL = re.compile(r"^(\d+) passed, (\d+) failed, (\d+) skipped\n*\Z", re.MULTILINE)
+REASON = re.compile(r"^not passed: (.*)$", re.MULTILINE)
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+COMPLAINT = re.compile(r"^(fatal: |failed: |ERROR|\[ERROR|CRITICAL)")  # of Ansible and Molecule
+REASON_LENGTH = 500  # characters
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many checks passed, failed and were skipped."""
+    """How many checks passed, failed and were skipped, and why those failed, a line each."""
 
     passed: int = 0
     failed: int = 0
     skipped: int = 0
+    reasons: tuple[str, ...] = field(default=(), compare=False)
 
     def __add__(self, other: Count) -> Count:
         """Add up two counts."""
-        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+        numbers = (self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+        return Count(*numbers, self.reasons + other.reasons)
+
+
+def failure(reason: str) -> Count:
+    """Return the count of one failed check."""
+    return Count(failed=1, reasons=(" ".join(reason.split())[:REASON_LENGTH],))
 
 
 @dataclass(frozen=True)
@@ -52,29 +64,43 @@ class Result:
 
 
 def command(*words: str, cwd: Path = REPOSITORY) -> Count:
-    """Run one command that is one check: status 0 is a pass."""
-    print(f"--- {' '.join(words)}", flush=True)
-    done = subprocess.run(words, cwd=cwd, check=False, stdin=subprocess.DEVNULL)
-    return Count(passed=1) if done.returncode == 0 else Count(failed=1)
+    """Run one command that is one check: status 0 is a pass; the last complaint of its output is the reason if not."""
+    text = " ".join(words)
+    print(f"--- {text}", flush=True)
+    complaint = ""
+    with subprocess.Popen(
+        words, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as running:
+        assert running.stdout is not None
+        for raw in running.stdout:
+            line = raw.decode(errors="replace")
+            print(line, end="", flush=True)
+            plain = COLOUR.sub("", line)
+            complaint = plain if COMPLAINT.match(plain) else complaint
+    return Count(passed=1) if running.returncode == 0 else failure(f"{text}: status {running.returncode} {complaint}")
 
 
 def read_report(file: Path) -> Count:
     """Count the tests in a JUnit report; none at all, or no report, is a failure."""
     if not file.exists():
-        print(f"no report was written: {file.name}", flush=True)
-        return Count(failed=1)
+        return failure(f"no report was written: {file.name}")
     suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
     total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
     failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
     if total == skipped:
-        print(f"no test ran: {file.name}", flush=True)
-        return Count(failed=1)
-    return Count(total - skipped - failed, failed, skipped)
+        return failure(f"no test ran: {file.name}")
+    reasons = [
+        failure(f"{case.attrib['classname']}::{case.attrib['name']}: {fault.attrib.get('message', '')}").reasons
+        for case in suite.iter("testcase")
+        for fault in [*case.findall("failure"), *case.findall("error")]
+    ]
+    return Count(total - skipped - failed, failed, skipped, sum(reasons, ()))
 
 
 def without_skips(count: Count) -> Count:
     """Count what was skipped as failed."""
-    return Count(count.passed, count.failed + count.skipped)
+    reasons = (f"{count.skipped} were skipped",) if count.skipped else ()
+    return Count(count.passed, count.failed + count.skipped, reasons=count.reasons + reasons)
 
 
 def pytest(name: str, *words: str, cwd: Path = REPOSITORY) -> Count:
@@ -225,9 +251,13 @@ def run_beside(name: str) -> Result:
     output = done.stdout.decode(errors="replace")
     print(output, flush=True)
     found = TOTAL.search(output)
-    count = Count(*map(int, found.groups())) if found else Count(failed=1)
+    ending = f"{name}: ended with status {done.returncode}"
+    count = failure(ending)
+    if found:
+        passed, failed, skipped = map(int, found.groups())
+        count = Count(passed, failed, skipped, tuple(REASON.findall(output)))
     if done.returncode != 0 and not count.failed:
-        count += Count(failed=1)
+        count += failure(ending)
     return Result(name, count, time.monotonic() - start)
 
 
@@ -254,7 +284,8 @@ def main() -> int:
     prepare()
     results = list(map(run_here, wanted)) if wanted else run_all(available)
     total = sum((result.count for result in results), Count())
-    print("\n".join(["", *(result.row() for result in results), ""]))
+    reasons = [f"not passed: {reason}" for reason in total.reasons]
+    print("\n".join(["", *(result.row() for result in results), "", *reasons]))
     print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped", flush=True)
     return 1 if total.failed or not total.passed else 0
 

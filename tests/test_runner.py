@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.__main__ import REPOSITORY, Count, Result, parts, read_report, run_all, run_beside, stages, without_skips
+from tests.__main__ import (
+    REPOSITORY,
+    Count,
+    Result,
+    command,
+    parts,
+    read_report,
+    run_all,
+    run_beside,
+    stages,
+    without_skips,
+)
 
 REPORT = '<testsuites><testsuite tests="{0}" failures="{1}" errors="{2}" skipped="{3}"/></testsuites>'
 
@@ -33,6 +44,24 @@ def test_report_is_counted_and_an_empty_one_is_a_failure(
     file = tmp_path / "report.xml"
     file.write_text(REPORT.format(*numbers))
     assert read_report(file) == count
+
+
+def test_failed_test_is_named_with_its_message(tmp_path: Path) -> None:
+    file = tmp_path / "report.xml"
+    case = '<testcase classname="tests.test_x" name="test_y"><failure message="assert 1 ==\n 2"/></testcase>'
+    file.write_text(f'<testsuite tests="2" failures="1" errors="0" skipped="0"><testcase/>{case}</testsuite>')
+    assert read_report(file).reasons == ("tests.test_x::test_y: assert 1 == 2",)
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [("noise\n\x1b[0;31mfatal: [a]: FAILED! => first\nfatal: [b]: FAILED! => last\nnoise", "fatal: [b]"), ("", "")],
+)
+def test_failed_command_is_named_with_its_last_complaint(output: str, reason: str) -> None:
+    count = command("sh", "-c", 'printf "$1"; exit 3', "sh", output)
+    assert count == Count(failed=1)
+    assert f"status 3 {reason}".strip() in count.reasons[0]
+    assert command("true") == Count(passed=1)
 
 
 def test_what_must_run_everything_may_skip_nothing() -> None:
@@ -72,6 +101,16 @@ def test_part_beside_others_counts_by_its_last_line_and_its_status(
     program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program))
     assert run_beside("lint").count == count
+
+
+def test_part_beside_others_hands_on_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text(
+        "#!/bin/sh\necho 'failed: [host] => {}\nnot passed: a test: why\n0 passed, 1 failed, 0 skipped'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    assert run_beside("lint").count.reasons == ("a test: why",)
 
 
 def test_parts_run_side_by_side_and_stages_after_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
