@@ -24,8 +24,8 @@ REPORTS = REPOSITORY / ".cache/junit"
 WORKERS = 2  # the cores that there are: most parts keep one of them busy
 TOTAL = re.compile(r"^(\d+) passed, (\d+) failed, (\d+) skipped\n*\Z", re.MULTILINE)
 REASON = re.compile(r"^not passed: (.*)$", re.MULTILINE)
-COLOUR = re.compile(r"\x1b\[[\d;]*m")
-COMPLAINT = re.compile(r"^(fatal: |failed: |ERROR|\[ERROR|CRITICAL)")  # of Ansible and Molecule
+DECORATION = re.compile(r"\x1b\[[\d;]*m|^ *│ *", re.MULTILINE)  # Molecule frames and colours what it hands on
+COMPLAINTS = (re.compile(r"^(?:fatal|failed): ", re.MULTILINE), re.compile(r"^(?:\[?ERROR|CRITICAL)\b", re.MULTILINE))
 REASON_LENGTH = 500  # characters
 
 
@@ -64,20 +64,28 @@ class Result:
 
 
 def command(*words: str, cwd: Path = REPOSITORY) -> Count:
-    """Run one command that is one check: status 0 is a pass; the last complaint of its output is the reason if not."""
+    """Run one command that is one check, with its output shown: status 0 is a pass."""
     text = " ".join(words)
     print(f"--- {text}", flush=True)
-    complaint = ""
+    output = []
     with subprocess.Popen(
         words, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as running:
-        assert running.stdout is not None
-        for raw in running.stdout:
-            line = raw.decode(errors="replace")
-            print(line, end="", flush=True)
-            plain = COLOUR.sub("", line)
-            complaint = plain if COMPLAINT.match(plain) else complaint
-    return Count(passed=1) if running.returncode == 0 else failure(f"{text}: status {running.returncode} {complaint}")
+        for line in running.stdout or ():
+            output.append(line.decode(errors="replace"))
+            print(output[-1], end="", flush=True)
+    if running.returncode == 0:
+        return Count(passed=1)
+    return failure(f"{text}: status {running.returncode} {last_complaint(''.join(output))}")
+
+
+def last_complaint(output: str) -> str:
+    """Return the last failure that Ansible tells of, else the last error of all, with what follows; or nothing."""
+    plain = DECORATION.sub("", DECORATION.sub("", output))
+    for pattern in COMPLAINTS:
+        if starts := [found.start() for found in pattern.finditer(plain)]:
+            return plain[starts[-1] :]
+    return ""
 
 
 def read_report(file: Path) -> Count:

@@ -55,7 +55,13 @@ def test_failed_test_is_named_with_its_message(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("output", "reason"),
-    [("noise\n\x1b[0;31mfatal: [a]: FAILED! => first\nfatal: [b]: FAILED! => last\nnoise", "fatal: [b]"), ("", "")],
+    [
+        (
+            "noise\nfatal: [a]: FAILED! => first\n  │ \x1b[0;31mfatal: [b]: FAILED! =>\n  │   last\nCRITICAL",
+            "fatal: [b]: FAILED! => last CRITICAL",
+        ),
+        ("", ""),
+    ],
 )
 def test_failed_command_is_named_with_its_last_complaint(output: str, reason: str) -> None:
     count = command("sh", "-c", 'printf "$1"; exit 3', "sh", output)
