@@ -81,7 +81,8 @@ def command(*words: str, cwd: Path = REPOSITORY) -> Count:
 
 def last_complaint(output: str) -> str:
     """Return the last failure that Ansible tells of, else the last error of all, with what follows; or nothing."""
-    plain = DECORATION.sub("", DECORATION.sub("", output))
+    # Molecule tries to clean up after the action that failed.
+    plain = DECORATION.sub("", DECORATION.sub("", output)).partition("Executed: Failed")[0]
     for pattern in COMPLAINTS:
         if starts := [found.start() for found in pattern.finditer(plain)]:
             return plain[starts[-1] :]

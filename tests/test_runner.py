@@ -57,7 +57,8 @@ def test_failed_test_is_named_with_its_message(tmp_path: Path) -> None:
     ("output", "reason"),
     [
         (
-            "noise\nfatal: [a]: FAILED! => first\n  │ \x1b[0;31mfatal: [b]: FAILED! =>\n  │   last\nCRITICAL",
+            "noise\nfatal: [a]: FAILED! => first\n  │ \x1b[0;31mfatal: [b]: FAILED! =>\n  │   last\n"
+            "CRITICAL Executed: Failed\nfatal: [b]: FAILED! => while it cleans up",
             "fatal: [b]: FAILED! => last CRITICAL",
         ),
         ("", ""),

@@ -30,7 +30,7 @@ State = dict[str, str]
 # about packages, which are compared one by one.
 OUTSIDE = (
     "/dev", "/proc", "/run", "/sys", "/tmp", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg",
-    "/var/lib/systemd/timers", "/root/.ansible", "/lost+found",
+    "/var/backups", "/var/lib/systemd/timers", "/root/.ansible", "/lost+found",
 )  # fmt: skip
 # Compared line by line, or rewritten by tools with the same contents in another order.
 REWRITTEN = re.compile(
@@ -121,6 +121,8 @@ def units() -> Iterator[tuple[str, str]]:
             yield f"unit {name}", how
     for line in output("systemctl", "list-units", "--no-legend", "--plain").splitlines():
         name, _, active, running, *_ = line.split()
+        if name.endswith(".timer") and running == "running":  # what it starts is under way
+            running = "waiting"
         if active == "failed" or (running in ("running", "listening", "waiting") and not ON_DEMAND.match(name)):
             yield f"state of {name}", f"{active} {running}"
 
