@@ -61,6 +61,14 @@ def test_what_lies_in_a_folder_that_is_named_is_not() -> None:
     ]
 
 
+def test_name_of_the_host_may_get_another_address_but_no_other_name_may() -> None:
+    before = dict(host_state.names("127.0.0.1\tlocalhost\n172.18.0.5\ttest-site\n", "test-site"))
+    now = dict(
+        host_state.names("127.0.0.1\tlocalhost\n172.18.0.4\ttest-site\n172.18.0.9 mirror test-site\n", "test-site")
+    )
+    assert host_state.differences(before, now) == ["name 172.18.0.9 mirror test-site (new: there)"]
+
+
 def test_files_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_state, "CONTENTS", (f"{tmp_path}/etc/",))
     monkeypatch.setattr(host_state, "OUTSIDE", (f"{tmp_path}/run",))

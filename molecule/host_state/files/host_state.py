@@ -34,7 +34,7 @@ OUTSIDE = (
 )  # fmt: skip
 # Compared line by line, or rewritten by tools with the same contents in another order.
 REWRITTEN = re.compile(
-    r"/etc/(passwd|group|shadow|gshadow|subuid|subgid)-?|/etc/(\.pwd\.lock|ld\.so\.cache|mtab|machine-id|adjtime)"
+    r"/etc/(passwd|group|shadow|gshadow|subuid|subgid)-?|/etc/(\.pwd\.lock|hosts|ld\.so\.cache|mtab|machine-id|adjtime)"
     r"|/var/lib/systemd/(random-seed|catalog/database)|.*/__pycache__(/.*)?"
     r"|/etc/stand-in-gpu\.json"  # the tests' GPU, which they take away and put back
 )
@@ -111,6 +111,13 @@ def accounts() -> Iterator[tuple[str, str]]:
         for line in file.read_text().splitlines() if file.exists() else []:
             name, rest = line.split(":", 1)
             yield f"{kind} {name}", rest
+
+
+def names(hosts: str, own: str) -> Iterator[tuple[str, str]]:
+    """Yield the lines of /etc/hosts but the host's own, whose address may be another after a boot."""
+    for line in hosts.splitlines():
+        if line.split()[1:] != [own]:
+            yield f"name {line}", "there"
 
 
 def units() -> Iterator[tuple[str, str]]:
@@ -198,7 +205,8 @@ def mounts() -> Iterator[tuple[str, str]]:
 
 def state() -> State:
     """Return all of it."""
-    return {what: how for part in (packages, files, accounts, units, network, mounts) for what, how in part()}
+    found = {what: how for part in (packages, files, accounts, units, network, mounts) for what, how in part()}
+    return found | dict(names(Path("/etc/hosts").read_text(), socket.gethostname()))
 
 
 def differences(before: State, now: State) -> list[str]:
