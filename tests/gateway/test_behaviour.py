@@ -289,7 +289,7 @@ def test_pages_wait_at_the_gateway_up_to_a_limit(small: Gateway, backends: Backe
     backend.gate.clear()
     with in_background(partial(small.ask, key=ALICE), 3) as answers:
         wait_until(lambda: small.queued() == 2, "two pages that wait")
-        assert backend.in_flight == 1
+        wait_until(lambda: backend.in_flight == 1, "the page in flight")
         refused = small.ask(key=ALICE)
         backend.gate.set()
     assert refused.status == 503
