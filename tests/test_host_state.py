@@ -61,12 +61,20 @@ def test_what_lies_in_a_folder_that_is_named_is_not() -> None:
     ]
 
 
-def test_name_of_the_host_may_get_another_address_but_no_other_name_may() -> None:
-    before = dict(host_state.names("127.0.0.1\tlocalhost\n172.18.0.5\ttest-site\n", "test-site"))
-    now = dict(
-        host_state.names("127.0.0.1\tlocalhost\n172.18.0.4\ttest-site\n172.18.0.9 mirror test-site\n", "test-site")
-    )
-    assert host_state.differences(before, now) == ["name 172.18.0.9 mirror test-site (new: there)"]
+@pytest.mark.parametrize(
+    ("now", "same"),
+    [
+        (b"127.0.0.1\tlocalhost\n172.18.0.4\ttest-site\n", True),
+        (b"127.0.0.2\tlocalhost\n172.18.0.5\ttest-site\n", False),
+        (b"127.0.0.1\tlocalhost\n172.18.0.5\ttest-site\n127.0.1.1\ttest-site\n", False),
+        (b"127.0.0.1\tlocalhost\n172.18.0.5\tmirror test-site\n", False),
+        (b"127.0.0.1\tlocalhost\n", False),
+    ],
+)
+def test_the_own_address_may_be_another_and_nothing_else_of_the_names(now: bytes, same: bool) -> None:
+    before = b"127.0.0.1\tlocalhost\n172.18.0.5\ttest-site\n"
+    found = [host_state.without_own_address(hosts, "test-site") for hosts in (before, now)]
+    assert (found[0] == found[1]) == same
 
 
 def test_files_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
