@@ -19,8 +19,15 @@ def tesseract_is_installed() -> None:
         pytest.exit("these tests need Tesseract: see README.md, Develop", returncode=1)
 
 
+@pytest.fixture(scope="session")
+def no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("no-certificates")
+
+
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, no_certificates: Path) -> None:
+    # Every HTTP client reads the system's certificates, which takes longer than most tests; none here speaks TLS.
+    monkeypatch.setenv("SSL_CERT_DIR", str(no_certificates))
     for name in (
         "DOTS_OCR_BASE_URL",
         "DOTS_OCR_API_KEY",
