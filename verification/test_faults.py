@@ -215,7 +215,8 @@ def test_page_in_flight_survives_a_restart(host: Host, server: Settings, matrix:
 import subprocess
 def answer_of(tokens):
     page = request(server)
-    page.data = json.dumps(json.loads(page.data) | {"ignore_eos": True, "max_completion_tokens": tokens}).encode()
+    to_the_end = {"stop": [], "ignore_eos": True, "max_completion_tokens": tokens}
+    page.data = json.dumps(json.loads(page.data) | to_the_end).encode()
     with urllib.request.urlopen(page, timeout=SILENCE, context=ssl._create_unverified_context()) as answer:
         return json.loads(answer.read()) | {"status": answer.status}
 def seconds(tokens):
