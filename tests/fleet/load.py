@@ -50,7 +50,7 @@ def percentile(values: list[float]) -> float:
 
 
 class Load:
-    """Has the golden page's first line read at a constant rate, over a connection each time, and never again if lost."""
+    """Has the golden page's first line read at a constant rate, over a connection each, and never again if lost."""
 
     def __init__(self, url: str, key: str, rate: float) -> None:
         """Begin; `url` is the gateway's, `rate` in pages per second."""
