@@ -21,7 +21,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent
 REPORTS = REPOSITORY / ".cache/junit"
-# Side by side in each stage, on two cores: parts wait for a third of their time, and nothing in the first stage is timed.
+# Side by side in each stage, on two cores: parts wait for a third of their time, and the first stage times nothing.
 WORKERS = (3, 1, 2)
 TOTAL = re.compile(r"^(\d+) passed, (\d+) failed, (\d+) skipped\n*\Z", re.MULTILINE)
 REASON = re.compile(r"^not passed: (.*)$", re.MULTILINE)

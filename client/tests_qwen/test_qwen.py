@@ -42,7 +42,7 @@ from dots_ocr_client import (
 from dots_ocr_client.engines import qwen
 from dots_ocr_client.engines.qwen import Gpu, QwenEngine, choose_gpu
 
-SECONDS = 30.0
+SECONDS = 120.0
 PAD = "<|image_pad|>"
 
 
