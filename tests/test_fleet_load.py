@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
+from pytest_httpserver import HTTPServer
 
 from tests.fleet.load import Event, Load, Page, percentile
 
@@ -56,6 +57,19 @@ def test_load_counts_what_is_not_read_and_does_not_send_it_again(status: int, re
         server.server_close()
     assert len(received) == len(load.pages) >= 5
     assert all(page.fault.startswith(str(status)) and page.retried == retried for page in load.pages)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("Northwind Paper Supply Ltd. ", ""), ("orthwind Paper Supply Ltd.", "misread"), ("", "misread")],
+)
+def test_load_compares_the_first_line(httpserver: HTTPServer, text: str, fault: str) -> None:
+    answer = {"choices": [{"message": {"content": text}}]}
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(answer)
+    load = Load(httpserver.url_for("/"), "key", rate=20.0)
+    load.wait_for(3)
+    load.stop()
+    assert all(page.fault.split(" ")[0] == fault and page.retried == (not fault) for page in load.pages)
 
 
 def test_load_whose_gateway_is_gone_counts_pages_as_lost() -> None:

@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-SILENCE = 180.0  # seconds; in 120 the watchdog of the rehearsal finds out an engine that hangs
+SILENCE = 120.0  # seconds
 PAUSE = 0.5  # seconds after each answer
 PROMPT = "<|img|><|imgpad|><|endofimg|>Extract the text content from this image."
 GOLDEN = Path("/usr/local/lib/dots-ocr/golden")

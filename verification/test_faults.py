@@ -81,7 +81,7 @@ def load(host: Host, server: Settings, measurement: Measurement) -> Iterator[Non
                 import os, pathlib, time
                 file = pathlib.Path(results)
                 file.unlink(missing_ok=True)
-                end = time.monotonic() + 210
+                end = time.monotonic() + 150
                 while not file.exists() and time.monotonic() < end:
                     time.sleep(0.2)
                 print(file.read_text())
