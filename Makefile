@@ -10,12 +10,14 @@ export PYTHONUNBUFFERED := 1
 # By name: Ansible ignores the file in a folder that everybody may write, as all of a Windows drive is.
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help rehearse rehearse-down test bench-client bench-host bench-gateway deploy verify docs lock
+.PHONY: help rehearse rehearse-down check scenario test bench-client bench-host bench-gateway deploy verify docs lock
 
 help:
 	@echo "make rehearse        deploy dots.ocr on a rehearsal host (no GPU needed) and read a page with it"
 	@echo "make rehearse-down   remove every trace of the rehearsal"
-	@echo "make test            lint, unit tests, every Molecule scenario"
+	@echo "make check           what a change needs at least, in five minutes: lint, unit tests, client"
+	@echo "make scenario NAME=  one scenario of molecule/, such as docker_engine"
+	@echo "make test            all of it: lint, unit tests, client, rehearsal, every scenario"
 	@echo "make bench-client    measure what the client costs (after make rehearse)"
 	@echo "make bench-host      measure what a run that changes nothing costs (after make rehearse)"
 	@echo "make bench-gateway   measure the gateway against its servers, one to three of them (needs haproxy)"
@@ -27,6 +29,12 @@ rehearse: .venv/ready
 
 rehearse-down: .venv/ready
 	@$(SUDO) $(BIN)/python -m rehearsal down
+
+check: .venv/ready
+	@$(SUDO) $(BIN)/python -m tests lint unit client
+
+scenario: .venv/ready
+	@$(SUDO) $(BIN)/python -m tests "molecule $(NAME)"
 
 test: .venv/ready
 	@$(SUDO) $(BIN)/python -m tests

@@ -17,10 +17,9 @@ def main() -> None:
     commands.add_parser("run", help="deploy on a rehearsal host, verify, read a page; leave it running")
     commands.add_parser("down", help="remove every trace")
     commands.add_parser("prepare", help="install what the rehearsal needs and make sure that an engine runs")
+    commands.add_parser("train", help="train the tiny model anew, after a change of its sources")
     mirror = commands.add_parser("mirror", help="make sure that the engine and the mirror run")
-    mirror.add_argument(
-        "--packages", action="store_true", help="with the vendors' packages only: no images, no weights"
-    )
+    mirror.add_argument("--server", choices=hosts.SERVERS, help="with this in its registry, too")
     for name, text in (("up", "start a host without deploying"), ("destroy", "remove a host and its data")):
         host = commands.add_parser(name, help=text)
         host.add_argument("name")
@@ -42,7 +41,9 @@ def main() -> None:
             case "down":
                 engine.stop()
             case "mirror":
-                hosts.packages_up() if arguments.packages else hosts.mirror_up()
+                hosts.mirror_up(arguments.server)
+            case "train":
+                hosts.train()
             case "up":
                 hosts.up(arguments.name, port=arguments.port, network=not arguments.no_network)
             case "destroy":

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import platform
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +17,15 @@ from rehearsal.engine import LABEL, NETWORK, RUN, STATE
 from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
-MODELS = STATE / "models"
+TINY_MODEL = HERE / "tiny_model"
+MODEL = TINY_MODEL / "dots.ocr"  # as trained: `python -m rehearsal train`
+MODEL_SOURCES = TINY_MODEL / "dots.ocr.sources"
 APT = HERE / "apt"  # one folder per repository
 APT_KEY_FINGERPRINT = RUN / "apt-key-fingerprint"  # for inventories, as a user copies it from a vendor's page
 BOOT_SECONDS = 60
 FORWARDED_PORT = 18000  # host/root/etc/systemd/system/loopback-forward.socket
 MIRROR = "dots-ocr-rehearsal-mirror"
 PUSH = "/usr/local/lib/mirror/push-images"
-IMAGE_REPOSITORY = "vllm/vllm-openai"
 IMAGE_TAG = "v0.32.0"
 # Tags of the registry beside IMAGE_TAG: an upgrade that works, and two that do not.
 VARIANTS = {
@@ -31,6 +33,11 @@ VARIANTS = {
     "-next": "LABEL variant=next",
     "-wrong-model": "ENV REHEARSAL_FAULT=wrong-model",
     "-no-kernel": "ENV REHEARSAL_FAULT=no-kernel",
+}
+# What a registry offers: its repository, and the image with its variants.
+SERVERS = {
+    "vllm": ("vllm/vllm-openai", images.vllm, ("", "-next")),
+    "stand-in": ("stand-in/vllm/vllm-openai", images.vllm_stand_in, tuple(VARIANTS)),
 }
 MODEL_REPOSITORY = "dots-studio/dots.ocr"
 
@@ -62,40 +69,38 @@ def destroy(name: str) -> None:
         output("docker", "rm", "--force", "--volumes", name)
 
 
-def packages_up() -> None:
-    """Start the mirror, with the vendors' packages and nothing else."""
-    MODELS.mkdir(exist_ok=True)
+def mirror_up(server: str | None = None) -> None:
+    """Start the mirror: vendors' packages, the tiny model, and in its registry what shall serve it, one of SERVERS."""
     with one_at_a_time("mirror"):
-        _start(MIRROR, images.mirror(), "--network-alias", "mirror",
-               "--volume", f"{MODELS}:/srv/models:ro", "--volume", "/var/lib/docker-registry",
-               "--volume", f"{APT}:/usr/src/apt:ro")  # fmt: skip
+        _start(MIRROR, images.mirror(), "--network-alias", "mirror", "--volume", "/var/lib/docker-registry")
+        _copy(MODEL, f"/srv/hub/{MODEL_REPOSITORY}")
+        _copy(APT, "/usr/src/apt")
         _fill_apt()
+    if server:
+        with one_at_a_time(server):
+            _fill_registry(server)
 
 
-def mirror_up() -> None:
-    """Start the mirror and fill it: vendors' packages, vLLM's image in the registry, the tiny model on the Hub."""
-    packages_up()
-    with one_at_a_time("vllm"):
-        _fill_hub(tiny_model())
-        _fill_registry()
+def _copy(folder: Path, place: str) -> None:
+    """Copy a folder into the mirror unless it has just this one. A mount would be another for each checkout."""
+    mark = f"/srv/copied/{fingerprint(folder)}"
+    if not succeeds("docker", "exec", MIRROR, "test", "-e", mark):
+        output("docker", "exec", MIRROR, "rm", "-rf", place)
+        output("docker", "exec", MIRROR, "mkdir", "-p", mark, str(Path(place).parent))
+        output("docker", "cp", "--quiet", str(folder), f"{MIRROR}:{place}")
 
 
-def _fill_hub(model: Path) -> None:
-    """Let the Hub offer the tiny model."""
-    place = f"/srv/hub/{MODEL_REPOSITORY}"
-    output("docker", "exec", MIRROR, "mkdir", "-p", str(Path(place).parent))
-    output("docker", "exec", MIRROR, "ln", "-sfn", f"/srv/models/{model.name}", place)
-
-
-def _fill_registry() -> None:
-    """Push vLLM's image, and its variants, unless this mirror has them."""
-    image = images.vllm()
-    pushed = STATE / f"pushed-{output('docker', 'inspect', '--format', '{{.Id}}', MIRROR)[:12]}-{image.split(':')[1]}"
+def _fill_registry(server: str) -> None:
+    """Push the image of vLLM or its stand-in, with its variants, unless this mirror has them."""
+    repository, build, variants = SERVERS[server]
+    image = build()
+    mirror = output("docker", "inspect", "--format", "{{.Id}}", MIRROR)
+    pushed = STATE / f"pushed-{mirror[:12]}-{image.split(':')[1]}"
     if not pushed.exists():
-        with step("push the vLLM image to the registry"):
-            names = [f"{LABEL}/{IMAGE_REPOSITORY}:{IMAGE_TAG}{suffix}" for suffix in VARIANTS]
-            for name, change in zip(names, VARIANTS.values(), strict=True):
-                _derive(image, change, name)
+        with step(f"push {repository} to the registry"):
+            names = [f"{LABEL}/{repository}:{IMAGE_TAG}{suffix}" for suffix in variants]
+            for name, suffix in zip(names, variants, strict=True):
+                _derive(image, VARIANTS[suffix], name)
             # `docker push` would take minutes to pack it.
             save, push = ("docker", "save", *names), ("docker", "exec", "--interactive", MIRROR, PUSH, LABEL, *names)
             run("bash", "-o", "pipefail", "-c", f"{shlex.join(save)} | {shlex.join(push)}")
@@ -111,23 +116,25 @@ def _fill_apt() -> None:
     APT_KEY_FINGERPRINT.write_text(output("docker", "exec", MIRROR, "cat", "/srv/apt/fingerprint"))
 
 
-def tiny_model() -> Path:
-    """Train the tiny model inside the vLLM image, unless it is at hand; return its folder."""
-    source = HERE / "tiny_model"
-    program = [file for file in sorted(source.glob("*.py")) if not file.name.startswith("test_")]
+def train() -> None:
+    """Train the tiny model anew, inside vLLM's image, and put it and the fingerprint of its sources in its place."""
     image = images.vllm()
-    folder = MODELS / fingerprint(*program, HERE / "vllm/requirements.lock")
-    if not folder.exists():
-        with step("train the tiny model"):
-            growing = folder.with_suffix(".growing")
-            run("install", "-d", "-o", "2000", "-g", "0", growing)
-            run("docker", "run", "--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp",
-                "--user", "2000:0", "--label", LABEL, "--env", "PYTHONUNBUFFERED=1",
-                "--env", "OMP_WAIT_POLICY=passive",  # the machine has more to do
-                "--volume", f"{source}:/source:ro", "--volume", f"{growing}:/model",
-                "--entrypoint", "python3", image, "/source/train.py", "/model")  # fmt: skip
-            growing.rename(folder)
-    return folder
+    growing = STATE / "model.growing"
+    run("install", "-d", "-o", "2000", "-g", "0", growing)
+    with step("train the tiny model"):
+        run("docker", "run", "--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp",
+            "--user", "2000:0", "--label", LABEL, "--env", "PYTHONUNBUFFERED=1",
+            "--volume", f"{TINY_MODEL}:/source:ro", "--volume", f"{growing}:/model",
+            "--entrypoint", "python3", image, "/source/train.py", "/model")  # fmt: skip
+    shutil.copytree(growing, MODEL, dirs_exist_ok=True)
+    shutil.rmtree(growing)
+    MODEL_SOURCES.write_text(model_sources() + "\n")
+
+
+def model_sources() -> str:
+    """Return the fingerprint of what the tiny model is made from."""
+    programs = [file for file in sorted(TINY_MODEL.glob("*.py")) if not file.name.startswith("test_")]
+    return fingerprint(*programs, HERE / "vllm/requirements.lock")
 
 
 def _derive(image: str, change: str, name: str) -> None:

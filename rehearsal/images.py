@@ -52,6 +52,18 @@ def vllm() -> str:
     return name
 
 
+def vllm_stand_in() -> str:
+    """Build the small image that speaks vLLM's protocol where vLLM is not what is tested; return its name."""
+    folder, repository = HERE / "vllm_stand_in", HERE.parent
+    golden = (repository / "roles/dots_ocr_server/files/golden", repository / "tests/monitoring/metrics.json")
+    name = _name("vllm-stand-in", folder, *golden, Path(__file__))
+    if not _exists(name):
+        with step("build the image of vLLM's stand-in"):
+            hook = " && ".join(f'cp -r "{source}" "$1/golden"' for source in golden)
+            _debian(name, "trixie", folder, hook, ['ENTRYPOINT ["vllm", "serve"]', "ENV HOME=/home/vllm"])
+    return name
+
+
 def pip_platform_options() -> list[str]:
     """Return pip's options for Debian 12's Python, whatever Python the controller itself runs."""
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(5, NEWEST_GLIBC_MINOR + 1)]

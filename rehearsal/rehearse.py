@@ -38,7 +38,7 @@ def run() -> None:
     """Deploy on the rehearsal host, verify, demonstrate the fallback, print the summary; leaves the service running."""
     os.environ["PATH"] = f"{PROGRAMS}:{os.environ['PATH']}"
     start = time.monotonic()
-    hosts.mirror_up()
+    hosts.mirror_up("vllm")
     hosts.up(HOST, port=PORT)
     timings = {}
     with step("ansible-playbook site.yml -i inventory/rehearsal"):

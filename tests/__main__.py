@@ -1,8 +1,8 @@
-"""Run every part of the test suite, count what ran, and report the time of each: `python -m tests [PART ...]`.
+"""Run every part of the test suite, count what ran, and report what each costs: `python -m tests [PART ...]`.
 
 A part that fails does not keep the others from running. A part that ran nothing is red: an empty scenario or an
 empty test folder must not pass for success. What failed, and why, is said at the end, which is often all that is left
-of a long output.
+of a long output. Beside it stand each part's wall and CPU seconds against tests/budget.toml.
 """
 
 from __future__ import annotations
@@ -11,21 +11,37 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import usage
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent
 REPORTS = REPOSITORY / ".cache/junit"
-# Side by side in each stage, on two cores: parts wait for a third of their time, and the first stage times nothing.
-WORKERS = (3, 1, 2)
+BUDGET = REPOSITORY / "tests/budget.toml"
+WORKERS = 3  # side by side, on two cores: parts wait for a third of their time
+OVER = 1.5  # a part that takes more than so many times its budget is named at the end
+# Parts that go on where another one has ended; both start in this order.
+AFTER = {
+    "live_client": ("rehearse",),
+    "molecule site": ("rehearse", "live_client"),
+    "qwen": ("rehearse",),
+    "command_line": ("rehearse",),
+}
+HOSTS = dict.fromkeys(("rehearse", "live_client", "molecule site"), "dots-ocr-rehearsal-host")  # others: by their name
+# What takes longest begins first; the others follow as they come.
+FIRST = ("rehearse", "live_client", "molecule site", "molecule fleet", "molecule dots_ocr_server", "molecule cpu")
 TOTAL = re.compile(r"^(\d+) passed, (\d+) failed, (\d+) skipped\n*\Z", re.MULTILINE)
 REASON = re.compile(r"^not passed: (.*)$", re.MULTILINE)
 DECORATION = re.compile(r"\x1b\[[\d;]*m|^ *│ *", re.MULTILINE)  # Molecule frames and colours what it hands on
+PROCESSES = ("--numprocesses=2", "--dist=worksteal")  # of pytest, for tests that measure nothing
 COMPLAINTS = (re.compile(r"^(?:fatal|failed): ", re.MULTILINE), re.compile(r"^(?:\[?ERROR|CRITICAL)\b", re.MULTILINE))
 REASON_LENGTH = 500  # characters
 
@@ -52,16 +68,18 @@ def failure(reason: str) -> Count:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a part, and how long it took in seconds."""
+    """What came of a part, and what it took: seconds by the clock, and of the processor with its hosts'."""
 
     name: str
     count: Count
     seconds: float
+    cpu: float
 
-    def row(self) -> str:
-        """Return its line of the table at the end."""
+    def row(self, total: float, budget: float | None) -> str:
+        """Return its line of the table at the end; `total` is all parts' CPU seconds, `budget` what this may take."""
+        change = f"{self.cpu / budget - 1:+5.0%}" if budget else "  new"
         count = f"{self.count.passed} passed, {self.count.failed} failed, {self.count.skipped} skipped"
-        return f"{self.name:35} {self.seconds:6.0f} s   {count}"
+        return f"{self.name:35} {self.seconds:6.0f} {self.cpu:6.0f} {self.cpu / total:5.0%} {change:>6}   {count}"
 
 
 def command(*words: str, cwd: Path = REPOSITORY) -> Count:
@@ -131,26 +149,15 @@ def lint() -> Count:
         command("mypy"),
         command("mypy", cwd=REPOSITORY / "client"),
         command("yamllint", "--strict", "."),
-        command("ansible-lint"),
+        command("ansible-lint", "site.yml", "playbooks", "roles", "plugins", "inventory"),
         command("ansible-playbook", "--syntax-check", "site.yml", *playbooks, "-i", "inventory/local"),
     ]
     return sum(checks, Count())
 
 
-def unit() -> Count:
-    """Test the modules, the roles' contracts and the rehearsal's own code."""
-    apart = ("tests/command_line", "tests/fleet", "tests/live_client", "tests/ray")
-    return pytest("unit", "tests", "rehearsal/tiny_model", *(f"--ignore={folder}" for folder in apart))
-
-
-def client() -> Count:
-    """Test the client over real sockets and with the real Tesseract."""
-    return pytest("client", cwd=REPOSITORY / "client")
-
-
 def rehearse() -> Count:
-    """Keep the README's first command true."""
-    return command(sys.executable, "-m", "rehearsal", "run")
+    """Try check mode on a fresh host, then keep the README's first command true."""
+    return command("molecule", "check", "--scenario-name", "site") + command(sys.executable, "-m", "rehearsal", "run")
 
 
 def module(name: str) -> Count:
@@ -160,26 +167,6 @@ def module(name: str) -> Count:
     status = command(sys.executable, "-m", f"tests.{name}", str(report))
     count = read_report(report)
     return count + status if status.failed and not count.failed else count
-
-
-def qwen() -> Count:
-    """Put the client's Qwen engine to real torch and transformers, inside vLLM's image."""
-    return module("qwen")
-
-
-def ray() -> Count:
-    """Run the client's example for Ray Data with a real Ray."""
-    return module("ray")
-
-
-def live_client() -> Count:
-    """Put the client to the real vLLM that the rehearsal has left running."""
-    return pytest("live_client", "tests/live_client")
-
-
-def command_line() -> Count:
-    """Put the role's command lines to the argument parsers of the vLLM versions that they are for."""
-    return pytest("command_line", "tests/command_line")
 
 
 def scenario(name: str) -> Callable[[], Count]:
@@ -198,41 +185,20 @@ def scenario(name: str) -> Callable[[], Count]:
 
 
 def parts() -> dict[str, Callable[[], Count]]:
-    """Return every part in the order to run, cheap ones first."""
+    """Return every part: the sources, the programs, the client, the rehearsal, then a scenario of Molecule each."""
     scenarios = sorted(path.parent.name for path in (REPOSITORY / "molecule").glob("*/molecule.yml"))
+    ignored = [f"--ignore=tests/{name}" for name in ("command_line", "fleet", "live_client", "ray")]
     return {
         "lint": lint,
-        "unit": unit,
-        "client": client,
+        "unit": lambda: pytest("unit", "tests", "rehearsal/tiny_model", *ignored, *PROCESSES),
+        "client": lambda: pytest("client", *PROCESSES, cwd=REPOSITORY / "client"),
         "rehearse": rehearse,
-        "qwen": qwen,
-        "ray": ray,
-        "live_client": live_client,
-        "command_line": command_line,
+        "live_client": lambda: pytest("live_client", "tests/live_client"),
+        "qwen": lambda: module("qwen"),
+        "ray": lambda: module("ray"),
+        "command_line": lambda: pytest("command_line", "tests/command_line"),
         **{f"molecule {name}": scenario(name) for name in scenarios},
     }
-
-
-def stages(names: Iterable[str]) -> list[list[str]]:
-    """Return the order of the parts: stages one after the other, the parts of each side by side, the first ones first.
-
-    What measures time is a stage of its own.
-    """
-    left = list(names)
-
-    def take(*wanted: str) -> list[str]:
-        taken = [name for name in wanted if name in left]
-        left[:] = [name for name in left if name not in taken]
-        return taken
-
-    # None of the others needs vLLM, which the rehearsal has to build first. The long ones first: none is left over.
-    first = take(
-        *("rehearse", "molecule cpu", "molecule nvidia_driver", "molecule docker_engine", "client"),
-        *("molecule wsl", "molecule preflight", "lint", "unit", "command_line"),
-    )
-    alone = take("live_client")
-    longest = take("molecule fleet", "molecule dots_ocr_server", "molecule site", "molecule airgap")
-    return [first, alone, longest + left]
 
 
 def prepare() -> None:
@@ -244,47 +210,90 @@ def prepare() -> None:
         sys.exit("nothing was tested: what the tests need could not be prepared, see above")
 
 
-def run_here(name: str) -> Result:
-    """Run a part in this process, with its output on the terminal."""
+def run_part(name: str) -> Result:
+    """Run a part in this process."""
     print(f"\n=== {name}", flush=True)
-    start = time.monotonic()
-    return Result(name, parts()[name](), time.monotonic() - start)
+    start, before = time.monotonic(), usage.processes()
+    with usage.measured(HOSTS.get(name, f"test-{name.removeprefix('molecule ').replace('_', '-')}")) as meter:
+        count = parts()[name]()
+    return Result(name, count, time.monotonic() - start, usage.processes() - before + meter.seconds())
 
 
 def run_beside(name: str) -> Result:
     """Run a part in a process of its own, and print its output when it has ended."""
-    start = time.monotonic()
-    command = [sys.executable, "-m", "tests", name]
     done = subprocess.run(
-        command, cwd=REPOSITORY, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        [sys.executable, "-m", "tests", name],
+        cwd=REPOSITORY, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     output = done.stdout.decode(errors="replace")
     print(output, flush=True)
-    found = TOTAL.search(output)
-    ending = f"{name}: ended with status {done.returncode}"
-    count = failure(ending)
-    if found:
+    count, seconds, cpu = Count(), 0.0, 0.0
+    if found := TOTAL.search(output):
         passed, failed, skipped = map(int, found.groups())
         count = Count(passed, failed, skipped, tuple(REASON.findall(output)))
-    if done.returncode != 0 and not count.failed:
-        count += failure(ending)
-    return Result(name, count, time.monotonic() - start)
+        if row := re.search(rf"^{re.escape(name)} +(\d+) +(\d+) ", output, re.MULTILINE):
+            seconds, cpu = map(float, row.groups())
+    if not found or (done.returncode != 0 and not count.failed):
+        count += failure(f"{name}: ended with status {done.returncode}")
+    return Result(name, count, seconds, cpu)
+
+
+def order(names: Iterable[str]) -> list[str]:
+    """Return parts in the order in which they begin when a worker is free."""
+    left = list(names)
+    return [name for name in FIRST if name in left] + [name for name in left if name not in FIRST]
 
 
 def run_all(names: Iterable[str]) -> list[Result]:
-    """Run parts in their stages, as many side by side as WORKERS says."""
-    results: list[Result] = []
-    for stage, workers in zip(stages(names), WORKERS, strict=True):
-        if len(stage) == 1:
-            results += map(run_here, stage)
-        else:
-            with ThreadPoolExecutor(workers) as pool:
-                results += pool.map(run_beside, stage)
-    return results
+    """Run parts side by side, WORKERS at a time, each after those that it goes on from."""
+    left, results, changed = order(names), dict[str, Result](), threading.Condition()
+    wanted = set(left)
+
+    def take() -> str | None:
+        """Return the next part that may begin, once there is one, or nothing when all have begun."""
+        with changed:
+            while left:
+                for name in left:
+                    if wanted.intersection(AFTER.get(name, ())) <= set(results):
+                        left.remove(name)
+                        return name
+                changed.wait()
+            return None
+
+    def work(_: int) -> None:
+        try:
+            while name := take():
+                result = run_beside(name)
+                with changed:
+                    results[name] = result
+                    changed.notify_all()
+        except BaseException:
+            with changed:  # what waits for this one would wait for ever
+                left.clear()
+                changed.notify_all()
+            raise
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(work, range(WORKERS)))
+    return list(results.values())
+
+
+def table(results: Iterable[Result], seconds: float) -> list[str]:
+    """Return what each part took, against tests/budget.toml, and name those that take far more than they may."""
+    done = list(results)
+    budget = tomllib.loads(BUDGET.read_text())
+    total = Result("all", sum((one.count for one in done), Count()), seconds, sum(one.cpu for one in done))
+    over = [one for one in done if one.cpu > OVER * budget.get(one.name, one.cpu)]
+    return [
+        f"{'part':35} {'wall s':>6} {'CPU s':>6} {'share':>5} {'budget':>6}",
+        *(one.row(total.cpu, budget.get(one.name)) for one in done),
+        total.row(total.cpu, sum(budget.values()) if len(done) > 1 else None),
+        *(f"over its budget by more than half: {one.name}, {one.cpu:.0f} CPU s" for one in over),
+    ]
 
 
 def main() -> int:
-    """Run the parts that the command line names, one after the other, or all; status 0 if nothing failed."""
+    """Run the parts that the command line names, or all; status 0 if nothing failed."""
     available = parts()
     wanted = sys.argv[1:]
     unknown = [name for name in wanted if name not in available]
@@ -292,10 +301,11 @@ def main() -> int:
         print(f"unknown parts: {', '.join(unknown)}; there are: {', '.join(available)}")
         return 2
     prepare()
-    results = list(map(run_here, wanted)) if wanted else run_all(available)
+    start = time.monotonic()
+    results = [run_part(wanted[0])] if len(wanted) == 1 else run_all(wanted or available)
     total = sum((result.count for result in results), Count())
     reasons = [f"not passed: {reason}" for reason in total.reasons]
-    print("\n".join(["", *(result.row() for result in results), "", *reasons]))
+    print("\n".join(["", *table(results, time.monotonic() - start), "", *reasons]))
     print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped", flush=True)
     return 1 if total.failed or not total.passed else 0
 

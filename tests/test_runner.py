@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.__main__ import (
+    AFTER,
+    FIRST,
     REPOSITORY,
     Count,
     Result,
     command,
+    order,
     parts,
     read_report,
     run_all,
     run_beside,
-    stages,
+    table,
     without_skips,
 )
 
@@ -75,19 +78,9 @@ def test_what_must_run_everything_may_skip_nothing() -> None:
     assert without_skips(Count(passed=17, skipped=3)) == Count(passed=17, failed=3)
 
 
-def test_every_part_has_one_place_in_the_order() -> None:
-    order = [name for stage in stages(parts()) for name in stage]
-    assert sorted(order) == sorted(parts())
-
-
-def test_what_measures_time_runs_alone() -> None:
-    assert ["live_client"] in stages(parts())
-
-
-def test_what_needs_another_part_comes_after_it() -> None:
-    order = [name for stage in stages(parts()) for name in stage]
-    assert order.index("rehearse") == 0
-    assert "live_client" not in stages(parts())[0]
+def test_every_part_runs_once_and_those_that_go_on_from_another_exist() -> None:
+    assert sorted(order(parts())) == sorted(parts())
+    assert {name for name, others in AFTER.items() for name in (name, *others)} | set(FIRST) <= set(parts())
 
 
 @pytest.mark.parametrize(
@@ -120,20 +113,47 @@ def test_part_beside_others_hands_on_what_failed(tmp_path: Path, monkeypatch: py
     assert run_beside("lint").count.reasons == ("a test: why",)
 
 
-def test_parts_run_side_by_side_and_stages_after_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_run_side_by_side_but_each_after_what_it_goes_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
     both, finished = threading.Barrier(2, timeout=10), []
 
     def run(name: str) -> Result:
         if name in ("unit", "rehearse"):
             both.wait()
         finished.append(name)
-        return Result(name, Count(1), 0.0)
+        return Result(name, Count(1), 0.0, 0.0)
 
     monkeypatch.setattr("tests.__main__.run_beside", run)
-    monkeypatch.setattr("tests.__main__.run_here", run)
-    results = run_all(["rehearse", "unit", "live_client"])
-    assert {result.name for result in results} == {"rehearse", "unit", "live_client"}
-    assert finished[-1] == "live_client"
+    names = ["molecule site", "live_client", "unit", "rehearse"]
+    assert {result.name for result in run_all(names)} == set(names)
+    assert [name for name in finished if name != "unit"] == ["rehearse", "live_client", "molecule site"]
+
+
+def test_part_whose_process_cannot_be_run_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(name: str) -> Result:
+        raise OSError("no process")
+
+    monkeypatch.setattr("tests.__main__.run_beside", run)
+    with pytest.raises(OSError, match="no process"):
+        run_all(["rehearse", "live_client", "unit"])
+
+
+def test_table_shows_the_change_and_names_what_is_far_over_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = tmp_path / "budget.toml"
+    budget.write_text('lint = 10\n"molecule site" = 100\n')
+    monkeypatch.setattr("tests.__main__.BUDGET", budget)
+    results = [
+        Result("lint", Count(7), 9.0, 16.0),
+        Result("molecule site", Count(40), 300.0, 149.0),
+        Result("ray", Count(5), 20.0, 35.0),
+    ]
+    _, lint, site, ray, total, *over = table(results, 305.0)
+    assert lint.split()[:5] == ["lint", "9", "16", "8%", "+60%"]
+    assert site.split()[2:6] == ["300", "149", "74%", "+49%"]
+    assert ray.split()[4] == "new"
+    assert total.split()[:4] == ["all", "305", "200", "100%"]
+    assert over == ["over its budget by more than half: lint, 16 CPU s"]
 
 
 def test_every_scenario_is_a_part_and_has_hosts() -> None:
