@@ -41,7 +41,6 @@ FIRST = ("rehearse", "live_client", "molecule site", "molecule fleet", "molecule
 TOTAL = re.compile(r"^(\d+) passed, (\d+) failed, (\d+) skipped\n*\Z", re.MULTILINE)
 REASON = re.compile(r"^not passed: (.*)$", re.MULTILINE)
 DECORATION = re.compile(r"\x1b\[[\d;]*m|^ *│ *", re.MULTILINE)  # Molecule frames and colours what it hands on
-PROCESSES = ("--numprocesses=2", "--dist=worksteal")  # of pytest, for tests that measure nothing
 COMPLAINTS = (re.compile(r"^(?:fatal|failed): ", re.MULTILINE), re.compile(r"^(?:\[?ERROR|CRITICAL)\b", re.MULTILINE))
 REASON_LENGTH = 500  # characters
 
@@ -190,8 +189,8 @@ def parts() -> dict[str, Callable[[], Count]]:
     ignored = [f"--ignore=tests/{name}" for name in ("command_line", "fleet", "live_client", "ray")]
     return {
         "lint": lint,
-        "unit": lambda: pytest("unit", "tests", "rehearsal/tiny_model", *ignored, *PROCESSES),
-        "client": lambda: pytest("client", *PROCESSES, cwd=REPOSITORY / "client"),
+        "unit": lambda: pytest("unit", "tests", "rehearsal/tiny_model", *ignored, "-n2", "--dist=loadfile"),
+        "client": lambda: pytest("client", "-n2", "--dist=worksteal", cwd=REPOSITORY / "client"),
         "rehearse": rehearse,
         "live_client": lambda: pytest("live_client", "tests/live_client"),
         "qwen": lambda: module("qwen"),
@@ -204,6 +203,7 @@ def parts() -> dict[str, Callable[[], Count]]:
 def prepare() -> None:
     """Put the environment's programs on the PATH, and install what the client's tests and the rehearsal need."""
     os.environ["PATH"] = f"{PROGRAMS}:{os.environ['PATH']}"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of some thousand processes would compile its sources anew
     REPORTS.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([sys.executable, "-m", "rehearsal", "prepare"], cwd=REPOSITORY, check=False)
     if done.returncode != 0:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,14 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-FILES = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server/files"
+from tests import programs
+
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"
 PASSED, FAILED, WRONG_USAGE = 0, 1, 2
 KEY = "sk-0123456789abcdef"
 
-sys.path.insert(0, str(FILES))
-ocr_probe = importlib.import_module("ocr_probe")
+golden_pages = programs.load("golden_pages")
+ocr_probe = golden_pages.ocr_probe
 
 
 class Pages:
@@ -56,8 +54,10 @@ class Pages:
         choice = {"message": {"content": self.misread.get(text, text)}, "finish_reason": self.finish_reason}
         return Response(json.dumps({"choices": [choice]}))
 
-    def run(self, *arguments: str, folder: Path | None = None, url: str = "") -> tuple[int, dict[str, Any]]:
-        """Run the program; return its exit status and its verdict."""
+    def run(
+        self, *arguments: str, folder: Path | None = None, url: str = "", call: programs.Call = programs.call
+    ) -> tuple[int, dict[str, Any]]:
+        """Call or run the program; return its exit status and its verdict."""
         self.server.expect_request("/v1/models").respond_with_json({"data": [self.listing]})
         self.server.expect_request("/v1/chat/completions", method="POST").respond_with_handler(self.read)
         key_file = self.settings / "api-key"
@@ -71,8 +71,7 @@ class Pages:
         }
         (self.settings / "dots-ocr.json").write_text(json.dumps(settings))
         folders = [f"--folder={folder or self.folder}", f"--settings-folder={self.settings}"]
-        command = [sys.executable, str(FILES / "golden_pages"), *arguments, *folders]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = call(golden_pages, *arguments, *folders)
         assert KEY not in done.stdout + done.stderr
         if done.returncode == WRONG_USAGE:
             return done.returncode, {}
@@ -96,7 +95,7 @@ def test_pages_that_are_read_as_accepted_pass(pages: Pages) -> None:
     pages.add("c.jpg", "Invoice 3", accepted="Invoice 3", magic=JPEG)
     pages.add("d.jpeg", "Invoice 4", accepted="Invoice 4", magic=JPEG)
     (pages.folder / "notes.md").write_text("no page")
-    status, verdict = pages.run("dots-ocr", "compare", "--likeness=1.0")
+    status, verdict = pages.run("dots-ocr", "compare", "--likeness=1.0", call=programs.run)
     assert status == PASSED
     assert verdict["pages"] == [{"page": name, "likeness": 1.0} for name in ("a.png", "b.PNG", "c.jpg", "d.jpeg")]
     assert "all golden pages (4)" in verdict["summary"]
@@ -105,7 +104,7 @@ def test_pages_that_are_read_as_accepted_pass(pages: Pages) -> None:
 def test_page_that_is_read_differently_is_shown_and_the_others_are_read_too(pages: Pages) -> None:
     pages.add("a.png", "Total due $241.85", accepted="Invoice from Northwind")
     pages.add("b.png", "Invoice 2", accepted="Invoice 2")
-    status, verdict = pages.run("dots-ocr", "compare")
+    status, verdict = pages.run("dots-ocr", "compare", call=programs.run)
     first, second = verdict["pages"]
     assert status == FAILED
     assert first["likeness"] < 0.9

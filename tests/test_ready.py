@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import itertools
 import json
 import os
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,14 +22,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-FILES = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server/files"
-GOLDEN = (FILES / "golden/page.txt").read_text()
+from tests import programs
+
+GOLDEN = (programs.FILES / "golden/page.txt").read_text()
 READY, FAILED, NOT_YET, WRONG_USAGE = 0, 1, 75, 2
 KEY = "sk-0123456789abcdef"
 INVOCATION = "5e2f"
 
-sys.path.insert(0, str(FILES))
-ocr_probe = importlib.import_module("ocr_probe")
+ready = programs.load("ready")
+ocr_probe = ready.ocr_probe
 
 
 class Host:
@@ -39,6 +38,7 @@ class Host:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.call: programs.Call = programs.call
         self.settings_folder = folder / "server"
         self.settings_folder.mkdir()
         self.key_file = folder / "api-key"
@@ -72,11 +72,9 @@ class Host:
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
         """Run the check."""
         folders = [f"--settings-folder={self.settings_folder}", f"--state-folder={self.folder}"]
-        command = [sys.executable, str(FILES / "ready"), *folders, *options]
         # A proxy that leads nowhere, and no exception from it.
         proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
-        environment = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", **proxy}
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+        return self.call(ready, *folders, *options, PATH=f"{self.folder}:{os.environ['PATH']}", **proxy)
 
     def check(self, server: HTTPServer | str, *options: str, **changes: Any) -> tuple[int, dict[str, Any]]:
         """Run the check on a server; return its exit status and its verdict."""
@@ -101,6 +99,7 @@ def serve(server: HTTPServer, *, text: str = GOLDEN, model: str = "dots.ocr") ->
 
 def test_server_that_reads_the_golden_page_is_ready(httpserver: HTTPServer, host: Host) -> None:
     serve(httpserver)
+    host.call = programs.run
     status, verdict = host.check(httpserver)
     assert (status, verdict["ready"]) == (READY, True)
     assert "likeness 1.000" in verdict["summary"]
@@ -150,6 +149,7 @@ def test_one_lost_character_is_seen_where_likeness_must_be_whole(
 
 
 def test_server_that_is_not_there_yet_is_worth_waiting_for(host: Host) -> None:
+    host.call = programs.run
     status, verdict = host.check("http://127.0.0.1:9")
     assert (status, verdict["ready"]) == (NOT_YET, False)
 
@@ -241,17 +241,18 @@ def test_listener_that_sends_a_byte_now_and_then_does_not_outlive_the_deadline(
     assert time.monotonic() - start < 8
 
 
-def hang(request: Request) -> Response:
-    """Answer long after the deadline of the test below."""
-    time.sleep(4)
-    return Response("")
-
-
 def test_server_that_hangs_is_given_up_at_the_deadline(host: Host) -> None:
+    closing = threading.Event()
+
+    def hang(request: Request) -> Response:
+        closing.wait(30)
+        return Response("")
+
     with HTTPServer() as server:  # its own: the request that hangs ends only with the server
         server.expect_request("/v1/chat/completions").respond_with_handler(hang)
         serve(server)
         status, verdict = host.check(server, "--wait=600", f"--deadline={time.time() + 2}")
+        closing.set()
     assert status == FAILED
     assert "not ready in time" in verdict["problem"]
     assert "dots_ocr_server_ready_timeout" in verdict["cure"]

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server/files/state"
+from tests import programs
+
+state = programs.load("state")
 
 
 class Host:
@@ -18,6 +20,7 @@ class Host:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.call: programs.Call = programs.call
         self.calls = root / "systemctl.log"
         (root / "bin").mkdir()
         systemctl = root / "bin/systemctl"
@@ -44,9 +47,8 @@ class Host:
         return (self.root / f"etc/systemd/system/{name}.service").read_text()
 
     def run(self, *words: str, fail: str = "-") -> subprocess.CompletedProcess[str]:
-        environment = {"PATH": f"{self.root}/bin:{os.environ['PATH']}", "FAIL": fail}
-        command = [str(PROGRAM), f"--root={self.root}", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        path = f"{self.root}/bin:{os.environ['PATH']}"
+        return self.call(state, f"--root={self.root}", *words, PATH=path, FAIL=fail)
 
     def ask(self, *words: str) -> Any:
         done = self.run(*words)
@@ -77,6 +79,7 @@ def test_first_state_is_recorded_once(host: Host) -> None:
 
 
 def test_failed_change_goes_back_to_good(host: Host) -> None:
+    host.call = programs.run
     host.install("1")
     host.ask("record")
     host.install("2")
@@ -161,6 +164,7 @@ def test_without_a_state_nothing_is_touched(host: Host) -> None:
 
 
 def test_service_that_does_not_start_is_reported(host: Host) -> None:
+    host.call = programs.run
     host.install("1")
     host.ask("record")
     done = host.run("restore", "good", fail="restart")

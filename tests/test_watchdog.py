@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.machinery
-import importlib.util
 import itertools
 import json
 import math
 import os
 import re
 import subprocess
-import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,19 +19,14 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-ROLE = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server"
-FILES = ROLE / "files"
-GOLDEN = (FILES / "golden/page.txt").read_text()
+from tests import programs
+
+GOLDEN = (programs.FILES / "golden/page.txt").read_text()
 KEY = "sk-0123456789abcdef"
 
-sys.path.insert(0, str(FILES))
-ocr_probe = importlib.import_module("ocr_probe")
-loader = importlib.machinery.SourceFileLoader("watchdog", str(FILES / "watchdog"))
-spec = importlib.util.spec_from_loader("watchdog", loader)
-assert spec
-watchdog: Any = importlib.util.module_from_spec(spec)
-sys.modules["watchdog"] = watchdog  # dataclasses look their module up
-loader.exec_module(watchdog)
+watchdog = programs.load("watchdog")
+ready = programs.load("ready")
+ocr_probe = watchdog.ocr_probe
 
 PATIENCE = {
     "warm_up": 1800,
@@ -588,7 +581,8 @@ class Host:
         self.folder = folder
         self.server = server
         self.text = GOLDEN
-        self.hangs = 0.0
+        self.hangs = False
+        self.closing = threading.Event()
         self.status = dict.fromkeys(("/health", "/metrics", "/v1/models", "/v1/chat/completions"), 200)
         self.requests: list[str] = []
         self.running = 0
@@ -617,7 +611,8 @@ class Host:
             return Response("".join(f'vllm:{name}{{engine="0"}} {count}\n' for name, count in counts.items()))
         if request.path == "/v1/models":
             return Response(json.dumps({"data": [{"id": "dots.ocr"}]}))
-        time.sleep(self.hangs)
+        if self.hangs:
+            self.closing.wait(30)
         return Response(json.dumps({"choices": [{"message": {"content": self.text}, "finish_reason": "stop"}]}))
 
     def configure(self, **changes: Any) -> None:
@@ -643,14 +638,14 @@ class Host:
         unit = {"ActiveEnterTimestampMonotonic": int(time.monotonic() * 1e6), **self.unit, **changes}
         (self.folder / name).write_text("".join(f"{key}={value}\n" for key, value in unit.items()))
 
-    def run(self, program: str = "watchdog", **changes: Any) -> subprocess.CompletedProcess[str]:
-        """Run a program for the server."""
+    def run(
+        self, program: Any = watchdog, /, call: programs.Call = programs.call, **changes: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Call or run a program for the server."""
         self.configure(**changes)
         self.write_unit()
         folders = [f"--settings-folder={self.folder / 'server'}", f"--state-folder={self.state_file.parent}"]
-        command = [sys.executable, str(FILES / program), "dots-ocr", *folders]
-        environment = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+        done = call(program, "dots-ocr", *folders, PATH=f"{self.folder}:{os.environ['PATH']}")
         assert KEY not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done
@@ -673,7 +668,7 @@ def host(tmp_path: Path, httpserver: HTTPServer) -> Host:
 
 def test_ready_server_is_reported_once_and_not_probed_again(host: Host) -> None:
     host.running = 3
-    first, second = host.run(), host.run()
+    first, second = host.run(call=programs.run), host.run(call=programs.run)
     assert (first.returncode, first.stdout, first.stderr) == (0, "dots-ocr: ready, 3 running, 0 waiting\n", "")
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
     assert host.requests.count("/v1/chat/completions") == 1
@@ -681,15 +676,12 @@ def test_ready_server_is_reported_once_and_not_probed_again(host: Host) -> None:
     assert host.commands() == ["reset-failed dots-ocr.service"]
 
 
-def test_clock_that_jumps_does_not_matter(host: Host) -> None:
-    """A module that Python loads at its start sets the wall clock of the second check a year ahead."""
+def test_clock_that_jumps_does_not_matter(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock of the second check is a year ahead."""
     host.run()
-    (host.folder / "sitecustomize.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() + 31e6\n")
-    os.environ["PYTHONPATH"] = str(host.folder)
-    try:
-        second = host.run()
-    finally:
-        del os.environ["PYTHONPATH"]
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 31e6)
+    second = host.run()
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
     assert host.requests.count("/v1/chat/completions") == 1
 
@@ -698,8 +690,9 @@ def test_engine_that_hangs_while_health_answers_is_restarted(tmp_path: Path) -> 
     with HTTPServer() as server:  # its own: the request that hangs ends only with the server
         host = Host(tmp_path, server)
         host.patience |= {"failures": 1, "probe_timeout": 1}
-        host.hangs = 3
+        host.hangs = True
         done = host.run()
+        host.closing.set()
     assert done.returncode == 0
     assert done.stderr.startswith("<4>dots-ocr: restarting dots-ocr.service, restart 1 in a row: ")
     assert "does not answer within 1 s" in done.stderr
@@ -774,13 +767,13 @@ def test_restart_that_systemd_refuses_is_reported_and_remembered(host: Host) -> 
 def test_giving_up_is_a_failure_that_stays_and_readiness_mentions_it(host: Host) -> None:
     host.patience |= {"failures": 1, "give_up": 0}
     host.status["/health"] = 500
-    first, second = host.run(), host.run()
+    first, second = host.run(call=programs.run), host.run()
     assert first.returncode == second.returncode == 1
     assert first.stderr.startswith("<3>dots-ocr: gave up: ")
     assert second.stdout.startswith("dots-ocr: gave up at 20")
     assert host.commands() == []
     assert set(host.state()) >= {"state", "since", "reason"}
-    assert "The watchdog gave up restarting it at 20" in json.loads(host.run("ready").stdout)["problem"]
+    assert "The watchdog gave up restarting it at 20" in json.loads(host.run(ready).stdout)["problem"]
     host.status["/health"] = 200
     third = host.run()
     assert (third.returncode, third.stdout) == (0, "dots-ocr: ready, 0 running, 0 waiting\n")
@@ -885,7 +878,7 @@ def test_systemd_that_does_not_answer_is_reported(host: Host) -> None:
 
 
 def test_check_ends_before_systemd_ends_it() -> None:
-    unit = (ROLE / "templates/dots-ocr-watchdog@.service.j2").read_text()
+    unit = (programs.FILES.parent / "templates/dots-ocr-watchdog@.service.j2").read_text()
     limit = re.search(r"^TimeoutStartSec=(\d+)$", unit, re.MULTILINE)
     assert limit
     requests = watchdog.HEALTH_SECONDS + watchdog.METRICS_SECONDS + watchdog.MODEL_SECONDS

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import ssl
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clean_environment(monkeypatch: pytest.MonkeyPatch, no_certificates: Path) -> None:
     # Every HTTP client reads the system's certificates, which takes longer than most tests; none here speaks TLS.
     monkeypatch.setenv("SSL_CERT_DIR", str(no_certificates))
+    monkeypatch.setattr("httpcore2.default_ssl_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     for name in (
         "DOTS_OCR_BASE_URL",
         "DOTS_OCR_API_KEY",

@@ -58,7 +58,7 @@ class Recorder:
         self.running += 1
         self.most = max(self.most, self.running)
         try:
-            await asyncio.sleep(self.seconds)
+            await self.wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -67,6 +67,9 @@ class Recorder:
         if self.broken(page.number):
             raise EngineError("it is torn")
         return Answer(task.mode, f"{page.number}: {page.width} x {page.height}", "model")
+
+    async def wait(self) -> None:
+        await asyncio.sleep(self.seconds)
 
     async def aclose(self) -> None:
         self.closed = True
@@ -119,7 +122,8 @@ def test_wrong_settings_end_the_whole_document() -> None:
 def test_pages_come_as_they_finish() -> None:
     class Slow(Recorder):
         async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
-            await asyncio.sleep(0.5 if page.number == 1 else 0)
+            while page.number == 1 and len(self.tasks) < 2:
+                await asyncio.sleep(0.05)
             return await super().read(page, task, seconds)
 
     with DotsOCR(engines=[Slow()]) as ocr:
@@ -135,6 +139,8 @@ def test_who_stops_early_stops_the_work() -> None:
             await anext(stream)
             engine.seconds = 20
             await asyncio.sleep(0.5)
+            while engine.running < 2:
+                await asyncio.sleep(0.01)
 
     asyncio.run(read_two())
     assert (engine.running, engine.cancelled) == (0, 2)
@@ -147,11 +153,17 @@ def test_who_stops_early_stops_the_work() -> None:
 
 
 def test_the_engine_sees_no_more_pages_at_once_than_it_has_slots_for() -> None:
-    engine = Recorder(seconds=0.02, slots=3)
+    class Full(Recorder):
+        async def wait(self) -> None:
+            while self.most < 3:  # however slowly pages are drawn
+                await asyncio.sleep(0.01)
+            await super().wait()
+
+    engine = Full(seconds=0.02, slots=3)
     document = pdf_of(*[SHEET] * 6)
 
     async def read_three() -> None:
-        async with AsyncDotsOCR(engines=[engine]) as ocr:
+        async with asyncio.timeout(60), AsyncDotsOCR(engines=[engine]) as ocr:
             await asyncio.gather(*(ocr.read(document) for _ in range(3)))
 
     asyncio.run(read_three())
@@ -176,7 +188,10 @@ def test_pages_are_drawn_only_shortly_before_their_turn(monkeypatch: pytest.Monk
             aclosing(ocr.stream(pdf_of(*[SHEET] * 60))) as stream,
         ):
             first = asyncio.ensure_future(anext(stream))
-            await asyncio.sleep(1.5)
+            seen = -1
+            while engine.most < 2 or len(drawn) > seen:  # until no more pages are drawn
+                seen = len(drawn)
+                await asyncio.sleep(0.5)
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
 

@@ -528,7 +528,7 @@ def serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
 def _answers(url: str) -> bool:
     try:
         return get(f"{url}/version").status_code == 200
-    except httpx2.ConnectError:
+    except httpx2.TransportError:  # nobody listens, or somebody who ends just now
         return False
 
 
@@ -544,12 +544,14 @@ def test_the_log_has_the_requests_and_not_what_watchdogs_ask() -> None:
 
 
 def test_sigterm_finishes_the_page_in_flight(fake_tesseract: Callable[[str], Path]) -> None:
-    fake_tesseract("cat >/dev/null; sleep 1; echo slow but sure")
+    waiting = 'for _ in $(seq 600); do [ ! -e "$0.end" ] || break; sleep 0.05; done'
+    program = fake_tesseract(f"cat >/dev/null; {waiting}; echo slow but sure")
     with serving("--engine", "tesseract") as (process, url), ThreadPoolExecutor(1) as threads:
         answer = threads.submit(post, url, ask(picture(), TEXT))
         until(lambda: metric(url, "dots_ocr_pages_in_flight") == 1)
         process.send_signal(signal.SIGTERM)
         until(lambda: not _answers(url))
+        program.with_suffix(".end").touch()
         assert answer.result().json()["choices"][0]["message"]["content"] == "slow but sure"
         output, _ = process.communicate(timeout=20)
         assert process.returncode == 0

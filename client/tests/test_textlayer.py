@@ -61,15 +61,19 @@ def page_of(document: bytes) -> Iterator[PageImage]:
         yield draw(opened.reference(1))
 
 
-def ask(page: PageImage, mode: Mode = "layout", seconds: float = 30) -> Answer:
-    async def run() -> Answer:
-        engine = TextLayerEngine()
-        try:
-            return await engine.read(page, Task(mode), seconds)
-        finally:
-            await engine.aclose()
+# One for all tests, which starts a process at the first page.
+RUNNER, ENGINE = asyncio.Runner(), TextLayerEngine()
 
-    return asyncio.run(run())
+
+@pytest.fixture(scope="session", autouse=True)
+def end_of_the_engine() -> Iterator[None]:
+    yield
+    RUNNER.run(ENGINE.aclose())
+    RUNNER.close()
+
+
+def ask(page: PageImage, mode: Mode = "layout", seconds: float = 30) -> Answer:
+    return RUNNER.run(ENGINE.read(page, Task(mode), seconds))
 
 
 def read(document: bytes, mode: Mode = "layout") -> Answer:

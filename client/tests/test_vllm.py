@@ -49,6 +49,7 @@ from dots_ocr_client.prompts import MODES
 WAIT_SECONDS = vllm.WAIT_SECONDS  # before the tests shorten it
 LOOP = "The same line again.\n" * 200
 BLANK = PageImage.of(1, Image.new("RGB", (280, 280), "white"))
+YESTERDAY, TOMORROW = (format_datetime(datetime.now(UTC) + timedelta(days=days), usegmt=True) for days in (-1, 1))
 
 
 def read(engine: VLLMEngine, page: PageImage, *tasks: Task | Mode, seconds: float = 20.0) -> list[Answer]:
@@ -520,7 +521,7 @@ def test_pages_that_are_read_make_room_for_more(server: FakeServer, page: PageIm
 
 
 @pytest.mark.parametrize(
-    "value", ["1.5", format_datetime(datetime.now(UTC) + timedelta(days=-1), usegmt=True), "soon", "nan", "-1"]
+    "value", ["1.5", YESTERDAY, "soon", "nan", "-1"], ids=["1.5", "yesterday", "soon", "nan", "-1"]
 )
 def test_a_wish_to_be_left_alone_is_heeded(value: str, engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
     server.retry_after = value
@@ -530,7 +531,7 @@ def test_a_wish_to_be_left_alone_is_heeded(value: str, engine: VLLMEngine, serve
     assert (time.monotonic() - started >= 1.5) == (value == "1.5")
 
 
-@pytest.mark.parametrize("value", ["20", format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True)])
+@pytest.mark.parametrize("value", ["20", TOMORROW], ids=["20", "tomorrow"])
 def test_a_wish_for_more_time_than_there_is_ends_the_tries(
     value: str, engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
