@@ -6,6 +6,8 @@ other. Whichever it is, it is always reached through SOCKET, so that inventories
 
 from __future__ import annotations
 
+import hashlib
+import ipaddress
 import json
 import os
 import re
@@ -23,7 +25,7 @@ STATE = Path("/var/lib/dots-ocr-rehearsal")
 RUN = Path("/run/dots-ocr-rehearsal")
 SOCKET = RUN / "docker.sock"
 SYSTEM_SOCKET = Path("/var/run/docker.sock")
-NETWORK = "dots-ocr-rehearsal"
+NETWORK = "dots-ocr-rehearsal-hosts"
 LABEL = "dots-ocr-rehearsal"
 FONT = Path("/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf")  # pages of the tests are drawn with it
 PID_FILE = RUN / "docker.pid"
@@ -99,10 +101,25 @@ def ensure() -> None:
         else:
             _start()
     if not succeeds("docker", "network", "inspect", NETWORK):
-        output(
-            "docker", "network", "create", "--label", LABEL,
-            "--opt", f"com.docker.network.driver.mtu={_mtu()}", NETWORK,
-        )  # fmt: skip
+        create = ("docker", "network", "create", "--label", LABEL, "--opt", f"com.docker.network.driver.mtu={_mtu()}")
+        output(*create, NETWORK)
+        # A container may choose its address only in a network whose subnet somebody chose: take what the engine takes.
+        subnet = str(_subnet())
+        output("docker", "network", "rm", NETWORK)
+        output(*create, "--subnet", subnet, NETWORK)
+
+
+def address(host: str) -> str:
+    """Return the address that a host has always: one that was killed comes back to it, as a real one does."""
+    subnet = _subnet()
+    upper_half = subnet.num_addresses // 2  # where the engine, which counts from below, puts no other
+    digest = int.from_bytes(hashlib.sha256(host.encode()).digest()[:8])
+    return str(subnet[upper_half + digest % (upper_half - 1)])
+
+
+def _subnet() -> ipaddress.IPv4Network:
+    described = json.loads(output("docker", "network", "inspect", NETWORK))[0]["IPAM"]["Config"]
+    return ipaddress.IPv4Network(described[0]["Subnet"])
 
 
 def stop() -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rehearsal import images
-from rehearsal.engine import LABEL, NETWORK, RUN, STATE
+from rehearsal.engine import LABEL, NETWORK, RUN, STATE, address
 from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
@@ -145,6 +145,8 @@ def _derive(image: str, change: str, name: str) -> None:
 
 
 def _start(name: str, image: str, *options: str) -> None:
+    if "--network" not in options:
+        options = ("--network", NETWORK, "--ip", address(name), *options)
     definition = hashlib.sha256("\0".join([image, *options]).encode()).hexdigest()[:12]
     if succeeds("docker", "container", "inspect", name):
         template = f'{{{{.State.Running}}}} {{{{index .Config.Labels "{LABEL}"}}}}'
@@ -152,11 +154,10 @@ def _start(name: str, image: str, *options: str) -> None:
             return
         say(f"==> {name} is stopped or out of date: starting it afresh")
         destroy(name)
-    network = [] if "--network" in options else ["--network", NETWORK]
     with step(f"start {name}"):
         # All capabilities but one: nested containers may lack it, and --privileged insists on it.
         output("docker", "run", "--detach", "--name", name, "--hostname", name, "--label", f"{LABEL}={definition}",
-               *network, "--stop-signal", "SIGRTMIN+3", "--restart", "on-failure",
+               "--stop-signal", "SIGRTMIN+3", "--restart", "on-failure",
                "--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE",
                "--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined",
                "--security-opt", "systempaths=unconfined", "--cgroupns", "host",

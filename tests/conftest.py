@@ -1,10 +1,14 @@
-"""Which tests share a process, where pytest-xdist runs them in several."""
+"""Which tests share a process, where pytest-xdist runs them in several; and no limit of time for Hypothesis."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # xdist ships no type information

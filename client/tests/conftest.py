@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw, ImageFont
 from pytest_httpserver import HTTPServer
 from support import LINES, FakeServer, MakeClient
 
 from dots_ocr_client import DotsOCR, Engine, PageImage, TesseractEngine, VLLMEngine
 from dots_ocr_client.engines import vllm
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

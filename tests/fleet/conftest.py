@@ -13,7 +13,7 @@ import pytest
 from tests.fleet.hosts import GATEWAY, KEY, address
 from tests.fleet.load import Event, Load, percentile
 
-RATE = 1.0  # pages per second: half of what one server reads here, beside the deployments
+RATE = 2.0  # pages per second: Tesseract has to read them all for a while, beside what else the machine does
 QUIET = 20  # pages before the first event, for the usual p95
 AFTER = 5  # pages after an event, to see it end
 

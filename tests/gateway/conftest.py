@@ -48,7 +48,7 @@ QUICK = {
 SMALL = {
     "dots_ocr_gateway_max_queue": 2,
     "dots_ocr_gateway_retry_after": 1,
-    "dots_ocr_gateway_queue_timeout": 5,
+    "dots_ocr_gateway_queue_timeout": 15,  # long enough for a busy machine to be asked meanwhile
 }
 
 
