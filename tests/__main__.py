@@ -216,7 +216,7 @@ def run_part(name: str) -> Result:
     start, before = time.monotonic(), usage.processes()
     with usage.measured(HOSTS.get(name, f"test-{name.removeprefix('molecule ').replace('_', '-')}")) as meter:
         count = parts()[name]()
-    return Result(name, count, time.monotonic() - start, usage.processes() - before + meter.seconds())
+    return Result(name, count, time.monotonic() - start, usage.processes() - before + meter.total)
 
 
 def run_beside(name: str) -> Result:

@@ -3,60 +3,61 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import threading
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rehearsal.engine import LABEL
 
 CGROUPS = Path("/sys/fs/cgroup")
-# Where the kernel counts for a container: version 1, version 2, version 2 with systemd; nanoseconds or microseconds.
-PLACES = (
-    ("cpuacct/docker/{}/cpuacct.usage", 1e9),
-    ("docker/{}/cpu.stat", 1e6),
-    ("system.slice/docker-{}.scope/cpu.stat", 1e6),
-)
+# Where the kernel counts for a container, those inside of hosts too: version 1, version 2, version 2 with systemd.
+PLACES = ("cpuacct/docker/*/cpuacct.usage", "docker/*/cpu.stat", "system.slice/docker-*.scope/cpu.stat")
 PAUSE = 5.0  # seconds between two looks: what a host takes after the last one before its end is not seen
 
 
 class Meter:
-    """Adds up the CPU seconds of the rehearsal's hosts whose names begin so, over all their lives."""
+    """Adds up the CPU seconds of the rehearsal's hosts whose names begin so, and of the containers inside them."""
 
     def __init__(self, beginning: str) -> None:
         """Begin to count."""
         self.beginning = beginning
-        self.before = self._read()
-        self.seen = Counter(self.before)
+        self.total = 0.0
+        self.seen = self._read()
 
     def look(self) -> None:
-        """Take what was used until now."""
-        for host, used in self._read().items():
-            if used < self.seen[host]:  # it was started anew
-                self.before[host] -= self.seen[host]
-            self.seen[host] = used
+        """Add what was used since the last look."""
+        for name, used in self._read().items():
+            before = self.seen.get(name, 0.0)
+            self.total += used - before if used >= before else used  # less: it was started anew
+            self.seen[name] = used
 
-    def seconds(self) -> float:
-        """Return the CPU seconds since the beginning."""
-        self.look()
-        return sum(self.seen.values()) - sum(self.before.values())
+    def _read(self) -> dict[str, float]:
+        filters = ("--filter", f"label={LABEL}", "--filter", f"name=^{self.beginning}")
+        if not (hosts := _lines("docker", "ps", "--quiet", *filters)):
+            return {}
+        roots = set(_lines("docker", "inspect", "--format", "{{.State.Pid}}", *hosts))
+        counts = {}
+        for file in (file for place in PLACES for file in CGROUPS.glob(place)):
+            with suppress(OSError):  # it has ended
+                processes = " ".join(procs.read_text() for procs in file.parent.rglob("cgroup.procs")).split()
+                if processes and roots & set(_ancestors(processes[0])):
+                    words = file.read_text().split()
+                    counts[file.parent.name] = int(words[1]) / 1e6 if len(words) > 1 else int(words[0]) / 1e9
+        return counts
 
-    def _read(self) -> Counter[str]:
-        command = ["docker", "ps", "--no-trunc", "--filter", f"label={LABEL}", "--format", "{{.ID}} {{.Names}}"]
-        rows = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-        hosts = [row.split() for row in rows]
-        return Counter({ident: used(ident) for ident, name in hosts if name.startswith(self.beginning)})
+
+def _lines(*command: str) -> list[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
 
 
-def used(container: str) -> float:
-    """Return the CPU seconds of a container since its start; 0 where the kernel does not tell."""
-    for place, unit in PLACES:
-        file = CGROUPS / place.format(container)
-        if file.exists():
-            return int(file.read_text().split()[1 if file.name == "cpu.stat" else 0]) / unit
-    return 0.0
+def _ancestors(process: str) -> Iterator[str]:
+    """Yield a process, its parent, and so on."""
+    while process != "0":
+        yield process
+        process = re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 
 
 @contextmanager
@@ -75,6 +76,7 @@ def measured(beginning: str) -> Iterator[Meter]:
     finally:
         end.set()
         thread.join()
+        meter.look()
 
 
 def processes() -> float:
