@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
@@ -28,16 +27,11 @@ REPORTS = REPOSITORY / ".cache/junit"
 BUDGET = REPOSITORY / "tests/budget.toml"
 WORKERS = 3  # side by side, on two cores: parts wait for a third of their time
 OVER = 1.5  # a part that takes more than so many times its budget is named at the end
-# Parts that go on where another one has ended; both start in this order.
-AFTER = {
-    "live_client": ("rehearse",),
-    "molecule site": ("rehearse", "live_client"),
-    "qwen": ("rehearse",),
-    "command_line": ("rehearse",),
-}
-HOSTS = dict.fromkeys(("rehearse", "live_client", "molecule site"), "dots-ocr-rehearsal-host")  # others: by their name
-# What takes longest begins first; the others follow as they come.
-FIRST = ("rehearse", "live_client", "molecule site", "molecule fleet", "molecule dots_ocr_server", "molecule cpu")
+# One host, one after the other: what `make rehearse` leaves running is what the others begin with.
+CHAIN = ("rehearse", "live_client", "molecule site")
+# The longest begin first. Those that need vLLM's image come last, when the chain has built it.
+FIRST = ("molecule fleet", "molecule dots_ocr_server", "molecule airgap", "molecule cpu", "molecule nvidia_driver")
+LAST = ("command_line", "qwen")
 TOTAL = re.compile(r"^(\d+) passed, (\d+) failed, (\d+) skipped\n*\Z", re.MULTILINE)
 REASON = re.compile(r"^not passed: (.*)$", re.MULTILINE)
 DECORATION = re.compile(r"\x1b\[[\d;]*m|^ *│ *", re.MULTILINE)  # Molecule frames and colours what it hands on
@@ -210,11 +204,16 @@ def prepare() -> None:
         sys.exit("nothing was tested: what the tests need could not be prepared, see above")
 
 
+def hosts_of(name: str) -> str:
+    """Return how the names of the hosts begin that a part uses."""
+    return "dots-ocr-rehearsal-host" if name in CHAIN else f"test-{name.removeprefix('molecule ').replace('_', '-')}"
+
+
 def run_part(name: str) -> Result:
     """Run a part in this process."""
     print(f"\n=== {name}", flush=True)
     start, before = time.monotonic(), usage.processes()
-    with usage.measured(HOSTS.get(name, f"test-{name.removeprefix('molecule ').replace('_', '-')}")) as meter:
+    with usage.measured(hosts_of(name)) as meter:
         count = parts()[name]()
     return Result(name, count, time.monotonic() - start, usage.processes() - before + meter.total)
 
@@ -238,44 +237,18 @@ def run_beside(name: str) -> Result:
     return Result(name, count, seconds, cpu)
 
 
-def order(names: Iterable[str]) -> list[str]:
-    """Return parts in the order in which they begin when a worker is free."""
-    left = list(names)
-    return [name for name in FIRST if name in left] + [name for name in left if name not in FIRST]
+def chains(names: Iterable[str]) -> list[list[str]]:
+    """Return parts in the order in which they begin; those of a list run one after the other."""
+    left = set(names)
+    places = [*FIRST, *sorted(left.difference(CHAIN, FIRST, LAST)), *LAST]
+    return [[name for name in CHAIN if name in left], *([name] for name in places if name in left)]
 
 
 def run_all(names: Iterable[str]) -> list[Result]:
-    """Run parts side by side, WORKERS at a time, each after those that it goes on from."""
-    left, results, changed = order(names), dict[str, Result](), threading.Condition()
-    wanted = set(left)
-
-    def take() -> str | None:
-        """Return the next part that may begin, once there is one, or nothing when all have begun."""
-        with changed:
-            while left:
-                for name in left:
-                    if wanted.intersection(AFTER.get(name, ())) <= set(results):
-                        left.remove(name)
-                        return name
-                changed.wait()
-            return None
-
-    def work(_: int) -> None:
-        try:
-            while name := take():
-                result = run_beside(name)
-                with changed:
-                    results[name] = result
-                    changed.notify_all()
-        except BaseException:
-            with changed:  # what waits for this one would wait for ever
-                left.clear()
-                changed.notify_all()
-            raise
-
+    """Run parts side by side, WORKERS at a time."""
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(work, range(WORKERS)))
-    return list(results.values())
+        done = pool.map(lambda chain: [run_beside(name) for name in chain], chains(names))
+        return [result for results in done for result in results]
 
 
 def table(results: Iterable[Result], seconds: float) -> list[str]:

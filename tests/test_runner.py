@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.__main__ import (
-    AFTER,
+    CHAIN,
     FIRST,
+    LAST,
     REPOSITORY,
     Count,
     Result,
+    chains,
     command,
-    order,
     parts,
     read_report,
     run_all,
@@ -78,9 +79,12 @@ def test_what_must_run_everything_may_skip_nothing() -> None:
     assert without_skips(Count(passed=17, skipped=3)) == Count(passed=17, failed=3)
 
 
-def test_every_part_runs_once_and_those_that_go_on_from_another_exist() -> None:
-    assert sorted(order(parts())) == sorted(parts())
-    assert {name for name, others in AFTER.items() for name in (name, *others)} | set(FIRST) <= set(parts())
+def test_every_part_runs_once_and_those_that_share_a_host_one_after_the_other() -> None:
+    order = chains(parts())
+    assert sorted(name for chain in order for name in chain) == sorted(parts())
+    assert order[0] == list(CHAIN)
+    assert {len(chain) for chain in order[1:]} == {1}
+    assert set(FIRST) | set(LAST) <= set(parts())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,7 @@ def test_part_beside_others_hands_on_what_failed(tmp_path: Path, monkeypatch: py
     assert run_beside("lint").count.reasons == ("a test: why",)
 
 
-def test_parts_run_side_by_side_but_each_after_what_it_goes_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     both, finished = threading.Barrier(2, timeout=10), []
 
     def run(name: str) -> Result:
@@ -125,16 +129,7 @@ def test_parts_run_side_by_side_but_each_after_what_it_goes_on_from(monkeypatch:
     monkeypatch.setattr("tests.__main__.run_beside", run)
     names = ["molecule site", "live_client", "unit", "rehearse"]
     assert {result.name for result in run_all(names)} == set(names)
-    assert [name for name in finished if name != "unit"] == ["rehearse", "live_client", "molecule site"]
-
-
-def test_part_whose_process_cannot_be_run_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(name: str) -> Result:
-        raise OSError("no process")
-
-    monkeypatch.setattr("tests.__main__.run_beside", run)
-    with pytest.raises(OSError, match="no process"):
-        run_all(["rehearse", "live_client", "unit"])
+    assert [name for name in finished if name != "unit"] == list(CHAIN)
 
 
 def test_table_shows_the_change_and_names_what_is_far_over_its_budget(
