@@ -27,6 +27,7 @@ def main() -> None:
             way = host.add_mutually_exclusive_group()
             way.add_argument("--port", type=int, help="of this machine's loopback, to reach the OCR port at")
             way.add_argument("--no-network", action="store_true", help="nothing but loopback: an air gap")
+            way.add_argument("--keep-address", action="store_true", help="come back to the same address after a kill")
     arguments = parser.parse_args()
 
     try:
@@ -45,7 +46,8 @@ def main() -> None:
             case "train":
                 hosts.train()
             case "up":
-                hosts.up(arguments.name, port=arguments.port, network=not arguments.no_network)
+                network, keep_address = not arguments.no_network, arguments.keep_address
+                hosts.up(arguments.name, port=arguments.port, network=network, keep_address=keep_address)
             case "destroy":
                 hosts.destroy(arguments.name)
     except RehearsalError as error:

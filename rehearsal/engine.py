@@ -6,6 +6,7 @@ other. Whichever it is, it is always reached through SOCKET, so that inventories
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import ipaddress
 import json
@@ -15,8 +16,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rehearsal.shell import RehearsalError, output, run, say, step, succeeds
@@ -102,23 +103,31 @@ def ensure() -> None:
             _start()
     if not succeeds("docker", "network", "inspect", NETWORK):
         create = ("docker", "network", "create", "--label", LABEL, "--opt", f"com.docker.network.driver.mtu={_mtu()}")
-        output(*create, NETWORK)
-        # A container may choose its address only in a network whose subnet somebody chose: take what the engine takes.
-        subnet = str(_subnet())
-        output("docker", "network", "rm", NETWORK)
+        # A container may choose its address only where somebody chose the subnet: first let the engine choose one.
+        trial = output(*create, f"{NETWORK}-trial-{os.getpid()}")
+        subnet = str(_subnet(trial))
+        output("docker", "network", "rm", trial)
         output(*create, "--subnet", subnet, NETWORK)
 
 
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Keep another process of the rehearsal, such as a scenario beside this one, from making the same thing."""
+    with (RUN / f"{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def address(host: str) -> str:
-    """Return the address that a host has always: one that was killed comes back to it, as a real one does."""
-    subnet = _subnet()
+    """Return the address that a host of this name may keep."""
+    subnet = _subnet(NETWORK)
     upper_half = subnet.num_addresses // 2  # where the engine, which counts from below, puts no other
     digest = int.from_bytes(hashlib.sha256(host.encode()).digest()[:8])
     return str(subnet[upper_half + digest % (upper_half - 1)])
 
 
-def _subnet() -> ipaddress.IPv4Network:
-    described = json.loads(output("docker", "network", "inspect", NETWORK))[0]["IPAM"]["Config"]
+def _subnet(network: str) -> ipaddress.IPv4Network:
+    described = json.loads(output("docker", "network", "inspect", network))[0]["IPAM"]["Config"]
     return ipaddress.IPv4Network(described[0]["Subnet"])
 
 

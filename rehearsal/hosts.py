@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import platform
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rehearsal import images
-from rehearsal.engine import LABEL, NETWORK, RUN, STATE, address
+from rehearsal.engine import LABEL, NETWORK, RUN, STATE, address, one_at_a_time
 from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +24,7 @@ FORWARDED_PORT = 18000  # host/root/etc/systemd/system/loopback-forward.socket
 MIRROR = "dots-ocr-rehearsal-mirror"
 PUSH = "/usr/local/lib/mirror/push-images"
 IMAGE_TAG = "v0.32.0"
-# Tags of the registry beside IMAGE_TAG: an upgrade that works, and two that do not.
+# What the registry's tags add to IMAGE_TAG: nothing, an upgrade that works, and two that do not.
 VARIANTS = {
     "": "LABEL variant=plain",
     "-next": "LABEL variant=next",
@@ -42,25 +39,17 @@ SERVERS = {
 MODEL_REPOSITORY = "dots-studio/dots.ocr"
 
 
-@contextmanager
-def one_at_a_time(what: str) -> Iterator[None]:
-    """Keep another process of the rehearsal, such as a scenario beside this one, from making the same thing."""
-    with (RUN / f"{what}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def up(name: str, *, port: int | None = None, network: bool = True) -> None:
+def up(name: str, *, port: int | None = None, network: bool = True, keep_address: bool = False) -> None:
     """Start a host unless it runs.
 
     With a port, its OCR port is reachable at 127.0.0.1:port of this machine. Without a network it has a loopback
-    interface and no other, and is reached through the engine alone.
+    interface and no other, and is reached through the engine alone. One that keeps its address comes back to it after
+    it was killed, as a real host does.
     """
     options = ["--publish", f"127.0.0.1:{port}:{FORWARDED_PORT}"] if port else []
     options += [] if network else ["--network", "none"]
-    with one_at_a_time("host"):
-        image = images.host()
-    _start(name, image, *options, "--volume", "/var/lib/docker")
+    options += ["--ip", address(name)] if keep_address else []
+    _start(name, images.host(), *options, "--volume", "/var/lib/docker")
 
 
 def destroy(name: str) -> None:
@@ -83,11 +72,13 @@ def mirror_up(server: str | None = None) -> None:
 
 def _copy(folder: Path, place: str) -> None:
     """Copy a folder into the mirror unless it has just this one. A mount would be another for each checkout."""
-    mark = f"/srv/copied/{fingerprint(folder)}"
-    if not succeeds("docker", "exec", MIRROR, "test", "-e", mark):
-        output("docker", "exec", MIRROR, "rm", "-rf", place)
-        output("docker", "exec", MIRROR, "mkdir", "-p", mark, str(Path(place).parent))
+    mark, wanted = f"/srv/copied{place}", fingerprint(folder)
+    if not succeeds("docker", "exec", MIRROR, "grep", "--quiet", wanted, mark):
+        output("docker", "exec", MIRROR, "rm", "-rf", place, mark)
+        output("docker", "exec", MIRROR, "mkdir", "-p", str(Path(place).parent), str(Path(mark).parent))
         output("docker", "cp", "--quiet", str(folder), f"{MIRROR}:{place}")
+        output("docker", "exec", MIRROR, "chmod", "-R", "a+rX", place)
+        output("docker", "exec", MIRROR, "sh", "-c", f"echo {wanted} >{mark}")
 
 
 def _fill_registry(server: str) -> None:
@@ -146,7 +137,7 @@ def _derive(image: str, change: str, name: str) -> None:
 
 def _start(name: str, image: str, *options: str) -> None:
     if "--network" not in options:
-        options = ("--network", NETWORK, "--ip", address(name), *options)
+        options = ("--network", NETWORK, *options)
     definition = hashlib.sha256("\0".join([image, *options]).encode()).hexdigest()[:12]
     if succeeds("docker", "container", "inspect", name):
         template = f'{{{{.State.Running}}}} {{{{index .Config.Labels "{LABEL}"}}}}'

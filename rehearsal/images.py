@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from rehearsal.engine import LABEL, STATE
+from rehearsal.engine import LABEL, STATE, one_at_a_time
 from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
@@ -20,6 +20,7 @@ VLLM_PYTHON = "3.11"  # Debian 12's; the CPU build of torch is at hand for it on
 NEWEST_GLIBC_MINOR = 36  # Debian 12 has glibc 2.36
 
 
+@one_at_a_time("host-image")
 def host() -> str:
     """Build the image that plays every kind of host (Debian 13, systemd, no Docker yet); return its name."""
     name = _name("host", HERE / "host", Path(__file__))
@@ -29,6 +30,7 @@ def host() -> str:
     return name
 
 
+@one_at_a_time("mirror-image")
 def mirror() -> str:
     """Build the image of the mirror: OCI registry, apt repositories with their key, Hub; return its name."""
     name = _name("mirror", HERE / "mirror", Path(__file__))
@@ -38,6 +40,7 @@ def mirror() -> str:
     return name
 
 
+@one_at_a_time("vllm-image")
 def vllm() -> str:
     """Build the image of vLLM's CPU build, which takes the command line of the GPU image; return its name."""
     name = _name("vllm", HERE / "vllm", Path(__file__))
@@ -52,6 +55,7 @@ def vllm() -> str:
     return name
 
 
+@one_at_a_time("stand-in-image")
 def vllm_stand_in() -> str:
     """Build the small image that speaks vLLM's protocol where vLLM is not what is tested; return its name."""
     folder, repository = HERE / "vllm_stand_in", HERE.parent
@@ -59,7 +63,8 @@ def vllm_stand_in() -> str:
     name = _name("vllm-stand-in", folder, *golden, Path(__file__))
     if not _exists(name):
         with step("build the image of vLLM's stand-in"):
-            hook = " && ".join(f'cp -r "{source}" "$1/golden"' for source in golden)
+            copy = " && ".join(f'cp -r "{source}" "$1/golden"' for source in golden)
+            hook = f'{copy} && chmod -R a+rX "$1/golden"'
             _debian(name, "trixie", folder, hook, ['ENTRYPOINT ["vllm", "serve"]', "ENV HOME=/home/vllm"])
     return name
 

@@ -72,7 +72,8 @@ class Result:
         """Return its line of the table at the end; `total` is all parts' CPU seconds, `budget` what this may take."""
         change = f"{self.cpu / budget - 1:+5.0%}" if budget else "  new"
         count = f"{self.count.passed} passed, {self.count.failed} failed, {self.count.skipped} skipped"
-        return f"{self.name:35} {self.seconds:6.0f} {self.cpu:6.0f} {self.cpu / total:5.0%} {change:>6}   {count}"
+        share = self.cpu / (total or 1.0)
+        return f"{self.name:35} {self.seconds:6.0f} {self.cpu:6.0f} {share:5.0%} {change:>6}   {count}"
 
 
 def command(*words: str, cwd: Path = REPOSITORY) -> Count:
@@ -183,7 +184,7 @@ def parts() -> dict[str, Callable[[], Count]]:
     ignored = [f"--ignore=tests/{name}" for name in ("command_line", "fleet", "live_client", "ray")]
     return {
         "lint": lint,
-        "unit": lambda: pytest("unit", "tests", "rehearsal/tiny_model", *ignored, "-n2", "--dist=loadfile"),
+        "unit": lambda: pytest("unit", "tests", "rehearsal/tiny_model", *ignored, "-n2"),
         "client": lambda: pytest("client", "-n2", "--dist=worksteal", cwd=REPOSITORY / "client"),
         "rehearse": rehearse,
         "live_client": lambda: pytest("live_client", "tests/live_client"),
@@ -260,7 +261,7 @@ def table(results: Iterable[Result], seconds: float) -> list[str]:
     return [
         f"{'part':35} {'wall s':>6} {'CPU s':>6} {'share':>5} {'budget':>6}",
         *(one.row(total.cpu, budget.get(one.name)) for one in done),
-        total.row(total.cpu, sum(budget.values()) if len(done) > 1 else None),
+        total.row(total.cpu, sum(budget.get(one.name, 0.0) for one in done)),
         *(f"over its budget by more than half: {one.name}, {one.cpu:.0f} CPU s" for one in over),
     ]
 

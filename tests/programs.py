@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 FILES = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server/files"
+LIMIT = 60  # seconds for a program, which only a hang reaches
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
 sys.path.insert(0, str(FILES))
@@ -31,6 +33,10 @@ def load(name: str) -> Any:
     return module
 
 
+def _give_up(*_: object) -> None:
+    raise TimeoutError(f"not ended after {LIMIT} s")
+
+
 def call(program: Any, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Call a program's main() as its command line would; return what a process of its own would leave."""
     mask = os.umask(0o022)
@@ -42,11 +48,16 @@ def call(program: Any, *words: str, **environment: str) -> subprocess.CompletedP
         contextlib.redirect_stdout(io.StringIO()) as output,
         contextlib.redirect_stderr(io.StringIO()) as errors,
     ):
+        signal.signal(signal.SIGALRM, _give_up)
+        signal.alarm(LIMIT)
         try:
             status = program.main() or 0
         except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else print(end.code, file=sys.stderr) or 1
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
         finally:
+            signal.alarm(0)
             os.umask(mask)
     return subprocess.CompletedProcess(words, status, output.getvalue(), errors.getvalue())
 
@@ -55,5 +66,5 @@ def run(program: Any, *words: str, **environment: str) -> subprocess.CompletedPr
     """Run a program as a host does."""
     command = [program.__file__, *words]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, **environment}
+        command, capture_output=True, text=True, check=False, timeout=LIMIT, env={**os.environ, **environment}
     )

@@ -42,7 +42,8 @@ def main() -> int:
         "PYTHONPATH": "/client/src:/client/tests_qwen:/packages",
     }
     settings = [word for name, value in environment.items() for word in ("--env", f"{name}={value}")]
-    container = ("docker", "run", "--rm", "--network", "none", "--read-only", "--label", LABEL,
+    subprocess.run(["docker", "rm", "--force", "test-qwen"], check=True)
+    container = ("docker", "run", "--rm", "--name", "test-qwen", "--network", "none", "--read-only", "--label", LABEL,
                  "--tmpfs", "/tmp:exec")  # fmt: skip
     pytest = ("-m", "pytest", "--rootdir=/client", "-p", "no:cacheprovider", f"--junitxml=/reports/{report.name}")
     return subprocess.run(

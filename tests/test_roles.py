@@ -63,8 +63,12 @@ def test_readme_is_generated_from_the_specification(role: Path, tmp_path: Path) 
 
 @every_role
 def test_role_has_a_scenario_of_its_own_or_tests_beside_it(role: Path) -> None:
-    elsewhere = {"chatvlmllm": "molecule/cpu", "dots_ocr_gateway": "tests/gateway", "monitoring": "tests/monitoring"}
-    assert (REPOSITORY / elsewhere.get(role.name, f"molecule/{role.name}")).is_dir()
+    elsewhere = {
+        "chatvlmllm": "molecule/cpu/application.yml",
+        "dots_ocr_gateway": "tests/gateway/test_behaviour.py",
+        "monitoring": "tests/monitoring/test_rules.py",
+    }
+    assert (REPOSITORY / elsewhere.get(role.name, f"molecule/{role.name}/molecule.yml")).is_file()
 
 
 @every_role

@@ -13,7 +13,7 @@ from pathlib import Path
 from rehearsal.engine import LABEL
 
 CGROUPS = Path("/sys/fs/cgroup")
-# Where the kernel counts for a container, those inside of hosts too: version 1, version 2, version 2 with systemd.
+# Where the kernel counts for a container, also those inside hosts: version 1, version 2, version 2 with systemd.
 PLACES = ("cpuacct/docker/*/cpuacct.usage", "docker/*/cpu.stat", "system.slice/docker-*.scope/cpu.stat")
 PAUSE = 5.0  # seconds between two looks: what a host takes after the last one before its end is not seen
 

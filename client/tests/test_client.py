@@ -122,8 +122,9 @@ def test_wrong_settings_end_the_whole_document() -> None:
 def test_pages_come_as_they_finish() -> None:
     class Slow(Recorder):
         async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
-            while page.number == 1 and len(self.tasks) < 2:
-                await asyncio.sleep(0.05)
+            async with asyncio.timeout(60):
+                while page.number == 1 and len(self.tasks) < 2:
+                    await asyncio.sleep(0.05)
             return await super().read(page, task, seconds)
 
     with DotsOCR(engines=[Slow()]) as ocr:
@@ -135,7 +136,11 @@ def test_who_stops_early_stops_the_work() -> None:
 
     async def read_two() -> None:
         engine.seconds = 0
-        async with AsyncDotsOCR(engines=[engine]) as ocr, aclosing(ocr.stream(pdf_of(*[SHEET] * 9))) as stream:
+        async with (
+            asyncio.timeout(60),
+            AsyncDotsOCR(engines=[engine]) as ocr,
+            aclosing(ocr.stream(pdf_of(*[SHEET] * 9))) as stream,
+        ):
             await anext(stream)
             engine.seconds = 20
             await asyncio.sleep(0.5)
@@ -184,6 +189,7 @@ def test_pages_are_drawn_only_shortly_before_their_turn(monkeypatch: pytest.Monk
 
     async def start() -> None:
         async with (
+            asyncio.timeout(60),
             AsyncDotsOCR(engines=[engine], max_in_flight=16) as ocr,
             aclosing(ocr.stream(pdf_of(*[SHEET] * 60))) as stream,
         ):

@@ -100,7 +100,10 @@ def profile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Render the profile, and keep its vLLM at hand for the tests of this profile."""
     rendered = render(request.param, tmp_path_factory.mktemp("rendered"))
     version = ".".join(re.findall(r"\d+", request.param)[:2])
-    command = ["docker", "run", "--rm", "--interactive", "--pull", "never", "--network", "none", "--label", LABEL]
+    name = f"test-command-line-{version}"
+    subprocess.run(["docker", "rm", "--force", name], check=True)
+    command = ["docker", "run", "--rm", "--name", name, "--interactive", "--pull", "never", "--network", "none"]
+    command += ["--label", LABEL]
     command += ["--volume", f"{HERE}/ask_vllm.py:/ask_vllm.py:ro", "--entrypoint", "python3"]
     requirements = HERE / f"vllm-{version}.txt"
     if requirements.exists():

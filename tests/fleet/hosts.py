@@ -18,7 +18,7 @@ GATEWAY, MONITOR = "test-fleet-gateway", "test-fleet-monitor"
 GPUS = ["test-fleet-1", "test-fleet-2"]
 CPU = "test-fleet-cpu"
 KEY = "the-key-of-a-client-0123456789"
-PATIENCE = 240.0  # seconds; a server starts in 30
+PATIENCE = 240.0  # seconds; a host boots and serves in 30
 
 
 def docker(*words: str) -> str:
