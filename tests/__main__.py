@@ -26,6 +26,7 @@ PROGRAMS = Path(sys.executable).parent
 REPORTS = REPOSITORY / ".cache/junit"
 BUDGET = REPOSITORY / "tests/budget.toml"
 WORKERS = 3  # side by side, on two cores: parts wait for a third of their time
+BESIDE = "DOTS_OCR_TESTS_BESIDE"  # set for a part that runs beside others: all has been prepared
 OVER = 1.5  # a part that takes more than so many times its budget is named at the end
 # One host, one after the other: what `make rehearse` leaves running is what the others begin with.
 CHAIN = ("rehearse", "live_client", "molecule site")
@@ -224,6 +225,7 @@ def run_beside(name: str) -> Result:
     done = subprocess.run(
         [sys.executable, "-m", "tests", name],
         cwd=REPOSITORY, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, BESIDE: "1"},
     )  # fmt: skip
     output = done.stdout.decode(errors="replace")
     print(output, flush=True)
@@ -274,12 +276,15 @@ def main() -> int:
     if unknown:
         print(f"unknown parts: {', '.join(unknown)}; there are: {', '.join(available)}")
         return 2
-    prepare()
+    if BESIDE not in os.environ:
+        prepare()
     start = time.monotonic()
     results = [run_part(wanted[0])] if len(wanted) == 1 else run_all(wanted or available)
     total = sum((result.count for result in results), Count())
-    reasons = [f"not passed: {reason}" for reason in total.reasons]
-    print("\n".join(["", *table(results, time.monotonic() - start), "", *reasons]))
+    notes = [f"not passed: {reason}" for reason in total.reasons]
+    if BESIDE not in os.environ and (left := [name for name in available if name not in {one.name for one in results}]):
+        notes.append(f"not run: {', '.join(left)}")
+    print("\n".join(["", *table(results, time.monotonic() - start), "", *notes]))
     print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped", flush=True)
     return 1 if total.failed or not total.passed else 0
 

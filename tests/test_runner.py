@@ -18,6 +18,7 @@ from tests.__main__ import (
     Result,
     chains,
     command,
+    main,
     parts,
     read_report,
     run_all,
@@ -166,3 +167,18 @@ def has_hosts(groups: dict[str, dict[str, list[str]]], name: str) -> bool:
     """Tell whether there is a host in a group or in one below it."""
     group = groups.get(name, {})
     return bool(group.get("hosts")) or any(has_hosts(groups, child) for child in group.get("children", []))
+
+
+def test_what_a_smaller_run_leaves_out_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tests.__main__.prepare", lambda: None)
+    monkeypatch.setattr("tests.__main__.run_beside", lambda name: Result(name, Count(1), 1.0, 1.0))
+    monkeypatch.delenv("DOTS_OCR_TESTS_BESIDE", raising=False)
+    monkeypatch.setattr("sys.argv", ["tests", "lint", "unit", "client"])
+    assert main() == 0
+    *_, left, last = capsys.readouterr().out.splitlines()
+    assert left.removeprefix("not run: ").split(", ") == [
+        name for name in parts() if name not in ("lint", "unit", "client")
+    ]
+    assert last == "3 passed, 0 failed, 0 skipped"
