@@ -61,6 +61,12 @@ def all_up(*servers: str) -> bool:
     return all(found.get(name) == "UP" for name in servers or found)
 
 
+def drained() -> list[str]:
+    """Return which servers the gateway was told to drain since it runs, in that order."""
+    journal = on(GATEWAY, "journalctl", "--unit=dots-ocr-gateway", "--output=cat", "--no-pager")
+    return re.findall(r"^Server ocr/(\S+) enters drain state", journal, re.MULTILINE)
+
+
 def image(host: str) -> str:
     """Return the identity of the image that a host's server runs."""
     return on(host, "docker", "inspect", "--format", "{{.Image}}", "dots-ocr")
