@@ -26,6 +26,7 @@ from tests.__main__ import (
     table,
     without_skips,
 )
+from tests.usage import Meter
 
 REPORT = '<testsuites><testsuite tests="{0}" failures="{1}" errors="{2}" skipped="{3}"/></testsuites>'
 
@@ -167,6 +168,15 @@ def has_hosts(groups: dict[str, dict[str, list[str]]], name: str) -> bool:
     """Tell whether there is a host in a group or in one below it."""
     group = groups.get(name, {})
     return bool(group.get("hosts")) or any(has_hosts(groups, child) for child in group.get("children", []))
+
+
+def test_meter_adds_up_new_containers_and_those_that_were_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([{"host": 5.0}, {"host": 7.0, "inside": 1.0}, {"host": 0.5, "inside": 1.5}, {}])
+    monkeypatch.setattr(Meter, "_read", lambda self: next(looks))
+    meter = Meter("test-")
+    for _ in range(3):
+        meter.look()
+    assert meter.total == 2.0 + 1.0 + 0.5 + 0.5
 
 
 def test_what_a_smaller_run_leaves_out_is_named(
