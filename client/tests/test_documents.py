@@ -235,14 +235,15 @@ def test_no_pdf_page_is_drawn_larger_than_the_model_accepts(width: float, height
         assert math.ceil(width * scale) * math.ceil(height * scale) <= images.MAX_PIXELS
 
 
-def test_a_pdf_of_50_000_pages_opens_quickly(tmp_path: Path) -> None:
+def test_a_pdf_of_50_000_pages_opens_in_no_more_time_than_it_takes_to_make(tmp_path: Path) -> None:
     path = tmp_path / "long.pdf"
-    path.write_bytes(pdf_of(*[(72, 72)] * 50_000))
     start = time.monotonic()
+    path.write_bytes(pdf_of(*[(72, 72)] * 50_000))
+    made, start = time.monotonic() - start, time.monotonic()
     with open_document(path, "49999-") as document:
         assert document.numbers == (49_999, 50_000)
         assert draw(document.reference(50_000)).width == 200
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 2 * made
 
 
 def test_a_broken_page_leaves_the_others_readable() -> None:
