@@ -113,7 +113,7 @@ def test_rates_grow_with_concurrency_and_times_do_not() -> None:
     result = measured(engine, sheets(4), 1, 4)
     one, four = result.loads
     assert (one.at_once, one.read, four.at_once, four.read) == (1, 4, 4, 8)
-    assert one.pages_per_second <= 1.0
+    assert 0.45 < one.pages_per_second <= 1.0
     assert 1.5 * one.pages_per_second < four.pages_per_second <= 4.0
     for load in (one, four):
         assert 1.0 <= (load.p50 or 0) <= (load.p95 or 0) < 2.0
@@ -130,7 +130,7 @@ def test_no_more_pages_at_once_than_the_engine_takes() -> None:
 def test_loading_is_told_from_reading() -> None:
     result = measured(Scripted(seconds=0.1, loading=3.0), sheets(1))
     assert (result.first_seconds or 0) >= 3.1
-    assert 1.0 < (result.load_seconds or 0) < (result.first_seconds or 0)
+    assert 1.8 < (result.load_seconds or 0) < (result.first_seconds or 0)
     assert (result.loads[0].p95 or 3) < 2.5  # the page that waited for loading is in no other number
 
 

@@ -424,9 +424,9 @@ def test_a_probe_costs_the_page_its_time(probe_delay: float, page: PageImage) ->
         assert (await chain.read(page, Task("text"))).engine == "second"
         return time.monotonic() - started
 
-    assert asyncio.run(run()) < 15.0
+    assert asyncio.run(run()) < 6.0
     if probe_delay < 4.0:
-        assert 0.0 < first.seconds[-1] <= 4.0 * SHARE - probe_delay + 0.01
+        assert 0.4 < first.seconds[-1] <= 4.0 * SHARE - probe_delay + 0.01
 
 
 @pytest.mark.usefixtures("quick")
@@ -458,7 +458,7 @@ def test_waiting_ends_with_the_reason(page: PageImage) -> None:
     started = time.monotonic()
     with pytest.raises(AllEnginesFailed, match="cannot reach it"):
         asyncio.run(Chain([first, second], 9.0, "wait", max_wait=0.5).read(page, Task("text")))
-    assert 0.3 < time.monotonic() - started < 8.0
+    assert 0.3 < time.monotonic() - started < 5.0
     assert second.seconds == []
 
 

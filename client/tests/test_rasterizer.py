@@ -159,7 +159,7 @@ def test_a_page_that_takes_too_long_fails_alone() -> None:
         start = time.monotonic()
         with pytest.raises(InputError, match=r"page 2 of <bytes> cannot be drawn: it takes longer than 0.5 s"):
             await rasterizer.draw(document.reference(2), seconds=0.5)
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 8
         assert (await rasterizer.draw(document.reference(3))).width == 200
 
     with open_document(hanging_pdf()) as document:

@@ -545,10 +545,16 @@ def test_a_wish_for_more_time_than_there_is_ends_the_tries(
 
 def test_a_server_that_is_not_there_is_given_up_early(page: PageImage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "WAIT_SECONDS", WAIT_SECONDS)
-    started = time.monotonic()
+    sleep, waits = asyncio.sleep, list[float]()
+
+    async def note(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
     with pytest.raises(ServerUnavailable):
         read(VLLMEngine("http://127.0.0.1:9/v1"), page, "text")
-    assert WAIT_SECONDS < time.monotonic() - started < 15  # of the time for the page
+    assert WAIT_SECONDS < sum(waits) < 2
 
 
 def test_a_server_that_is_not_there_or_still_starts_is_named_with_a_cure(page: PageImage) -> None:
@@ -629,7 +635,7 @@ def test_a_host_that_swallows_packets_is_given_up_early(page: PageImage, monkeyp
             caller.connect_ex(listener.getsockname())
         with pytest.raises(ServerUnavailable, match="no connection in time"):
             read(VLLMEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1"), page, "text")
-    assert time.monotonic() - started < 15  # of the time for the page
+    assert time.monotonic() - started < 4  # a connection may take 5 s where nobody sets less
 
 
 # Streams
@@ -759,5 +765,5 @@ def test_a_server_that_drips_is_hung_up_on_at_the_deadline(dripper: Dripper, pag
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         asyncio.run(run())
-    assert time.monotonic() - started > 0.6  # and it ends: the server would drip for hours
+    assert 0.6 < time.monotonic() - started < 15  # the server would drip for half an hour
     assert dripper.closed.wait(1.0), "the connection was left open"
