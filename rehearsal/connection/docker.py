@@ -1,8 +1,8 @@
 """Ansible's connection `docker` for hosts of the rehearsal: it enters a host's namespaces itself.
 
-The usual plugin of that name starts `docker exec` for every command, 43 ms of CPU each; a scenario has
-thousands. Ansible takes this file where ANSIBLE_CONNECTION_PLUGINS names its folder (rehearsal/engine.py), for the same
-inventories; without it, and for testinfra, they are reached by `docker exec`.
+The usual plugin of that name starts `docker exec` for each of the thousands of commands of a scenario, at 43 ms of CPU.
+Ansible takes this file where ANSIBLE_CONNECTION_PLUGINS names its folder (rehearsal/engine.py). Without it, and for
+testinfra, the same inventories are reached by `docker exec`.
 """
 
 from __future__ import annotations
