@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 from PIL import Image
 from pytest_httpserver import HTTPServer
-from support import FakeServer, pdf_of, prompt_of, reply, sent_image
+from support import FakeServer, prompt_of, reply, sent_image
 from werkzeug import Response
 
-from dots_ocr_client import PageImage, TesseractEngine, chatvlmllm
+from dots_ocr_client import PageImage, TesseractEngine
 from dots_ocr_client.chatvlmllm import (
     DotsOCRVLLMIntegration,
     VLLMDotsOCRClient,
@@ -42,7 +42,6 @@ from dots_ocr_client.results import Box, Cell
 
 DEFAULT = "http://localhost:8000"
 DEFAULT_PROMPT = "Extract all text from this image"
-SHIMS = Path(__file__).parents[2] / "roles" / "chatvlmllm" / "files"
 NO_FALLBACK = "vLLM недоступен и fallback модель не настроена"
 CYRILLIC = re.compile("[а-яё]")
 SECONDS = re.compile(r"\d+\.\d{3}s")
@@ -124,7 +123,7 @@ def content_of(completion: dict[str, Any]) -> str:
         (VLLMDotsOCRClient.get_models, {}),
         (VLLMDotsOCRClient.encode_image_to_base64, {"image_path": ...}),
         (VLLMDotsOCRClient.encode_pil_image_to_base64, {"image": ...}),
-        (VLLMDotsOCRClient.process_image, {"image_path": ..., "prompt": DEFAULT_PROMPT}),
+        (VLLMDotsOCRClient.process_image, {"image_path": ..., "prompt": DEFAULT_PROMPT, "page": None}),
         (VLLMDotsOCRClient.process_pil_image, {"image": ..., "prompt": DEFAULT_PROMPT}),
         (VLLMDotsOCRClient.chat_completion, {"messages": ..., "max_tokens": 2048}),
         (VLLMDotsOCRClient.get_server_info, {}),
@@ -132,7 +131,7 @@ def content_of(completion: dict[str, Any]) -> str:
         (DotsOCRVLLMIntegration, {"vllm_url": DEFAULT, "api_key": None}),
         (DotsOCRVLLMIntegration.set_fallback_model, {"fallback_model": ...}),
         (DotsOCRVLLMIntegration.is_vllm_available, {}),
-        (DotsOCRVLLMIntegration.process_image_file, {"image_path": ..., "prompt": DEFAULT_PROMPT}),
+        (DotsOCRVLLMIntegration.process_image_file, {"image_path": ..., "prompt": DEFAULT_PROMPT, "page": None}),
         (DotsOCRVLLMIntegration.process_pil_image, {"image": ..., "prompt": DEFAULT_PROMPT}),
         (DotsOCRVLLMIntegration.chat_completion, {"messages": ..., "max_tokens": 2048}),
         (DotsOCRVLLMIntegration.get_status, {}),
@@ -148,16 +147,6 @@ def test_signatures_are_those_of_the_application(function: Callable[..., Any], p
     }
     assert found == parameters
     assert list(found) == list(parameters)
-
-
-@pytest.mark.skipif(not SHIMS.is_dir(), reason="only a checkout of the whole project has them")
-@pytest.mark.parametrize("name", ["vllm_dots_ocr_client.py", "dots_ocr_vllm_integration.py"])
-def test_the_modules_for_the_application_export_what_is_here(name: str) -> None:
-    text = (SHIMS / name).read_text(encoding="utf-8")
-    assert text.startswith("# Written by dots-ocr-deploy")
-    module: dict[str, Any] = {}
-    exec(text, module)
-    assert all(module[exported] is getattr(chatvlmllm, exported) for exported in module["__all__"])
 
 
 class TestClient:
@@ -291,7 +280,10 @@ class TestClient:
 
     def test_a_boundless_answer_to_another_prompt(self, url: str, server: FakeServer, sheet_file: Path) -> None:
         server.finish_reason = "length"
-        assert "max_tokens" in VLLMDotsOCRClient(url).chat_completion(ask(str(sheet_file), "Опиши"), 5)["error"]
+        completion = VLLMDotsOCRClient(url).chat_completion(ask(str(sheet_file), "Опиши"), 5)
+        assert content_of(completion) == "read by the server\n\n[ответ обрезан: увеличьте max_tokens]"
+        assert completion["choices"][0]["finish_reason"] == "length"
+        assert "error" not in completion
 
     def test_more_tokens_than_fit_are_asked_for_again_without_a_limit(
         self, url: str, server: FakeServer, sheet_file: Path
@@ -347,13 +339,12 @@ class TestClient:
             result = VLLMDotsOCRClient(url).process_image(str(sheet_file), prompt)
             assert result["error"].startswith("сервер не ответил вовремя")
 
-    @pytest.mark.parametrize("path", ["missing.png", "broken.png", "https://example.org/page.png", "two.pdf", "", None])
+    @pytest.mark.parametrize("path", ["missing.png", "broken.png", "https://example.org/page.png", "", None])
     def test_a_picture_that_cannot_be_read(
         self, url: str, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Any
     ) -> None:
         monkeypatch.chdir(tmp_path)
         Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing else")
-        Path("two.pdf").write_bytes(pdf_of((300, 300), (300, 300)))
         ocr = VLLMDotsOCRClient(url)
         result = ocr.process_image(path)
         assert result["error"].startswith("не удалось прочитать изображение")
@@ -361,11 +352,66 @@ class TestClient:
         assert server.requests == []
 
     @pytest.mark.parametrize(
-        "messages", [[], "Привет", None, [1], [{"role": "user", "content": 5}], [{"content": [7]}]]
+        "messages",
+        [
+            [],
+            "Привет",
+            None,
+            [1],
+            [{"role": "user", "content": 5}],
+            [{"content": [7]}],
+            [{"role": "user", "content": ""}],
+            [{"role": "user", "content": [{"type": "text", "text": " "}]}],
+        ],
     )
-    def test_messages_that_are_none(self, url: str, messages: Any) -> None:
+    def test_messages_that_ask_for_nothing(self, url: str, server: FakeServer, messages: Any) -> None:
         completion = VLLMDotsOCRClient(url).chat_completion(messages)
-        assert CYRILLIC.search(completion["error"])
+        assert completion["error"].startswith("неверные сообщения (")
+        assert server.requests == []
+
+    def test_base64_is_a_picture(self, url: str, server: FakeServer, sheet: Image.Image, sheet_file: Path) -> None:
+        ocr = VLLMDotsOCRClient(url)
+        picture = ocr.encode_image_to_base64(str(sheet_file))
+        assert ocr.process_image(picture)["content"] == "read by the server"
+        assert content_of(ocr.chat_completion(ask(picture))) == "read by the server"
+        assert [sent_image(body).size for body in server.bodies] == [sheet.size, sheet.size]
+
+    @pytest.mark.parametrize("document", ["A" * 60_000, "документ " * 5_000, "QUJD" * 30])
+    def test_a_document_is_never_in_an_error_or_a_log(
+        self, url: str, caplog: pytest.LogCaptureFixture, document: str
+    ) -> None:
+        result = VLLMDotsOCRClient(url).process_image(document)
+        assert result["error"].startswith("не удалось прочитать изображение")
+        assert len(result["error"]) < 250
+        assert document[:60] not in result["error"] + caplog.text
+
+    @pytest.mark.parametrize("path", ["C:\\Users\\Олег\\скан 1.png", "C:/Users/Олег/скан 1.png"])
+    def test_a_path_of_windows(self, url: str, path: str) -> None:
+        assert "/mnt/c/Users/Олег/скан 1.png" in VLLMDotsOCRClient(url).process_image(path)["error"]
+
+    @pytest.mark.parametrize("suffix", ["pdf", "tiff"])
+    def test_pages_of_a_document(
+        self, url: str, server: FakeServer, sheet: Image.Image, tmp_path: Path, suffix: str
+    ) -> None:
+        document = tmp_path / f"two.{suffix}"
+        sheet.save(document, save_all=True, append_images=[sheet])
+        server.script = [("первая", "stop"), ("вторая", "stop"), ("только вторая", "stop")]
+        ocr = VLLMDotsOCRClient(url)
+        result = ocr.process_image(str(document))
+        assert result["content"] == "--- Страница 1 из 2 ---\n\nпервая\n\n--- Страница 2 из 2 ---\n\nвторая"
+        assert result["usage"]["total_tokens"] > 0
+        assert ocr.process_image(str(document), page=2)["content"] == "только вторая"
+        assert "no page 3" in ocr.process_image(str(document), page=3)["error"]
+
+    def test_a_page_that_cannot_be_read_takes_no_other_along(
+        self, url: str, server: FakeServer, sheet: Image.Image, tmp_path: Path
+    ) -> None:
+        document = tmp_path / "two.tiff"
+        sheet.save(document, save_all=True, append_images=[sheet])
+        server.fail_with(400, "no", times=1)
+        content = VLLMDotsOCRClient(url).process_image(str(document))["content"]
+        assert content.startswith("--- Страница 1 из 2 ---\n\n❌ сервер отклонил запрос")
+        assert content.endswith("--- Страница 2 из 2 ---\n\nread by the server")
 
     @pytest.mark.parametrize("address", ["", "localhost:8000", "ftp://host", "http://[", 7])
     def test_an_address_that_is_none(self, sheet_file: Path, address: Any) -> None:
@@ -684,8 +730,29 @@ class TestIntegration:
         server.models = {"facebook/opt-125m": 2048}
         ocr = DotsOCRVLLMIntegration(url)
         assert ocr.is_available is False
-        assert ocr.process_image_file(str(sheet_file))["error"] == NO_FALLBACK
+        assert ocr.process_image_file(str(sheet_file))["error"].startswith("сервер запущен с другой моделью")
         assert server.requests == []
+
+    def test_a_wrong_key_is_not_a_missing_server(self, url: str, server: FakeServer, sheet_file: Path) -> None:
+        server.models_answer = lambda: reply({"error": {"message": "Unauthorized"}}, 401)
+        ocr = DotsOCRVLLMIntegration(url, "wrong")
+        for answer in (ocr.process_image_file(str(sheet_file)), ocr.chat_completion(ask(str(sheet_file)))):
+            assert answer["error"].startswith("сервер отклонил ключ API: задайте верный в переменной DOTS_OCR_API_KEY")
+
+    def test_pages_of_a_document_fall_back_one_by_one(
+        self, url: str, server: FakeServer, sheet: Image.Image, tmp_path: Path
+    ) -> None:
+        document = tmp_path / "two.tiff"
+        sheet.save(document, save_all=True, append_images=[sheet])
+        server.fail_with(400, "no", times=1)
+        ocr = DotsOCRVLLMIntegration(url)
+        ocr.set_fallback_model(Qwen())
+        result = ocr.process_image_file(str(document))
+        assert result["content"] == (
+            "--- Страница 1 из 2 ---\n\nпрочитано Qwen\n\n--- Страница 2 из 2 ---\n\nread by the server"
+        )
+        assert (result["method"], result["model"]) == ("fallback", "fallback")
+        assert ocr.process_image_file(str(document), page=2)["method"] == "vllm"
 
     def test_the_status_is_that_of_now(self, url: str, server: FakeServer) -> None:
         ocr = DotsOCRVLLMIntegration(url)
@@ -764,6 +831,19 @@ class TestPrompts:
             {"bbox": [1, 2, 3, 4], "category": "Picture"},
             {"bbox": [5, 6, 7, 8], "category": "Table"},
         ]
+
+    @pytest.mark.parametrize(
+        ("words", "mode", "category"),
+        [("detect all visual elements", "layout_only", "Picture"), ("format all table content", "layout", "Table")],
+    )
+    def test_buttons_for_one_category(self, words: str, mode: str, category: str) -> None:
+        (prompt,) = (known for known in trained._CATEGORIES if words in known)
+        task = trained.task_of(prompt)
+        assert task is not None
+        assert task.mode == mode
+        cells = (Cell("Picture", Box(1, 2, 3, 4)), Cell("Text", None, "т"), Cell("Table", Box(5, 6, 7, 8), "<table>"))
+        found = json.loads(trained.content_of(Answer("layout", "", "m", cells), prompt))
+        assert [cell["category"] for cell in found] == [category]
 
     def test_a_layout_read_as_text_is_text(self) -> None:
         assert trained.content_of(Answer("text", "строка", "m")) == "строка"

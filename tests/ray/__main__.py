@@ -10,26 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rehearsal.shell import REPOSITORY, fingerprint, run
+from rehearsal.shell import REPOSITORY
+
+from .. import packages
 
 REQUIREMENTS = REPOSITORY / "client/examples/requirements-ray.txt"
-LOCK = REPOSITORY / "requirements.lock"
-
-
-def packages() -> Path:
-    """Return a folder with Ray and what it needs, in the versions of the lock; install them unless it is there."""
-    folder = REPOSITORY / ".cache/ray" / fingerprint(REQUIREMENTS, LOCK, Path(__file__))
-    if not folder.exists():
-        growing = folder.with_suffix(".growing")
-        run(sys.executable, "-m", "pip", "install", "-qq", "--upgrade", "--target", growing,
-            "--constraint", LOCK, "--requirement", REQUIREMENTS)  # fmt: skip
-        growing.rename(folder)
-    return folder
 
 
 def main() -> int:
     """Return pytest's exit status."""
-    places = [REPOSITORY / "client/src", REPOSITORY / "client/tests", packages()]
+    places = [REPOSITORY / "client/src", REPOSITORY / "client/tests", packages.folder(REQUIREMENTS)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
     command = [sys.executable, "-m", "pytest", "tests/ray", f"--junitxml={Path(sys.argv[1]).resolve()}"]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, stdin=subprocess.DEVNULL).returncode

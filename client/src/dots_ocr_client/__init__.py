@@ -1,5 +1,13 @@
 """Read documents with dots.ocr on a vLLM server, or with the next engine that can."""
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError(
+        "dots-ocr-client runs on Linux: install it inside WSL, together with the application that uses it; "
+        "a file C:\\scan.png is /mnt/c/scan.png there"
+    )
+
 from .client import AsyncDotsOCR, DotsOCR
 from .documents import PageImage
 from .engines.base import Answer, Engine, Task

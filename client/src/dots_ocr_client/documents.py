@@ -403,7 +403,15 @@ def _open_file(path: str, name: str) -> BinaryIO:
             raise InputError(f"{name} is not a regular file: give the path of an image or a PDF")
         return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
     except (OSError, ValueError) as error:  # ValueError: a NUL, or characters that no file name can have
-        raise InputError(f"cannot read {name}: {_reason(error)}") from error
+        raise InputError(f"cannot read {name}: {_reason(error)}{_in_wsl(path)}") from error
+
+
+def _in_wsl(path: str) -> str:
+    """Say what a path of Windows is called inside WSL; nothing about other paths."""
+    if not re.match(r"[A-Za-z]:[\\/]", path):
+        return ""
+    inside = path[2:].replace("\\", "/")
+    return _printable(f"; a path of Windows is another one inside WSL: /mnt/{path[0].lower()}{inside}")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:

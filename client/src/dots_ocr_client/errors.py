@@ -120,7 +120,16 @@ class Repetition(UnusableAnswer):
 
 
 class CutOff(UnusableAnswer):
-    """The answer ran into the end of the context or of its budget."""
+    """The answer ran into the end of the context or of its budget.
+
+    Attributes:
+        text: What there is of it.
+    """
+
+    def __init__(self, message: str, text: str = "") -> None:
+        """Keep what was read beside the message."""
+        self.text = text
+        super().__init__(message)
 
 
 class AllEnginesFailed(DotsOCRError):

@@ -23,6 +23,8 @@ class LoopThread:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        # Our own, because shutting down asyncio's takes a new thread, which the end of the interpreter does not allow.
+        self._executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="dots-ocr")
         self._closed = False
 
     @property
@@ -42,6 +44,7 @@ class LoopThread:
                 raise RuntimeError("this client is closed: make a new one")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
+                self._loop.set_default_executor(self._executor)
                 self._thread = threading.Thread(target=self._loop.run_forever, name="dots-ocr", daemon=True)
                 self._thread.start()
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -64,6 +67,7 @@ class LoopThread:
         asyncio.run_coroutine_threadsafe(_end(last_work), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        self._executor.shutdown()
         loop.close()
 
 
@@ -73,6 +77,4 @@ async def _end(last_work: Coroutine[Any, Any, None]) -> None:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
     await last_work
-    loop = asyncio.get_running_loop()
-    await loop.shutdown_asyncgens()
-    await loop.shutdown_default_executor()
+    await asyncio.get_running_loop().shutdown_asyncgens()

@@ -39,7 +39,8 @@ IDLE_SECONDS: Final = 10
 """After which a worker closes its document, so that the space of a removed temporary file becomes free."""
 
 _MAX_ANSWER = 64 * 2**20  # bytes; a page of MAX_PIXELS that cannot be compressed takes 34 MB
-_BOOT = "import sys; sys.path[:] = sys.argv[1:]; from dots_ocr_client import rasterizer; rasterizer._serve()"
+# By the name that this module was imported under: an application may have a dots_ocr_client of its own.
+_BOOT = f"import sys, importlib; sys.path[:] = sys.argv[1:]; importlib.import_module({__name__!r})._serve()"
 
 
 class Rasterizer:

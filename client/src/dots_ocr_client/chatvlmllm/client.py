@@ -1,28 +1,31 @@
 """The client of one vLLM server, under the names of chatvlmllm's ``vllm_dots_ocr_client.py``."""
 
+# Russian
+
 from __future__ import annotations
 
 import asyncio
 import atexit
 import base64
 import logging
-import os
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from PIL import Image
 
 from .. import images
+from ..documents import PageImage, PageReference, draw
 from ..engines.base import Answer, Task
 from ..engines.server import Completion, Server, is_about_length
 from ..engines.vllm import VLLMEngine
 from ..errors import (
     ConfigurationError,
+    CutOff,
     DeadlineExceeded,
     DotsOCRError,
     RequestRejected,
@@ -30,7 +33,9 @@ from ..errors import (
     UnusableAnswer,
 )
 from ..loop_thread import LoopThread
-from .messages import Conversation
+from ..rasterizer import Rasterizer
+from . import settings
+from .messages import Conversation, open_pages
 from .trained import content_of, task_of
 from .words import explain, status_of
 
@@ -40,6 +45,8 @@ DEFAULT_PROMPT: Final = "Extract all text from this image"
 """The application's own; dots.ocr is asked with the trained prompt that means the same."""
 MODEL: Final = "dots.ocr-vllm"
 """What results call the model."""
+CUT_OFF: Final = "\n\n[ответ обрезан: увеличьте max_tokens]"
+"""Behind an answer that did not fit."""
 TIMEOUT: Final = 120.0
 """For one answer, in seconds, as in the application."""
 HEALTH_TIMEOUT, MODELS_TIMEOUT, METRICS_TIMEOUT = 5.0, 10.0, 5.0
@@ -53,7 +60,7 @@ class _Default(str):
 
 
 DEFAULT_URL: Final[str] = _Default("http://localhost:8000")
-"""Without another address, ``DOTS_OCR_BASE_URL`` of the environment goes before this."""
+"""Without another address, ``DOTS_OCR_BASE_URL`` of the settings goes before this."""
 
 
 class VLLMDotsOCRClient:
@@ -71,16 +78,17 @@ class VLLMDotsOCRClient:
         """Say where the server is; nothing is sent yet.
 
         Args:
-            base_url: With or without ``/v1``. Default: ``DOTS_OCR_BASE_URL`` of the environment, or
+            base_url: With or without ``/v1``. Default: ``DOTS_OCR_BASE_URL`` of the settings (`settings.value`), or
                 ``http://localhost:8000``.
-            api_key: The key that the server wants. Default: ``DOTS_OCR_API_KEY`` of the environment, or none.
+            api_key: The key that the server wants. Default: ``DOTS_OCR_API_KEY`` of the settings, or none.
         """
         self.base_url = root_of(base_url)
-        self._api_key = api_key or os.environ.get("DOTS_OCR_API_KEY")
+        self._api_key = api_key or settings.value("DOTS_OCR_API_KEY")
         self._loop = LoopThread()
         self._lock = threading.Lock()
         self._engine: VLLMEngine | None = None
         self._server: Server | None = None
+        self._rasterizer: Rasterizer | None = None
         self._session: Any = None
         self._warned = False
         _open_clients.add(self)
@@ -103,12 +111,16 @@ class VLLMDotsOCRClient:
 
     def health_check(self) -> bool:
         """Ask the server now, for up to 5 s, whether it is healthy and serves dots.ocr and not another model."""
+        return self.fault() is None
+
+    def fault(self) -> Exception | None:
+        """Return why the server cannot be used; ``None`` if it can. Asks as `health_check` does."""
         try:
             self._run(self._probe())
         except Exception as error:
             _log.warning("%s cannot be used: %s", self.base_url, error)
-            return False
-        return True
+            return error
+        return None
 
     def get_models(self) -> dict[str, Any]:
         """Return the answer to ``/v1/models``, or a dictionary with ``error``."""
@@ -139,22 +151,24 @@ class VLLMDotsOCRClient:
         except Exception as error:
             raise ValueError(f"Cannot encode PIL image: {error}") from error
 
-    def process_image(self, image_path: str, prompt: str = DEFAULT_PROMPT) -> dict[str, Any]:
-        """Read a picture.
+    def process_image(self, image_path: str, prompt: str = DEFAULT_PROMPT, page: int | None = None) -> dict[str, Any]:
+        """Read a picture, or the pages of a PDF or a TIFF.
 
         Args:
-            image_path: Its path; a ``file:`` or ``data:`` URL, bytes or a PIL image will do as well.
+            image_path: Its path; a ``file:`` or ``data:`` URL, base64, bytes or a PIL image will do as well.
             prompt: What to read; see the class.
+            page: Of several pages only this one, counted from 1.
 
         Returns:
             ``success``, ``content``, ``model``, ``processing_time``, ``usage`` and ``raw_response``; or ``success``,
-            ``error`` and ``processing_time``. The content is text, or JSON for the prompts that ask for a layout.
+            ``error`` and ``processing_time``. The content is text, or JSON for the prompts that ask for a layout. Of
+            several pages, `join_pages` makes one content, which says what went wrong on a page that cannot be read.
         """
-        return self._process(image_path, prompt)
+        return self._process(image_path, prompt, page)
 
     def process_pil_image(self, image: Image.Image, prompt: str = DEFAULT_PROMPT) -> dict[str, Any]:
         """Read a PIL image; as `process_image`, but without ``raw_response``."""
-        result = self._process(image, prompt)
+        result = self._process(image, prompt, None)
         result.pop("raw_response", None)
         return result
 
@@ -189,7 +203,7 @@ class VLLMDotsOCRClient:
         return {
             "healthy": self.health_check(),
             "models": self.get_models(),
-            "metrics_available": self._has_metrics(),
+            "metrics_available": self.metrics() is not None,
             "base_url": self.base_url,
         }
 
@@ -212,7 +226,12 @@ class VLLMDotsOCRClient:
             if not self._warned:
                 self._warned = True
                 _log.warning("dots.ocr was not trained with this prompt and may ignore it: %.100r", conversation.prompt)
-            completion = self._run(self._send(conversation, max_tokens))
+            try:
+                completion = self._run(self._send(conversation, max_tokens))
+            except CutOff as error:
+                if not error.text.strip():
+                    raise
+                return completion_of(error.text + CUT_OFF, MODEL, finish_reason="length")
             if not completion.text.strip():
                 raise UnusableAnswer("the answer is empty")
             return completion_of(
@@ -221,17 +240,52 @@ class VLLMDotsOCRClient:
         answer = self._run(self._read(conversation, task))
         for warning in answer.warnings:
             _log.warning("%s", warning)
-        return completion_of(content_of(answer), answer.model, answer.prompt_tokens, answer.completion_tokens)
+        return completion_of(
+            content_of(answer, conversation.prompt), answer.model, answer.prompt_tokens, answer.completion_tokens
+        )
+
+    def for_pages(self, document: Any, page: int | None, ask: Callable[[PageImage], dict[str, Any]]) -> dict[str, Any]:
+        """Ask for one page after another, and join the completions into one.
+
+        Args:
+            document: See `messages.read_picture`; it may have several pages.
+            page: Only this one, counted from 1; all if ``None``.
+            ask: Returns the completion for a page.
+
+        Raises:
+            Exception: What went wrong on the first page, if something went wrong on all of them.
+        """
+        parts: list[tuple[int, str]] = []
+        completions: list[dict[str, Any]] = []
+        errors: list[Exception] = []
+        with open_pages(document, page) as opened:
+            for number in opened.numbers:
+                try:
+                    completions.append(ask(self._draw(opened.reference(number))))
+                    parts.append((number, completions[-1]["choices"][0]["message"]["content"]))
+                except Exception as fault:
+                    errors.append(fault)
+                    parts.append((number, f"❌ {explain(fault)}"))
+        if not completions:
+            raise errors[0]
+        joined = completions[0]
+        if len(parts) > 1:
+            for error in errors:
+                _note(error)
+            joined["choices"][0]["message"]["content"] = join_pages(parts, opened.page_count)
+            counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+            joined["usage"] |= {name: sum(one["usage"].get(name, 0) for one in completions) for name in counts}
+        return joined
 
     def close(self) -> None:
         """Close the connections; the end of the process does so, too. A second call does nothing."""
         _open_clients.discard(self)
         self._loop.close(self._aclose())
 
-    def _process(self, picture: Any, prompt: str) -> dict[str, Any]:
+    def _process(self, picture: Any, prompt: str, page: int | None) -> dict[str, Any]:
         started = time.monotonic()
         try:
-            completion = self.complete(Conversation.about(picture, prompt))
+            completion = self.for_pages(picture, page, lambda one: self.complete(Conversation.about(one, prompt)))
         except Exception as error:
             _note(error)
             return {"success": False, "error": _describe(error), "processing_time": _time(error, started)}
@@ -244,14 +298,23 @@ class VLLMDotsOCRClient:
             "raw_response": completion,
         }
 
-    def _has_metrics(self) -> bool:
+    def metrics(self) -> str | None:
+        """Return what the server tells Prometheus, if it tells anything."""
         import httpx2
 
         try:
-            with httpx2.stream("GET", f"{self.base_url}/metrics", timeout=METRICS_TIMEOUT, trust_env=False) as answer:
-                return answer.status_code == 200
+            answer = httpx2.get(f"{self.base_url}/metrics", timeout=METRICS_TIMEOUT, trust_env=False)
         except (httpx2.HTTPError, httpx2.InvalidURL):
-            return False
+            return None
+        return answer.text if answer.status_code == 200 else None
+
+    def _draw(self, reference: PageReference) -> PageImage:
+        """Draw a page; one that could take the process down, in another."""
+        return self._run(self._draw_elsewhere(reference)) if reference.in_process else draw(reference)
+
+    async def _draw_elsewhere(self, reference: PageReference) -> PageImage:
+        self._rasterizer = self._rasterizer or Rasterizer(1)
+        return await self._rasterizer.draw(reference)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop of this client, where the connections are."""
@@ -308,6 +371,8 @@ class VLLMDotsOCRClient:
         if self._engine is not None and self._server is not None:
             await self._engine.aclose()
             await self._server.aclose()
+        if self._rasterizer is not None:
+            self._rasterizer.close()
 
 
 def get_vllm_dots_ocr_client(base_url: str = DEFAULT_URL, api_key: str | None = None) -> VLLMDotsOCRClient:
@@ -317,7 +382,7 @@ def get_vllm_dots_ocr_client(base_url: str = DEFAULT_URL, api_key: str | None = 
         base_url: See `VLLMDotsOCRClient`.
         api_key: See `VLLMDotsOCRClient`.
     """
-    key = (root_of(base_url), api_key or os.environ.get("DOTS_OCR_API_KEY"))
+    key = (root_of(base_url), api_key or settings.value("DOTS_OCR_API_KEY"))
     with _lock:
         if key not in _clients:
             _clients[key] = VLLMDotsOCRClient(base_url, api_key)
@@ -325,9 +390,9 @@ def get_vllm_dots_ocr_client(base_url: str = DEFAULT_URL, api_key: str | None = 
 
 
 def root_of(base_url: str) -> str:
-    """Return a server's address without ``/v1``; for `DEFAULT_URL` the one of the environment, if there is one."""
+    """Return a server's address without ``/v1``; for `DEFAULT_URL` the one of the settings, if there is one."""
     if isinstance(base_url, _Default):
-        base_url = os.environ.get("DOTS_OCR_BASE_URL") or str(base_url)
+        base_url = settings.value("DOTS_OCR_BASE_URL") or str(base_url)
     return str(base_url).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
@@ -336,8 +401,22 @@ def is_given(base_url: str) -> bool:
     return not isinstance(base_url, _Default)
 
 
+def join_pages(parts: Sequence[tuple[int, str]], count: int) -> str:
+    """Put the contents of pages one after another, each behind a line that says which page it is.
+
+    Args:
+        parts: Number and content of each.
+        count: Pages of the whole document.
+    """
+    return "\n\n".join(f"--- Страница {number} из {count} ---\n\n{content}" for number, content in parts)
+
+
 def completion_of(
-    content: str, model: str, prompt_tokens: int | None = None, completion_tokens: int | None = None
+    content: str,
+    model: str,
+    prompt_tokens: int | None = None,
+    completion_tokens: int | None = None,
+    finish_reason: str = "stop",
 ) -> dict[str, Any]:
     """Make a completion as vLLM would send it.
 
@@ -346,6 +425,7 @@ def completion_of(
         model: As the server names it.
         prompt_tokens: If they were counted; the usage is empty otherwise.
         completion_tokens: As above.
+        finish_reason: ``stop``, or ``length`` for an answer that was cut off.
     """
     usage: dict[str, Any] = {}
     if prompt_tokens is not None and completion_tokens is not None:
@@ -360,7 +440,7 @@ def completion_of(
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
         "usage": usage,
     }
 

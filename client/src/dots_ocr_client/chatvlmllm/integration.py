@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +10,22 @@ from typing import Any, Final, TypeVar
 
 from PIL import Image
 
+from ..documents import PageImage
 from ..errors import ConfigurationError, DotsOCRError, Overloaded, ServerUnavailable
-from .client import DEFAULT_PROMPT, DEFAULT_URL, MODEL, error_completion, get_vllm_dots_ocr_client, is_given, root_of
+from . import settings
+from .client import (
+    DEFAULT_PROMPT,
+    DEFAULT_URL,
+    MODEL,
+    completion_of,
+    error_completion,
+    get_vllm_dots_ocr_client,
+    is_given,
+    root_of,
+)
 from .fallback import Fallback, adapt
 from .messages import Conversation
-from .words import NO_FALLBACK, NO_SERVICE, UNAVAILABLE, explain
+from .words import NO_FALLBACK, NO_SERVICE, UNAVAILABLE, Explained, explain
 
 T = TypeVar("T")
 
@@ -49,6 +59,7 @@ class DotsOCRVLLMIntegration:
         self._fallback: Fallback | None = None
         self._checking = threading.Lock()
         self._health = (False, float("-inf"))
+        self._why = UNAVAILABLE
         self.is_vllm_available()
 
     @property
@@ -91,22 +102,25 @@ class DotsOCRVLLMIntegration:
                 self._check()
             return self.is_available
 
-    def process_image_file(self, image_path: str, prompt: str = DEFAULT_PROMPT) -> dict[str, Any]:
-        """Read a picture.
+    def process_image_file(
+        self, image_path: str, prompt: str = DEFAULT_PROMPT, page: int | None = None
+    ) -> dict[str, Any]:
+        """Read a picture, or the pages of a PDF or a TIFF.
 
         Args:
             image_path: As for `VLLMDotsOCRClient.process_image`.
             prompt: As for `VLLMDotsOCRClient.process_image`; the fallback gets it unchanged.
+            page: As for `VLLMDotsOCRClient.process_image`.
 
         Returns:
             ``success``, ``content``, ``model`` and ``processing_time``, or ``success``, ``error`` and ``model``; and
-            ``method``, which is ``vllm``, ``fallback`` or ``none``.
+            ``method``, which is ``vllm``, ``none``, or ``fallback`` if that has read any of the pages.
         """
-        return self._process(image_path, prompt)
+        return self._process(image_path, prompt, page)
 
     def process_pil_image(self, image: Image.Image, prompt: str = DEFAULT_PROMPT) -> dict[str, Any]:
         """Read a PIL image; see `process_image_file`."""
-        return self._process(image, prompt)
+        return self._process(image, prompt, None)
 
     def chat_completion(self, messages: Sequence[Mapping[str, Any]], max_tokens: int = 2048) -> dict[str, Any]:
         """Answer messages in the format of the OpenAI API; see `VLLMDotsOCRClient.chat_completion`.
@@ -150,35 +164,48 @@ class DotsOCRVLLMIntegration:
         return status
 
     def _check(self) -> None:
-        self._health = (self.vllm_client.health_check(), time.monotonic())
+        fault = self.vllm_client.fault()
+        self._why = "" if fault is None else _why(fault)
+        self._health = (fault is None, time.monotonic())
 
-    def _process(self, picture: Any, prompt: str) -> dict[str, Any]:
+    def _process(self, picture: Any, prompt: str, page: int | None) -> dict[str, Any]:
         started = time.monotonic()
+        methods = set()
+
+        def read(image: PageImage) -> dict[str, Any]:
+            conversation = Conversation.about(image, prompt)
+            completion, why = self._ask(conversation, None)
+            if completion is None:
+                text, why = self._fall_back(why, lambda fallback: fallback.read(image, prompt))
+                if text is None:
+                    raise Explained(why)
+                completion = completion_of(text, "fallback")
+                methods.add("fallback")
+            return completion
+
         try:
-            conversation = Conversation.about(picture, prompt)
+            completion = self.vllm_client.for_pages(picture, page, read)
+        except Explained as error:
+            return _no_result(str(error))
         except Exception as error:
             return _no_result(_unreadable(error))
-        completion, why = self._ask(conversation, None)
-        if completion is not None:
-            content = completion["choices"][0]["message"]["content"]
-            return _result(content, MODEL, _seconds(started), "vllm")
-        page = conversation.page
-        assert page is not None
-        text, why = self._fall_back(why, lambda fallback: fallback.read(page, prompt))
-        return _no_result(why) if text is None else _result(text, "fallback", "N/A", "fallback")
+        content = completion["choices"][0]["message"]["content"]
+        if methods:
+            return _result(content, "fallback", "N/A", "fallback")
+        return _result(content, MODEL, _seconds(started), "vllm")
 
     def _ask(self, conversation: Conversation, max_tokens: int | None) -> tuple[dict[str, Any] | None, str]:
         """Ask dots.ocr; return its answer, or why there is none, in Russian."""
         if not self.is_vllm_available():
-            return None, UNAVAILABLE
+            return None, self._why
         try:
             return self.vllm_client.complete(conversation, max_tokens), ""
         except Exception as error:
-            absent = isinstance(error, ServerUnavailable) and not isinstance(error, Overloaded)
-            if absent or isinstance(error, ConfigurationError):
-                self._health = (False, time.monotonic())
+            why = _why(error)
+            if why == UNAVAILABLE or isinstance(error, ConfigurationError):
+                self._health, self._why = (False, time.monotonic()), why
             _log.warning("dots.ocr did not answer: %s", error, exc_info=not isinstance(error, DotsOCRError))
-            return None, UNAVAILABLE if absent else explain(error)
+            return None, why
 
     def _fall_back(self, why: str, ask: Callable[[Fallback], T]) -> tuple[T | None, str]:
         """Ask the fallback; return its answer, or why there is none, in Russian.
@@ -207,7 +234,7 @@ def get_dots_ocr_vllm_integration(vllm_url: str = DEFAULT_URL, api_key: str | No
     with _lock:
         if _current is not None and not is_given(vllm_url) and api_key is None:
             return _current
-        key = (root_of(vllm_url), api_key or os.environ.get("DOTS_OCR_API_KEY"))
+        key = (root_of(vllm_url), api_key or settings.value("DOTS_OCR_API_KEY"))
         if key not in _integrations:
             _integrations[key] = DotsOCRVLLMIntegration(vllm_url, api_key)
         _current = _integrations[key]
@@ -235,6 +262,12 @@ def initialize_dots_ocr_vllm(
 _lock = threading.Lock()
 _integrations: dict[tuple[str, str | None], DotsOCRVLLMIntegration] = {}
 _current: DotsOCRVLLMIntegration | None = None
+
+
+def _why(error: Exception) -> str:
+    """Say why dots.ocr has not read; a server that is not there in just those words, which programs look for."""
+    absent = isinstance(error, ServerUnavailable | TimeoutError) and not isinstance(error, Overloaded)
+    return UNAVAILABLE if absent else explain(error)
 
 
 def _result(content: str, model: str, processing_time: str, method: str) -> dict[str, Any]:

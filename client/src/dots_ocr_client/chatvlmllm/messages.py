@@ -5,19 +5,31 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from PIL import Image
 
-from ..documents import PageImage, Source, draw, open_document
+from ..documents import OpenDocument, PageImage, Source, draw, open_document
 from ..engines.server import PICTURE
 from ..errors import InputError
 from ..prompts import PLACEHOLDER
+
+LONGEST_PATH: Final = 4096
+"""In bytes; Linux's PATH_MAX (linux/limits.h)."""
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+
+
+class MessageError(InputError):
+    """The messages ask for nothing, or are none; no picture is to blame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +49,13 @@ class Conversation:
     one_page: bool
 
     @classmethod
-    def about(cls, picture: Source, prompt: str | None) -> Conversation:
+    def about(cls, picture: Source | PageImage, prompt: str | None) -> Conversation:
         """Ask one thing about one picture; without a prompt, for all its text.
 
         Raises:
             InputError: The picture cannot be read.
         """
-        page, prompt = read_picture(picture), prompt or ""
+        page, prompt = picture if isinstance(picture, PageImage) else read_picture(picture), prompt or ""
         parts = [_picture_part(page), {"type": "text", "text": prompt}]
         return cls(({"role": "user", "content": parts},), page, prompt, True)
 
@@ -55,8 +67,10 @@ class Conversation:
             InputError: They are none, or one of the pictures cannot be read.
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise InputError("нет ни одного сообщения: передайте список сообщений в формате OpenAI")
+            raise MessageError("нет ни одного сообщения: передайте список сообщений в формате OpenAI")
         read = tuple(_read_message(message) for message in messages)
+        if not any(_pages(message) or _text(message).strip() for message in read):
+            raise MessageError("в сообщениях нет ни текста, ни изображения: передайте хотя бы одно из них")
         pages = [page for message in read for page in _pages(message)]
         spoken = [message for message in read if message.get("role") != "system"]
         return cls(read, pages[-1] if pages else None, _text(spoken[-1]) if spoken else "", len(pages) == 1)
@@ -73,24 +87,54 @@ def read_picture(picture: Any) -> PageImage:
     """Draw a picture, or another document of one page.
 
     Args:
-        picture: A path, a ``file:`` or ``data:`` URL, bytes, an open file, or a PIL image.
+        picture: A path, a ``file:`` or ``data:`` URL, base64, bytes, an open file, or a PIL image.
 
     Raises:
         InputError: It cannot be read.
     """
-    if isinstance(picture, str):
-        picture = _local(picture)
-    elif not (isinstance(picture, bytes | os.PathLike | Image.Image) or hasattr(picture, "read")):
-        raise InputError(f"это не изображение, а {type(picture).__name__}: передайте путь, байты или PIL.Image")
-    with open_document(picture) as opened:
+    with open_document(_source(picture)) as opened:
         if len(opened.numbers) != 1:
-            raise InputError(f"в документе {len(opened.numbers)} стр.: передавайте их по одной")
+            raise InputError(
+                f"в документе {len(opened.numbers)} стр.: прочитайте их через process_image_file или по одной"
+            )
         return draw(opened.reference(1))
 
 
-def _local(url: str) -> str:
+@contextmanager
+def open_pages(document: Any, page: int | None) -> Iterator[OpenDocument]:
+    """Open a document of any number of pages.
+
+    Args:
+        document: As `read_picture` takes it, but a PDF or a TIFF may have several pages.
+        page: Only this one, counted from 1; all if ``None``.
+
+    Raises:
+        InputError: The document cannot be opened, or has no such page.
+    """
+    with open_document(_source(document), None if page is None else (page,)) as opened:
+        yield opened
+
+
+def _source(picture: Any) -> Source:
+    if isinstance(picture, str):
+        return _local(picture)
+    if isinstance(picture, bytes | os.PathLike | Image.Image) or hasattr(picture, "read"):
+        return picture  # type: ignore[no-any-return]
+    raise InputError(f"это не изображение, а {type(picture).__name__}: передайте путь, байты или PIL.Image")
+
+
+def _local(url: str) -> str | bytes:
     if not url:
         raise InputError("путь к изображению пуст")
+    if url[:5].lower() == "data:":
+        return url
+    if _BASE64.fullmatch(url) and not os.path.exists(url):  # noqa: PTH110  # Path's fails for long names
+        try:
+            return base64.b64decode(url + "=" * (-len("".join(url.split())) % 4))
+        except binascii.Error:
+            pass
+    if len(os.fsencode(url)) > LONGEST_PATH:  # never the document itself in an error or a log
+        raise InputError(f"строка из {len(url)} знаков — не путь и не base64: передайте путь, data: URL или байты")
     scheme = url.partition(":")[0].lower()
     if scheme in ("http", "https"):
         raise InputError("изображения по http(s) не загружаются: сохраните файл и передайте путь к нему")
@@ -104,12 +148,12 @@ def _local(url: str) -> str:
 
 def _read_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise InputError(f"сообщение должно быть словарём с role и content, а не {type(message).__name__}")
+        raise MessageError(f"сообщение должно быть словарём с role и content, а не {type(message).__name__}")
     content = message.get("content")
     if isinstance(content, str) or content is None:
         return dict(message)
     if not isinstance(content, Sequence):
-        raise InputError(f"content должен быть строкой или списком, а не {type(content).__name__}")
+        raise MessageError(f"content должен быть строкой или списком, а не {type(content).__name__}")
     return {**message, "content": [_read_part(part) for part in content]}
 
 
@@ -117,7 +161,7 @@ def _read_part(part: Any) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
-        raise InputError(f"часть сообщения должна быть словарём, а не {type(part).__name__}")
+        raise MessageError(f"часть сообщения должна быть словарём, а не {type(part).__name__}")
     for field in ("image_url", "image"):  # the second is how Qwen's own messages name it
         if field in part:
             picture = part[field]

@@ -35,6 +35,9 @@ _TEXT: Final = (
     "Извлеки весь текст из документа",
     "Извлеки весь текст из этого изображения",
     "Извлеки весь текст с изображения",
+    "Прочитай весь текст",
+    "Прочитай текст",
+    "Распознай текст",
     "Извлеките весь текст из этого документа, сохраняя структуру и форматирование",
 )
 _LAYOUT: Final = ("Please output the layout information from the PDF image, including bbox, category, and text",)
@@ -44,14 +47,28 @@ _LAYOUT_ONLY: Final = (
     "'Formula', 'List-item', 'Page-footer', 'Page-header', 'Picture', 'Section-header', 'Table', 'Text', 'Title'] "
     "3. Confidence score if available Output as JSON array of detected layout elements",
 )
+_PICTURES: Final = (
+    "Analyze this document image and detect all visual elements including pictures, logos, stamps, signatures, and "
+    "other graphical content. For each detected element, provide: 1. Bbox coordinates in format [x1, y1, x2, y2] "
+    "2. Category (Picture, Logo, Stamp, Signature, Barcode, QR-code, etc.) 3. Brief description of the visual element "
+    "Output as JSON array with detected visual elements"
+)
+_TABLES: Final = (
+    "Extract and format all table content from this document as structured HTML tables with proper formatting. "
+    "Include: 1. All table data with correct row and column structure 2. Preserve headers and data relationships "
+    "3. Format as clean HTML tables 4. Include bbox coordinates for each table: [x1, y1, x2, y2] Output format: JSON "
+    "with tables array containing bbox and html_content for each table"
+)
 
 _MODES: Final[dict[str, Mode]] = {
     **{_normal(spec.prompt): mode for mode, spec in MODES.items() if "{" not in spec.prompt},
     **{_normal(text): "text" for text in ("", *_TEXT)},
     **{_normal(text): "layout" for text in _LAYOUT},
-    **{_normal(text): "layout_only" for text in _LAYOUT_ONLY},
+    **{_normal(text): "layout_only" for text in (*_LAYOUT_ONLY, _PICTURES)},
+    _normal(_TABLES): "layout",
 }
 """The prompts of the modes, and the application's own words for the same wishes. Without any words: all the text."""
+_CATEGORIES: Final = {_normal(_PICTURES): "Picture", _normal(_TABLES): "Table"}
 
 _GROUNDING: Final = re.compile(
     re.escape(_normal(MODES["grounding"].prompt.partition("{box}")[0]))
@@ -75,17 +92,24 @@ def task_of(prompt: str) -> Task | None:
     return None
 
 
-def content_of(answer: Answer | Page) -> str:
+def content_of(answer: Answer | Page, prompt: str = "") -> str:
     """Write an answer as the application expects it from dots.ocr: text, or a layout as an array in JSON.
 
     The boxes are in pixels of the upright image, and a picture has no text. A cell without a usable box has no
     ``bbox``: the application passes over it when it draws.
+
+    Args:
+        answer: What was read.
+        prompt: Some ask for cells of one category.
     """
+    wanted = _CATEGORIES.get(_normal(prompt))
     kind = MODES[answer.mode].answer
     if kind == "text":
         return answer.text
     cells: list[dict[str, Any]] = []
     for cell in answer.cells:
+        if wanted not in (None, cell.category):
+            continue
         values: dict[str, Any] = {} if cell.box is None else {"bbox": list(cell.box)}
         values["category"] = cell.category
         if kind == "cells" and cell.category != "Picture":

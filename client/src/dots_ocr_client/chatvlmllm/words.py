@@ -22,15 +22,18 @@ from ..errors import (
     Unauthorized,
     UnusableAnswer,
 )
+from .messages import MessageError
+from .settings import FILE
 
 UNAVAILABLE: Final = "vLLM недоступен"
 NO_FALLBACK: Final = f"{UNAVAILABLE} и fallback модель не настроена"
 NO_SERVICE: Final = "OCR сервис временно недоступен"
 
 _WORDS: Final[tuple[tuple[type[Exception], str], ...]] = (  # the first that fits, so subclasses before their bases
+    (MessageError, "неверные сообщения"),
     (InputError, "не удалось прочитать изображение"),
     (ModelNotServed, "сервер запущен с другой моделью: перезапустите его с dots.ocr"),
-    (Unauthorized, "сервер отклонил ключ API: задайте его в переменной DOTS_OCR_API_KEY"),
+    (Unauthorized, f"сервер отклонил ключ API: задайте верный в переменной DOTS_OCR_API_KEY или в файле {FILE}"),
     (ConfigurationError, "по этому адресу нет сервера vLLM: проверьте адрес"),
     (Overloaded, "сервер перегружен: повторите попытку позже"),
     (ServerUnavailable, f"{UNAVAILABLE}: запустите сервер или подождите, загрузка модели занимает несколько минут"),
@@ -45,8 +48,14 @@ _WORDS: Final[tuple[tuple[type[Exception], str], ...]] = (  # the first that fit
 )
 
 
+class Explained(Exception):
+    """Says already, in Russian, what went wrong."""
+
+
 def explain(error: Exception) -> str:
     """Say what went wrong and what to do, with the message of this package, in English, behind it."""
+    if isinstance(error, Explained):
+        return str(error)
     words = next((words for kind, words in _WORDS if isinstance(error, kind)), "непредвиденная ошибка")
     return f"{words} ({error or type(error).__name__})"
 

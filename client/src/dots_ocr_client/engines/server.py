@@ -96,7 +96,7 @@ class Server:
         if scheme not in ("http", "https") or not host:
             raise ConfigurationError(f"{base_url!r} is no base URL: write it like http://127.0.0.1:8000/v1")
         self.base_url = base_url.rstrip("/")
-        self._loopback = _is_loopback(host)
+        self._loopback = is_loopback(host)
         self._api_key = api_key
         self._client: openai.AsyncOpenAI | None = None
         self._http: httpx2.AsyncClient | None = None
@@ -376,7 +376,8 @@ def is_passing(error: ServerUnavailable) -> bool:
 
 def _judge(text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Completion:
     if finish_reason == "length":
-        raise CutOff("the answer was cut off at the end of the context: use a larger --max-model-len")
+        read = text if isinstance(text, str) else ""
+        raise CutOff("the answer was cut off at the end of the context: use a larger --max-model-len", read)
     if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
         raise Repetition("the model repeated itself without end: try again, or with another resolution")
     if finish_reason in ("abort", "error"):  # vLLM's own words (vllm/v1/engine); the status is 200 all the same
@@ -454,7 +455,8 @@ def _short(message: object) -> str:
     return " ".join(str(message).split())[:300]
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address means this machine itself."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

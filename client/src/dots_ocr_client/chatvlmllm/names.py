@@ -1,0 +1,57 @@
+"""Which names of the application's modules their replacements lack: ``python -m ...names FILE...``, one a line."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+replacement = importlib.import_module(str(__package__))
+
+DROPPED = {"test_vllm_client", "test_dots_ocr_vllm_integration", "main"}
+"""Of the application as of January 2026: programs at the end of its modules, for which there is ``dots-ocr doctor``."""
+
+
+def missing(source: str) -> list[str]:
+    """Return the public names in a module's source, ``Class.name`` for those in a class, that the replacement lacks.
+
+    Raises:
+        SyntaxError: It is no Python, at least not for this version.
+    """
+    return [name for name in _public(ast.parse(source)) if not _has(name)]
+
+
+def _public(module: ast.Module) -> Iterator[str]:
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if node.name not in DROPPED:
+                yield node.name
+            if isinstance(node, ast.ClassDef):
+                names = {name for name in _members(node) if not name.startswith("_")}
+                yield from (f"{node.name}.{name}" for name in sorted(names))
+
+
+def _members(node: ast.ClassDef) -> Iterator[str]:
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef):
+            yield part.name
+        elif isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store) and ast.unparse(part.value) == "self":
+            yield part.attr
+
+
+def _has(name: str) -> bool:
+    kind, _, member = name.partition(".")
+    found = getattr(replacement, kind, None)
+    if found is None or not member:
+        return found is not None
+    (node,) = ast.parse(inspect.getsource(found)).body
+    return hasattr(found, member) or (isinstance(node, ast.ClassDef) and member in _members(node))
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        for lacking in missing(Path(file).read_text(encoding="utf-8")):
+            print(f"{file}: {lacking}")

@@ -1,0 +1,498 @@
+"""What chatvlmllm's page calls in its mode "vLLM": the names of its adapter and of its manager of containers.
+
+The server is a service of systemd, so nothing here starts or stops a container. The page forgets error boxes when it
+runs again and shows one general sentence for a failure, so what a person has to know is put where it stays: in OCR mode
+into the text, in a chat into a message of its own.
+"""
+
+# ruff: noqa: RUF001  # Russian
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import re
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from ..documents import PageImage
+from ..engines.server import is_loopback
+from ..errors import DotsOCRError, InputError, Overloaded, ServerUnavailable
+from ..prompts import MODES
+from . import settings
+from .client import DEFAULT_PROMPT, DEFAULT_URL, VLLMDotsOCRClient, get_vllm_dots_ocr_client
+from .fallback import Fallback, adapt
+from .messages import Conversation
+from .trained import task_of
+from .words import explain
+
+KEY, MODEL_PATH, UNIT = "dots.ocr", "rednote-hilab/dots.ocr", "dots-ocr.service"
+STATE_SECONDS: Final = 5.0
+"""How long the server's state counts, in seconds (our own choice): the page asks for it several times in each run."""
+UNKNOWN_CONTEXT: Final = 8192
+"""In tokens, while the server does not say; the page only bounds a field with it."""
+WEIGHTS_GB: Final = 6
+"""The weights of dots.ocr in bfloat16 (6.1 GB on disk); the page shows it as the model's memory."""
+START_SECONDS: Final = 300
+"""What the page says of the start: minutes, most of them for the weights and the graphs."""
+NO_TESSERACT: Final = "Чтобы страницы читались и без сервера: sudo apt-get install tesseract-ocr tesseract-ocr-rus"
+
+_log = logging.getLogger(__package__)
+_METRIC = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is known of the server.
+
+    Attributes:
+        fault: Why it cannot be used and what to do, in Russian; empty if it can.
+        context: Longest prompt and answer together, in tokens.
+        queue: Requests that it works on and that wait, if it tells.
+        asked: When, on the monotonic clock.
+    """
+
+    fault: str
+    context: int
+    queue: tuple[int, int] | None
+    asked: float
+
+    @property
+    def summary(self) -> str:
+        """Context and queue, or the fault."""
+        if self.fault:
+            return self.fault
+        queue = "" if self.queue is None else f"; в работе {self.queue[0]}, в очереди {self.queue[1]}"
+        return f"контекст {self.context} токенов{queue}"
+
+
+def state_of(client: VLLMDotsOCRClient, *, fresh: bool = False) -> State:
+    """Return the server's state, as of the last `STATE_SECONDS`.
+
+    Args:
+        client: Of the server.
+        fresh: Ask now.
+    """
+    with _lock:  # one asks, the others wait for what it finds out
+        known = _states.get(client)
+        if known is None or fresh or time.monotonic() - known.asked >= STATE_SECONDS:
+            known = _states[client] = _ask(client, known)
+        return known
+
+
+def words_for(error: Exception, client: VLLMDotsOCRClient) -> str:
+    """Say what went wrong and what to do about it, to somebody in front of the page."""
+    if not isinstance(error, ServerUnavailable | TimeoutError) or isinstance(error, Overloaded):
+        return explain(error)
+    host = urlsplit(client.base_url).hostname or ""
+    if not is_loopback(host):
+        return f"сервер {client.base_url} не отвечает: проверьте адрес и сеть, на сервере — systemctl status {UNIT}"
+    if _is_active():
+        return f"сервер запускается: модель загружается несколько минут, повторите позже (ход: journalctl -fu {UNIT})"
+    return f"сервер не отвечает. Запустите его: sudo systemctl start {UNIT} (журнал: journalctl -u {UNIT} -n 50)"
+
+
+class SingleContainerManager:
+    """The server in the place of the containers: one model, which systemd starts."""
+
+    client: None = None
+    compose_file = ""
+
+    def __init__(self, base_url: str = DEFAULT_URL) -> None:
+        """Choose the server.
+
+        Args:
+            base_url: See `VLLMDotsOCRClient`.
+        """
+        self._base_url = base_url
+        self.current_active_model: str | None = None
+
+    @property
+    def vllm(self) -> VLLMDotsOCRClient:
+        """The client, by the settings of now."""
+        return get_vllm_dots_ocr_client(self._base_url)
+
+    @property
+    def models_config(self) -> dict[str, dict[str, Any]]:
+        """The one model. The application's own config.yaml is in it, too.
+
+        The page's loop over this leaves the last value in its variable ``config``, where it looks for the document
+        types and the file formats afterwards.
+        """
+        url = self.vllm.base_url
+        model = {
+            "container_name": UNIT,
+            "compose_service": "",
+            "port": urlsplit(url).port or 80,
+            "model_path": MODEL_PATH,
+            "display_name": KEY,
+            "memory_gb": WEIGHTS_GB,
+            "startup_time": START_SECONDS,
+            "description": f"Сервер {url}: {state_of(self.vllm).summary}",
+        }
+        return {KEY: {**_application_config(), **model}}
+
+    def get_container_status(self, container_name: str) -> dict[str, Any]:
+        """Tell of the server in Docker's words."""
+        fault = state_of(self.vllm).fault
+        known = container_name == UNIT
+        return {
+            "exists": known,
+            "running": known and not fault,
+            "status": "not_found" if not known else "exited" if fault else "running",
+            "health": "unhealthy" if fault else "healthy",
+            "error": fault,
+        }
+
+    def check_api_health(self, port: int, timeout: int = 5) -> tuple[bool, str]:
+        """Tell whether the server can be used, and why not."""
+        fault = state_of(self.vllm).fault
+        return not fault, fault or "API healthy"
+
+    def get_active_model(self) -> str | None:
+        """Return the model's key if the server can be used."""
+        self.current_active_model = None if state_of(self.vllm).fault else KEY
+        return self.current_active_model
+
+    def stop_all_containers(self) -> tuple[list[str], list[str]]:
+        """Stop nothing, and say how to."""
+        return [], [f"сервер останавливает systemd: sudo systemctl stop {UNIT}"]
+
+    def start_single_container(self, model_key: str) -> tuple[bool, str]:
+        """Start nothing; tell whether the server is there, and how it is started."""
+        if model_key != KEY:
+            return False, f"этот сервер читает только {KEY}"
+        fault = state_of(self.vllm, fresh=True).fault
+        return not fault, fault or f"{KEY} уже работает: {self.vllm.base_url}"
+
+    def _build_docker_command(self, model_key: str, config: dict[str, Any]) -> list[str]:
+        return []  # the page asks whether this is there
+
+    def get_system_status(self) -> dict[str, Any]:
+        """Return what the page's sidebar shows, and show there what it has no place for."""
+        state = state_of(self.vllm)
+        active = self.get_active_model()
+        config = self.models_config[KEY]
+        if (streamlit := _streamlit()) is not None:
+            if state.fault:
+                streamlit.warning(f"⚠️ {state.fault}")
+            else:
+                streamlit.caption(f"📏 {state.summary}")
+        status = {
+            "config": config,
+            "container_status": self.get_container_status(UNIT),
+            "api_healthy": not state.fault,
+            "api_message": state.fault or "API healthy",
+            "is_active": active == KEY,
+        }
+        return {
+            "active_model": active,
+            "active_model_name": config["display_name"] if active else None,
+            "total_memory_usage": WEIGHTS_GB if active else 0,
+            "models": {KEY: status},
+            "principle": "single_container_only",
+        }
+
+    def create_model_selector_ui(self) -> str:
+        """Show the model."""
+        self.get_system_status()
+        _required_streamlit().info(f"🎯 {KEY}, {MODEL_PATH}")
+        return KEY
+
+    def create_status_dashboard(self) -> None:
+        """Show the server's state."""
+        _required_streamlit().json({**self.get_system_status(), "models": list(self.models_config)})
+
+
+class _Ready(SingleContainerManager):
+    """For the adapter, which the page must always ask: it knows what to do without a server."""
+
+    def check_api_health(self, port: int, timeout: int = 5) -> tuple[bool, str]:
+        return True, "API healthy"
+
+    def get_active_model(self) -> str:
+        self.current_active_model = KEY
+        return KEY
+
+
+class VLLMStreamlitAdapter:
+    """Reads the page's pictures with the server, and with Tesseract while that cannot."""
+
+    def __init__(self, base_url: str = DEFAULT_URL) -> None:
+        """Choose the server; nothing is sent yet.
+
+        Args:
+            base_url: See `VLLMDotsOCRClient`.
+        """
+        self.container_manager = _Ready(base_url)
+        self.model_priorities = {MODEL_PATH: 1}
+        self._fallback: Fallback | None = None
+
+    @property
+    def base_url(self) -> str:
+        """The server's address, without ``/v1``."""
+        return self.container_manager.vllm.base_url
+
+    @property
+    def model_endpoints(self) -> dict[str, str]:
+        """Where each model is served."""
+        return {MODEL_PATH: self.base_url}
+
+    @property
+    def healthy_endpoints(self) -> dict[str, str]:
+        """`model_endpoints`, as far as they can be used."""
+        return {} if self._state.fault else self.model_endpoints
+
+    @property
+    def available_models(self) -> list[str]:
+        """The models that can be used."""
+        return list(self.healthy_endpoints)
+
+    @property
+    def model_limits(self) -> dict[str, int]:
+        """The context of each model, in tokens."""
+        return dict.fromkeys(self.healthy_endpoints, self._state.context)
+
+    def check_all_connections(self) -> bool:
+        """Ask the server now whether it can be used."""
+        return not state_of(self.container_manager.vllm, fresh=True).fault
+
+    check_connection = check_all_connections
+
+    def get_available_models(self) -> list[str]:
+        """Return the models that can be used."""
+        return self.available_models
+
+    get_recommended_models = get_available_models
+
+    def get_endpoint_for_model(self, model_name: str) -> str:
+        """Return where a model is served."""
+        return self.base_url
+
+    def ensure_model_available(self, model_name: str) -> bool:
+        """Tell whether a model can be used; nothing is started for it."""
+        return model_name in self.healthy_endpoints
+
+    def get_model_max_tokens(self, model_id: str) -> int:
+        """Return the context, in tokens."""
+        return self._state.context
+
+    def get_server_status(self) -> dict[str, Any]:
+        """Return what `create_vllm_interface` of the application shows."""
+        return {
+            "status": "healthy" if self.healthy_endpoints else "error",
+            "healthy_endpoints": len(self.healthy_endpoints),
+            "total_endpoints": 1,
+            "available_models": self.available_models,
+            "model_limits": self.model_limits,
+            "endpoints": self.healthy_endpoints,
+        }
+
+    def process_image(
+        self, image: Any, prompt: str = DEFAULT_PROMPT, model: str = MODEL_PATH, max_tokens: int = 4096
+    ) -> dict[str, Any]:
+        """Read a picture.
+
+        Args:
+            image: A PIL image; whatever `VLLMDotsOCRClient.process_image` takes will do as well.
+            prompt: One of those that dots.ocr was trained with, or that mean the same. Any other is answered with the
+                text of the picture, from which the page makes its answer.
+            model: There is but one.
+            max_tokens: Not used: a page is read to its end, as far as the context allows.
+
+        Returns:
+            ``success``, ``text``, ``error``, ``processing_time`` in seconds, ``model``, ``model_display_name``,
+            ``endpoint``, ``mode``, ``tokens_used``, ``max_tokens_limit``, ``actual_max_tokens``. In OCR mode a failure
+            is a success with the reason as its text, since the page drops everything else.
+        """
+        started = time.monotonic()
+        with _progress():
+            text, note, tokens = self._read(image, prompt)
+        if text == "[]":
+            text += "\n\nНа странице таких элементов нет."
+        chat = bool(note) and _tell_chat(prompt, note)
+        if note and not chat:
+            # Behind a layout, because the page looks for the JSON at the beginning.
+            text = f"{text}\n\n{note}" if text.startswith("[") else f"{note}\n\n{text}".rstrip()
+        return {
+            "success": bool(text),
+            "text": text,
+            "error": note,
+            "processing_time": time.monotonic() - started,
+            "model": model,
+            "model_display_name": KEY,
+            "endpoint": self.base_url,
+            "mode": "vLLM",
+            "tokens_used": tokens,
+            "max_tokens_limit": self._state.context,
+            "actual_max_tokens": max_tokens,
+        }
+
+    def chat_with_image(self, image: Any, prompt: str, model: str = MODEL_PATH) -> dict[str, Any]:
+        """Read a picture; see `process_image`."""
+        return self.process_image(image, prompt, model)
+
+    @property
+    def _state(self) -> State:
+        return state_of(self.container_manager.vllm)
+
+    def _read(self, image: Any, prompt: str) -> tuple[str, str, int]:
+        """Return the text, what a person has to know of how it came about, and the tokens."""
+        client = self.container_manager.vllm
+        prompt = prompt if task_of(prompt) else DEFAULT_PROMPT
+        notes: list[str] = []
+
+        def read(page: PageImage) -> dict[str, Any]:
+            fault = self._state.fault
+            try:
+                if not fault:
+                    return client.complete(Conversation.about(page, prompt))
+            except InputError:
+                raise
+            except Exception as error:
+                _log.warning("dots.ocr did not answer: %s", error, exc_info=not isinstance(error, DotsOCRError))
+                fault = words_for(error, client)
+            notes[:] = [fault]
+            text = self._read_without(page, prompt)
+            notes.append("Страницу прочитал Tesseract: проверьте текст.")
+            return {"choices": [{"message": {"content": text}}], "usage": {}}
+
+        try:
+            completion = client.for_pages(_frames(image, prompt), None, read)
+        except Exception as error:
+            without = "" if isinstance(error, InputError) else NO_TESSERACT
+            return "", "\n\n".join(filter(None, (f"❌ {notes[0] if notes else explain(error)}", without))), 0
+        note = "⚠️ " + "\n\n".join(notes) if notes else ""
+        return completion["choices"][0]["message"]["content"], note, completion["usage"].get("total_tokens", 0)
+
+    def _read_without(self, page: PageImage, prompt: str) -> str:
+        """Have Tesseract read a page, whose layouts always have texts."""
+        self._fallback = self._fallback or adapt("tesseract")
+        task = task_of(prompt)
+        return self._fallback.read(page, MODES["layout"].prompt if task and task.mode == "layout_only" else prompt)
+
+
+def create_vllm_interface() -> None:
+    """Show a page that reads documents, PDFs among them, which the application's own page refuses."""
+    st = _required_streamlit()
+    st.header("🚀 dots.ocr")
+    adapter = VLLMStreamlitAdapter()
+    st.caption(f"{adapter.base_url}: {adapter._state.summary}")
+    document = st.file_uploader("Документ", type=["pdf", "png", "jpg", "jpeg", "bmp", "tif", "tiff", "webp"])
+    prompt = st.text_input("Промпт", DEFAULT_PROMPT)
+    if document is not None and st.button("🚀 Извлечь текст", type="primary"):
+        result = adapter.process_image(document.getvalue(), prompt)
+        st.code(result["text"], language="text")
+
+
+def create_single_container_ui() -> None:
+    """Show the server's state."""
+    st = _required_streamlit()
+    st.title("🎯 dots.ocr")
+    SingleContainerManager().create_status_dashboard()
+
+
+_lock = threading.Lock()
+_states: weakref.WeakKeyDictionary[VLLMDotsOCRClient, State] = weakref.WeakKeyDictionary()
+_config: tuple[float, dict[str, Any]] = (0.0, {})
+
+
+def _ask(client: VLLMDotsOCRClient, known: State | None) -> State:
+    context = known.context if known is not None else UNKNOWN_CONTEXT
+    fault = client.fault()
+    if fault is not None:
+        return State(words_for(fault, client), context, None, time.monotonic())
+    for card in client.get_models().get("data", ()):
+        length = card.get("max_model_len")
+        context = length if isinstance(length, int) else context
+    counts = dict(_METRIC.findall(client.metrics() or ""))
+    queue = (int(float(counts["running"])), int(float(counts["waiting"]))) if len(counts) == 2 else None
+    return State("", context, queue, time.monotonic())
+
+
+def _is_active() -> bool:
+    """Tell whether systemd has the service running; not if there is no systemd, as in a container."""
+    try:
+        done = subprocess.run(["systemctl", "is-active", UNIT], capture_output=True, text=True, timeout=2, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.stdout.strip() in ("active", "activating")
+
+
+def _application_config() -> dict[str, Any]:
+    """Return the application's config.yaml; an empty one if it cannot be read, of which the page itself complains."""
+    global _config
+    path = settings.folder() / "config.yaml"
+    try:
+        import yaml
+
+        changed = path.stat().st_mtime
+        if _config[0] != changed:
+            _config = (changed, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except Exception as error:
+        _log.warning("%s: %s", path, error)
+        return {}
+    return _config[1]
+
+
+def _frames(image: Any, prompt: str) -> Any:
+    """Return a document with all frames of a TIFF, unless its boxes are to be drawn on the one that the page shows."""
+    task = task_of(prompt)
+    if not isinstance(image, Image.Image) or getattr(image, "n_frames", 1) == 1 or image.format != "TIFF":
+        return image
+    if task is None or MODES[task.mode].answer != "text":
+        return image
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF", save_all=True)
+    return buffer.getvalue()
+
+
+def _streamlit() -> Any:
+    """Return the module if this runs in a page of it."""
+    try:
+        import streamlit
+        from streamlit.runtime.scriptrunner import get_script_run_ctx
+    except ImportError:
+        return None
+    return streamlit if get_script_run_ctx(suppress_warning=True) is not None else None
+
+
+def _required_streamlit() -> Any:
+    import streamlit
+
+    return streamlit
+
+
+def _tell_chat(prompt: str, note: str) -> bool:
+    """Add a message to the page's chat, if that is where the prompt comes from.
+
+    The page makes its answer to some questions of the text by counting words and numbers, and would count in a note.
+    """
+    st = _streamlit()
+    messages = None if st is None else st.session_state.get("messages")
+    if not messages or messages[-1] != {"role": "user", "content": prompt}:
+        return False
+    messages.append({"role": "assistant", "content": note})
+    return True
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """Show that a page is being read and for how long, if this runs in a page of Streamlit."""
+    st = _streamlit()
+    if st is None:
+        yield
+        return
+    clock = {"show_time": True} if "show_time" in inspect.signature(st.spinner).parameters else {}
+    with st.spinner("🔄 dots.ocr читает страницу…", **clock):
+        yield

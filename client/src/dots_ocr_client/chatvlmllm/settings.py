@@ -1,0 +1,48 @@
+"""Where the server is, and its key: from the environment, or from the file that the role writes into the checkout."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Final
+
+FILE: Final = ".dots-ocr.env"
+"""In the application's folder; readable by its owner alone."""
+
+_folder: Path | None = None
+
+
+def use(folder: Path) -> None:
+    """Read the settings of an application from now on.
+
+    Args:
+        folder: The application's, with `FILE` in it. The file is read at every use, so that a new key needs no restart.
+    """
+    global _folder
+    _folder = folder
+
+
+def folder() -> Path:
+    """Return the application's folder; without `use`, the current one."""
+    return _folder or Path()
+
+
+def value(name: str) -> str | None:
+    """Return a setting: that of the environment, or else that of the file; ``None`` if neither has one."""
+    return os.environ.get(name) or (_read().get(name) if _folder else None)
+
+
+def export() -> None:
+    """Put what the file says into the environment, for a program that knows nothing but that."""
+    for name in _read():
+        os.environ[name] = value(name) or ""
+
+
+def _read() -> dict[str, str]:
+    try:
+        lines = (folder() / FILE).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition("=") for line in lines if not line.startswith("#"))
+    return {name.strip(): "".join(shlex.split(text)) for name, equals, text in pairs if equals}

@@ -1,0 +1,2 @@
+# Скрипт приложения
+raise SystemExit("docker run --gpus all ...")
