@@ -284,14 +284,9 @@ class TestNames:
         ]
 
     def test_program(self, tmp_path: Path) -> None:
-        (tmp_path / "module.py").write_text("class VLLMStreamlitAdapter:\n    def brand_new(self): ...\n")
-        command = [
-            sys.executable,
-            "-I",
-            "-m",
-            "dots_ocr_client_installed.chatvlmllm.names",
-            str(tmp_path / "module.py"),
-        ]
+        module = tmp_path / "module.py"
+        module.write_text("class VLLMStreamlitAdapter:\n    def brand_new(self): ...\n")
+        command = [sys.executable, "-I", "-m", "dots_ocr_client_installed.chatvlmllm.names", str(module)]
         assert subprocess.check_output(command, text=True) == f"{module}: VLLMStreamlitAdapter.brand_new\n"
 
 

@@ -33,7 +33,7 @@ from .. import packages
 ROLE = REPOSITORY / "roles/chatvlmllm"
 APPLICATION = REPOSITORY / "molecule/cpu/application"
 REQUIREMENTS = Path(__file__).with_name("requirements-page.txt")
-PATIENCE = 60.0
+PATIENCE = 30.0
 READ_BY_TESSERACT = "Страницу прочитал Tesseract"
 
 Sheets = list[tuple[Image.Image, str]]
