@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -321,3 +322,14 @@ def test_windows_is_refused_with_what_to_do() -> None:
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ImportError: dots-ocr-client runs on Linux: install it inside WSL" in done.stderr
+
+
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+def test_an_installation_on_windows_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    hook = runpy.run_path(str(Path(__file__).parents[1] / "hatch_build.py"))["CustomBuildHook"]
+    monkeypatch.setattr(sys, "platform", platform)
+    if platform == "win32":
+        with pytest.raises(RuntimeError, match="runs on Linux: install it inside WSL"):
+            hook.initialize(None, "standard", {})
+    else:
+        hook.initialize(None, "standard", {})

@@ -253,7 +253,7 @@ def test_model_of_the_mode_transformers(page: Page) -> None:
 
 def test_clash_of_names(checkout: Path, environment: dict[str, str], sheets: Sheets, tmp_path: Path) -> None:
     document = tmp_path / "two.tiff"  # several pages are drawn in a process of their own
-    sheets[0][0].save(document, save_all=True, append_images=[sheets[1][0]])
+    sheets[0][0].copy().save(document, save_all=True, append_images=[sheets[1][0].copy()])
     text = run(checkout, environment, "-c", "from dots_ocr_client import DotsOCRClient; print(DotsOCRClient)")
     assert text.startswith("<class 'dots_ocr_client.DotsOCRClient'>")
     read = f"""
