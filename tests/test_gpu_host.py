@@ -266,10 +266,138 @@ def test_program_that_is_missing_or_hangs_is_no_error() -> None:
     assert gpu_host.ask(["sleep", "5"], timeout=0)[0] == -1
 
 
-@pytest.mark.parametrize("line", ["", "WARNING: infoROM is corrupted", "0, GPU, [N/A], [N/A], 12.0, 580.65.06"])
-def test_line_that_describes_no_gpu_is_refused(line: str) -> None:
-    with pytest.raises(ValueError, match=r"unpack|literal"):
-        gpu_host.parse_gpu(line)
+ROW = "0, NVIDIA GeForce RTX 5070 Ti, 16303, 15791, 12.0, 580.95.05\n"
+LOST = (
+    "Unable to determine the device handle for GPU0000:02:00.0: GPU is lost.  Reboot the system to recover this GPU\n"
+)
+INFOROM = "WARNING: infoROM is corrupted at gpu 0000:01:00.0"
+
+
+class TestNvidiaSmi:
+    """What comes of the answers of nvidia-smi, also of those that it gives on real machines with a fault."""
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Return a folder in which nvidia-smi lies, without NVIDIA cards on the bus."""
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(
+            '#!/bin/sh\ncase "$*" in *--id=*) part=${*##*--id=} ;; *) part=all ;; esac\n'
+            f'cd {tmp_path}\ncat "$part.out" && cat "$part.err" >&2\nexit "$(cat "$part.rc")"\n'
+        )
+        smi.chmod(0o755)
+        monkeypatch.setattr(gpu_host.shutil, "which", lambda _name: str(smi))
+        monkeypatch.setattr(gpu_host, "PCI", tmp_path / "pci")
+        return tmp_path
+
+    def measure(self, folder: Path, **answers: tuple[str, str, int]) -> dict[str, Any]:
+        """Return what is measured where nvidia-smi gives these answers (output, errors, status)."""
+        for part, (output, errors, status) in answers.items():
+            for suffix, text in (("out", output), ("err", errors), ("rc", str(status))):
+                (folder / f"{part}.{suffix}").write_text(text)
+        found: dict[str, Any] = gpu_host.measure_gpus("bare_metal")
+        return found
+
+    def card(self, folder: Path, address: str, device: str, driver: str = "nvidia") -> None:
+        """Put a card on the bus."""
+        place = folder / "pci" / address
+        place.mkdir(parents=True)
+        for name, value in (("vendor", "0x10de"), ("device", device), ("class", "0x030000")):
+            (place / name).write_text(f"{value}\n")
+        (place / "driver").symlink_to(f"/sys/bus/pci/drivers/{driver}")
+
+    @pytest.mark.parametrize(
+        ("output", "errors", "status", "broken", "message"),
+        [
+            (ROW, "", 0, [], ""),
+            (f"\n{ROW}\n", "", 0, [], ""),
+            (ROW + INFOROM, "", 14, [], INFOROM),
+            (ROW + INFOROM, "", 0, [], INFOROM),
+            (ROW, INFOROM, 0, [], INFOROM),
+            (ROW, "ERROR: ld.so: object 'a.so' from LD_PRELOAD cannot be preloaded: ignored.", 0, [], ""),
+            (ROW, "libEGL warning: 0, 1, 2, 3, 4.0, 5.0", 14, [], ""),
+            (ROW, "Unable to determine the device handle for GPU1: Unknown Error", 0, [],
+             "Unable to determine the device handle for GPU1: Unknown Error"),
+            (f"{ROW}1, NVIDIA GeForce GT 710, [N/A], [N/A], 3.5, 580.95.05\n", "", 0,
+             ["memory.total is [N/A], memory.free is [N/A]"], ""),
+            (f"{ROW}1, RTX 3060, [GPU is lost], [GPU is lost], [GPU is lost], 580.95.05\n", "", 15,
+             ["memory.total is [GPU is lost], memory.free is [GPU is lost], compute_cap is [GPU is lost]"], ""),
+            (f"{ROW}1, A100, 40960, [Insufficient Permissions], 8.0, 580.95.05\n", "", 0,
+             ["memory.free is [Insufficient Permissions]"], ""),
+            (f"{ROW}1, [Unknown Error]\n", "", 0, ["nvidia-smi says '1, [Unknown Error]'"], ""),
+        ],
+    )  # fmt: skip
+    def test_good_row_is_kept_and_the_rest_is_named(
+        self, folder: Path, output: str, errors: str, status: int, broken: list[str], message: str
+    ) -> None:
+        found = self.measure(folder, all=(output, errors, status))
+        assert [(gpu["index"], gpu["memory_free_mib"]) for gpu in found["gpus"]] == [(0, 15791)]
+        assert [(card["index"], card["fault"]) for card in found["gpus_broken"]] == [(1, fault) for fault in broken]
+        assert found["nvidia_smi_message"] == message
+        measured = host(**found, nvidia_pci_devices=1 + len(broken))
+        assert gpu_host.judge(measured, REQUIREMENTS) == []
+        advice = " ".join(entry["problem"] for entry in gpu_host.warn(measured))
+        assert all(text in advice for text in (*broken, message))
+        assert bool(advice) == bool(broken or message)
+
+    def test_comma_in_a_name(self, folder: Path) -> None:
+        found = self.measure(folder, all=("0, NVIDIA RTX 6000, Ada Generation, 49140, 48000, 8.9, 580.95.05\n", "", 0))
+        assert found["gpus"][0]["name"] == "NVIDIA RTX 6000, Ada Generation"
+
+    def test_lost_card_that_ends_the_answer_does_not_hide_the_others(self, folder: Path) -> None:
+        self.card(folder, "0000:01:00.0", "0x2c05")
+        self.card(folder, "0000:02:00.0", "0x2504")
+        self.card(folder, "0000:03:00.0", "0x2504", "vfio-pci")
+        answers = {"all": (LOST, "", 15), "0000:01:00.0": (ROW, "", 0), "0000:02:00.0": (LOST, "", 15)}
+        found = self.measure(folder, **answers)
+        assert [gpu["index"] for gpu in found["gpus"]] == [0]
+        assert found["nvidia_smi_message"] == LOST.strip()
+        (advice,) = gpu_host.warn(host(**found, nvidia_pci_devices=2))
+        assert "nvidia-smi shows 1 of 2 NVIDIA GPUs (Unable to determine the device handle" in advice["problem"]
+        assert "reboot" in advice["cure"]
+
+    def test_no_driver_answers(self, folder: Path) -> None:
+        found = self.measure(folder, all=("", "NVIDIA-SMI has failed because of the driver", 9))
+        assert (found["gpus"], found["nvidia_smi_message"]) == ([], "NVIDIA-SMI has failed because of the driver")
+
+    @pytest.mark.parametrize(
+        ("row", "cure"),
+        [
+            ("0, NVIDIA GB10, [N/A], [N/A], 12.1, 580.126.09", "use another GPU"),
+            ("0, A100, 40960, [Insufficient Permissions], 8.0, 580.95.05", "nvidia-smi -i 0 -mig 0"),
+            ("0, RTX 3060, [GPU is lost], [GPU is lost], 8.6, 580.95.05", "look for Xid"),
+            ("0, RTX 3060, [GPU requires reset], 12000, 8.6, 580.95.05", "look for Xid"),
+            ("0, RTX 3060, [Something new], 12000, 8.6, 580.95.05", "look at 'nvidia-smi'"),
+        ],
+    )
+    def test_only_card_is_broken(self, folder: Path, row: str, cure: str) -> None:
+        (found,) = gpu_host.judge(host(**self.measure(folder, all=(row, "", 0))), REQUIREMENTS)
+        assert "cannot be used" in found["problem"]
+        assert cure in found["cure"]
+        assert found["mended_by"] == ""
+
+    def test_card_of_a_virtual_machine_is_not_ours(self, folder: Path) -> None:
+        self.card(folder, "0000:01:00.0", "0x2c05", "vfio-pci")
+        assert gpu_host.measure_pci() == [{"address": "0000:01:00.0", "device": "0x2c05", "driver": "vfio-pci"}]
+        reserved = host(**MISSING, nvidia_pci_devices=0, nvidia_pci_ids=[], nvidia_pci_reserved=gpu_host.measure_pci())
+        (found,) = gpu_host.judge(reserved, REQUIREMENTS)
+        assert "the NVIDIA GPU at 0000:01:00.0 is kept for a virtual machine by vfio-pci" in found["problem"]
+
+
+def test_card_that_the_open_modules_do_not_drive_is_explained() -> None:
+    pascal = host(nvidia_pci_devices=2, nvidia_pci_ids=["0x1b81", "0x2c05"])
+    assert gpu_host.judge(pascal, REQUIREMENTS) == []
+    (advice,) = gpu_host.warn(pascal)
+    assert "1 of 2 NVIDIA GPUs; 0x1b81 is older than Turing" in advice["problem"]
+    assert advice["cure"] == "nothing has to be done if the others suffice"
+
+
+def test_blackwell_that_the_proprietary_modules_do_not_drive_matters_only_alone() -> None:
+    driver = {**DRIVER, "loaded_flavour": "proprietary", "flavour": "proprietary"}
+    for capability, problems in (("8.9", 0), ("6.1", 1)):
+        both = host(gpus=[{**GPU, "compute_capability": capability}], nvidia_pci_devices=2,
+                    nvidia_pci_ids=["0x2684", "0x2c05"], driver=driver)  # fmt: skip
+        assert len(gpu_host.judge(both, REQUIREMENTS)) == problems
+        assert "1 of 2" in gpu_host.warn(both)[0]["problem"]
 
 
 @pytest.mark.parametrize(("older", "newer"), [("580.65.06", "580.105.08"), ("575.57.08", "580.65.06"), ("7.5", "12.0")])

@@ -50,7 +50,12 @@ HOLDER = {"pid": 4711, "name": "python3", "memory_mib": 11000}
 
 
 def problems(
-    *gpus: dict[str, Any], wanted: str = "auto", driver: str = "", platform: str = "bare_metal", **host: Any
+    *gpus: dict[str, Any],
+    wanted: str = "auto",
+    driver: str = "",
+    platform: str = "bare_metal",
+    asked_for: tuple[int, ...] = (),
+    **host: Any,
 ) -> list[dict[str, str]]:
     """Return the problems of a host with these GPUs, as the role preflight asks for them."""
     newest = [{**one, "driver_version": "9999"} for one in gpus]
@@ -61,6 +66,7 @@ def problems(
         [memory_plan(one, platform) for one in gpus],
         PROFILES,
         driver,
+        asked_for,
     )
     return found
 
@@ -105,6 +111,15 @@ def test_profile_that_does_not_suit_is_told_apart_from_a_card_that_does_not() ->
     (found,) = problems(gpu(), wanted="rednote_v0_9_1")
     assert "rednote_v0_9_1 has kernels for compute capability 8.0 to 9.0" in found["problem"]
     assert "set dots_ocr_server_profile to native_v0_32" in found["cure"]
+
+
+def test_card_that_is_asked_for_must_answer() -> None:
+    lost = {"index": 1, "name": "NVIDIA GeForce RTX 3060", "fault": "memory.total is [GPU is lost]"}
+    assert problems(gpu(), gpus_broken=[lost]) == []
+    assert problems(gpu(), gpus_broken=[lost], asked_for=(0,)) == []
+    (found,) = problems(gpu(), gpus_broken=[lost], asked_for=(0, 1))
+    assert "asks for GPU 1, which does not answer (NVIDIA GeForce RTX 3060: memory.total is [GPU is" in found["problem"]
+    assert "there is 0" in found["cure"]
 
 
 def test_one_capable_card_among_several_is_enough() -> None:

@@ -255,11 +255,14 @@ class TestRefusals:
             (debian(distribution="fedora", distribution_version="44"), wishes(), "no source of drivers for fedora 44"),
             (debian(nvidia_pci_ids=["0x1b80"]), wishes(), "older than Turing"),
             (debian(nvidia_pci_devices=0, nvidia_pci_ids=[]), wishes(), "no NVIDIA GPU in this machine"),
+            (debian(nvidia_pci_devices=0, nvidia_pci_ids=[],
+                    nvidia_pci_reserved=[{"address": "0000:01:00.0", "device": "0x2c05", "driver": "vfio-pci"}]),
+             wishes(), "the NVIDIA GPU at 0000:01:00.0 is kept for a virtual machine by vfio-pci"),
             (debian(platform="container"), wishes(), "this is a container"),
             (debian(), wishes("580-open"), "nvidia_driver_branch is '580-open'"),
             (debian(), wishes("580", "595.71.05"), "595.71.05 is not of branch 580"),
         ],
-    )
+    )  # fmt: skip
     def test_cause(self, machine: dict[str, Any], wanted: Any, cause: str) -> None:
         assert cause in refusal(machine, wanted=wanted)
 
@@ -301,6 +304,13 @@ class TestForeign:
     def test_proprietary_one_that_works(self) -> None:
         driver = {**GOOD_DRIVER, "flavour": "proprietary", "loaded_flavour": "proprietary"}
         assert plan(running(driver=driver, nvidia_pci_ids=["0x2684"]))["faults"] == []
+
+    @pytest.mark.parametrize(("capability", "good"), [("8.9", True), ("6.1", False)])
+    def test_proprietary_one_beside_blackwell(self, capability: str, good: bool) -> None:
+        driver = {**GOOD_DRIVER, "flavour": "proprietary", "loaded_flavour": "proprietary"}
+        machine = running(driver=driver, gpus=[{**GPU, "compute_capability": capability}],
+                          nvidia_pci_devices=2, nvidia_pci_ids=["0x2684", "0x2c05"])  # fmt: skip
+        assert module.foreign_is_good(machine, wishes()) == good
 
     def test_remains_without_a_module(self) -> None:
         assert "brought no module" in refusal(debian(nvidia_packages=["libnvidia-compute-570"]))
@@ -361,16 +371,21 @@ class TestProof:
     @pytest.mark.parametrize(
         ("changes", "fault"),
         [
-            ({"nvidia_pci_devices": 2}, "nvidia-smi shows 1 of 2 GPUs"),
+            ({"gpus": [], "gpus_broken": [{"index": 0, "name": "RTX 3060", "fault": "memory.total is [GPU is lost]"}]},
+             "nvidia-smi shows no GPU (GPU 0 RTX 3060: memory.total is [GPU is lost])"),
             ({"gpus": [], "nvidia_smi_message": "No devices were found"}, "shows no GPU (No devices were found)"),
             ({"gpus": [], "nvidia_smi": None}, "there is no nvidia-smi"),
             ({"driver": {**GOOD_DRIVER, "flavour": "proprietary"}}, "proprietary by its licence, not open"),
             ({"gpus": [{**GPU, "driver_version": "580.159.03"}]}, "580.159.03 is shown by nvidia-smi"),
             ({"driver": NO_DRIVER, "gpus": []}, "no NVIDIA module is installed for the running kernel"),
         ],
-    )
+    )  # fmt: skip
     def test_fault(self, changes: dict[str, Any], fault: str) -> None:
         assert fault in self.faults(**changes)
+
+    @pytest.mark.parametrize("other", ["0x1b81", "0x2504"])
+    def test_card_that_does_not_answer_beside_one_that_does(self, other: str) -> None:
+        assert self.faults(nvidia_pci_devices=2, nvidia_pci_ids=[other, "0x2c05"]) == ""
 
     def test_branch(self) -> None:
         assert "the driver is 580.173.02, wanted is branch 595" in self.faults(wishes("595"))

@@ -10,7 +10,7 @@ description:
   - Says whether an image runs on a GPU of this host with its driver, and whether the model fits into the GPU's memory.
     Which image and how much memory is decided by the filters C(image_profile) and C(memory_plan).
   - Says nothing of a host without a GPU that answers; that is the business of the module C(gpu_host).
-positional: choices, with_any_driver, plans, profiles, driver_version
+positional: choices, with_any_driver, plans, profiles, driver_version, wanted
 options:
   _input:
     description: The fact C(gpu_host).
@@ -39,6 +39,11 @@ options:
     description: The oldest driver of an image that is already chosen, such as an air-gap bundle's; else the profile's.
     type: str
     default: ""
+  wanted:
+    description: Indexes of the GPUs that shall serve; empty for all that answer.
+    type: list
+    elements: int
+    default: []
 """
 
 EXAMPLES = r"""
@@ -55,7 +60,7 @@ _value:
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 Host = dict[str, Any]
@@ -79,17 +84,33 @@ def gpu_problems(
     plans: list[Host],
     profiles: dict[str, Host],
     driver_version: str = "",
+    wanted: Sequence[int] = (),
 ) -> list[Problem]:
     """Return every problem with its cure; DOCUMENTATION has the rest."""
     capable = [index for index, choice in enumerate(with_any_driver) if choice["fits"]]
     everything = range(len(choices))
     return [
+        *judge_wanted(host, wanted),
         *(judge_image(host, with_any_driver, profiles) if not capable else ()),
         *judge_driver(host, [choices[index] for index in capable], [with_any_driver[index] for index in capable],
                       profiles, driver_version),
         # Of those that an image runs on; if none is, of all, so that both problems are named at once.
         *judge_memory(host, [plans[index] for index in capable or everything] if plans else []),
     ]  # fmt: skip
+
+
+def judge_wanted(host: Host, wanted: Sequence[int]) -> Iterator[Problem]:
+    """Yield the GPUs that are asked for by name but do not answer, while others do."""
+    answer = {gpu["index"] for gpu in host["gpus"]}
+    faults = {card["index"]: f" ({card['name']}: {card['fault']})" for card in host.get("gpus_broken", ())}
+    for index in wanted if answer else ():
+        if index not in answer:
+            yield {
+                "problem": f"dots_ocr_server_gpus asks for GPU {index}, which does not answer{faults.get(index, '')}",
+                "cure": f"take it out of dots_ocr_server_gpus (there is {', '.join(map(str, sorted(answer)))}); or"
+                " reboot, and look at 'journalctl --dmesg --grep NVRM'",
+                "mended_by": "",
+            }
 
 
 def judge_image(host: Host, with_any_driver: list[Host], profiles: dict[str, Host]) -> Iterator[Problem]:

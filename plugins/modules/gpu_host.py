@@ -92,15 +92,16 @@ ansible_facts:
       docker_engine: true
       docker: {desktop: false, snap: false, version: 29.9.0, images: /var/lib/containerd}
       memory_total_mib: 32000
-      nvidia_pci_devices: 1
+      nvidia_pci_devices: 1  # those that are not reserved
       nvidia_pci_ids: ["0x2c05"]
+      nvidia_pci_reserved: []  # for virtual machines: {address: "0000:02:00.0", device: "0x2504", driver: vfio-pci}
       dxg: false
       nouveau: false
       driver: {loaded: 580.173.02, loaded_flavour: open, installed: 580.173.02, flavour: open}
       nvidia_packages: [nvidia-driver-cuda, nvidia-kernel-open-dkms]
       wsl: {}  # in WSL: {version: 2.6.1.0, networking: nat}, each empty if WSL does not tell
       nvidia_smi: /usr/bin/nvidia-smi
-      nvidia_smi_message: ""
+      nvidia_smi_message: ""  # what it said beside the GPUs
       gpus:
         - index: 0
           name: NVIDIA GeForce RTX 5070 Ti
@@ -108,6 +109,7 @@ ansible_facts:
           memory_free_mib: 15791
           compute_capability: "12.0"
           driver_version: 580.173.02
+      gpus_broken: []  # named but of no use: {index: 1, name: NVIDIA GeForce GT 710, fault: memory.total is [N/A]}
       gpu_processes: [{pid: 4711, name: python3, memory_mib: 5000}]
       containers: [{name: dots-ocr-server, state: running, ports: [8000]}]
       ports_in_use: [{port: 8000, pid: 812, process: docker-proxy}]
@@ -123,7 +125,9 @@ problems:
       cure: "boot the machine with systemd"
       mended_by: ""
 advice:
-  description: What does not keep the host from serving but will be missed, each with its cure.
+  description:
+    - What does not keep the host from serving but will be missed, each with its cure; also without requirements. Here
+      belongs a card that does not answer beside one that does.
   returned: always
   type: list
   elements: dict
@@ -155,10 +159,31 @@ OLDEST_WSL = "2.5.10"
 WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
 NVIDIA_PCI_VENDOR = "0x10de"
 DISPLAY_PCI_CLASS = "0x03"
-# NVIDIA's device ids grow with the generations (general knowledge). Blackwell is driven by the open modules alone.
+PCI = Path("/sys/bus/pci/devices")
+# NVIDIA's device ids grow with the generations (general knowledge): the open modules drive Turing and newer alone, and
+# Blackwell is driven by the open modules alone.
+OLDEST_OPEN = 0x1E00
 OLDEST_BLACKWELL = 0x2900
+# Drivers of the kernel that keep a card for a virtual machine.
+RESERVING_DRIVERS = ("vfio-pci", "pci-stub", "xen-pciback")
 BLACKWELL_CAPABILITY = 10
+OLDEST_CAPABILITY = "7.5"  # Turing: of any image (roles/dots_ocr_server/profiles) and of the open modules
 QUERY = ("index", "name", "memory.total", "memory.free", "compute_cap", "driver_version")
+# A row of the answer to it. A name may have a comma, and a word in brackets may stand for any other value.
+ROW = re.compile(r"(\d+),\s*(.+),\s*([^,]+),\s*([^,]+),\s*([^,]+),\s*([^,]+)")
+VALUES = {"memory.total": r"\d+", "memory.free": r"\d+", "compute_cap": r"\d+\.\d+", "driver_version": r"\d+(?:\.\d+)+"}
+# What nvidia-smi says of a card that does not do (words of NVML), and what helps; the last is for any other word.
+CARD_CURES = (
+    (r"(?i)permission", "let Ansible become root; if the card is divided (MIG), undo that: nvidia-smi -i INDEX -mig 0"),
+    (
+        r"(?i)lost|reset|unknown error|err!|device handle",
+        "reboot; if that does not help, look for Xid in 'journalctl --dmesg --grep NVRM', and check the card's seat and"
+        " its power",
+    ),
+    (r"(?i)inforom", "nothing has to be done while the GPU works; the card's own memory of settings is damaged"),
+    (r"(?i)n/a|not supported|not available", "use another GPU; this one does not tell what the server is planned with"),
+    ("", "look at 'nvidia-smi' and at 'journalctl --dmesg --grep NVRM'"),
+)
 SECURE_BOOT = Path("/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
 LOADED_MODULE = Path("/proc/driver/nvidia/version")
 
@@ -278,6 +303,14 @@ def judge_wsl_gpu(host: Host) -> Iterator[Problem]:
 def judge_gpu(host: Host) -> Iterator[Problem]:
     """Yield which link between the GPU and us is broken, on a machine with drivers of its own."""
     driver, mender = host["driver"], "nvidia_driver"
+    reserved = host.get("nvidia_pci_reserved", [])
+    if not host["nvidia_pci_devices"] and not host["gpus"] and reserved:
+        yield trouble(
+            f"the NVIDIA GPU at {reserved[0]['address']} is kept for a virtual machine by {reserved[0]['driver']}",
+            "deploy to that virtual machine; or give the card back (no such driver in /etc/modprobe.d and on the"
+            " kernel's command line, update-initramfs -u) and reboot",
+        )
+        return
     if not host["nvidia_pci_devices"] and not host["gpus"]:
         yield trouble("there is no NVIDIA GPU in this machine", "choose a machine that has one")
         return
@@ -304,7 +337,7 @@ def judge_gpu(host: Host) -> Iterator[Problem]:
             "reboot; if that does not help, install libraries and module of one version",
             mender,
         )
-    if is_blackwell(host) and "proprietary" in (driver["loaded_flavour"], driver["flavour"]):
+    if is_blackwell(host) and "proprietary" in (driver["loaded_flavour"], driver["flavour"]) and not older_serves(host):
         known = True
         yield trouble(
             "the NVIDIA kernel module is the proprietary one, which does not drive Blackwell",
@@ -312,6 +345,10 @@ def judge_gpu(host: Host) -> Iterator[Problem]:
             mender,
         )
     if host["gpus"]:
+        return  # a card that does not answer beside one that does is worth an advice: warn_cards
+    if broken := host.get("gpus_broken", []):
+        if not known:
+            yield from (broken_card(card) for card in broken)
         return
     if host["secure_boot"] and host["distribution"] == "debian" and not driver["loaded"]:
         yield trouble(
@@ -331,6 +368,48 @@ def judge_gpu(host: Host) -> Iterator[Problem]:
             "reboot; if that does not help, reinstall the driver for the running kernel",
             mender,
         )
+
+
+def older_serves(host: Host) -> bool:
+    """Tell whether a GPU answers that an image may run on and that the proprietary modules drive: Turing to Ada."""
+    capabilities = [version(gpu.get("compute_capability", "")) for gpu in host["gpus"]]
+    return any(version(OLDEST_CAPABILITY) <= capability < (BLACKWELL_CAPABILITY,) for capability in capabilities)
+
+
+def broken_card(card: Host) -> Problem:
+    """Return what is wrong with a card that nvidia-smi names but cannot tell all of, with the cure."""
+    cure = next(cure for words, cure in CARD_CURES if re.search(words, card["fault"]))
+    return trouble(
+        f"the GPU {card['index']} {card['name']} cannot be used: {card['fault']}",
+        cure.replace("INDEX", str(card["index"])),
+    )
+
+
+def warn_cards(host: Host) -> Iterator[Problem]:
+    """Yield the cards that do not answer beside those that do, and other warnings of nvidia-smi.
+
+    It is the only rule about them: neither preflight nor the role nvidia_driver stops for a card that is not needed.
+    """
+    if not host["gpus"]:
+        return
+    broken = host.get("gpus_broken", [])
+    yield from (broken_card(card) for card in broken)
+    shown, there = len(host["gpus"]) + len(broken), host["nvidia_pci_devices"]
+    if shown < there:
+        old = [device for device in host["nvidia_pci_ids"] if int(device, 16) < OLDEST_OPEN]
+        proprietary = "proprietary" in (host["driver"]["loaded_flavour"], host["driver"]["flavour"])
+        explained = bool(old) and not proprietary and there - shown <= len(old)
+        reason = (
+            f"; {', '.join(old)} is older than Turing, and the open kernel modules do not drive it" if explained else ""
+        )
+        yield trouble(
+            f"nvidia-smi shows {shown} of {there} NVIDIA GPUs{reason}{detail(host)}",
+            "nothing has to be done if the others suffice"
+            + ("" if explained else "; else reboot, and look at 'journalctl --dmesg --grep NVRM'"),
+        )
+    elif said := host["nvidia_smi_message"]:
+        cure = next(cure for words, cure in CARD_CURES if re.search(words, said))
+        yield trouble(f"nvidia-smi warns: {said}", cure)
 
 
 def is_blackwell(host: Host) -> bool:
@@ -382,16 +461,18 @@ def judge_disks(host: Host, wanted: list[dict[str, Any]]) -> Iterator[Problem]:
 
 def warn(host: Host) -> list[Problem]:
     """Return what will be missed although the host can serve."""
+    return [*warn_wsl(host), *warn_cards(host)]
+
+
+def warn_wsl(host: Host) -> Iterator[Problem]:
+    """Yield what Windows' part of WSL lacks."""
     found = host["wsl"].get("version", "")
     if found and version(found)[:3] < version(OLDEST_WSL):
-        return [
-            trouble(
-                f"WSL is {found}; only {OLDEST_WSL} and newer can be told not to put an idle distribution to sleep",
-                "in Windows: wsl --update, then wsl --shutdown",
-                "wsl",
-            )
-        ]
-    return []
+        yield trouble(
+            f"WSL is {found}; only {OLDEST_WSL} and newer can be told not to put an idle distribution to sleep",
+            "in Windows: wsl --update, then wsl --shutdown",
+            "wsl",
+        )
 
 
 def detail(host: Host) -> str:
@@ -408,7 +489,13 @@ def read(path: Path | str) -> str:
 
 
 def ask(command: list[str], timeout: int = TIMEOUT) -> tuple[int, str]:
-    """Return the exit status of a program and all that it said; -1 if it cannot be run or does not end."""
+    """Return the exit status of a program and what it printed; -1 and why if it cannot be run or does not end."""
+    status, answer, errors = call(command, timeout)
+    return status, errors if status == -1 else answer
+
+
+def call(command: list[str], timeout: int = TIMEOUT) -> tuple[int, str, str]:
+    """Return the exit status of a program, what it printed, and its errors; status -1 as in ask."""
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     try:
         done = subprocess.run(
@@ -416,8 +503,8 @@ def ask(command: list[str], timeout: int = TIMEOUT) -> tuple[int, str]:
             env={**os.environ, "PATH": path, "LC_ALL": "C"},
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
-        return -1, str(error)
-    return done.returncode, done.stdout + done.stderr
+        return -1, "", str(error)
+    return done.returncode, done.stdout, done.stderr
 
 
 def measure_platform(kernel: str) -> str:
@@ -434,24 +521,68 @@ def measure_platform(kernel: str) -> str:
 
 
 def measure_gpus(platform_name: str) -> Host:
-    """Ask nvidia-smi for the GPUs: index, name, memory in MiB, compute capability, driver version."""
+    """Ask nvidia-smi for the GPUs: index, name, memory in MiB, compute capability, driver version.
+
+    A card that is lost may end the whole answer: then each one is asked for by its address.
+    """
     wsl = platform_name in ("wsl1", "wsl2")
     smi = WSL_NVIDIA_SMI if wsl and Path(WSL_NVIDIA_SMI).exists() else None if wsl else shutil.which("nvidia-smi")
-    found: Host = {"nvidia_smi": smi, "nvidia_smi_message": "", "gpus": []}
     if smi is None:
-        return found
-    status, answer = ask([smi, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"], GPU_TIMEOUT)
-    if status == 0:
+        return {"nvidia_smi": None, "nvidia_smi_message": "", "gpus": [], "gpus_broken": []}
+    command = [smi, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    gpus, broken, said = read_gpus(*call(command, GPU_TIMEOUT))
+    addresses = [card["address"] for card in measure_pci() if card["driver"] not in RESERVING_DRIVERS]
+    if 1 < len(addresses) > len(gpus) + len(broken):
+        for address in addresses:
+            more, bad, words = read_gpus(*call([*command, f"--id={address}"], GPU_TIMEOUT))
+            known = {card["index"] for card in (*gpus, *broken)}
+            gpus += [card for card in more if card["index"] not in known]
+            broken += [card for card in bad if card["index"] not in known]
+            said += [line for line in words if line not in said and not line.startswith("No devices were found")]
+    gpus.sort(key=lambda card: int(card["index"]))
+    return {"nvidia_smi": smi, "nvidia_smi_message": " ".join(said), "gpus": gpus, "gpus_broken": broken}
+
+
+def read_gpus(status: int, answer: str, errors: str) -> tuple[list[Host], list[Host], list[str]]:
+    """Return the GPUs of an answer of nvidia-smi, those that it cannot tell all of, and the lines that are of neither.
+
+    Its status says nothing of the rows: a warning beside good ones ends with 14, say. On its standard error libraries
+    talk too, which counts only if it failed or a GPU is meant.
+    """
+    gpus, broken = [], []
+    said = []
+    for line in filter(None, map(str.strip, answer.splitlines())):
+        if not re.match(r"\d+,", line):
+            said.append(line)
+            continue
         try:
-            return {**found, "gpus": [parse_gpu(line) for line in answer.splitlines()]}
-        except ValueError:
-            pass
-    return {**found, "nvidia_smi_message": " ".join(answer.split())}
+            gpus.append(parse_gpu(line))
+        except ValueError as error:
+            index, _, rest = line.partition(",")
+            row = ROW.fullmatch(line)
+            broken.append({"index": int(index), "name": row.group(2) if row else rest.strip(), "fault": str(error)})
+    meant = re.compile(r"(?i)\bgpu|nvml|nvrm|inforom|device handle")
+    said += [
+        line for line in map(str.strip, errors.splitlines()) if line and (meant.search(line) or (status and not gpus))
+    ]
+    return gpus, broken, said
 
 
 def parse_gpu(line: str) -> Host:
-    """Return one GPU from a line of nvidia-smi's answer to QUERY; raises ValueError for any other line."""
-    index, name, total, free, capability, driver = (value.strip() for value in line.split(","))
+    """Return one GPU from a row of nvidia-smi's answer to QUERY.
+
+    Raises:
+        ValueError: it is no such row, or a word stands where a value should; says which.
+    """
+    row = ROW.fullmatch(line.strip())
+    if row is None:
+        raise ValueError(f"nvidia-smi says '{line}'")
+    index, name, *told = (value.strip() for value in row.groups())
+    bad = [f"{field} is {value}" for (field, form), value in zip(VALUES.items(), told, strict=True)
+           if not re.fullmatch(form, value)]  # fmt: skip
+    if bad:
+        raise ValueError(", ".join(bad))
+    total, free, capability, driver = told
     return {
         "index": int(index),
         "name": name,
@@ -470,12 +601,16 @@ def measure_gpu_processes(smi: str) -> list[Host]:
     return [{"pid": int(pid), "name": Path(name).name, "memory_mib": int(memory)} for pid, name, memory in found]
 
 
-def measure_pci() -> list[str]:
-    """Return the device ids of the NVIDIA display controllers that the PCI bus shows."""
+def measure_pci() -> list[dict[str, str]]:
+    """Return address, device id and driver (empty for none) of the NVIDIA display controllers on the PCI bus."""
     return [
-        read(device / "device")
-        for device in sorted(Path("/sys/bus/pci/devices").glob("*"))
-        if read(device / "vendor") == NVIDIA_PCI_VENDOR and read(device / "class").startswith(DISPLAY_PCI_CLASS)
+        {
+            "address": place.name,
+            "device": read(place / "device"),
+            "driver": (place / "driver").resolve().name if (place / "driver").is_symlink() else "",
+        }
+        for place in sorted(PCI.glob("*"))
+        if read(place / "vendor") == NVIDIA_PCI_VENDOR and read(place / "class").startswith(DISPLAY_PCI_CLASS)
     ]
 
 
@@ -655,7 +790,9 @@ def measure(ports: list[int], with_processes: bool) -> Host:
     kernel = platform.release()
     kind = measure_platform(kernel)
     wsl = kind in ("wsl1", "wsl2")
-    devices = measure_pci()
+    cards = measure_pci()
+    reserved = [card for card in cards if card["driver"] in RESERVING_DRIVERS]
+    devices = [card["device"] for card in cards if card not in reserved]
     host = {
         "platform": kind,
         "systemd": Path("/run/systemd/system").is_dir(),
@@ -669,6 +806,7 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "memory_total_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "nvidia_pci_devices": len(devices),
         "nvidia_pci_ids": devices,
+        "nvidia_pci_reserved": reserved,
         "dxg": Path("/dev/dxg").exists(),
         "nouveau": Path("/sys/module/nouveau").is_dir(),
         "driver": measure_driver(kernel),
@@ -707,7 +845,8 @@ def main() -> None:
     )
     wanted = module.params["requirements"]
     if not wanted:
-        module.exit_json(changed=False, ansible_facts={"gpu_host": measure([], False)}, problems=[], advice=[])
+        host = measure([], False)
+        module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=[], advice=warn(host))
     ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
     host = {**measure([] if ours else wanted["ports"], with_processes=True), "server_installed": ours}
     named = {"images": host["docker"]["images"], "weights": wanted["weights"]}

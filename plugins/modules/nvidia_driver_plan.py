@@ -340,7 +340,16 @@ def foreign_is_good(host: Host, wishes: Wishes) -> bool:
     if major(version) < int(wishes.branch) or not version.startswith(wishes.package_version):
         return False
     flavour = host["driver"]["flavour"] or host["driver"]["loaded_flavour"]
-    return flavour != "proprietary" or bool(host["gpus"])
+    if flavour != "proprietary":
+        return True
+    # As in gpu_host: the proprietary modules do not drive Blackwell, which matters unless another GPU can serve.
+    blackwell = any(int(device, 16) >= OLDEST_BLACKWELL for device in host["nvidia_pci_ids"])
+    return bool(host["gpus"]) and (not blackwell or any(turing_to_ada(gpu) for gpu in host["gpus"]))
+
+
+def turing_to_ada(gpu: dict[str, Any]) -> bool:
+    """Tell whether a GPU is of compute capability 7.5 to 8.9, which an image and either kind of modules can use."""
+    return (7, 5) <= tuple(map(int, gpu.get("compute_capability", "0").split("."))) < (10,)
 
 
 def refuse_foreign(host: Host, wishes: Wishes) -> Refusal:
@@ -381,7 +390,8 @@ def judge_reboot(host: Host, system: System) -> str:
 def judge(host: Host, wishes: Wishes, ours: bool) -> list[str]:
     """Return what is wrong with the driver as it runs now; nothing is the proof that it works.
 
-    Of our own we demand more: the very branch or version, and the open modules by the words of their licence.
+    Of our own we demand more: the very branch or version, and the open modules by the words of their licence. A card
+    that does not answer beside one that does is no fault: gpu_host advises about it, here as in preflight.
     """
     driver, faults = host["driver"], []
     shown = {gpu["driver_version"] for gpu in host["gpus"]}
@@ -395,10 +405,10 @@ def judge(host: Host, wishes: Wishes, ours: bool) -> list[str]:
         on = ", and Secure Boot is on" if host["secure_boot"] else ""
         faults.append(f"the kernel did not load the NVIDIA module {driver['installed']}{on}")
     if not host["gpus"]:
-        said = f" ({host['nvidia_smi_message']})" if host["nvidia_smi_message"] else ""
+        broken = [f"GPU {card['index']} {card['name']}: {card['fault']}" for card in host.get("gpus_broken", ())]
+        said = "; ".join([*broken, *([host["nvidia_smi_message"]] if host["nvidia_smi_message"] else [])])
+        said = f" ({said})" if said else ""
         faults.append(f"nvidia-smi shows no GPU{said}" if host["nvidia_smi"] else "there is no nvidia-smi")
-    elif len(host["gpus"]) < host["nvidia_pci_devices"]:
-        faults.append(f"nvidia-smi shows {len(host['gpus'])} of {host['nvidia_pci_devices']} GPUs")
     for where in ("flavour", "loaded_flavour"):
         if ours and driver[where] not in ("open", ""):
             faults.append(f"the module is {driver[where]} by its licence, not open")
@@ -427,6 +437,11 @@ def make_plan(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
             "this is a container, and kernel modules belong to the machine that runs it", "deploy to that machine"
         )
     if not host["nvidia_pci_devices"] and not host["gpus"]:
+        if reserved := host.get("nvidia_pci_reserved"):
+            raise Refusal(
+                f"the NVIDIA GPU at {reserved[0]['address']} is kept for a virtual machine by {reserved[0]['driver']}",
+                "deploy to that virtual machine, or give the card back to this one and reboot",
+            )
         raise Refusal("there is no NVIDIA GPU in this machine", "choose a machine that has one")
     there = bool(version_on_disk(host) or host["nvidia_packages"])
     ours = system.owned or not there
