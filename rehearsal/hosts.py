@@ -19,6 +19,7 @@ MODEL = TINY_MODEL / "dots.ocr"  # as trained: `python -m rehearsal train`
 MODEL_SOURCES = TINY_MODEL / "dots.ocr.sources"
 APT = HERE / "apt"  # one folder per repository
 APT_KEY_FINGERPRINT = RUN / "apt-key-fingerprint"  # for inventories, as a user copies it from a vendor's page
+CUDA_KEY_FINGERPRINTS = RUN / "cuda-key-fingerprints.json"  # likewise, by the distribution's folder
 BOOT_SECONDS = 60
 FORWARDED_PORT = 18000  # host/root/etc/systemd/system/loopback-forward.socket
 MIRROR = "dots-ocr-rehearsal-mirror"
@@ -99,12 +100,13 @@ def _fill_registry(server: str) -> None:
 
 
 def _fill_apt() -> None:
-    """Make the apt repositories whose sources changed, and note the fingerprint of the key that signs them."""
+    """Make the apt repositories whose sources changed, and note the fingerprints of the keys that sign them."""
     for repository in sorted(path.name for path in APT.iterdir()):
         # Some packages are for the kernel that runs.
         output("docker", "exec", MIRROR, "/usr/local/lib/mirror/build-apt-repository", repository,
                f"{fingerprint(APT / repository)}-{platform.release()}")  # fmt: skip
     APT_KEY_FINGERPRINT.write_text(output("docker", "exec", MIRROR, "cat", "/srv/apt/fingerprint"))
+    CUDA_KEY_FINGERPRINTS.write_text(output("docker", "exec", MIRROR, "cat", "/srv/apt/cuda/fingerprints.json"))
 
 
 def train() -> None:

@@ -91,7 +91,7 @@ def system(**changes: Any) -> Any:
     return module.System(**found)
 
 
-def wishes(branch: str = "580", package_version: str = "", source: str = "auto") -> Any:
+def wishes(branch: str = "auto", package_version: str = "", source: str = "auto") -> Any:
     """Return wishes."""
     return module.Wishes(branch, package_version, source)
 
@@ -180,6 +180,21 @@ class TestUbuntu:
         assert found["replace"] == ["nvidia-utils-580-server", "libnvidia-compute-580-server"]
         assert "nvidia-utils-595-server" in found["packages"]
 
+    def test_archive_without_the_default_branch(self) -> None:
+        machine = host(distribution_version="26.04")
+        apt = system(available=frozenset(name.replace("580", "595") for name in UBUNTU_ARCHIVE))
+        found = plan(machine, apt)
+        assert (found["branch"], found["repository"]) == ("595", "")
+        assert "linux-modules-nvidia-595-server-open-6.14.0-33-generic" in found["packages"]
+        assert "choose another nvidia_driver_branch (there is 595)" in refusal(machine, apt, wishes("580"))
+
+    def test_archive_with_both_branches(self) -> None:
+        newer = (name.replace("580", "595") for name in UBUNTU_ARCHIVE)
+        assert plan(host(), system(available=frozenset((*UBUNTU_ARCHIVE, *newer))))["branch"] == "580"
+
+    def test_archive_that_is_not_known_yet(self) -> None:
+        assert "apt has no linux-modules-nvidia-580-server-open" in refusal(host(), system(available=frozenset()))
+
     def test_cuda_repository_on_request(self) -> None:
         apt = system(available=frozenset({"linux-headers-6.14.0-33-generic"}))
         machine = host(secure_boot=False)
@@ -204,15 +219,54 @@ class TestDebian:
             "linux-headers-amd64",
         ]
         assert found["missing"] == found["packages"]
-        assert (found["repository"], found["pinning"]) == ("debian13", "nvidia-driver-pinning-580")
-        assert found["versions"]["nvidia-driver-cuda"] == found["versions"]["libnvidia-*"] == "580.*"
+        assert (found["repository"], found["pinning"]) == ("debian13", "nvidia-driver-pinning-595")
+        assert found["versions"]["nvidia-driver-cuda"] == found["versions"]["libnvidia-*"] == "595.*"
         # The headers are yet to come, and a second run must not find another plan.
         assert found["kernel"] == ["linux-image-amd64", "linux-headers-amd64"]
 
     def test_exact_version(self) -> None:
-        found = plan(debian(), wanted=wishes("580", "580.159.03"))
-        assert found["pinning"] == "nvidia-driver-pinning-580.159.03"
-        assert found["versions"]["nvidia-*"] == "580.159.03-*"
+        found = plan(debian(), wanted=wishes(package_version="595.71.05"))
+        assert (found["branch"], found["pinning"]) == ("595", "nvidia-driver-pinning-595.71.05")
+        assert found["versions"]["nvidia-*"] == "595.71.05-*"
+
+    @pytest.mark.parametrize(
+        ("distribution", "release", "branch", "key", "fingerprint"),
+        [
+            ("debian", "12", "580", "3bf863cc.pub", "EB693B3035CD5710E231E123A4B469963BF863CC"),
+            ("debian", "13", "595", "8793F200.pub", "02182E60104FCDC26EAE1B8597A5D4CB8793F200"),
+            ("ubuntu", "22.04", "580", "3bf863cc.pub", "EB693B3035CD5710E231E123A4B469963BF863CC"),
+            ("ubuntu", "24.04", "580", "3bf863cc.pub", "EB693B3035CD5710E231E123A4B469963BF863CC"),
+            ("ubuntu", "26.04", "595", "60DF8A40.pub", "14BAFBC7562AD710CA04E69905FBB6DA60DF8A40"),
+        ],
+    )
+    def test_key_and_branch_of_the_folder(
+        self, distribution: str, release: str, branch: str, key: str, fingerprint: str
+    ) -> None:
+        machine = debian(distribution=distribution, distribution_version=release)
+        found = plan(machine, wanted=wishes(source="cuda_repo"))
+        assert (found["branch"], found["pinning"]) == (branch, f"nvidia-driver-pinning-{branch}")
+        assert found["key"] == {"file": key, "fingerprint": fingerprint}
+
+    def test_branch_that_the_folder_does_not_have(self) -> None:
+        text = refusal(debian(), wanted=wishes("580"))
+        assert "NVIDIA's repository for debian13 has no branch 580: it begins at 590" in text
+        assert "set nvidia_driver_branch to '595' or 'auto'" in text
+        assert plan(debian(), wanted=wishes("615"))["branch"] == "615"
+
+    def test_branch_that_came_since(self) -> None:
+        apt = system(available=frozenset((*DEBIAN_ARCHIVE, "nvidia-driver-pinning-580")))
+        assert plan(debian(), apt, wishes("580"))["pinning"] == "nvidia-driver-pinning-580"
+
+    @pytest.mark.parametrize("version", ["580.173.02", "595.71.05", "615.71.09"])
+    def test_what_we_installed_stays_on_its_branch(self, version: str) -> None:
+        driver = {**GOOD_DRIVER, "loaded": version, "installed": version}
+        machine = running(driver=driver, gpus=[{**GPU, "driver_version": version}])
+        found = plan(machine, system(owned=True))
+        assert (found["branch"], found["faults"]) == (version[:3], [])
+
+    def test_what_we_installed_before_there_was_a_floor_is_replaced(self) -> None:
+        driver = {**GOOD_DRIVER, "loaded": "575.57.08", "installed": "575.57.08"}
+        assert plan(running(driver=driver), system(owned=True))["branch"] == "595"
 
     def test_other_branches_are_let_go(self) -> None:
         apt = system(owned=True, packages={**DEBIAN_KERNEL, "nvidia-driver-pinning-580": ""},
@@ -310,7 +364,7 @@ class TestForeign:
         driver = {**GOOD_DRIVER, "flavour": "proprietary", "loaded_flavour": "proprietary"}
         machine = running(driver=driver, gpus=[{**GPU, "compute_capability": capability}],
                           nvidia_pci_devices=2, nvidia_pci_ids=["0x2684", "0x2c05"])  # fmt: skip
-        assert module.foreign_is_good(machine, wishes()) == good
+        assert module.foreign_is_good(machine, wishes("580")) == good
 
     def test_remains_without_a_module(self) -> None:
         assert "brought no module" in refusal(debian(nvidia_packages=["libnvidia-compute-570"]))

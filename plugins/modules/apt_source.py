@@ -316,6 +316,11 @@ class Source:
         if status == 0 and not re.search(r"Failed to fetch|GPG error|NO_PUBKEY|not signed|signature", text):
             return
         uri = self.params["uri"]
+        if re.search(r"SHA-?1 is not considered secure", text):
+            raise SourceError(
+                f"{uri} is signed by a key that apt no longer trusts, since the key's own signature is SHA-1: {text}."
+                " Fix: take the vendor's newer key; set its address and its fingerprint"
+            )
         if re.search(r"NO_PUBKEY|GPG error|OpenPGP|not signed|signature", text):
             raise SourceError(
                 f"{uri} is not signed by the key in {self.keyring}: {text}. Cure: if the vendor announces another key,"

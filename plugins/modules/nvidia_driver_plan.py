@@ -18,9 +18,11 @@ options:
     type: dict
     required: true
   branch:
-    description: NVIDIA's driver branch, such as C(580).
+    description:
+      - NVIDIA's driver branch, such as C(580). With C(auto) what we installed stays on its branch; else it is 580,
+        which is supported longest, and 595 where there is no 580.
     type: str
-    required: true
+    default: auto
   package_version:
     description: The exact version of the driver, such as C(580.173.02); empty for the newest of the branch.
     type: str
@@ -52,6 +54,15 @@ install:
   description: Whether the packages below are ours to keep in place; false leaves a good driver from elsewhere alone.
   returned: always
   type: bool
+branch:
+  description: The branch that was chosen, or the oldest one that is good enough.
+  returned: always
+  type: str
+key:
+  description: The file of NVIDIA's key in the folder below, and its fingerprint; both empty if none is needed.
+  returned: always
+  type: dict
+  sample: {file: 8793F200.pub, fingerprint: 02182E60104FCDC26EAE1B8597A5D4CB8793F200}
 repository:
   description: The folder of the distribution in NVIDIA's CUDA repository, such as C(debian13); empty if none is needed.
   returned: always
@@ -121,7 +132,6 @@ from ansible.module_utils.basic import AnsibleModule
 Host = dict[str, Any]
 
 RECORDS = Path("/var/lib/dots-ocr/installed")  # apt_set's; those of the driver are named nvidia-driver*
-RELEASES = {"debian": ("12", "13"), "ubuntu": ("22.04", "24.04", "26.04")}
 # NVIDIA's device ids grow with the generations (general knowledge): the open modules drive Turing and newer alone, and
 # Blackwell is driven by the open modules alone.
 OLDEST_OPEN = 0x1E00
@@ -130,6 +140,27 @@ OLDEST_BLACKWELL = 0x2900
 PINNED_TOGETHER = ("nvidia-*", "libnvidia-*", "libcuda*", "firmware-nvidia-*", "xserver-xorg-video-nvidia*")
 # In Ubuntu's archive the enterprise driver comes first: it changes least.
 UBUNTU_VARIANTS = ("-server", "")
+
+
+class Folder(NamedTuple):
+    """A distribution's folder in NVIDIA's CUDA repository."""
+
+    key: str  # file of the public key in the folder
+    fingerprint: str
+    first_branch: int  # the oldest that was seen in it
+
+
+FIRST_KEY = ("3bf863cc.pub", "EB693B3035CD5710E231E123A4B469963BF863CC")
+# Of the distributions that we support. Keys and branches differ: NVIDIA/cuda-repo-management#38 and #39 on GitHub.
+FOLDERS = {
+    "debian12": Folder(*FIRST_KEY, 535),
+    "debian13": Folder("8793F200.pub", "02182E60104FCDC26EAE1B8597A5D4CB8793F200", 590),
+    "ubuntu2204": Folder(*FIRST_KEY, 535),
+    "ubuntu2404": Folder(*FIRST_KEY, 535),
+    "ubuntu2604": Folder("60DF8A40.pub", "14BAFBC7562AD710CA04E69905FBB6DA60DF8A40", 595),
+}
+# The first is supported until June 2028, the second is the production branch until March 2027 (NVIDIA's table).
+DEFAULT_BRANCHES = ("580", "595")
 
 
 class Refusal(Exception):
@@ -141,6 +172,10 @@ class Refusal(Exception):
 
 class NotInLists(Refusal):
     """Apt's lists lack what is needed; they may be old."""
+
+
+class NoBranch(NotInLists):
+    """The source has no driver of this branch; another may do."""
 
 
 class System(NamedTuple):
@@ -254,11 +289,14 @@ def resolve_ubuntu(host: Host, system: System, wishes: Wishes) -> Resolution:
                 raise upgrade_kernel(host, flavour, f"module of branch {branch}, signed by Canonical,")
             packages = (f"{modules}-{flavour}", f"{modules}-{release}", *others)
             return Resolution(packages, kernel_packages(flavour, system.packages))
-    raise NotInLists(
+    ours = re.compile(rf"linux-modules-nvidia-(\d+)(?:-server)?-open-(?:{'|'.join(map(re.escape, candidates))})")
+    offers = {found.group(1) for found in map(ours.fullmatch, system.available) if found}
+    seen = f" (there is {', '.join(sorted(offers))})" if offers else ""
+    raise NoBranch(
         f"apt has no linux-modules-nvidia-{branch}-server-open-{candidates[0]}, so there is no driver of branch"
         f" {branch} for this kernel's flavour",
         "see that the component 'restricted' and the suite '-updates' of Ubuntu's archive are apt sources, or choose"
-        " another nvidia_driver_branch",
+        f" another nvidia_driver_branch{seen}",
     )
 
 
@@ -284,8 +322,15 @@ def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
     headers = f"linux-headers-{release}"
     if not known(headers, system):
         raise upgrade_kernel(host, candidates[0], headers)
-    folder = host["distribution"] + host["distribution_version"].replace(".", "")
+    folder = folder_of(host)
     version = wishes.package_version or wishes.branch
+    first = FOLDERS[folder].first_branch
+    there = major(version_on_disk(host)) == int(wishes.branch) or known(f"nvidia-driver-pinning-{version}", system)
+    if int(wishes.branch) < first and not there:
+        raise NoBranch(
+            f"NVIDIA's repository for {folder} has no branch {wishes.branch}: it begins at {first}",
+            f"set nvidia_driver_branch to '{DEFAULT_BRANCHES[-1]}' or 'auto'",
+        )
     meta = f"linux-headers-{candidates[0]}"
     names = ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"]
     if host["distribution"] == "ubuntu":
@@ -303,6 +348,11 @@ def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
     )
 
 
+def folder_of(host: Host) -> str:
+    """Return the name that a distribution's folder has, or would have, in NVIDIA's repository."""
+    return str(host["distribution"] + host["distribution_version"].replace(".", ""))
+
+
 def resolve(host: Host, system: System, wishes: Wishes) -> Resolution:
     """Choose the packages for a machine that has no driver but ours.
 
@@ -310,7 +360,7 @@ def resolve(host: Host, system: System, wishes: Wishes) -> Resolution:
         Refusal: no source has a driver for this GPU on this machine.
     """
     distribution, release = host["distribution"], host["distribution_version"]
-    if release not in RELEASES.get(distribution, ()):
+    if folder_of(host) not in FOLDERS:
         supported = "Debian 12 or 13, or Ubuntu 22.04, 24.04 or 26.04"
         raise Refusal(
             f"we know no source of drivers for {distribution or 'this system'} {release}".strip(),
@@ -425,8 +475,32 @@ def make_plan(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
     Raises:
         Refusal: there is no good way.
     """
+    if wishes.branch != "auto":
+        return plan_branch(host, system, wishes)
+    branches = list(DEFAULT_BRANCHES)
+    if wishes.package_version:
+        branches = [str(major(wishes.package_version))]
+    elif system.owned and (installed := major(version_on_disk(host))) >= int(branches[0]):
+        branches.insert(0, str(installed))
+    refusals = []
+    for branch in branches:
+        try:
+            return plan_branch(host, system, wishes._replace(branch=branch))
+        except NoBranch as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
+    """Return the plan for one branch.
+
+    Raises:
+        Refusal: there is no good way; NoBranch if only another branch can help.
+    """
     if not wishes.branch.isdecimal():
-        raise Refusal(f"nvidia_driver_branch is '{wishes.branch}'", "set it to a branch of NVIDIA's, such as '580'")
+        raise Refusal(
+            f"nvidia_driver_branch is '{wishes.branch}'", "set it to 'auto' or to a branch of NVIDIA's, such as '580'"
+        )
     if wishes.package_version and major(wishes.package_version) != int(wishes.branch):
         raise Refusal(
             f"nvidia_driver_package_version {wishes.package_version} is not of branch {wishes.branch}",
@@ -458,9 +532,12 @@ def make_plan(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
             name for name in (*system.configured, *system.packages) if name.startswith("nvidia-driver-pinning-")
         }
         unpin = sorted(pinnings - {chosen.pinning})
+    folder = FOLDERS.get(chosen.repository)
     return {
         "install": ours,
+        "branch": wishes.branch,
         "repository": chosen.repository,
+        "key": {"file": folder.key if folder else "", "fingerprint": folder.fingerprint if folder else ""},
         "pinning": chosen.pinning,
         "unpin": unpin,
         "packages": list(chosen.packages),
@@ -518,7 +595,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "host": {"type": "dict", "required": True},
-            "branch": {"type": "str", "required": True},
+            "branch": {"type": "str", "default": "auto"},
             "package_version": {"type": "str", "default": ""},
             "source": {"type": "str", "choices": ["auto", "ubuntu", "cuda_repo"], "default": "auto"},
         },

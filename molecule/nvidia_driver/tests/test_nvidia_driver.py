@@ -16,9 +16,10 @@ def test_module_is_open_and_of_the_branch(host: Host, machine: str) -> None:
     if machine == "wsl":
         assert host.run("modinfo nvidia").rc != 0
         return
-    assert host.check_output("modinfo -F version nvidia") == "580.173.02"
+    expected = {"ubuntu": "580.173.02", "debian": "595.91.07"}[machine]
+    assert host.check_output("modinfo -F version nvidia") == expected
     assert host.check_output("modinfo -F license nvidia") == "Dual MIT/GPL"
-    assert host.file("/sys/module/nvidia/version").content_string.strip() == "580.173.02"
+    assert host.file("/sys/module/nvidia/version").content_string.strip() == expected
 
 
 def test_driver_and_kernel_are_held(host: Host, machine: str) -> None:
@@ -37,7 +38,7 @@ def test_driver_and_kernel_are_held(host: Host, machine: str) -> None:
             "linux-headers-amd64",
             "nvidia-driver-cuda",
             "nvidia-kernel-open-dkms",
-            "nvidia-driver-pinning-580",
+            "nvidia-driver-pinning-595",
         },
         "wsl": set(),
     }[machine]
