@@ -40,6 +40,7 @@ WSL: dict[str, Any] = {
 }
 SEED = {"name": "dots-ocr-fixed", "state": "running", "ports": []}
 WEB = {"name": "web", "state": "running", "ports": [8000, 9000]}
+DOCKER = {"desktop": False, "snap": False, "version": "", "images": "/var/lib/docker", "userland_proxy": True}
 TAKEN = {"port": 8000, "pid": 812, "process": "docker-proxy"}
 
 
@@ -55,7 +56,7 @@ def host(**changes: Any) -> dict[str, Any]:
         "kernel_release": "6.14.0-33-generic",
         "secure_boot": False,
         "docker_engine": False,
-        "docker": {"desktop": False, "snap": False, "version": "", "images": "/var/lib/docker"},
+        "docker": DOCKER,
         "memory_total_mib": 32000,
         "nvidia_pci_devices": 1,
         "nvidia_pci_ids": ["0x2c05"],
@@ -78,7 +79,7 @@ def host(**changes: Any) -> dict[str, Any]:
 
 def wsl(**changes: Any) -> dict[str, Any]:
     """Return a distribution of WSL that can serve, with changes."""
-    return host(**{**WSL, "nvidia_packages": [], "wsl": {"version": "2.6.1.0", "networking": "nat"}, **changes})
+    return host(**{**WSL, "nvidia_packages": [], "wsl": {"version": "2.7.1.0", "networking": "nat"}, **changes})
 
 
 @pytest.mark.parametrize("good", [host(), wsl(), host(secure_boot=True)])
@@ -110,6 +111,11 @@ def test_every_problem_is_named_in_one_go_with_its_cure() -> None:
     [
         (wsl(platform="wsl1", gpus=[]), "WSL 1", "wsl --set-version", ""),
         (host(platform="container"), "this is a container", "deploy to the machine that runs it", ""),
+        (host(platform="container", container="lxc", **MISSING),
+         "this is a container (lxc): its kernel, the driver and the GPU belong", "on Proxmox a VM", ""),
+        (wsl(wsl={"version": "2.7.0.0", "networking": "none"}), "WSL has no network", "networkingMode=nat", ""),
+        (wsl(wsl={"version": "2.7.0.0", "networking": "mirrored"}, docker={**DOCKER, "userland_proxy": False}),
+         "mirrored and Docker's userland proxy is off", "userland-proxy", ""),
         (wsl(systemd=False), "systemd does not run", "/etc/wsl.conf", "wsl"),
         (host(systemd=False), "systemd does not run", "boot the machine with systemd", ""),
         (host(systemd_version=245), "systemd is 245, 249 or newer is needed", "upgrade the distribution", ""),
@@ -174,7 +180,78 @@ def test_container_that_does_not_run_holds_nothing() -> None:
 
 @pytest.mark.parametrize(("found", "warned"), [("2.4.13.0", True), ("2.5.10.0", False), ("", False)])
 def test_old_wsl_is_worth_an_advice(found: str, warned: bool) -> None:
-    assert bool(gpu_host.warn(wsl(wsl={"version": found}))) == warned
+    ada = {**GPU, "compute_capability": "8.9"}
+    assert bool(gpu_host.warn(wsl(wsl={"version": found}, gpus=[ada]))) == warned
+
+
+@pytest.mark.parametrize(
+    ("found", "capability", "warned"),
+    [
+        ("2.6.3.0", "12.0", True),
+        ("2.6.3.0", "12.1", True),
+        ("2.7.0.0", "12.0", False),
+        ("2.11.0.0", "12.0", False),
+        ("2.6.3.0", "10.0", False),
+        ("2.6.3.0", "8.9", False),
+        ("", "12.0", False),
+    ],
+)
+def test_wsl_that_captures_no_graphs_is_worth_an_advice(found: str, capability: str, warned: bool) -> None:
+    advice = gpu_host.warn(wsl(wsl={"version": found}, gpus=[{**GPU, "compute_capability": capability}]))
+    assert len(advice) == warned
+    for entry in advice:
+        assert f"WSL is {found}; before 2.7.0 the capture of CUDA graphs fails" in entry["problem"]
+        assert "wsl --update" in entry["cure"]
+        assert "--enforce-eager" in entry["cure"]
+
+
+@pytest.mark.parametrize(
+    ("network", "advice"),
+    [("nat", ""), ("consomme", ""), ("", ""), ("mirrored", "out of reach on 127.0.0.1"), ("bridged", "as localhost")],
+)
+def test_network_of_wsl_is_judged(network: str, advice: str) -> None:
+    found = wsl(wsl={"version": "2.7.1.0", "networking": network})
+    assert gpu_host.judge(found, REQUIREMENTS) == []
+    problems = [entry["problem"] for entry in gpu_host.warn(found)]
+    assert len(problems) == bool(advice)
+    assert all(advice in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("systemd", "environment", "marked", "kind"),
+    [
+        ("", "HOME=/\0TERM=linux", False, ""),
+        ("lxc\n", "", False, "lxc"),
+        ("", "TERM=linux\0container=lxc\0", False, "lxc"),
+        ("", "container=lxc", False, "lxc"),
+        ("systemd-nspawn", "", False, "systemd-nspawn"),
+        ("wsl", "container=wsl", False, ""),
+        ("docker", "container=docker", True, "docker"),
+    ],
+)
+def test_containers_are_told_from_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systemd: str, environment: str, marked: bool, kind: str
+) -> None:
+    for name, text in (("CONTAINER_OF_SYSTEMD", systemd), ("FIRST_ENVIRONMENT", environment)):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(gpu_host, name, tmp_path / name)
+    mark = tmp_path / ("CONTAINER_OF_SYSTEMD" if marked else "missing")
+    monkeypatch.setattr(gpu_host, "CONTAINER_MARKS", {str(mark): "docker"})
+    assert gpu_host.measure_container() == kind
+    assert gpu_host.measure_platform("6.12.48") == ("container" if kind else "bare_metal")
+
+
+def test_docker_desktop_elsewhere_is_not_docker_desktop_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desktop, link = tmp_path / "mnt/wsl/docker-desktop", tmp_path / "docker"
+    desktop.mkdir(parents=True)
+    monkeypatch.setattr(gpu_host, "DOCKER_DESKTOP", desktop)
+    monkeypatch.setattr(gpu_host, "DOCKER_DESKTOP_LINKS", (link,))
+    assert not gpu_host.desktop_is_integrated()
+    link.symlink_to(tmp_path / "other/docker")
+    assert not gpu_host.desktop_is_integrated()
+    link.unlink()
+    link.symlink_to(desktop / "cli-tools/usr/bin/docker")
+    assert gpu_host.desktop_is_integrated()
 
 
 def test_too_little_space_names_the_place() -> None:

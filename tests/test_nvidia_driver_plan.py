@@ -295,6 +295,11 @@ class TestDebian:
         apt = system(available=frozenset({"linux-headers-6.6.87.2-custom-wsl2"}), packages={})
         assert plan(machine, apt)["packages"][-1] == "linux-headers-6.6.87.2-custom-wsl2"
 
+    def test_kernel_of_proxmox(self) -> None:
+        text = refusal(debian(kernel_release="6.14.11-4-pve"), system(packages={}))
+        assert "the driver belongs to the Proxmox machine" in text
+        assert "linux-image-amd64" not in text
+
     def test_ubuntu_as_the_source(self) -> None:
         assert "but this is debian 13" in refusal(debian(), wanted=wishes(source="ubuntu"))
 

@@ -82,6 +82,7 @@ ansible_facts:
   sample:
     gpu_host:
       platform: bare_metal  # wsl1, wsl2, bare_metal or container
+      container: ""  # the kind of container, such as docker or lxc
       systemd: true
       systemd_version: 257
       distribution: debian
@@ -90,7 +91,7 @@ ansible_facts:
       kernel_release: 6.12.48+deb13-amd64
       secure_boot: false
       docker_engine: true
-      docker: {desktop: false, snap: false, version: 29.9.0, images: /var/lib/containerd}
+      docker: {desktop: false, snap: false, version: 29.9.0, images: /var/lib/containerd, userland_proxy: true}
       memory_total_mib: 32000
       nvidia_pci_devices: 1  # those that are not reserved
       nvidia_pci_ids: ["0x2c05"]
@@ -154,6 +155,9 @@ OLDEST_RELEASES = {"debian": "12", "ubuntu": "22.04"}
 OLDEST_SYSTEMD = 249  # of the directives that the units use
 # The first whose source has instanceIdleTimeout, without which WSL puts a server to sleep.
 OLDEST_WSL = "2.5.10"
+# Before it the capture of CUDA graphs fails on GPUs of capability 12 (microsoft/WSL#14452, vllm-project/vllm#37242).
+OLDEST_WSL_FOR_GRAPHS = "2.7.0"
+GRAPHS_CAPABILITY = 12
 
 # NVIDIA's documentation for WSL: root does not find nvidia-smi on its PATH, so it is called by its full path.
 WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
@@ -167,6 +171,7 @@ OLDEST_BLACKWELL = 0x2900
 # Drivers of the kernel that keep a card for a virtual machine.
 RESERVING_DRIVERS = ("vfio-pci", "pci-stub", "xen-pciback")
 BLACKWELL_CAPABILITY = 10
+NAT_CURE = "put networkingMode=nat below [wsl2] in Windows' %UserProfile%\\.wslconfig, then in Windows: wsl --shutdown"
 OLDEST_CAPABILITY = "7.5"  # Turing: of any image (roles/dots_ocr_server/profiles) and of the open modules
 QUERY = ("index", "name", "memory.total", "memory.free", "compute_cap", "driver_version")
 # A row of the answer to it. A name may have a comma, and a word in brackets may stand for any other value.
@@ -197,7 +202,15 @@ DRIVER_PACKAGES = re.compile(
 )
 
 DOCKER_SOCKET = "/var/run/docker.sock"
+# All distributions see this folder while Docker Desktop runs. One that it is integrated into has links to it.
 DOCKER_DESKTOP = Path("/mnt/wsl/docker-desktop")
+DOCKER_DESKTOP_LINKS = (*map(Path, ("/usr/bin/docker", "/usr/local/bin/docker", "/var/run/docker.sock")),)
+DOCKER_DESKTOP_PROCESS = "docker-desktop-"
+# Files of engines that mark their containers, and kinds of containers that run systemd and look like machines.
+CONTAINER_MARKS = {"/.dockerenv": "docker", "/run/.containerenv": "podman"}
+SYSTEM_CONTAINERS = ("lxc", "lxc-libvirt", "systemd-nspawn", "openvz")
+CONTAINER_OF_SYSTEMD = Path("/run/systemd/container")
+FIRST_ENVIRONMENT = Path("/proc/1/environ")
 # What the shell scripts that this deployment grew out of leave behind; they come back at every boot.
 SEED_CONTAINERS = ("dots-ocr-server", "dots-ocr-fixed")
 CONTAINERD_STORE = "io.containerd.snapshotter.v1"
@@ -225,7 +238,8 @@ def judge(host: Host, requirements: dict[str, Any]) -> list[Problem]:
         *judge_platform(host, wsl),
         *(judge_wsl(host, requirements) if wsl else []),
         *judge_docker(host),
-        *(judge_wsl_gpu(host) if wsl else judge_gpu(host)),
+        # What a container lacks is for the machine that runs it.
+        *(judge_wsl_gpu(host) if wsl else () if host["platform"] == "container" else judge_gpu(host)),
         *judge_ports(host, requirements),
         *judge_disks(host, requirements["disk_free"]),
     ]
@@ -236,10 +250,18 @@ def judge_platform(host: Host, wsl: bool) -> Iterator[Problem]:
     if host["platform"] == "wsl1":
         yield trouble("this is WSL 1, which has no GPU", "in Windows: wsl --set-version DISTRIBUTION 2")
     if host["platform"] == "container":
-        yield trouble(
-            "this is a container, where neither drivers nor services can be installed",
-            "deploy to the machine that runs it",
-        )
+        kind = host.get("container", "")
+        if kind in SYSTEM_CONTAINERS:
+            yield trouble(
+                f"this is a container ({kind}): its kernel, the driver and the GPU belong to the machine that runs it",
+                "deploy to the machine that runs it, or to a virtual machine that has the GPU (on Proxmox a VM with the"
+                " PCI device, no CT)",
+            )
+        else:
+            yield trouble(
+                "this is a container, where neither drivers nor services can be installed",
+                "deploy to the machine that runs it",
+            )
     if host["architecture"] != "x86_64":
         yield trouble(
             f"the processor is {host['architecture']}", "use an x86-64 machine: the images are built for it alone"
@@ -268,6 +290,18 @@ def judge_wsl(host: Host, requirements: dict[str, Any]) -> Iterator[Problem]:
         yield trouble(
             f"a Linux driver of NVIDIA is installed inside WSL ({', '.join(packages)}), and hides the one of Windows",
             f"apt-get purge {' '.join(packages)}, then in Windows: wsl --shutdown",
+        )
+    network = host["wsl"].get("networking", "")
+    if network == "none":
+        yield trouble(
+            "WSL has no network (networkingMode=none), so neither packages nor images can come, and Windows does not"
+            " reach the server",
+            NAT_CURE,
+        )
+    if network == "mirrored" and not host["docker"].get("userland_proxy", True):
+        yield trouble(
+            "WSL's network is mirrored and Docker's userland proxy is off: published ports cannot be reached then",
+            'take "userland-proxy": false out of /etc/docker/daemon.json and restart Docker; or ' + NAT_CURE,
         )
     needed = requirements["wsl_memory_mib"]
     if host["memory_total_mib"] < needed:
@@ -473,6 +507,26 @@ def warn_wsl(host: Host) -> Iterator[Problem]:
             "in Windows: wsl --update, then wsl --shutdown",
             "wsl",
         )
+    newest = [gpu["name"] for gpu in host["gpus"] if version(gpu["compute_capability"]) >= (GRAPHS_CAPABILITY,)]
+    if found and newest and version(found)[:3] < version(OLDEST_WSL_FOR_GRAPHS):
+        yield trouble(
+            f"WSL is {found}; before {OLDEST_WSL_FOR_GRAPHS} the capture of CUDA graphs fails on the {newest[0]}"
+            " (cudaErrorUnknown)",
+            "in Windows: wsl --update, then wsl --shutdown; until then the server runs, more slowly, with"
+            " dots_ocr_server_extra_args: [--enforce-eager]",
+        )
+    network = host["wsl"].get("networking", "")
+    if network == "mirrored":
+        yield trouble(
+            "WSL's network is mirrored, in which published ports of containers may be out of reach on 127.0.0.1"
+            " (microsoft/WSL#13868), and other machines see what is not bound to it",
+            f"if the server does not answer, {NAT_CURE}",
+        )
+    elif network == "bridged":
+        yield trouble(
+            "WSL's network is bridged, in which Windows does not reach the server as localhost",
+            f"{NAT_CURE}; or use the address of the distribution",
+        )
 
 
 def detail(host: Host) -> str:
@@ -513,11 +567,25 @@ def measure_platform(kernel: str) -> str:
     Ansible's own facts do not know WSL. A custom kernel may lack Microsoft's name, hence the other signs; a container
     inside WSL shows the same kernel but is not WSL. WSL2 alone has /dev/dxg.
     """
-    if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
+    if measure_container():
         return "container"
     if "microsoft" in kernel.lower() or Path("/run/WSL").is_dir() or Path("/usr/lib/wsl/lib").is_dir():
         return "wsl2" if "wsl2" in kernel.lower() or Path("/dev/dxg").exists() else "wsl1"
     return "bare_metal"
+
+
+def measure_container() -> str:
+    """Return the kind of container that this is, such as docker or lxc; empty for a machine.
+
+    Engines mark their containers by a file. Those that look like machines are known to their systemd, or else to the
+    environment of their first process.
+    """
+    for mark, kind in CONTAINER_MARKS.items():
+        if Path(mark).exists():
+            return kind
+    told = re.search(r"(?:^|\0)container=([^\0]*)", read(FIRST_ENVIRONMENT))
+    kinds = (read(CONTAINER_OF_SYSTEMD), told.group(1) if told else "")
+    return next((kind for kind in kinds if kind in SYSTEM_CONTAINERS), "")
 
 
 def measure_gpus(platform_name: str) -> Host:
@@ -673,7 +741,15 @@ def engine_runs() -> bool:
     """Tell whether an engine is there to be asked; a socket alone may be systemd's, which would start one."""
     if not Path(DOCKER_SOCKET).exists():
         return False
-    return DOCKER_DESKTOP.exists() or any(read(name) == "dockerd" for name in Path("/proc").glob("[0-9]*/comm"))
+    return desktop_is_integrated() or any(read(name) == "dockerd" for name in Path("/proc").glob("[0-9]*/comm"))
+
+
+def desktop_is_integrated() -> bool:
+    """Tell whether Docker Desktop works in this very distribution, or will when it is started."""
+    return any(link.is_symlink() and DOCKER_DESKTOP in (link.parent / link.readlink()).parents
+               for link in DOCKER_DESKTOP_LINKS) or any(
+        read(name).startswith(DOCKER_DESKTOP_PROCESS) for name in Path("/proc").glob("[0-9]*/comm")
+    )  # fmt: skip
 
 
 def measure_docker(ports: list[int]) -> Host:
@@ -688,12 +764,22 @@ def measure_docker(ports: list[int]) -> Host:
         if name in SEED_CONTAINERS or set(published) & set(ports):
             containers.append({"name": name, "state": entry["State"], "ports": published})
     docker = {
-        "desktop": DOCKER_DESKTOP.exists() or info.get("OperatingSystem") == "Docker Desktop",
+        "desktop": desktop_is_integrated() or info.get("OperatingSystem") == "Docker Desktop",
         "snap": Path("/snap/docker").exists() or any(Path("/var/lib/snapd/snaps").glob("docker_*.snap")),
         "version": info.get("ServerVersion", ""),
         "images": image_folder(info),
+        "userland_proxy": engine_settings().get("userland-proxy") is not False,
     }
     return {"docker": docker, "containers": containers}
+
+
+def engine_settings() -> Host:
+    """Return what /etc/docker/daemon.json says; nothing of a broken one, which the role docker_engine reports."""
+    try:
+        settings = json.loads(Path("/etc/docker/daemon.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def image_folder(info: Host) -> str:
@@ -702,11 +788,7 @@ def image_folder(info: Host) -> str:
     That is containerd's and not the engine's if its image store is containerd's: what the engine says of itself, else
     what its configuration says, else what a new one does from release 29 on.
     """
-    try:
-        settings = json.loads(Path("/etc/docker/daemon.json").read_text())
-    except (OSError, ValueError):
-        settings = {}  # the role docker_engine reports a broken one
-    settings = settings if isinstance(settings, dict) else {}
+    settings = engine_settings()
     root = str(info.get("DockerRootDir") or settings.get("data-root") or "/var/lib/docker")
     if info:
         containerd = CONTAINERD_STORE in json.dumps(info.get("DriverStatus"))
@@ -795,6 +877,7 @@ def measure(ports: list[int], with_processes: bool) -> Host:
     devices = [card["device"] for card in cards if card not in reserved]
     host = {
         "platform": kind,
+        "container": measure_container(),
         "systemd": Path("/run/systemd/system").is_dir(),
         "systemd_version": measure_systemd(),
         "distribution": release.get("ID", ""),

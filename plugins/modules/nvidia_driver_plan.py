@@ -252,6 +252,13 @@ def known(name: str, system: System) -> bool:
 
 def upgrade_kernel(host: Host, flavour: str, what: str) -> NotInLists:
     """Refuse a kernel for which the archive no longer has, or not yet has, what is needed."""
+    if host["kernel_release"].endswith("-pve"):
+        return NotInLists(
+            f"apt has no {what} for the running kernel {host['kernel_release']}, which is Proxmox's",
+            "in a container (CT): the driver belongs to the Proxmox machine, so deploy to it or to a VM that has the"
+            f" GPU; on Proxmox itself: 'apt-get install proxmox-headers-{host['kernel_release']}', or install the"
+            " driver by hand, which this role then leaves alone",
+        )
     return NotInLists(
         f"apt has no {what} for the running kernel {host['kernel_release']}",
         f"upgrade the kernel first: 'apt-get update && apt-get install linux-image-{flavour} linux-headers-{flavour}',"
@@ -508,7 +515,8 @@ def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
         )
     if host["platform"] == "container":
         raise Refusal(
-            "this is a container, and kernel modules belong to the machine that runs it", "deploy to that machine"
+            "this is a container, and kernel modules belong to the machine that runs it",
+            "install the driver on that machine, and deploy to it or to a virtual machine that has the GPU",
         )
     if not host["nvidia_pci_devices"] and not host["gpus"]:
         if reserved := host.get("nvidia_pci_reserved"):
