@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import subprocess
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
@@ -126,6 +127,9 @@ DEB822 = "Types: deb\nURIs: https://vendor.example/deb\nSuites: /\n"
         ("vendor.list", f"# a comment\n\n{ENTRY}"),
         ("vendor-old.list", ENTRY * 2),
         ("vendor.sources", f"# x\n{DEB822}\n\n{DEB822}"),
+        # The same in the other form than the pattern's.
+        ("vendor-old.sources", DEB822),
+        ("vendor.list", f"deb-src {ENTRY.removeprefix('deb ')}"),
     ],
 )
 def test_older_entry_is_replaced(sources: Path, name: str, content: str) -> None:
@@ -139,12 +143,14 @@ def test_older_entry_is_replaced(sources: Path, name: str, content: str) -> None
         ("vendor.list", f"{ENTRY}deb http://other.example stable main\n"),
         ("vendor.sources", f"{DEB822}\n{DEB822.replace('vendor', 'other')}"),
         ("mine.list", ENTRY),
+        ("mine.sources", DEB822),
+        ("vendor-old.sources", f"{DEB822}\n{DEB822.replace('vendor', 'other')}"),
         ("sources.list", ENTRY),
     ],
 )
 def test_entry_in_a_file_of_others_is_refused_by_name(sources: Path, name: str, content: str) -> None:
     (sources / name).write_text(content)
-    with pytest.raises(apt_source.SourceError, match=f"already an apt source: .*/{name}. Cure:"):
+    with pytest.raises(apt_source.SourceError, match=f"already an apt source: .*/{name}. Cure: .* in .*/own.sources"):
         older(sources)
 
 
@@ -153,6 +159,8 @@ def test_entry_in_a_file_of_others_is_refused_by_name(sources: Path, name: str, 
     [
         ("mine.list", f"# {ENTRY}"),
         ("mine.sources", f"Enabled: no\n{DEB822}"),
+        ("mine.sources", f"{DEB822}Enabled: False\n"),
+        ("vendor.list", f"# {ENTRY}"),
         ("mine.list", "deb http://other.example stable main\n"),
         ("own.sources", DEB822),
     ],
@@ -160,3 +168,71 @@ def test_entry_in_a_file_of_others_is_refused_by_name(sources: Path, name: str, 
 def test_what_does_not_bite_is_left_alone(sources: Path, name: str, content: str) -> None:
     (sources / name).write_text(content)
     assert older(sources) == []
+
+
+class Locked:
+    """A host on which another program holds a lock for some time, by a clock of its own."""
+
+    params = MappingProxyType({"lock_timeout": 600, "uri": "https://vendor.example/deb"})
+
+    def __init__(self, seconds: float, words: str) -> None:
+        """Take how long from now, in seconds, and what apt says meanwhile."""
+        self.seconds = seconds
+        self.words = words
+        self.now = 0.0
+
+    def run_command(self, words: list[str], **_: object) -> tuple[int, str, str]:
+        return (0, "", "") if self.now >= self.seconds else (100, "", self.words)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+LISTS_LOCK = (
+    "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 812 (apt-get)\n"
+    "E: Unable to lock directory /var/lib/apt/lists/\n"
+)
+
+
+def refresh(seconds: float, words: str, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Fetch the lists where apt fails for some seconds; return how many have passed."""
+    host = Locked(seconds, words)
+    source = object.__new__(apt_source.Source)
+    monkeypatch.setattr(apt_source, "time", SimpleNamespace(monotonic=host.monotonic, sleep=host.sleep))
+    monkeypatch.setattr(source, "module", host, raising=False)
+    monkeypatch.setattr(source, "params", host.params, raising=False)
+    monkeypatch.setattr(source, "keyring", Path("/k.gpg"), raising=False)
+    monkeypatch.setattr(source, "alone", [], raising=False)
+    source.refresh()
+    return host.now
+
+
+def test_lock_on_the_lists_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 45 <= refresh(45, LISTS_LOCK, monkeypatch) <= 50
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (LISTS_LOCK, "let the program that holds the lock end, then run again; apt_lock_timeout"),
+        ("E: Write error - write (28: No space left on device)\nE: IO Error saving source cache\n", "free some space"),
+        ("W: Not using locking for read only lock file /var/lib/apt/lists/lock\n", "mount /var writable"),
+        ("E: Release file for http://a/InRelease is not valid yet (invalid for another 3h).\n", "check the clock"),
+        ("W: Failed to fetch http://a/InRelease  403  Forbidden [IP: 10.0.0.1 3128]\n", "check http_proxy"),
+        ("W: Failed to fetch https://a/x  Invalid response from proxy: HTTP/1.1 407 Proxy\n", "check http_proxy"),
+        ("W: Failed to fetch https://a/x  Certificate verification failed: NOT trusted\n", "update-ca-certificates"),
+        ("W: Failed to fetch http://a/x  Could not connect to a:80 (10.0.0.1)\n", "check the network"),
+        ("W: GPG error: https://a / InRelease: NO_PUBKEY 7EA0A9C3F273FCD8\n", "set the new fingerprint"),
+    ],
+)
+def test_lists_that_do_not_come_are_told_with_their_cause(
+    words: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(apt_source.SourceError) as caught:
+        refresh(1000, words, monkeypatch)
+    assert words.splitlines()[0] in str(caught.value)
+    assert cure in str(caught.value).split("Cure: ")[1]
+    assert ("network" in str(caught.value)) == (cure == "check the network")

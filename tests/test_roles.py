@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,25 @@ def test_role_that_installs_can_remove(role: Path) -> None:
         assert (role / "tasks/present.yml").exists()
     else:
         assert role.name == "preflight"
+
+
+def tasks_of(tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield tasks, those in blocks too."""
+    for task in tasks:
+        yield task
+        for key in ("block", "rescue", "always", "tasks", "pre_tasks", "post_tasks"):
+            yield from tasks_of(task.get(key, []))
+
+
+def test_one_variable_sets_how_long_every_task_waits_for_the_locks_of_apt() -> None:
+    modules = ("apt_set", "apt_source", "ansible.builtin.apt")
+    files = [*REPOSITORY.glob("roles/*/tasks/*.yml"), *REPOSITORY.glob("playbooks/**/*.yml")]
+    waits = {
+        f"{file.relative_to(REPOSITORY)}: {task.get('name')}": task[module].get("lock_timeout")
+        for file in files
+        for task in tasks_of(load(file) or [])
+        for module in modules
+        if module in task
+    }
+    assert len(waits) > 20
+    assert {name: wait for name, wait in waits.items() if wait != "{{ apt_lock_timeout | default(600) }}"} == {}

@@ -45,7 +45,9 @@ options:
     elements: str
     default: []
   replaces:
-    description: Patterns of file names in C(sources.list.d), of entries that this one takes the place of.
+    description:
+      - Patterns of file names in C(sources.list.d), of entries that this one takes the place of. One that ends in
+        C(.list) stands for C(.sources) too, and the other way round, since an entry may be written in either form.
     type: list
     elements: str
     default: []
@@ -55,6 +57,10 @@ options:
         else, is removed; any other is an error, since two entries with different keys keep apt from all work.
     type: str
     default: ""
+  lock_timeout:
+    description: Seconds to wait while another program holds the lock of apt's lists.
+    type: int
+    default: 600
 attributes:
   check_mode:
     support: full
@@ -92,6 +98,7 @@ import binascii
 import fnmatch
 import hashlib
 import re
+import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -102,6 +109,30 @@ MAIN_SOURCE = Path("/etc/apt/sources.list")
 KEYRINGS = Path("/etc/apt/keyrings")
 ARMOR = re.compile(rb"-----BEGIN PGP PUBLIC KEY BLOCK-----\r?\n(.*?)-----END PGP PUBLIC KEY BLOCK-----", re.DOTALL)
 PUBLIC_KEY = 6  # RFC 9580, 5: the tag of a packet that holds a primary key
+LOCK_SECONDS = 5  # between two tries for a lock
+LOCKED = r"Could not get lock|is another process using it|locked by another process"
+# What apt takes for no (StringToBool), of a source that is switched off.
+DISABLED = r"(?im)^Enabled:\s*(?:no|false|without|off|disable|0)\s*$"
+# Why lists do not come, from specific to general, and the cure; the first that fits is it.
+CAUSES = (
+    (LOCKED, "let the program that holds the lock end, then run again; apt_lock_timeout sets how long to wait"),
+    (r"No space left|enough free space", "free some space ('df --human-readable /var /tmp'), then run again"),
+    (
+        r"[Rr]ead.only file ?system|read only lock file",
+        "mount /var writable ('dmesg' tells why it is not), then run again",
+    ),
+    (r"not valid yet|is expired|has expired", "check the clock ('date'), and whether the mirror is kept up to date"),
+    (
+        r"Invalid response from proxy|\b40[37] +(?:Forbidden|Proxy|authenticationrequired)",
+        "the proxy or the server refuses it: check http_proxy, https_proxy, no_proxy, and what the proxy lets through",
+    ),
+    (
+        r"[Cc]ertificate verif|NOT trusted|handshake|SSL connection failed",
+        "check the clock ('date'), and that the host knows the authority of a proxy that looks into TLS"
+        " ('update-ca-certificates'), then run again",
+    ),
+    ("", "check the network, the proxy and the address; a mirror is set with the same variable"),
+)
 
 
 class SourceError(Exception):
@@ -215,7 +246,18 @@ def entries(text: str, deb822: bool) -> list[str]:
     if not deb822:
         return [line for line in lines if line.strip()]
     paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
-    return [text for text in paragraphs if text.strip() and not re.search(r"(?im)^Enabled:\s*no", text)]
+    return [text for text in paragraphs if text.strip() and not re.search(DISABLED, text)]
+
+
+def is_replaced(file: Path, replaces: list[str]) -> bool:
+    """Tell whether a pattern names a file in sources.list.d, which may be written in either form."""
+    names = [file.with_suffix(suffix).name for suffix in (".list", ".sources")]
+    return file != MAIN_SOURCE and any(fnmatch.fnmatch(name, pattern) for name in names for pattern in replaces)
+
+
+def cure_of(text: str) -> str:
+    """Return the cure of the most specific cause that apt's words name."""
+    return next(cure for pattern, cure in CAUSES if re.search(pattern, text))
 
 
 def find_older(own: Path, conflicts: str, replaces: list[str]) -> list[Path]:
@@ -234,10 +276,10 @@ def find_older(own: Path, conflicts: str, replaces: list[str]) -> list[Path]:
         same = [text for text in found if re.search(conflicts, text)]
         if not same:
             continue
-        if len(same) < len(found) or not any(fnmatch.fnmatch(file.name, pattern) for pattern in replaces):
+        if len(same) < len(found) or not is_replaced(file, replaces):
             raise SourceError(
-                f"the repository is already an apt source: {file}. Cure: remove that entry, then run again; an entry of"
-                " our own follows"
+                f"the repository is already an apt source: {file}. Cure: remove that entry, then run again; ours"
+                f" follows, in {own}"
             )
         older.append(file)
     return older
@@ -308,8 +350,14 @@ class Source:
         Raises:
             SourceError: the repository cannot be reached, or is not signed by the key.
         """
-        command = ["apt-get", "update", *self.alone, "-o", "APT::Get::List-Cleanup=0", "-o", "DPkg::Lock::Timeout=600"]
-        status, output, errors = self.module.run_command([*command, "-o", "Acquire::Retries=2"])
+        command = ["apt-get", "update", *self.alone, "-o", "APT::Get::List-Cleanup=0", "-o", "Acquire::Retries=2"]
+        # apt itself does not wait for the lock on its lists.
+        end = time.monotonic() + self.params["lock_timeout"]
+        while True:
+            status, output, errors = self.module.run_command(command, environ_update={"LC_ALL": "C"})
+            if status == 0 or not re.search(LOCKED, errors) or time.monotonic() + LOCK_SECONDS > end:
+                break
+            time.sleep(LOCK_SECONDS)
         # Older releases of apt end with 0 when a repository cannot be reached.
         complaints = [line for line in (output + errors).splitlines() if line.startswith(("E:", "W:", "Err:"))]
         text = " ".join(complaints)
@@ -326,10 +374,7 @@ class Source:
                 f"{uri} is not signed by the key in {self.keyring}: {text}. Cure: if the vendor announces another key,"
                 " remove that file, set the new fingerprint, and run again"
             )
-        raise SourceError(
-            f"cannot fetch the lists of {uri}: {text or errors}. Cure: check the network, the proxy and the address; a"
-            " mirror is set with the same variable"
-        )
+        raise SourceError(f"cannot fetch the lists of {uri}: {text or errors}. Cure: {cure_of(text or errors)}")
 
     def present(self) -> dict[str, object]:
         """Bring the source."""
@@ -403,6 +448,7 @@ def main() -> None:
             "fingerprints": texts,
             "replaces": texts,
             "conflicts": text,
+            "lock_timeout": {"type": "int", "default": 600},
         },
         supports_check_mode=True,
     )
