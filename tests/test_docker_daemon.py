@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
+from ansible.module_utils.testing import patch_module_args
 
 
 def load(name: str) -> ModuleType:
@@ -70,26 +73,156 @@ def test_second_merge_changes_nothing() -> None:
     assert merge(once, mtu=1400) == once
 
 
-def test_taking_ours_away_leaves_theirs() -> None:
-    theirs = {"mtu": 1400, "features": {"buildkit": True}, "log-opts": {"max-size": "7m"}}
-    merged = merge(theirs)
-    ours = {**REQUIRED, **LOGS, **POOLS}
-    assert daemon.subtract(merged, ours) == theirs
-    assert daemon.subtract(merge({}), ours) == {}
+class Host:
+    """A host with files of its own; the engine finds no fault in them."""
+
+    check_mode = False
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have the module look there."""
+        self.params: dict[str, Any] = {}
+        self.file, self.record = folder / "etc/docker/daemon.json", folder / "lib/dots-ocr/installed/docker-daemon.json"
+        self.file.parent.mkdir(parents=True)
+        monkeypatch.setattr(daemon, "DAEMON", self.file)
+        monkeypatch.setattr(daemon, "RECORD", self.record)
+        monkeypatch.setattr(daemon, "PROXY", folder / "etc/systemd/proxy.conf")
+        monkeypatch.setattr(daemon, "CERTIFICATES", folder / "etc/docker/certs.d")
+        monkeypatch.setattr(daemon, "UNITS", ())
+        monkeypatch.setattr(daemon.shutil, "which", lambda *_, **__: None)
+
+    def present(self, **options: Any) -> bool:
+        """Bring the role's options; return whether anything changed."""
+        self.params = {"required": REQUIRED, "defaults": [LOGS, POOLS], "options": options}
+        self.params |= {"proxy": {}, "registry_ca": {}}
+        configuration = daemon.Configuration(self)
+        configuration.present()
+        return bool(configuration.changed)
+
+    def absent(self) -> bool:
+        """Take them away; return whether the engine has to be restarted."""
+        return bool(daemon.Configuration(self).absent())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is in the file."""
+        found: dict[str, Any] = json.loads(self.file.read_bytes())
+        return found
 
 
-def test_changed_value_of_ours_is_theirs() -> None:
-    assert daemon.subtract({"live-restore": True}, REQUIRED) == {"live-restore": True}
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """Return a host without a configuration."""
+    return Host(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize(("text", "complaint"), [('{"features": ', "not valid JSON"), ("[1]", "not a JSON object")])
-def test_broken_file_is_reported(text: str, complaint: str) -> None:
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        b'{"mtu": 1400}',
+        b"",
+        b"{ }\n\n",
+        b"null",
+        b'{"live-restore": false, "log-driver": "local", "log-opts": {"max-size": "50m"}}',
+        b'{"live-restore": true, "features": {"cdi": false, "buildkit": true}}',
+        b'{"features": {}, "features": {"buildkit": true}}',
+        b'{"insecure-registries": ["own:5000", "mirror:5000"], "dns": []}',
+        b'\xef\xbb\xbf{"mtu": 1400}',
+        '{"labels": ["Ort=Köln"]}'.encode("utf-16"),
+        '{"labels": ["город=Тверь"]}'.encode(),
+    ],
+)
+def test_absent_puts_back_what_was_there_to_the_byte(theirs: bytes, host: Host) -> None:
+    host.file.write_bytes(theirs)
+    assert host.present(**{"insecure-registries": ["mirror:5000"]})
+    assert host.options["live-restore"] is False
+    assert not host.present(**{"insecure-registries": ["mirror:5000"]})
+    assert host.absent()
+    assert host.file.read_bytes() == theirs
+    assert not host.record.parent.parent.exists()
+    assert not host.absent()
+
+
+def test_all_of_it_was_there_before(host: Host) -> None:
+    theirs = json.dumps(merge({}))
+    host.file.write_text(theirs)
+    host.present()
+    assert not host.absent()
+    assert host.file.read_text() == theirs
+
+
+def test_without_a_file_before_there_is_none_after(host: Host) -> None:
+    host.present()
+    assert host.absent()
+    assert not host.file.exists()
+
+
+def test_what_others_changed_since_stays(host: Host) -> None:
+    host.file.write_text('{"mtu": 1400, "dns": ["10.0.0.1"]}')
+    host.present(dns=["10.0.0.2"])
+    assert host.options["dns"] == ["10.0.0.2", "10.0.0.1"]
+    changed = {**host.options, "debug": True, "live-restore": True, "dns": ["10.0.0.2", "10.0.0.1", "10.0.0.3"]}
+    host.file.write_text(json.dumps(changed))
+    host.present(dns=["10.0.0.2"])
+    assert host.options["live-restore"] is False
+    host.absent()
+    assert host.options == {"mtu": 1400, "debug": True, "live-restore": True, "dns": ["10.0.0.1", "10.0.0.3"]}
+
+
+def test_option_that_is_not_wanted_any_more_goes(host: Host) -> None:
+    host.present(mtu=1400)
+    assert host.present()
+    assert "mtu" not in host.options
+
+
+def test_absent_touches_no_file_that_was_never_ours(host: Host) -> None:
+    host.file.write_text('{"live-restore": false}')
+    assert not host.absent()
+    assert host.file.read_text() == '{"live-restore": false}'
+
+
+def test_mode_and_link_stay(host: Host, tmp_path: Path) -> None:
+    real = tmp_path / "elsewhere.json"
+    real.write_text('{"mtu": 1400}')
+    real.chmod(0o640)
+    host.file.symlink_to(real)
+    host.present()
+    assert (real.stat().st_mode & 0o777, host.file.is_symlink()) == (0o640, True)
+    # It may hold a proxy's password.
+    assert host.record.stat().st_mode & 0o777 == 0o600
+    host.absent()
+    assert (real.stat().st_mode & 0o777, host.file.is_symlink(), real.read_text()) == (0o640, True, '{"mtu": 1400}')
+
+
+def test_documented_example_works(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    [task] = yaml.safe_load(daemon.EXAMPLES)
+    with patch_module_args(task["docker_daemon"]), pytest.raises(SystemExit):
+        daemon.main()
+    assert json.loads(capsys.readouterr().out)["restart"] is True
+    assert host.options["insecure-registries"] == ["mirror:5000"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (b'{"features": ', "not valid JSON"),
+        (b'{"mtu": NaN}', "not valid JSON"),
+        (b'{"labels": ["Ort=K\xf6ln"]}', "not valid JSON"),
+        (b'{"mtu": 1400} // ours', "not valid JSON"),
+        (b"[1]", "not a JSON object"),
+    ],
+)
+def test_broken_file_is_reported(text: bytes, complaint: str) -> None:
     with pytest.raises(daemon.ConfigError, match=f"{complaint}.*nothing was changed. Cure: mend it or move it away"):
         daemon.parse(text)
 
 
 def test_empty_file_has_no_options() -> None:
-    assert daemon.parse(" \n") == {}
+    assert daemon.parse(b" \n") == {}
+
+
+def test_objects_that_stand_there_twice_are_merged_as_the_engine_does() -> None:
+    twice = b'{"features": {"a": true, "b": true}, "mtu": 1, "features": {"b": false}, "mtu": 2}'
+    assert daemon.parse(twice) == {"features": {"a": True, "b": False}, "mtu": 2}
 
 
 UNIT = "[Service]\nExecStart=/usr/bin/dockerd -H fd:// --containerd=/run/containerd.sock $OPTS\n"
@@ -109,6 +242,21 @@ def test_option_that_is_a_flag_too_is_refused() -> None:
         daemon.ConfigError, match=r"hosts is set in .* and as a flag of docker.service.*Cure: remove one"
     ):
         daemon.check({"hosts": ["fd://"]}, daemon.flags_of(UNIT), wsl=False)
+
+
+def test_options_in_another_file_are_refused() -> None:
+    start = "[Service]\nExecStart=/usr/bin/dockerd --config-file={}\n"
+    daemon.check({}, daemon.flags_of(start.format(daemon.DAEMON)), wsl=False)
+    with pytest.raises(daemon.ConfigError, match=r"a file of its own .*Fix: move them"):
+        daemon.check({}, daemon.flags_of(start.format("/etc/dockerd.json")), wsl=False)
+
+
+def test_runtime_that_is_not_defined_is_refused() -> None:
+    runtime = {"default-runtime": "nvidia"}
+    for known in ({**runtime, "runtimes": {"nvidia": {"path": "x"}}}, {"default-runtime": "io.containerd.runc.v2"}):
+        daemon.check(known, set(), wsl=False)
+    with pytest.raises(daemon.ConfigError, match=r"default-runtime is nvidia, .* Fix: remove default-runtime"):
+        daemon.check(runtime, set(), wsl=False)
 
 
 def test_userland_proxy_stays_on_wsl() -> None:

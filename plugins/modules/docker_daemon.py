@@ -10,8 +10,11 @@ short_description: Configure Docker Engine without touching what others configur
 description:
   - Merges options into C(/etc/docker/daemon.json), lets the engine itself check the result before it is written, and
     writes a drop-in for a proxy and certificates of registries.
+  - What others wrote stays, and so do mode, owner and a link in the file's place. A list that both have is joined, ours
+    first.
   - Restarts nothing; C(restart) tells that the engine has to be.
-  - Absent takes exactly this away again.
+  - Absent takes exactly this away again. What stood there before comes back, so it is kept in
+    C(/var/lib/dots-ocr/installed/docker-daemon.json), which only root reads.
 options:
   state:
     description: Whether our configuration shall be there.
@@ -75,7 +78,10 @@ restart:
   type: bool
 """
 
+import base64
+import codecs
 import json
+import os
 import platform
 import re
 import shutil
@@ -86,6 +92,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 DAEMON = Path("/etc/docker/daemon.json")
+RECORD = Path("/var/lib/dots-ocr/installed/docker-daemon.json")
 PROXY = Path("/etc/systemd/system/docker.service.d/dots-ocr-proxy.conf")
 CERTIFICATES = Path("/etc/docker/certs.d")
 CERTIFICATE = "dots-ocr.crt"
@@ -98,29 +105,63 @@ class ConfigError(Exception):
     """The configuration cannot be what is asked for; the message names the cause and the cure."""
 
 
-def parse(text: str) -> Options:
-    """Return the options of a daemon.json; an empty file has none.
+def parse(data: bytes | None) -> Options:
+    """Return the options in the bytes of a daemon.json as dockerd reads them; no file, an empty one and null have none.
+
+    Like dockerd it takes UTF-8, or what a byte order mark says, and merges objects whose key stands there twice.
 
     Raises:
         ConfigError: it is not JSON, or no object.
     """
     cure = f"mend it or move it away; 'python3 -m json.tool {DAEMON}' shows the place"
+    data = data or b""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        options = json.loads(text) if text.strip() else {}
+        text = data.decode("utf-16" if marked else "utf-8-sig").strip()
+        options = json.loads(text, object_pairs_hook=merge_pairs, parse_constant=refuse_constant) if text else None
     except ValueError as error:
         raise ConfigError(f"{DAEMON} is not valid JSON ({error}), so nothing was changed. Cure: {cure}") from error
+    if options is None:
+        return {}
     if not isinstance(options, dict):
         raise ConfigError(f"{DAEMON} is not a JSON object, so nothing was changed. Cure: {cure}")
     return options
 
 
-def combine(base: Options, top: Options) -> Options:
-    """Return base with top laid over it, objects merged key by key."""
+def merge_pairs(pairs: list[tuple[str, Any]]) -> Options:
+    """Return an object of JSON; of a key that stands there twice the last counts, objects are merged."""
+    merged: Options = {}
+    for key, value in pairs:
+        merged = combine(merged, {key: value})
+    return merged
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse what only Python takes for JSON.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{name} is no JSON")
+
+
+def combine(base: Options, top: Options, *, join: bool = False) -> Options:
+    """Return base with top laid over it, objects merged key by key; with join, lists of words are joined too."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        merged[key] = combine(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        if isinstance(below, dict) and isinstance(value, dict):
+            merged[key] = combine(below, value, join=join)
+        elif join and is_list_of_words(below) and is_list_of_words(value):
+            merged[key] = value + [word for word in below if word not in value]
+        else:
+            merged[key] = value
     return merged
+
+
+def is_list_of_words(value: Any) -> bool:
+    """Tell whether a value is a list of words, such as that of registries."""
+    return isinstance(value, list) and all(isinstance(element, str) for element in value)
 
 
 def merge(existing: Options, required: Options, defaults: list[Options], options: Options) -> Options:
@@ -139,19 +180,28 @@ def merge(existing: Options, required: Options, defaults: list[Options], options
     for group in defaults:
         if not any(key in {**existing, **options} for key in group):
             merged |= group
-    return combine(combine(merged, required), options)
+    return combine(combine(merged, required), options, join=True)
 
 
-def subtract(existing: Options, ours: Options) -> Options:
-    """Return existing without the options that have our values; objects that become empty go too."""
+def restore(existing: Options, written: Options, before: Options) -> Options:
+    """Return existing as it would be had we never written: what still has our value gets the one of before."""
     left = {}
     for key, value in existing.items():
-        if key not in ours:
+        ours, old = written.get(key), before.get(key)
+        if key not in written:
             left[key] = value
-        elif isinstance(value, dict) and isinstance(ours[key], dict):
-            if inner := subtract(value, ours[key]):
+        elif value == ours:
+            if key in before:
+                left[key] = old
+        elif isinstance(value, dict) and isinstance(ours, dict):
+            inner = restore(value, ours, old if isinstance(old, dict) else {})
+            if inner or key in before:
                 left[key] = inner
-        elif value != ours[key]:
+        elif is_list_of_words(value) and is_list_of_words(ours):
+            words = [word for word in value if word not in ours or word in (old or [])]
+            if words or key in before:
+                left[key] = words
+        else:
             left[key] = value
     return left
 
@@ -161,7 +211,7 @@ def flags_of(unit: str) -> set[str]:
     starts = re.findall(r"(?m)^ExecStart=(.+)", unit.replace("\\\n", " "))
     if not starts:
         return set()
-    words = starts[-1].split()
+    words = re.sub(rf"--config-file[= ]{DAEMON}(?=\s|$)", "", starts[-1]).split()
     # Options that may be repeated have a plural name in the file.
     plural = {
         "host": "hosts",
@@ -180,8 +230,21 @@ def check(options: Options, flags: set[str], wsl: bool) -> None:
     """Check what the engine itself does not check.
 
     Raises:
-        ConfigError: an option is given twice, or cuts WSL off.
+        ConfigError: an option is given twice or in a place that is not read, names nothing, or cuts WSL off.
     """
+    if "config-file" in flags:
+        raise ConfigError(
+            f"docker.service reads its options from a file of its own (flag config-file), not from {DAEMON}. Fix: move"
+            f" them to {DAEMON} and remove the flag; 'systemctl cat docker.service' shows it"
+        )
+    # Names with a dot or a slash are programs that need no definition (containerd's shims).
+    runtime, runtimes = options.get("default-runtime"), options.get("runtimes")
+    known = isinstance(runtimes, dict) and runtime in runtimes
+    if runtime and not known and "add-runtime" not in flags and not re.search(r"^runc$|[./]", str(runtime)):
+        raise ConfigError(
+            f"default-runtime is {runtime}, which runtimes does not define, so the engine would not start. Fix: remove"
+            f" default-runtime from {DAEMON} or docker_engine_daemon_options; GPUs come through CDI, without it"
+        )
     twice = sorted(flags & set(options))
     if twice:
         raise ConfigError(
@@ -213,36 +276,50 @@ class Configuration:
 
     def present(self) -> bool:
         """Bring our configuration; return whether the engine has to be restarted."""
-        existing = parse(DAEMON.read_text() if DAEMON.exists() else "")
+        data = read(DAEMON)
+        existing, before = parse(data), self.before(data)
         required, defaults, options = (self.params[key] for key in ("required", "defaults", "options"))
-        wanted = merge(existing, required, defaults, options)
+        wanted = merge(parse(before), required, defaults, options)
         check(wanted, flags_of(self.unit()), is_wsl())
         certificates = {registry: self.certificate(registry) for registry in self.params["registry_ca"]}
         if wanted != existing:
             self.validate(wanted)
-        restart = wanted != existing and self.write(DAEMON, render(wanted))
-        restart |= self.write(PROXY, render_proxy(self.params["proxy"]), 0o600)
+        # First: without it, what was there before would be lost by a run that is cut off here.
+        self.write(RECORD, render(record_of(before, wanted)), 0o600)
+        restart = wanted != existing and self.write(DAEMON, render(wanted), keep=True)
+        restart |= self.write(PROXY, encode(render_proxy(self.params["proxy"])), 0o600)
         for place in [*CERTIFICATES.glob(f"*/{CERTIFICATE}")]:
             if place.parent.name not in certificates:
                 self.write(place, None)
         for registry, text in certificates.items():
-            self.write(CERTIFICATES / registry / CERTIFICATE, text)
+            self.write(CERTIFICATES / registry / CERTIFICATE, encode(text))
         return restart
 
     def absent(self) -> bool:
         """Take our configuration away."""
-        ours = combine(self.params["required"], self.params["options"])
-        for group in self.params["defaults"]:
-            ours = combine(group, ours)
-        restart = False
-        if DAEMON.exists():
-            existing = parse(DAEMON.read_text())
-            left = subtract(existing, ours)
-            restart = left != existing and self.write(DAEMON, render(left) if left else None)
+        data = read(DAEMON)
+        before = self.before(data)
+        restart = parse(before) != parse(data)
+        self.write(DAEMON, before, keep=True)
+        self.write(RECORD, None)
         restart |= self.write(PROXY, None)
         for place in [*CERTIFICATES.glob(f"*/{CERTIFICATE}")]:
             self.write(place, None)
         return restart
+
+    def before(self, data: bytes | None) -> bytes | None:
+        """Return the daemon.json that would be there without us: that of before, with what others changed since then.
+
+        Raises:
+            ConfigError: it is not JSON, or no object.
+        """
+        kept = read(RECORD)
+        if data is None or kept is None:
+            return data
+        record = json.loads(kept)
+        before = None if record["before"] is None else base64.b64decode(record["before"])
+        left = restore(parse(data), record["written"], parse(before))
+        return before if left == parse(before) else render(left)
 
     def certificate(self, registry: str) -> str:
         """Return the certificate for a registry.
@@ -278,7 +355,7 @@ class Configuration:
         program = shutil.which("dockerd", path="/usr/bin:/usr/sbin:/usr/local/bin")
         if program is None:
             return
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
             file.write(render(options))
             file.flush()
             status, output, errors = self.module.run_command([program, "--validate", "--config-file", file.name])
@@ -289,9 +366,13 @@ class Configuration:
                 f" docker_engine_daemon_options, or {DAEMON} if the option is there"
             )
 
-    def write(self, path: Path, content: str | None, mode: int = 0o644) -> bool:
-        """Write a file in one go, or remove it, and folders that become empty; tell whether that changes it."""
-        if (path.read_text() if path.exists() else None) == content:
+    def write(self, path: Path, content: bytes | None, mode: int = 0o644, *, keep: bool = False) -> bool:
+        """Write a file in one go, or remove it, and folders that become empty; tell whether that changes it.
+
+        With keep, a file that is there keeps its mode, owner and attributes. A link leads to the file that is written.
+        """
+        path = Path(os.path.realpath(path))
+        if read(path) == content:
             return False
         self.changed = True
         if self.module.check_mode:
@@ -304,16 +385,39 @@ class Configuration:
         else:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             growing = path.with_name(f".{path.name}.new")
-            growing.touch(mode)
-            growing.chmod(mode)
-            growing.write_text(content)
+            growing.touch(0o600)
+            growing.write_bytes(content)
+            if keep and path.exists():
+                there = path.stat()
+                os.chown(growing, there.st_uid, there.st_gid)
+                # Access lists and SELinux's label too.
+                shutil.copystat(path, growing)
+                os.utime(growing)
+            else:
+                growing.chmod(mode)
             growing.replace(path)
         return True
 
 
-def render(options: Options) -> str:
-    """Return the text of a daemon.json."""
-    return json.dumps(options, indent=2, sort_keys=True) + "\n"
+def read(path: Path) -> bytes | None:
+    """Return what is in a file, or None without one."""
+    return path.read_bytes() if path.exists() else None
+
+
+def encode(text: str | None) -> bytes | None:
+    """Return the bytes of a text, or None without one."""
+    return None if text is None else text.encode()
+
+
+def render(options: Options) -> bytes:
+    """Return a daemon.json."""
+    # Half a character, which JSON can write as \uD800, is no UTF-8.
+    return (json.dumps(options, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def record_of(before: bytes | None, written: Options) -> Options:
+    """Return what absent needs to know: the file of before, and what we made of it."""
+    return {"before": None if before is None else base64.b64encode(before).decode(), "written": written}
 
 
 def is_wsl() -> bool:
@@ -325,15 +429,16 @@ def main() -> None:
     """Run the module."""
     # An address may have a password in it.
     address = {"type": "str", "no_log": True}
-    options = {"type": "dict", "default": {}}
+    words = {"http": address, "https": address, "no_proxy": {"type": "str"}}
+    # An empty object for each: Ansible fills the one of proxy, and would fill those that share it.
     module = AnsibleModule(
         argument_spec={
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "required": options,
+            "required": {"type": "dict", "default": {}},
             "defaults": {"type": "list", "elements": "dict", "default": []},
-            "options": options,
-            "proxy": {**options, "options": {"http": address, "https": address, "no_proxy": {"type": "str"}}},
-            "registry_ca": options,
+            "options": {"type": "dict", "default": {}},
+            "proxy": {"type": "dict", "default": {}, "options": words},
+            "registry_ca": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
