@@ -728,6 +728,16 @@ def test_misread_page_and_wrong_model_count(host: Host) -> None:
     assert "failing (2 of 3): The server at" in host.run(model="another").stderr
 
 
+def test_container_that_is_open_counts_although_it_reads(host: Host) -> None:
+    host.run()
+    note = host.state_file.with_suffix(".open")
+    note.write_text("The container of dots-ocr is not isolated.")
+    assert "failing (1 of 3): The container of dots-ocr is not isolated." in host.run().stderr
+    note.unlink()
+    host.run()
+    assert host.state()["failures"] == 0
+
+
 def test_start_is_given_its_time(host: Host) -> None:
     host.patience["warm_up"] = 60
     host.status["/health"] = 500
