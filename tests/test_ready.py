@@ -258,18 +258,58 @@ def test_server_that_hangs_is_given_up_at_the_deadline(host: Host) -> None:
     assert "dots_ocr_server_ready_timeout" in verdict["cure"]
 
 
+def runs(*texts: str, last: str | None = None) -> str:
+    """Return the journal, in JSON, of runs that said this and were restarted, and of one that goes on."""
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        # Docker's client said the first, systemd the second.
+        lines.append({"MESSAGE": text, "_SYSTEMD_INVOCATION_ID": f"run{number}"})
+        restart = {"MESSAGE": "Scheduled restart job, restart counter is at 1.", "MESSAGE_ID": ready.RESTART_SCHEDULED}
+        lines.append({**restart, "INVOCATION_ID": f"run{number}"})
+    if last is not None:
+        lines.append({"MESSAGE": last, "_SYSTEMD_INVOCATION_ID": "now"})
+    return "\n".join(json.dumps(line) for line in lines)
+
+
 def test_unit_that_fails_again_and_again_is_not_worth_waiting_for(host: Host) -> None:
     host.command("systemctl", "NRestarts=5")
-    host.command("journalctl", "CUDA error\nScheduled restart job\n" * 3)
+    host.command("journalctl", runs("CUDA error", "CUDA error", "CUDA error"))
     status, verdict = host.check("http://127.0.0.1:9", "--wait=30")
     assert status == FAILED
     assert "dots-ocr.service starts and fails again and again" in verdict["problem"]
     assert "CUDA error" in verdict["problem"]
 
 
+def test_only_the_run_that_failed_last_is_quoted(host: Host) -> None:
+    host.command("systemctl", "NRestarts=3")
+    host.command("journalctl", runs("No such image", "No such image", "port is taken", last="Loading weights"))
+    problem = host.check("http://127.0.0.1:9")[1]["problem"]
+    assert "port is taken" in problem
+    assert "No such image" not in problem
+    assert "Loading weights" not in problem
+
+
+def test_restarts_before_the_start_that_is_judged_do_not_count(host: Host) -> None:
+    """A deployment resets systemd's counter, the journal keeps the lines."""
+    host.command("systemctl", "NRestarts=0")
+    host.command("journalctl", runs(*["No such image"] * 9, last="Loading weights"))
+    status, verdict = host.check("http://127.0.0.1:9")
+    assert status == NOT_YET
+    assert "No such image" not in verdict["problem"]
+
+
+def test_journal_that_is_no_plain_text_is_read(host: Host) -> None:
+    host.command("systemctl", "NRestarts=3")
+    bar = {"MESSAGE": list(b"\xe2\x96\x88\r 23%"), "_SYSTEMD_INVOCATION_ID": "run2"}
+    odd = [bar, {"MESSAGE": None, "_SYSTEMD_INVOCATION_ID": "run2"}, {"MESSAGE": "said late"}, []]
+    host.command("journalctl", "\n".join([runs("a", "b", "c"), *map(json.dumps, odd), "{"]))
+    problem = host.check("http://127.0.0.1:9")[1]["problem"]
+    assert "\u2588\r 23%\n\nsaid late" in problem
+
+
 def test_restarts_of_long_ago_are_forgiven(host: Host) -> None:
     host.command("systemctl", "NRestarts=5")
-    host.command("journalctl", "Scheduled restart job")
+    host.command("journalctl", runs("CUDA error"))
     assert host.check("http://127.0.0.1:9")[0] == NOT_YET
 
 

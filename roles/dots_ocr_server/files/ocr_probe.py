@@ -371,6 +371,33 @@ def unit_properties(unit: str, *names: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
+class Entry(NamedTuple):
+    """One entry of the journal, with the invocation of the unit that it belongs to."""
+
+    text: str
+    invocation: str
+    message_id: str
+
+
+def journal(unit: str, since: str) -> list[Entry]:
+    """Return a unit's entries, oldest first, since a time as journalctl takes it; none if there is no journal."""
+    entries: list[Entry] = []
+    for line in run(
+        "journalctl", "--unit", unit, "--since", since, "--output=json", "--all", "--no-pager"
+    ).splitlines():
+        with contextlib.suppress(ValueError, AttributeError):
+            found = json.loads(line)
+            # A list of bytes where it is no plain text, such as a progress bar.
+            text = found.get("MESSAGE") or ""
+            text = bytes(text).decode(errors="replace") if isinstance(text, list) else text
+            # What systemd says of the unit has the first, what the unit itself says the second; what a process said
+            # that ended at once may have neither.
+            invocation = found.get("INVOCATION_ID") or found.get("_SYSTEMD_INVOCATION_ID")
+            before = entries[-1].invocation if entries else ""
+            entries.append(Entry(text, invocation or before, found.get("MESSAGE_ID", "")))
+    return entries
+
+
 def run(*command: str) -> str:
     """Return what a command prints, whatever its status; nothing if there is no such command or it hangs."""
     try:
