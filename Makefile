@@ -1,9 +1,11 @@
 # The two commands of README.md, and what they are made of. Everything else is Ansible.
 
 SHELL := /bin/bash
-SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
+# Ubuntu's sudo is sudo-rs from 25.10 on, which ignores -E; the classic one lies beside it.
+SUDO_PROGRAM := $(shell command -v sudo.ws || echo sudo)
+SUDO := $(if $(filter 0,$(shell id -u)),,$(SUDO_PROGRAM) -E)
 # Ansible asks for sudo's password where sudo does.
-ASK = $(if $(SUDO),$(shell sudo -n true 2>/dev/null || echo --ask-become-pass))
+ASK = $(if $(SUDO),$(shell $(SUDO_PROGRAM) -n true 2>/dev/null || echo --ask-become-pass))
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
