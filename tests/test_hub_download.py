@@ -28,11 +28,17 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB = REPOSITORY / "rehearsal/mirror/root/usr/local/lib/mirror/hub.py"
+PROXY = REPOSITORY / "molecule/docker_engine/files/proxy.py"
 
 
 def load(file: str) -> ModuleType:
     """Return a plugin as a module."""
-    spec = importlib.util.spec_from_file_location(f"plugin_{Path(file).parent.name}", REPOSITORY / "plugins" / file)
+    return load_file(REPOSITORY / "plugins" / file)
+
+
+def load_file(file: Path) -> ModuleType:
+    """Return a file as a module."""
+    spec = importlib.util.spec_from_file_location(f"plugin_{file.parent.name}", file)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -186,6 +192,27 @@ def test_download_is_whole_and_needs_no_hub_afterwards(start_hub: Callable[..., 
     again = download(home, hub.url, hub.commit)
     assert (again["done"], again["changed"]) == (True, False)
     assert hub.log.read_text() == asked
+
+
+def test_proxy_is_the_only_way_to_the_hub(
+    start_hub: Callable[..., RunningHub], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = start_hub()
+    url = hub.url.replace("127.0.0.1", "127.0.0.1.invalid")  # which the proxy alone knows
+    for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub_download, "TRIES", 1)
+    cure = problem(download, home, url, hub.commit).split("Cure: ")[1]
+    assert "http_proxy, https_proxy and no_proxy" in cure
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), load_file(PROXY).Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+    try:
+        download(home, url, hub.commit)
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+    assert_in_place(home / hub.commit)
 
 
 def test_download_goes_on_inside_a_file(start_hub: Callable[..., RunningHub], home: Path) -> None:
@@ -509,6 +536,11 @@ def test_refusal_for_lack_of_a_token_says_so(serve: Callable[[Script], Scripted]
     server = serve(lambda *_: Answer(status=401))
     assert "dots_ocr_model_token" in problem(download, home, server.url)
     assert len(server.requests) == 1
+
+
+def test_proxy_that_wants_a_password_is_told(serve: Callable[[Script], Scripted], home: Path) -> None:
+    server = serve(lambda *_: Answer(status=407))
+    assert "the user and the password in http_proxy and https_proxy" in problem(download, home, server.url)
 
 
 def test_token_goes_to_the_hub_alone(serve: Callable[[Script], Scripted], home: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -113,3 +114,69 @@ def test_unit_needs_no_install_of_gnu(unit: Path) -> None:
     programs = re.findall(r"(?m)^Exec\w+=(.*)$", unit.read_text())
     assert programs
     assert [line for line in programs if re.search(r"\binstall\b.* (?:-\w*[og]\b|--owner|--group)", line)] == []
+
+
+@pytest.mark.parametrize("playbook", sorted(REPOSITORY.glob("playbooks/*.yml")), ids=lambda path: path.name)
+def test_whatever_fetches_something_gets_the_proxy(playbook: Path) -> None:
+    fetching = ("apt_set", "apt_source", "hub_download", "client_wheels", "ansible.builtin.apt", "ansible.builtin.uri")
+    roles = {
+        role.name
+        for role in ROLES
+        for file in role.glob("tasks/*.yml")
+        for task in tasks_of(load(file) or [])
+        if set(fetching) & set(task)
+    }
+    for play in load(playbook):
+        tasks = list(tasks_of([play]))
+        included = [task["ansible.builtin.include_role"] for task in tasks if "ansible.builtin.include_role" in task]
+        used = {role["name"] for role in included if role.get("tasks_from", "main") == "main"}
+        used |= {role["role"] for role in play.get("roles", [])}
+        fetches = used & roles or any(set(fetching) & set(task) for task in tasks)
+        if fetches and playbook.name != "uninstall.yml":
+            assert play.get("vars_files") == "vars/network.yml", play["name"]
+            assert play.get("environment") == "{{ network_environment }}", play["name"]
+
+
+def test_proxy_reaches_tasks_and_engine_by_one_set_of_variables(tmp_path: Path) -> None:
+    full = {"http_proxy": "http://p:3128", "https_proxy": "http://p:3129", "no_proxy": ["mirror", ".lan"]}
+    cases = {"none": {}, "one": {"https_proxy": "http://p:3128"}, "both": full, "only-no": {"no_proxy": "mirror"}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": cases}}))
+    (tmp_path / "play.yml").write_text(
+        yaml.safe_dump(
+            [
+                {
+                    "hosts": "all",
+                    "connection": "local",
+                    "gather_facts": False,
+                    "vars_files": [
+                        str(REPOSITORY / "playbooks/vars/network.yml"),
+                        str(REPOSITORY / "roles/docker_engine/defaults/main.yml"),
+                    ],
+                    "tasks": [
+                        {
+                            "ansible.builtin.copy": {
+                                "content": "{{ [network_environment, docker_engine_proxy] | to_json }}",
+                                "dest": f"{tmp_path}/{{{{ inventory_hostname }}}}.json",
+                                "mode": "0600",
+                            },
+                        }
+                    ],
+                }
+            ]
+        )
+    )
+    command = ["ansible-playbook", "--inventory", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
+    subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in cases}
+    assert found == {
+        "none": [{}, {}],
+        "only-no": [{}, {}],
+        "one": [
+            {"https_proxy": "http://p:3128", "no_proxy": "localhost,127.0.0.1,::1"},
+            {"http": "", "https": "http://p:3128", "no_proxy": ""},
+        ],
+        "both": [
+            {**full, "no_proxy": "mirror,.lan,localhost,127.0.0.1,::1"},
+            {"http": "http://p:3128", "https": "http://p:3129", "no_proxy": "mirror,.lan"},
+        ],
+    }

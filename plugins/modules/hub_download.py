@@ -252,8 +252,9 @@ class Hub(Source):
     def exhausted(self, fault: Fault) -> Problem:
         """Return the problem that a fault is once it has lasted."""
         return Problem(
-            f"{self.hub} does not give {self.name}: {fault}. Cure: check that the host reaches the Hub and"
-            " dots_ocr_model_hub, then run again: what has arrived is kept"
+            f"{self.hub} does not give {self.name}: {fault}. Cure: check that the host reaches the Hub,"
+            " dots_ocr_model_hub, and behind a proxy http_proxy, https_proxy and no_proxy, then run again: what has"
+            " arrived is kept"
         )
 
     def get(self, url: str, headers: dict[str, str] | None = None) -> Any:
@@ -266,6 +267,8 @@ class Hub(Source):
             if error.code in (408, 416, 429) or error.code >= 500:
                 raise Fault(f"status {error.code}") from error
             cure = "check dots_ocr_model_repository, dots_ocr_model_revision and dots_ocr_model_hub"
+            if error.code == 407:
+                cure = "check the user and the password in http_proxy and https_proxy"
             if error.code in (401, 403):
                 cure += ", and whether dots_ocr_model_token may read it"
             what = f"status {error.code} for {urllib.parse.urlsplit(url).path}"
