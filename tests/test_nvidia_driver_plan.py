@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -448,3 +449,27 @@ class TestProof:
 
     def test_branch(self) -> None:
         assert "the driver is 580.173.02, wanted is branch 595" in self.faults(wishes("595"))
+
+
+@pytest.mark.parametrize(("held", "waits"), [(0, 0), (45, 45), (1000, None)])
+def test_lock_on_apts_lists_is_waited_for(held: float, waits: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    words = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 812 (apt-get)\n"
+
+    def run(*_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=100 if now < held else 0, stderr=words if now < held else "")
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    if waits is None:
+        with pytest.raises(
+            module.Refusal, match=r"held by process 812 \(apt-get\)\. Cure: let the .* apt_lock_timeout"
+        ):
+            module.refresh(600)
+    else:
+        module.refresh(600)
+        assert waits <= now <= waits + 5

@@ -33,6 +33,10 @@ options:
     type: str
     choices: [auto, ubuntu, cuda_repo]
     default: auto
+  lock_timeout:
+    description: Seconds to wait while another program holds the lock of apt's lists.
+    type: int
+    default: 600
 attributes:
   check_mode:
     support: full
@@ -161,6 +165,7 @@ FOLDERS = {
 }
 # The first is supported until June 2028, the second is the production branch until March 2027 (NVIDIA's table).
 DEFAULT_BRANCHES = ("580", "595")
+LOCK_SECONDS = 5  # between two tries for apt's lock
 
 
 class Refusal(Exception):
@@ -567,6 +572,31 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def refresh(lock_timeout: int) -> None:
+    """Fetch the lists of packages; what does not come shows in the plan.
+
+    Apt itself does not wait for the lock on its lists.
+
+    Args:
+        lock_timeout: seconds to wait for another program that holds it.
+
+    Raises:
+        Refusal: it is held longer.
+    """
+    command = ("apt-get", "--quiet", "update")
+    end = time.monotonic() + lock_timeout
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+        if done.returncode == 0 or "Could not get lock" not in done.stderr:
+            return
+        if time.monotonic() + LOCK_SECONDS > end:
+            raise Refusal(
+                f"the package lists cannot be fetched: {' '.join(done.stderr.split())}",
+                "let the program that holds the lock end, then run again; apt_lock_timeout sets how long to wait",
+            )
+        time.sleep(LOCK_SECONDS)
+
+
 def boot_time() -> float:
     """Return when the first process started, in seconds since 1970; a container has a boot of its own."""
     ticks = int(Path("/proc/1/stat").read_text().rsplit(")", 1)[1].split()[19])
@@ -606,6 +636,7 @@ def main() -> None:
             "branch": {"type": "str", "default": "auto"},
             "package_version": {"type": "str", "default": ""},
             "source": {"type": "str", "choices": ["auto", "ubuntu", "cuda_repo"], "default": "auto"},
+            "lock_timeout": {"type": "int", "default": 600},
         },
         supports_check_mode=True,
     )
@@ -617,7 +648,7 @@ def main() -> None:
         try:
             plan = make_plan(host, system, wishes)
         except NotInLists:
-            run("apt-get", "--quiet", "update")
+            refresh(module.params["lock_timeout"])
             plan = make_plan(host, measure(host["kernel_release"]), wishes)
     except Refusal as refusal:
         module.fail_json(msg=str(refusal))
