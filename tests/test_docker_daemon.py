@@ -251,6 +251,26 @@ def test_options_in_another_file_are_refused() -> None:
         daemon.check({}, daemon.flags_of(start.format("/etc/dockerd.json")), wsl=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        # The configuration that CIS' benchmark recommends.
+        ({"userns-remap": "default", "no-new-privileges": True, "icc": False}, "userns-remap is on"),
+        ({"iptables": False, "userland-proxy": False}, "iptables and userland-proxy are both false"),
+    ],
+)
+def test_option_that_the_server_cannot_live_with_is_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(daemon.ConfigError, match=f"{complaint}.*Nothing was changed. Fix: remove"):
+        daemon.check(options, set(), wsl=False)
+    daemon.check({**options, "userns-remap": "", "userland-proxy": True}, set(), wsl=False)
+
+
+def test_flag_that_the_server_cannot_live_with_is_refused() -> None:
+    flags = daemon.flags_of("[Service]\nExecStart=/usr/bin/dockerd --userns-remap=default\n")
+    with pytest.raises(daemon.ConfigError, match="userns-remap is on"):
+        daemon.check({}, flags, wsl=False)
+
+
 def test_runtime_that_is_not_defined_is_refused() -> None:
     runtime = {"default-runtime": "nvidia"}
     for known in ({**runtime, "runtimes": {"nvidia": {"path": "x"}}}, {"default-runtime": "io.containerd.runc.v2"}):
@@ -341,3 +361,93 @@ def test_only_what_nobody_else_starts_again_is_started_again() -> None:
         container("policy", policy="unless-stopped"),
     ]
     assert info.running_containers(inspected) == ["keeper"]
+
+
+INFO: dict[str, Any] = {
+    "ServerVersion": "29.9.0",
+    "OperatingSystem": "Debian GNU/Linux 13 (trixie)",
+    "DockerRootDir": "/var/lib/docker",
+    "FirewallBackend": {"Driver": "iptables"},
+    "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns", "name=no-new-privileges"],
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"SecurityOptions": None},
+        {"FirewallBackend": {"Driver": "nftables"}},
+        {"FirewallBackend": {"Driver": "iptables+firewalld"}},
+    ],
+)
+def test_engine_that_can_run_the_server(changes: dict[str, Any]) -> None:
+    assert list(info.judge({**INFO, **changes}, "Engine containerd runc docker-init", has_iptables=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "fix"),
+    [
+        ({"SecurityOptions": ["name=seccomp,profile=builtin", "name=userns"]}, "remaps users", "remove userns-remap"),
+        ({"SecurityOptions": ["name=rootless", "name=userns"]}, "runs rootless", "'docker context use default'"),
+        ({"DockerRootDir": "/var/snap/docker/common/var-lib-docker"}, "a snap", "'snap remove docker'"),
+        ({"OperatingSystem": "Docker Desktop"}, "asks Docker Desktop", "'docker context use default'"),
+    ],
+)
+def test_engine_that_cannot_run_the_server_is_named_with_the_fix(
+    changes: dict[str, Any], problem: str, fix: str
+) -> None:
+    [found] = info.judge({**INFO, **changes}, "Engine containerd", has_iptables=True)
+    assert problem in found["problem"]
+    assert fix in found["fix"]
+
+
+@pytest.mark.parametrize(
+    ("said", "components"),
+    [
+        ({"host": {"os": "linux"}, "store": {}, "version": {}}, ""),
+        ({**INFO, "ServerVersion": "5.4.2"}, "Podman Engine "),
+    ],
+)
+def test_podman_is_not_taken_for_docker(said: dict[str, Any], components: str) -> None:
+    [found] = info.judge(said, components, has_iptables=True)
+    assert "is podman" in found["problem"]
+
+
+def test_program_that_closes_the_network_is_needed() -> None:
+    nftables = {**INFO, "FirewallBackend": {"Driver": "nftables"}}
+    [found] = info.judge(nftables, "Engine", has_iptables=False)
+    assert found["fix"].startswith("'apt-get install iptables'")
+    assert list(info.judge({}, "", has_iptables=False)) == []
+
+
+class Commands:
+    """What a host's programs answer the module."""
+
+    def __init__(self, **units: str) -> None:
+        """Take the states of docker.service and docker.socket."""
+        self.units = units
+        self.asked: list[str] = []
+
+    def run_command(self, command: list[str]) -> tuple[int, str, str]:
+        """Answer one of them."""
+        self.asked.append(" ".join(command[:2]))
+        if command[:2] == ["systemctl", "is-active"]:
+            state = self.units.get(command[2].removeprefix("docker."), "inactive")
+            return (0 if state == "active" else 3), f"{state}\n", ""
+        if command[:2] == ["docker", "info"]:
+            return 0, json.dumps({**INFO, "SecurityOptions": ["name=userns"]}), ""
+        return 0, "", ""
+
+
+@pytest.mark.parametrize(
+    ("units", "asked"),
+    [({"service": "active", "socket": "active"}, True), ({"socket": "active"}, False), ({}, True)],
+)
+def test_engine_that_is_stopped_is_not_started_by_asking(
+    units: dict[str, str], asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(info.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
+    commands = Commands(**units)
+    problems = info.look(commands)["problems"]
+    assert ("docker info" in commands.asked, len(problems)) == (asked, int(asked))

@@ -230,12 +230,24 @@ def check(options: Options, flags: set[str], wsl: bool) -> None:
     """Check what the engine itself does not check.
 
     Raises:
-        ConfigError: an option is given twice or in a place that is not read, names nothing, or cuts WSL off.
+        ConfigError: an option is given twice or in a place that is not read, names nothing, or is none that the server
+            can live with.
     """
     if "config-file" in flags:
         raise ConfigError(
             f"docker.service reads its options from a file of its own (flag config-file), not from {DAEMON}. Fix: move"
             f" them to {DAEMON} and remove the flag; 'systemctl cat docker.service' shows it"
+        )
+    if options.get("userns-remap") or "userns-remap" in flags:
+        raise ConfigError(
+            "userns-remap is on, so the container could neither read its key nor write its cache. Nothing was changed."
+            f" Fix: remove userns-remap from {DAEMON}, or the flag from docker.service; images and containers of before"
+            " are kept in a folder of their own and seen again with it"
+        )
+    if options.get("iptables") is False and options.get("userland-proxy") is False:
+        raise ConfigError(
+            "iptables and userland-proxy are both false, so that nobody could reach the server's port. Nothing was"
+            f" changed. Fix: remove one of both from {DAEMON} or docker_engine_daemon_options"
         )
     # Names with a dot or a slash are programs that need no definition (containerd's shims).
     runtime, runtimes = options.get("default-runtime"), options.get("runtimes")

@@ -10,6 +10,7 @@ short_description: Which Docker Engine is on a host, and what it runs
 description:
   - Looks without changing anything. What runs is asked of an engine that answers; what it keeps is counted in its
     folder, so that an engine that is stopped or broken does not look like an empty one.
+  - Judges what an engine that answers says of itself (C(docker info)); C(problems) is why it cannot run the server.
 attributes:
   check_mode:
     support: full
@@ -37,11 +38,13 @@ engine:
     running: [web]
     containers: 2
     volumes: 1
+    problems: [{problem: "Docker Engine runs rootless", fix: "use the engine of the host"}]
 """
 
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,15 @@ def is_podman(command: Path) -> bool:
     with command.open("rb") as file:
         head = file.read(4096)
     return head.startswith(b"#!") and b"podman" in head
+
+
+def read_json(text: str) -> dict[str, Any]:
+    """Return an object in JSON, empty if it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def data_roots(daemon: Path) -> set[Path]:
@@ -103,6 +115,56 @@ def running_containers(inspected: list[dict[str, Any]]) -> list[str]:
     )
 
 
+def judge(info: dict[str, Any], components: str, has_iptables: bool) -> Iterator[dict[str, str]]:
+    """Yield why the engine behind the command docker cannot run the server.
+
+    Whether it manages the firewall, and with what, does not matter: the server has a rule of its own, by iptables.
+
+    Args:
+        info: what `docker info` says of it, as JSON; empty if it does not answer.
+        components: their names, as `docker version` says of the server.
+        has_iptables: whether the host has that program.
+    """
+    # Podman's own command has other keys; its service behind Docker's command has a component of its own.
+    if ("ServerVersion" not in info and "host" in info) or "Podman" in components:
+        yield {
+            "problem": "The engine that answers the command docker is podman",
+            "fix": "'apt-get remove podman-docker' and, if it was linked, 'rm /var/run/docker.sock', which leave podman"
+            " itself; then run again, and Docker Engine takes its place",
+        }
+        return
+    if info.get("OperatingSystem") == "Docker Desktop":
+        yield {
+            "problem": "The command docker asks Docker Desktop, whose engine sees no CDI device of this machine",
+            "fix": "'docker context use default'; on WSL switch Docker Desktop's integration off for this distribution",
+        }
+    if str(info.get("DockerRootDir", "")).startswith("/var/snap/"):
+        yield {
+            "problem": "Docker is a snap, which sees neither the files of systemd's units nor CDI devices",
+            "fix": "save what is in its volumes, 'snap remove docker', then run again",
+        }
+    security = {str(option).split(",")[0].removeprefix("name=") for option in info.get("SecurityOptions") or []}
+    if "rootless" in security:
+        yield {
+            "problem": "Docker Engine runs rootless: it can neither hand out the GPU nor close the containers' network",
+            "fix": "have root use the engine of the host: 'docker context use default' as root, no DOCKER_HOST, and"
+            " 'systemctl enable --now docker'; the rootless one can stay beside it",
+        }
+    elif "userns" in security:
+        yield {
+            "problem": "Docker Engine remaps users (userns-remap), so the container can neither read its key nor write"
+            " its cache",
+            "fix": "remove userns-remap from /etc/docker/daemon.json, or the flag from docker.service, then 'systemctl"
+            " restart docker'; images and containers of before are kept in a folder of their own and seen again with"
+            " it",
+        }
+    if info.get("ServerVersion") and not has_iptables:
+        yield {
+            "problem": "There is no program iptables, by which the containers' network is closed",
+            "fix": "'apt-get install iptables'; it works beside Docker's firewall backend nftables, too",
+        }
+
+
 def look(module: AnsibleModule) -> dict[str, Any]:
     """Look at the engine of this host."""
 
@@ -120,6 +182,7 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "package": package,
         "package_version": package_version,
         "running": [],
+        "problems": [],
         **kept_in(data_roots(DAEMON)),
     }
     if DESKTOP.exists():
@@ -128,7 +191,13 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         engine["origin"] = "snap"
     elif is_podman(COMMAND):
         engine["origin"] = "podman"
-    if program and SOCKET.exists() and ask("systemctl", "is-active", "docker.service").strip() == "active":
+    active = ask("systemctl", "is-active", "docker.service").strip() == "active"
+    # An engine that is stopped stays so: to ask Docker's socket would start it.
+    if shutil.which("docker", path=PLACES) and (active or ask("systemctl", "is-active", "docker.socket") == ""):
+        answer = read_json(ask("docker", "info", "--format", "{{json .}}"))
+        names = ask("docker", "version", "--format", "{{range .Server.Components}}{{.Name}} {{end}}")
+        engine["problems"] = list(judge(answer, names, shutil.which("iptables", path=f"{PLACES}:/sbin") is not None))
+    if program and SOCKET.exists() and active:
         running = ask("docker", "ps", "--quiet").split()
         engine["running"] = (
             running_containers(json.loads(ask("docker", "inspect", *running) or "[]")) if running else []
