@@ -269,6 +269,55 @@ def test_running_server_without_a_record_is_told_to_stop_or_believed_what_it_is_
     assert plan(16303, 2000, running=True, wishes={"gpu_memory_utilization": 0.8})["fits"]
 
 
+# What a failed start showed to be too high
+
+
+@pytest.mark.parametrize(
+    ("lowered", "expected"),
+    [
+        ([{"utilization": 0.05}], {"gpu_memory_utilization": 0.8, "max_pixels": 11_289_600, "max_num_seqs": 16}),
+        ([{"below": ["max_num_seqs"]}], {"gpu_memory_utilization": 0.85, "max_num_seqs": 8}),
+        ([{"below": ["max_pixels"]}], {"gpu_memory_utilization": 0.85, "max_pixels": 5_017_600, "max_num_seqs": 8}),
+        ([{"below": ["max_model_len"]}], {"max_model_len": 24_576}),
+        ([{"utilization": 0.05}, {"utilization": 0.05}], {"gpu_memory_utilization": 0.75}),
+        ([{"below": ["max_num_seqs"]}, {"below": ["max_num_seqs"]}], {"max_pixels": 5_017_600, "max_num_seqs": 4}),
+        ([], {"gpu_memory_utilization": 0.85, "max_num_seqs": 16}),
+    ],
+    ids=str,
+)
+def test_plan_that_was_too_high_is_lowered(lowered: list[Plan], expected: Plan) -> None:
+    found = plan(*DESKTOP, lowered=lowered)
+    assert {key: found[key] for key in expected} == expected
+    assert found.get("lowered", []) == lowered
+
+
+def test_lowered_plan_says_so_and_is_kept() -> None:
+    lowered = [{"utilization": 0.05, "below": ["max_num_seqs"]}]
+    first = plan(*DESKTOP, lowered=lowered)
+    assert "utilization 0.8 (lowered after a failed start)" in first["explanation"]
+    again = plan(16303, without_us(15791, first), previous=first, running=True, lowered=lowered)
+    assert json.dumps(again) == json.dumps(first)
+
+
+def test_plan_is_made_anew_where_it_is_lowered_now_and_where_it_is_no_longer() -> None:
+    lowered = [{"below": ["max_num_seqs"]}]
+    high, low = plan(*DESKTOP), plan(*DESKTOP, lowered=lowered)
+    assert plan(*DESKTOP, previous=high, lowered=lowered) == low
+    assert plan(*DESKTOP, previous=low) == high
+
+
+def test_wishes_are_not_lowered() -> None:
+    wishes = {"gpu_memory_utilization": 0.85, "max_num_seqs": 16, "max_pixels": 11_289_600, "max_model_len": 32_768}
+    lowered = [{"utilization": 0.05, "below": ["max_num_seqs", "max_pixels", "max_model_len"]}]
+    found = plan(*DESKTOP, wishes=wishes, lowered=lowered)
+    assert {key: found[key] for key in wishes} == wishes
+
+
+def test_plan_that_cannot_be_lowered_is_refused_with_the_arithmetic() -> None:
+    found = plan(*DESKTOP, lowered=[{"utilization": 0.5}])
+    assert "vLLM gets utilization 0.35 (lowered after a failed start)" in found["problem"]
+
+
 @pytest.mark.parametrize("previous", [None, {}, {"fits": False, "problem": "", "cure": ""}, {"fits": True}])
 def test_no_usable_record_is_none(previous: Plan | None) -> None:
     assert plan(*DESKTOP, previous=previous) == plan(*DESKTOP)
@@ -292,6 +341,10 @@ def test_no_usable_record_is_none(previous: Plan | None) -> None:
         ((gpu(*DESKTOP), "wsl2", {"gpu_memory_utilization": 85}), "must be a fraction up to 1, not 85"),
         ((gpu(*DESKTOP), "wsl2", {}, "plan"), "the previous plan must be a dictionary"),
         ((gpu(*DESKTOP), "wsl2", {}, {"gpu_memory_utilization": "x"}, True), "the previous utilization must be"),
+        ((gpu(*DESKTOP), "wsl2", {}, {}, False, {"utilization": 1}), "what is lowered must be a list"),
+        ((gpu(*DESKTOP), "wsl2", {}, {}, False, [{"seqs": 1}]), "seqs cannot be lowered"),
+        ((gpu(*DESKTOP), "wsl2", {}, {}, False, [{"below": ["seqs"]}]), "seqs cannot be lowered"),
+        ((gpu(*DESKTOP), "wsl2", {}, {}, False, [{"utilization": -1}]), "the utilization to take off must be"),
     ],
     ids=str,
 )

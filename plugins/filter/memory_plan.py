@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ansible.errors import AnsibleFilterError
@@ -15,7 +15,7 @@ short_description: Plan vLLM's limits for dots.ocr on a measured GPU
 description:
   - Maps the memory of one GPU to the limits with which vLLM serves dots.ocr on it.
   - The sizes behind it come from published logs and arithmetic; no plan was tried on a real card yet.
-positional: platform, wishes, previous, running
+positional: platform, wishes, previous, running, lowered
 options:
   _input:
     description: One entry of the fact C(gpu_host.gpus), as the module C(gpu_host) measures it.
@@ -43,6 +43,14 @@ options:
     description: Whether the server runs now and holds the memory of O(previous).
     type: bool
     default: false
+  lowered:
+    description:
+      - By how much a failed start showed the plan to be too high. Each entry may have C(utilization), the fraction to
+        take off one that is planned, and C(below), the limits (C(max_pixels), C(max_num_seqs), C(max_model_len)) of
+        which a lower rung is wanted. Wishes stay as they are.
+    type: list
+    elements: dict
+    default: []
 author:
   - The dots-ocr-deploy founders
 """
@@ -76,6 +84,7 @@ _value:
     memory_total_mib: 16303
     platform: bare_metal
     wishes: {}
+    lowered: []
     explanation: >-
       15.42 of 15.92 GiB free, 0.50 kept back; utilization 0.85 (the most we plan) = 13.53 GiB - weights 5.72 ...
 """
@@ -204,16 +213,19 @@ def memory_plan(
     wishes: Mapping[str, Any] | None = None,
     previous: Mapping[str, Any] | None = None,
     running: bool = False,
+    lowered: Sequence[Mapping[str, Any]] | None = None,
 ) -> Plan:
     """Return the limits for vLLM on this GPU, or the problem and its cure; DOCUMENTATION has the rest."""
     wanted = read_wishes(wishes)
     last = read_mapping(previous, "the previous plan")
     held = number(last.get("gpu_memory_utilization", 0), "the previous utilization") if running else 0.0
     memory = read_gpu(gpu, platform, held)
-    utilization = wanted.get("gpu_memory_utilization", memory.planned_utilization())
-    if keeps(last, memory, wanted, utilization, running):
+    lowering = read_lowered(lowered)
+    less = sum(entry.get("utilization", 0.0) for entry in lowering)
+    utilization = wanted.get("gpu_memory_utilization", round(max(memory.planned_utilization() - less, 0.0), 2))
+    if last.get("lowered", []) == lowering and keeps(last, memory, wanted, utilization, running):
         # As it was recorded, explanation and all: a file that says the same thing in other words is a change too.
-        return {**{key: last[key] for key in PLAN}, "wishes": wanted}
+        return {**{key: last[key] for key in (*PLAN[:-1], "lowered", PLAN[-1]) if key in last}, "wishes": wanted}
     unknown = running and not held  # how much our own server holds, and so what would be free without it
     if utilization * memory.total > memory.free and not unknown:
         return refuse_utilization(memory, utilization)
@@ -221,6 +233,9 @@ def memory_plan(
     fitting = [limits for limits in rungs(wanted) if limits.fit(budget)]
     if not fitting:
         return refuse(memory, wanted, utilization, unknown)
+    for limit in [limit for entry in lowering for limit in entry.get("below", [])]:
+        # Where a wish decides, no rung is lower.
+        fitting = [limits for limits in fitting if getattr(limits, limit) < getattr(fitting[-1], limit)] or fitting
     limits = fitting[-1]
     plan = {
         "fits": True,
@@ -234,6 +249,7 @@ def memory_plan(
         "memory_total_mib": int(memory.total),
         "platform": memory.platform,
         "wishes": wanted,
+        **({"lowered": lowering} if lowering else {}),
     }
     return {**plan, "explanation": explain(memory, plan)}
 
@@ -281,6 +297,8 @@ def share(memory: Memory, utilization: float, wishes: Wishes) -> str:
     reason = "what is free and not kept back"
     if "gpu_memory_utilization" in wishes:
         reason = "as wished"
+    elif utilization < memory.planned_utilization():
+        reason = "lowered after a failed start"
     elif utilization == UTILIZATION_CAP:
         reason = "the most we plan"
     return f"{utilization:.4g} ({reason}) = {gib(utilization * memory.total):.2f} GiB"
@@ -390,6 +408,18 @@ def read_wishes(wishes: Mapping[str, Any] | None) -> Wishes:
             raise AnsibleFilterError(f"memory_plan: the wish {key} must be a whole number, not {value:g}")
         if value:
             found[key] = value if key == "gpu_memory_utilization" else int(value)
+    return found
+
+
+def read_lowered(lowered: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Return what failed starts showed to be too high; raises AnsibleFilterError where it is malformed."""
+    if not isinstance(lowered or [], list):
+        raise AnsibleFilterError(f"memory_plan: what is lowered must be a list, not {lowered!r}")
+    found = [read_mapping(entry, "each entry of what is lowered") for entry in lowered or []]
+    for entry in found:
+        if unknown := sorted({*entry, *entry.get("below", [])} - {"utilization", "below", *Limits._fields}):
+            raise AnsibleFilterError(f"memory_plan: {', '.join(unknown)} cannot be lowered")
+        number(entry.get("utilization", 0), "the utilization to take off")
     return found
 
 
