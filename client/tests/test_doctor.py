@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from support import FakeServer, reply
 
+from dots_ocr_client import doctor
 from dots_ocr_client.doctor import ANSWER_TOKENS, QWEN_PACKAGES, SAMPLE, Check, examine
 from dots_ocr_client.engines.vllm import VLLMEngine
 
@@ -48,6 +50,37 @@ def test_a_healthy_server_passes_every_check(healthy: FakeServer) -> None:
     checks = checks_of(healthy.base_url)
     assert by_status(checks, "ok") == [name for name in ALL if name not in QWEN]
     assert by_status(checks, "skipped") == QWEN
+
+
+@pytest.fixture
+def deployed(healthy: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Check]]:
+    """Examine a server of this host with these settings, less what is always looked at."""
+
+    def run(content: str) -> list[Check]:
+        (tmp_path / "dots-ocr.json").write_text(content)
+        engine = VLLMEngine(healthy.base_url)
+        monkeypatch.setattr(doctor, "DEPLOYED", tmp_path)
+        return [check for check in asyncio.run(examine(engine, 20.0)) if check.name not in ALL]
+
+    return run
+
+
+@pytest.mark.parametrize("port", [None, 1])
+def test_a_server_that_only_starts_with_a_remedy_is_named_with_it(
+    healthy: FakeServer, deployed: Callable[..., list[Check]], port: int | None
+) -> None:
+    entry = {"diagnosis": "x", "reason": "No graphs here.", "remedy": {"arguments": ["--enforce-eager"]}}
+    url = healthy.base_url.removesuffix("/v1") if port is None else f"http://127.0.0.1:{port}"
+    found = deployed(json.dumps({"url": url, "adaptations": [entry]}))
+    assert [check.status for check in found] == (["warning"] if port is None else [])
+    assert all("No graphs here. Remedy: " in check.detail and "--enforce-eager" in check.detail for check in found)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"url": 1}', '{"url": "http://127.0.0.1:x"}', '{"adaptations": 1}']
+)
+def test_settings_that_cannot_be_read_are_no_matter(deployed: Callable[..., list[Check]], content: str) -> None:
+    assert deployed(content) == []
 
 
 def test_without_ocr_nothing_is_read(healthy: FakeServer, fake_tesseract: Callable[[str], Path]) -> None:

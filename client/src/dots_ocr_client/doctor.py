@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import importlib.util
+import json
 import platform
 import re
 import shutil
@@ -12,7 +13,9 @@ import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -39,6 +42,8 @@ ALIKE: Final = 0.9
 wrong, but without its number or its last two words the sentence comes to less)."""
 PACKAGES: Final = ("dots-ocr-client", "openai", "pypdfium2", "pillow")
 QWEN_PACKAGES: Final = ("torch", "transformers")
+DEPLOYED: Final = Path("/etc/dots-ocr/server")
+"""Where the role dots_ocr_server writes what it knows of the servers of a host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +83,9 @@ async def examine(
 
     Returns:
         What was found; nothing is raised for what does not work. PDFs' own text is not checked: it needs nothing but
-        the packages.
+        the packages. That a server of this very host only starts with a remedy is a check of its own, where it is so.
     """
-    checks = [*await _server(engine, seconds, ocr), await _tesseract(languages)]
+    checks = [*await _server(engine, seconds, ocr), *_adapted(engine.base_url), await _tesseract(languages)]
     if ocr:
         checks.append(await _page_by_tesseract(languages, seconds))
     checks.append(_qwen())
@@ -165,6 +170,24 @@ def _context(card: Mapping[str, Any]) -> Check:
         detail = f"{length} tokens are too few for an A4 page at 200 dpi and its answer"
         return Check("context", "failed", detail, f"start the server with --max-model-len {needed} or more")
     return Check("context", "ok", f"{length} tokens; an A4 page at 200 dpi and its answer take up to {needed}")
+
+
+def _adapted(base_url: str) -> list[Check]:
+    asked = urlsplit(base_url)
+    found = []
+    for file in sorted(DEPLOYED.glob("*.json")):
+        try:
+            settings = json.loads(file.read_bytes())
+            own = urlsplit(settings["url"])
+            here = asked.port == own.port and asked.hostname in (own.hostname, "127.0.0.1", "localhost", "::1")
+            entries = settings.get("adaptations", []) if here else []
+            remedies = [f"{entry['reason']} Remedy: {json.dumps(entry['remedy'])}" for entry in entries]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # not for us to judge: the readiness check of the host does
+        if remedies:
+            cure = "mend the cause (docs/troubleshooting.md), then deploy with dots_ocr_server_adapt: false"
+            found.append(Check("adapted", "warning", " ".join(remedies), cure))
+    return found
 
 
 async def _page(engine: VLLMEngine, seconds: float) -> Check:
