@@ -452,6 +452,11 @@ class TestNvidiaSmi:
         assert cure in found["cure"]
         assert found["mended_by"] == ""
 
+    def test_processes_are_seen_beside_a_warning(self, folder: Path) -> None:
+        self.measure(folder, all=(f"4711, /usr/bin/python3, 11000\n4712, [Not Found], [N/A]\n{INFOROM}\n", "", 14))
+        found = gpu_host.measure_gpu_processes(str(folder / "nvidia-smi"))
+        assert found == [{"pid": 4711, "name": "python3", "memory_mib": 11000}]
+
     def test_card_of_a_virtual_machine_is_not_ours(self, folder: Path) -> None:
         self.card(folder, "0000:01:00.0", "0x2c05", "vfio-pci")
         assert gpu_host.measure_pci() == [{"address": "0000:01:00.0", "device": "0x2c05", "driver": "vfio-pci"}]

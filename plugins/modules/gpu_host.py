@@ -664,8 +664,9 @@ def parse_gpu(line: str) -> Host:
 def measure_gpu_processes(smi: str) -> list[Host]:
     """Ask nvidia-smi who computes on the GPUs; nobody where it cannot tell, as on WSL."""
     query = "--query-compute-apps=pid,process_name,used_memory"
-    status, answer = ask([smi, query, "--format=csv,noheader,nounits"], GPU_TIMEOUT)
-    found = re.findall(r"^(\d+), *(.+), *(\d+)$", answer, re.MULTILINE) if status == 0 else []
+    # Its status says nothing of the rows here either.
+    _, answer, _ = call([smi, query, "--format=csv,noheader,nounits"], GPU_TIMEOUT)
+    found = re.findall(r"^(\d+), *(.+), *(\d+)$", answer, re.MULTILINE)
     return [{"pid": int(pid), "name": Path(name).name, "memory_mib": int(memory)} for pid, name, memory in found]
 
 
