@@ -336,11 +336,11 @@ def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
         raise upgrade_kernel(host, candidates[0], headers)
     folder = folder_of(host)
     version = wishes.package_version or wishes.branch
-    first = FOLDERS[folder].first_branch
+    begins = FOLDERS[folder].first_branch
     there = major(version_on_disk(host)) == int(wishes.branch) or known(f"nvidia-driver-pinning-{version}", system)
-    if int(wishes.branch) < first and not there:
+    if int(wishes.branch) < begins and not there:
         raise NoBranch(
-            f"NVIDIA's repository for {folder} has no branch {wishes.branch}: it begins at {first}",
+            f"NVIDIA's repository for {folder} has no branch {wishes.branch}: it begins at {begins}",
             f"set nvidia_driver_branch to '{DEFAULT_BRANCHES[-1]}' or 'auto'",
         )
     meta = f"linux-headers-{candidates[0]}"
