@@ -219,6 +219,7 @@ MESSAGES = [
 
 # Words that stand in every log, and must not be taken for a cause.
 NOISE = (
+    "Waiting for cache lock: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 99 (apt)...\n"
     "Reading package lists...\nGet:1 http://a/debian trixie/main amd64 libssl3 amd64 3.5 [2,000 kB]\n"
     "The following NEW packages will be installed:\n  ca-certificates dkms openssl python3-certificate-handshake\n"
     "Setting up ca-certificates-no-space-left ...\nupdate-initramfs: Generating /boot/initrd.img-6.17.0-8-generic\n"
@@ -335,6 +336,13 @@ def test_lock_that_stays_is_named(words: str, locked: Callable[..., tuple[Any, L
     assert 590 <= host.now <= 600
     with pytest.raises(apt_set.SetError, match=r"fetching the package lists failed: .*; apt_lock_timeout"):
         locked(1000, words)[0].refresh()
+
+
+def test_wait_that_is_over_is_no_reason_to_wait(locked: Callable[..., tuple[Any, Locked]]) -> None:
+    packages, host = locked(1000, f"{NOISE}E: Unable to locate package x\n")
+    with pytest.raises(apt_set.SetError, match="apt-cache policy"):
+        packages.apt("install", "x", what="installing x")
+    assert host.now == 0
 
 
 def test_sources_that_apt_cannot_read_are_told_at_once(locked: Callable[..., tuple[Any, Locked]]) -> None:

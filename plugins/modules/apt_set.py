@@ -178,13 +178,13 @@ class Cause(NamedTuple):
     lines: str = ""  # regular expression of the lines that tell of it, besides those of apt itself
 
 
-# What apt and dpkg say as long as another program is at work.
-LOCKED = r"Could not get lock|is another process using it|locked by another process"
+# What apt and dpkg say when another program is at work, but not while apt itself waits for it.
+LOCKED = r"(?<!cache lock: )Could not get lock|is another process using it|locked by another process"
 UNREADABLE = r"list of sources could not be read"
 # Lines that tell of no failure, and may have any word in the name of a package.
 PROGRESS = (
-    r"(?:Get|Hit|Ign):|(?:Reading|Building|Selecting|Preparing|Unpacking|Setting up|Processing|Removing|Purging|Need to"
-    r"|Fetched|After this|The following|\(Reading|update-initramfs: Generating) |  \S"
+    r"(?:Get|Hit|Ign):|(?:Waiting|Reading|Building|Selecting|Preparing|Unpacking|Setting up|Processing|Removing|Purging"
+    r"|Need to|Fetched|After this|The following|\(Reading|update-initramfs: Generating) |  \S"
 )
 
 # From specific to general; the first that fits is it. What another cause brings about comes after that one: dpkg fails
@@ -251,7 +251,7 @@ CAUSES = (
         r"GPG error|not signed|NO_PUBKEY",
     ),
     Cause(
-        r"Invalid response from proxy|\b40[37] +(?:Forbidden|Proxy|authenticationrequired)",
+        r"Invalid response from proxy|\b40[137] +(?:Unauthorized|Forbidden|Proxy|authenticationrequired)",
         "{server} refuses it: check http_proxy, https_proxy, no_proxy, and what the proxy lets through, then run again",
     ),
     Cause(

@@ -123,7 +123,7 @@ CAUSES = (
     ),
     (r"not valid yet|is expired|has expired", "check the clock ('date'), and whether the mirror is kept up to date"),
     (
-        r"Invalid response from proxy|\b40[37] +(?:Forbidden|Proxy|authenticationrequired)",
+        r"Invalid response from proxy|\b40[137] +(?:Unauthorized|Forbidden|Proxy|authenticationrequired)",
         "the proxy or the server refuses it: check http_proxy, https_proxy, no_proxy, and what the proxy lets through",
     ),
     (
