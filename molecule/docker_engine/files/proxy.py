@@ -21,8 +21,12 @@ class Proxy(BaseHTTPRequestHandler):
         address = urllib.parse.urlsplit(self.path)
         host = (address.hostname or "").removesuffix(".invalid")
         connection = http.client.HTTPConnection(host, address.port or 80, timeout=30)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in ONWARD_ONLY}
-        connection.request(self.command, address._replace(scheme="", netloc="").geturl(), headers=headers)
+        path = address._replace(scheme="", netloc="").geturl()
+        connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():  # one by one: Docker sends several of one name
+            if name.lower() not in ONWARD_ONLY:
+                connection.putheader(name, value)
+        connection.endheaders()
         answer = connection.getresponse()
         body = answer.read()
         self.send_response_only(answer.status, answer.reason)
