@@ -174,10 +174,11 @@ def test_option_that_is_not_wanted_any_more_goes(host: Host) -> None:
     assert "mtu" not in host.options
 
 
-def test_absent_touches_no_file_that_was_never_ours(host: Host) -> None:
-    host.file.write_text('{"live-restore": false}')
+@pytest.mark.parametrize("theirs", ['{"live-restore": false}', '{"live-restore": '])
+def test_absent_touches_no_file_that_was_never_ours(theirs: str, host: Host) -> None:
+    host.file.write_text(theirs)
     assert not host.absent()
-    assert host.file.read_text() == '{"live-restore": false}'
+    assert host.file.read_text() == theirs
 
 
 def test_mode_and_link_stay(host: Host, tmp_path: Path) -> None:

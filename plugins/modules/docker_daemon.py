@@ -311,7 +311,7 @@ class Configuration:
         """Take our configuration away."""
         data = read(DAEMON)
         before = self.before(data)
-        restart = parse(before) != parse(data)
+        restart = before != data and parse(before) != parse(data)
         self.write(DAEMON, before, keep=True)
         self.write(RECORD, None)
         restart |= self.write(PROXY, None)
