@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from testinfra.host import Host
 
-from conftest import MATRIX
+from conftest import MATRIX, STAND_IN
 from server import Settings, python, ready
 
 pytestmark = pytest.mark.disruptive
@@ -140,7 +140,30 @@ def signal(host: Host, name: str, pattern: str) -> None:
         host.check_output("pkill --signal %s --oldest --full %s", name, pattern)
 
 
+def test_firewall_is_flushed(host: Host, server: Settings, matrix: list[Measurement], stand_in: str) -> None:
+    """As `systemctl restart nftables` does: closed again while it reads, and a start after that finds Docker mended.
+
+    On a stand-in only, since somebody's own rules would be lost.
+    """
+    assert stand_in
+    rule = "iptables --table mangle --list-rules PREROUTING | grep --quiet -- '-i dots-ocr0 .*-j DROP'"
+    with fault(host, server, matrix, "the firewall flushed, then `kill -9` of the API process"), host.sudo():
+        for table in ("filter", "nat", "mangle", "raw"):
+            host.check_output("iptables --table %s --flush && iptables --table %s --delete-chain", table, table)
+        end = time.monotonic() + 60
+        while host.run(rule).rc != 0:
+            assert time.monotonic() < end, "the watchdog does not close it"
+            # As its timer does, only sooner.
+            host.run("systemctl start %s", f"dots-ocr-watchdog@{server['name']}.service")
+        assert ready(host, server["name"], wait=0)["ready"]
+        signal(host, "KILL", "[v]llm serve")
+    with host.sudo():
+        host.check_output("/usr/local/lib/dots-ocr/isolated_network prove %s", server["name"])
+
+
 def test_api_process_is_killed(host: Host, server: Settings, matrix: list[Measurement]) -> None:
+    if host.file(STAND_IN).exists:
+        pytest.skip("test_firewall_is_flushed kills it, too")
     with fault(host, server, matrix, "`kill -9` of the API process"):
         signal(host, "KILL", "[v]llm serve")
 
