@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -143,10 +144,37 @@ def left_on_purpose() -> str:
     return "\n".join(["| what | why |", "|---|---|", *(f"| {entry['shown']} | {entry['reason']} |" for entry in left)])
 
 
+def diagnoses() -> str:
+    """Return the table of what is known of starts that fail: what the journal says, cause, meaning, remedy, cure."""
+    rows = []
+    for known in json.loads((DOCS.parent / "roles/dots_ocr_server/files/diagnoses.json").read_text()):
+        remedy = "; ".join(remedies(known.get("remedy", {}))) or "none"
+        said = f"`{known['example'].splitlines()[-1].replace('`', chr(39))}`"
+        cells = (said, f"{known['cause']}. {known['meaning']}", remedy, known["advice"], known["source"])
+        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    head = ["the journal says, for instance", "cause and meaning", "automatic remedy", "by hand", "source"]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+
+
+def remedies(remedy: dict[str, Any]) -> Iterator[str]:
+    """Yield what a remedy changes, for humans."""
+    yield from (f"`{argument}`" for argument in remedy.get("arguments", []))
+    yield from (f"`{name}={value}`" for name, value in remedy.get("environment", {}).items())
+    plan = remedy.get("plan", {})
+    if "utilization" in plan:
+        yield f"utilization lowered by {plan['utilization']}"
+    yield from (f"a rung of the plan with a lower `{limit}`" for limit in plan.get("below", []))
+    if "shm_size" in remedy:
+        yield f"shared memory of {remedy['shm_size']}"
+    if "time" in remedy:
+        yield f"{remedy['time']} times `dots_ocr_server_ready_timeout`"
+
+
 # Which table goes where.
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "memory_plan": (DOCS / "tuning.md", memory_plans),
     "host_matrix": (DOCS / "verification.md", host_matrix),
+    "diagnoses": (DOCS / "troubleshooting.md", diagnoses),
     "left_on_purpose": (DOCS / "verification.md", left_on_purpose),
 }
 

@@ -64,3 +64,22 @@ def test_hosts_of_the_preflight_are_cases() -> None:
     found = list(tables.preflight_cases({"ocr_servers": {"children": groups}}))
     assert [case.outcome for case in found] == ["refused: old driver", "can serve"]
     assert [case.cure for case in found] == ["newer", ""]
+
+
+def test_remedies_are_told_in_words() -> None:
+    remedy = {
+        "arguments": ["--enforce-eager"],
+        "environment": {"A": "1"},
+        "plan": {"utilization": 0.05, "below": ["max_pixels"]},
+        "shm_size": "4g",
+        "time": 2,
+    }
+    assert list(tables.remedies(remedy)) == [
+        "`--enforce-eager`",
+        "`A=1`",
+        "utilization lowered by 0.05",
+        "a rung of the plan with a lower `max_pixels`",
+        "shared memory of 4g",
+        "2 times `dots_ocr_server_ready_timeout`",
+    ]
+    assert list(tables.remedies({})) == []

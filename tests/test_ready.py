@@ -29,6 +29,9 @@ READY, FAILED, NOT_YET, WRONG_USAGE = 0, 1, 75, 2
 KEY = "sk-0123456789abcdef"
 INVOCATION = "5e2f"
 
+DIAGNOSES = json.loads((programs.FILES / "diagnoses.json").read_text())
+NEEDED = ("name", "pattern", "example", "cause", "meaning", "advice", "source")
+
 ready = programs.load("ready")
 ocr_probe = ready.ocr_probe
 
@@ -282,10 +285,10 @@ def test_unit_that_fails_again_and_again_is_not_worth_waiting_for(host: Host) ->
 
 def test_only_the_run_that_failed_last_is_quoted(host: Host) -> None:
     host.command("systemctl", "NRestarts=3")
-    host.command("journalctl", runs("No such image", "No such image", "port is taken", last="Loading weights"))
+    host.command("journalctl", runs("first", "second", "third", last="Loading weights"))
     problem = host.check("http://127.0.0.1:9")[1]["problem"]
-    assert "port is taken" in problem
-    assert "No such image" not in problem
+    assert "third" in problem
+    assert "second" not in problem
     assert "Loading weights" not in problem
 
 
@@ -311,6 +314,94 @@ def test_restarts_of_long_ago_are_forgiven(host: Host) -> None:
     host.command("systemctl", "NRestarts=5")
     host.command("journalctl", runs("CUDA error"))
     assert host.check("http://127.0.0.1:9")[0] == NOT_YET
+
+
+# Diagnoses
+
+
+def diagnosed(host: Host, *options: str) -> tuple[int, str | None]:
+    """Return the status of the check, and the name of its diagnosis."""
+    status, verdict = host.check("http://127.0.0.1:9", *options)
+    return status, verdict.get("diagnosis", {}).get("name")
+
+
+@pytest.mark.parametrize("known", DIAGNOSES, ids=lambda known: str(known["name"]))
+def test_example_of_a_diagnosis_is_diagnosed_as_that(host: Host, known: dict[str, Any]) -> None:
+    """Each is found by its own pattern before a more general one is, at the first failure unless it may pass."""
+    host.command("systemctl", "NRestarts=1")
+    host.command("journalctl", runs(known["example"]))
+    soon = not known.get("may_pass") and not known.get("late")
+    assert diagnosed(host) == ((FAILED, known["name"]) if soon else (NOT_YET, None))
+    host.command("systemctl", "NRestarts=3")
+    host.command("journalctl", runs(*[known["example"]] * 3))
+    assert diagnosed(host) == (FAILED, None if known.get("late") else known["name"])
+    host.command("systemctl", "NRestarts=0")
+    host.command("journalctl", runs(last=known["example"]))
+    assert diagnosed(host, "--deadline=1") == (FAILED, known["name"])
+
+
+@pytest.mark.parametrize("known", DIAGNOSES, ids=lambda known: str(known["name"]))
+def test_diagnosis_has_what_people_and_the_role_need(known: dict[str, Any]) -> None:
+    remedy = known.get("remedy", {})
+    assert set(known) <= {*NEEDED, "remedy", "may_pass", "late"}
+    assert all(known[name] for name in NEEDED)
+    assert set(remedy) <= {"arguments", "environment", "plan", "shm_size", "time"}
+    assert set(remedy.get("plan", {})) <= {"utilization", "below"}
+    assert all(isinstance(value, str) for value in remedy.get("environment", {}).values())
+
+
+def test_diagnosis_tells_cause_evidence_and_cure(host: Host) -> None:
+    host.command("systemctl", "NRestarts=1")
+    said = "INFO loading\nRuntimeError: CUDA error: no kernel image is available for execution on the device\nINFO bye"
+    host.command("journalctl", runs(said))
+    _, verdict = host.check("http://127.0.0.1:9")
+    assert "dots-ocr.service does not start. The image has no kernels for this GPU." in verdict["problem"]
+    assert "dots_ocr_server_profile: auto" in verdict["cure"]
+    assert verdict["diagnosis"] == {"server": "dots-ocr", "name": "no_kernel", "evidence": said.splitlines()[1]}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        # vLLM says this wherever it captures graphs.
+        "If out-of-memory error occurs during cudagraph capture, consider decreasing `gpu_memory_utilization`",
+        "INFO Capturing CUDA graphs (decode, FULL): 100%\nINFO Graph capturing finished in 16 secs, took 0.31 GiB",
+        "engine config: enforce_eager=False, cudagraph_capture_sizes=[1, 2, 4]\nValueError: something else",
+        "INFO Using FlashInfer for top-p sampling\nINFO [flashinfer] Autotuning process ends\nninja is not installed",
+        "WARNING Using 'pin_memory=False' as WSL is detected. This may slow down the performance.",
+        "triton.runtime.errors.OutOfResources: out of resource: shared memory, Required: 101376",
+    ],
+)
+def test_what_a_good_start_says_too_is_no_diagnosis(host: Host, said: str) -> None:
+    host.command("systemctl", "NRestarts=3")
+    host.command("journalctl", runs(said, said, said))
+    assert diagnosed(host) == (FAILED, None)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("RuntimeError: CUDA error: unknown error during CUDA graph capture", "graph_capture"),
+        ("cudaErrorStreamCaptureInvalidated: previous error during capture", "graph_capture"),
+        ("ptxas fatal   : Value 'sm_120' is not defined for option 'gpu-name'", "triton_compilation"),
+        ("FlashInfer JIT compilation failed", "flashinfer_compilation"),
+        ("ninja: build stopped: subcommand failed.", "flashinfer_compilation"),
+        ("nvidia-container-cli: requirement error: unsatisfied condition: cuda>=13.0", "driver_too_old"),
+        ("the provided PTX was compiled with an unsupported toolchain.", "driver_too_old"),
+        ("RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment", "no_gpu"),
+        ("Fatal Python error: Bus error", "shared_memory"),
+    ],
+)
+def test_other_words_for_the_same_are_diagnosed_too(host: Host, said: str, name: str) -> None:
+    host.command("systemctl", "NRestarts=1")
+    host.command("journalctl", runs(said))
+    assert diagnosed(host) == (FAILED, name)
+
+
+def test_diagnosis_is_that_of_the_run_that_failed_last(host: Host) -> None:
+    host.command("systemctl", "NRestarts=2")
+    host.command("journalctl", runs("No such image: x", "Error 804: forward", last="CUDA out of memory"))
+    assert diagnosed(host) == (FAILED, "forward_compatibility")
 
 
 # Settings
