@@ -100,3 +100,95 @@ def test_message_of_the_engine_gets_a_cure(message: str, cure: str) -> None:
     text = module.explain(message, "nvidia.com/gpu=all")
     assert message in text
     assert cure in text.split("Cure:")[1]
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Return the two folders of specifications, the later of which wins."""
+    own, run = tmp_path / "etc", tmp_path / "run"
+    own.mkdir()
+    run.mkdir()
+    monkeypatch.setattr(module, "OWN_SPECIFICATIONS", own)
+    monkeypatch.setattr(module, "SPECIFICATION", run / "nvidia.yaml")
+    return own, run
+
+
+CDI_YAML = 'cdiVersion: 0.5.0\nkind: nvidia.com/gpu\ndevices:\n- name: "0"\n- name: all\n  containerEdits: {}\n'
+CDI_JSON = '{"cdiVersion": "0.7.0", "kind": "nvidia.com/gpu", "devices": [{"name": "0"}, {"name": "all"}]}'
+
+
+class TestRivals:
+    """Specifications that have the same device."""
+
+    @pytest.mark.parametrize("other", [CDI_YAML, CDI_JSON])
+    @pytest.mark.parametrize("device", ["nvidia.com/gpu=all", "nvidia.com/gpu=0"])
+    def test_two_in_one_folder(self, folders: tuple[Path, Path], other: str, device: str) -> None:
+        local = folders[1] / f"nvidia-local.{'json' if other == CDI_JSON else 'yaml'}"
+        module.SPECIFICATION.write_text(CDI_YAML)
+        local.write_text(other)
+        assert module.rivals(device) == sorted([module.SPECIFICATION, local])
+        text = module.explain(f"CDI device injection failed: unresolvable CDI devices {device}", device)
+        assert f"both have the device {device}, so neither counts. Fix: remove {local}, which" in text
+
+    def test_two_of_others_in_their_folder(self, folders: tuple[Path, Path]) -> None:
+        for name in ("a.yaml", "b.yaml"):
+            (folders[0] / name).write_text(CDI_YAML)
+        assert f"Fix: remove {folders[0] / 'b.yaml'}, which" in module.explain_rivals(
+            "x", module.rivals("nvidia.com/gpu=all")
+        )
+
+    def test_none(self, folders: tuple[Path, Path]) -> None:
+        module.SPECIFICATION.write_text(CDI_YAML)
+        (folders[0] / "nvidia.yaml").write_text(CDI_YAML)  # the later folder wins
+        (folders[1] / "notes.txt").write_text(CDI_YAML)
+        (folders[1] / "other.yaml").write_text(CDI_YAML.replace("nvidia.com/gpu", "nvidia.com/mig"))
+        (folders[1] / "single.yaml").write_text(
+            CDI_YAML.replace("name: all", "name: all-but-one").replace('"0"', "GPU-1")
+        )
+        assert module.rivals("nvidia.com/gpu=all") == []
+
+
+SANDBOX = (
+    'time="2026-11-29T10:00:00Z" level=warning msg="Failed to init nvsandboxutils: ERROR_LIBRARY_LOAD; ignoring"\n'
+    'time="2026-11-29T10:00:00Z" level=info msg="Auto-detected mode as \\"nvml\\""\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("", "nothing was said"),
+        (f'{SANDBOX}time="x" level=error msg="failed to initialize NVML: ERROR_LIBRARY_NOT_FOUND"\n{SANDBOX}',
+         "failed to initialize NVML: ERROR_LIBRARY_NOT_FOUND"),
+        (f'{SANDBOX}time="x" level=error msg="cannot write \\"/x\\": denied"\n', 'cannot write "/x": denied'),
+        (f"Failed to initialize NVML: Driver/library version mismatch\n{SANDBOX}",
+         "Failed to initialize NVML: Driver/library version mismatch"),
+        (f"{SANDBOX}No devices were found\n", "No devices were found"),
+        ("nvidia-cdi-refresh.service: Failed with result 'exit-code'.\nsystemd[1]: Failed to start x.\n",
+         "nothing was said"),
+        (SANDBOX, "Failed to init nvsandboxutils: ERROR_LIBRARY_LOAD; ignoring"),
+    ],
+)  # fmt: skip
+def test_error_of_the_tool_is_told_from_its_warnings(said: str, why: str) -> None:
+    assert module.why_it_failed(said) == why
+
+
+HOOKS = ["enable-cuda-compat"]
+OURS = f"{module.MARK}\nNVIDIA_CTK_CDI_GENERATE_DISABLED_HOOKS="
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", f"{OURS}enable-cuda-compat\n"),
+        ("NVIDIA_CTK_DEBUG=1\n", f"NVIDIA_CTK_DEBUG=1\n{OURS}enable-cuda-compat\n"),
+        ("NVIDIA_CTK_CDI_GENERATE_DISABLED_HOOKS=a,b\n",
+         f"NVIDIA_CTK_CDI_GENERATE_DISABLED_HOOKS=a,b\n{OURS}a,b,enable-cuda-compat\n"),
+        ('# mine\nNVIDIA_CTK_CDI_GENERATE_DISABLED_HOOKS="a"\n',
+         f'# mine\nNVIDIA_CTK_CDI_GENERATE_DISABLED_HOOKS="a"\n{OURS}a,enable-cuda-compat\n'),
+    ],
+)  # fmt: skip
+def test_hook_is_switched_off_beside_what_the_host_has(before: str, after: str) -> None:
+    assert module.environment(before, HOOKS) == after
+    assert module.environment(after, HOOKS) == after
+    assert module.environment(after, []) == before

@@ -16,8 +16,17 @@ options:
     description: The CDI device that a container shall get.
     type: str
     default: nvidia.com/gpu=all
+  disabled_hooks:
+    description:
+      - Hooks of NVIDIA's that the specification shall not have, beside those that the host's own settings name. They
+        are written to the environment file of NVIDIA's unit.
+    type: list
+    elements: str
+    default: []
   state:
-    description: C(absent) stops and disables the units, and removes the specification that they wrote.
+    description: >-
+      C(absent) stops and disables the units, and removes the specification that they wrote and the settings that their
+      package leaves behind.
     type: str
     choices: [present, absent]
     default: present
@@ -71,6 +80,11 @@ from ansible.module_utils.basic import AnsibleModule
 UNITS = ("nvidia-cdi-refresh.path", "nvidia-cdi-refresh.service")
 SPECIFICATION = Path("/var/run/cdi/nvidia.yaml")
 OWN_SPECIFICATIONS = Path("/etc/cdi")
+# Of NVIDIA's unit, and what its package writes and does not remove (nvidia-container-toolkit 1.20.0).
+ENVIRONMENT = Path("/etc/nvidia-container-toolkit/nvidia-cdi-refresh.env")
+CONFIGURATION = Path("/etc/nvidia-container-runtime/config.toml")
+DISABLED_HOOKS = "NVIDIA_CTK_CDI_GENERATE_DISABLED_HOOKS"
+MARK = "# Written by Ansible (module gpu_devices), with what stood above; the last line counts."
 STAMP = Path("/run/dots-ocr-gpu-devices")
 ENGINE_PROCESS = Path("/var/run/docker.pid")
 LOADED_DRIVER = Path("/sys/module/nvidia/version")
@@ -164,8 +178,79 @@ def read(path: Path) -> str:
         return ""
 
 
+def write(path: Path, text: str) -> None:
+    """Write a file of settings in one go; without text, remove it."""
+    if not text:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    growing = path.with_name(f".{path.name}.new")
+    growing.write_text(text)
+    growing.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o644)
+    growing.replace(path)
+
+
+def environment(text: str, hooks: list[str]) -> str:
+    """Return the environment file with these hooks disabled beside those that it disables itself; ours comes last."""
+    lines = text.splitlines()
+    if MARK in lines:
+        place = lines.index(MARK)
+        del lines[place : place + 2]
+    if hooks:
+        theirs = [line.partition("=")[2].strip("\"' ") for line in lines if line.startswith(f"{DISABLED_HOOKS}=")]
+        wanted = dict.fromkeys([*filter(None, (theirs or [""])[-1].split(",")), *hooks])
+        lines += [MARK, f"{DISABLED_HOOKS}={','.join(wanted)}"]
+    return "\n".join([*lines, ""]) if lines else ""
+
+
+def rivals(device: str) -> list[Path]:
+    """Return the specifications of one folder that all have a device: then none of them counts.
+
+    Of two folders the later one wins, so those are no rivals.
+    """
+    kind, _, name = device.partition("=")
+    has_kind = re.compile(rf"""\bkind["']?\s*:\s*["']?{re.escape(kind)}["']?\s*(?:[,}}]|$)""", re.MULTILINE)
+    has_name = re.compile(rf"""\bname["']?\s*:\s*["']?{re.escape(name)}["']?\s*(?:[,}}]|$)""", re.MULTILINE)
+    for folder in (OWN_SPECIFICATIONS, SPECIFICATION.parent):
+        files = [file for file in sorted(folder.glob("*")) if file.suffix in (".yaml", ".yml", ".json")]
+        same = [file for file in files if has_kind.search(read(file)) and has_name.search(read(file))]
+        if len(same) > 1:
+            return same
+    return []
+
+
+def explain_rivals(device: str, files: list[Path]) -> str:
+    """Return that specifications are in each other's way, and which to remove."""
+    extra = [str(file) for file in files if file != SPECIFICATION]
+    extra = extra if SPECIFICATION in files else extra[1:]
+    return (
+        f"{' and '.join(map(str, files))} both have the device {device}, so neither counts. Fix: remove"
+        f" {', '.join(extra)}, which somebody wrote beside it; NVIDIA's units write {SPECIFICATION}"
+    )
+
+
+def why_it_failed(said: str) -> str:
+    """Return why NVIDIA's tool failed, by its words in the journal.
+
+    It writes logfmt. A warning is none, although it says "failed" in every run without libnvidia-sandboxutils.
+    """
+    levels: dict[str, list[str]] = {"error": [], "": [], "warning": []}
+    for line in said.splitlines():
+        if re.search(r"systemd|nvidia-cdi-refresh|Failed with result", line):
+            continue
+        level = re.search(r"\blevel=(\w+)", line)
+        words = re.search(r'\bmsg="((?:[^"\\]|\\.)*)"', line)
+        text = words.group(1).replace('\\"', '"') if words else line.strip()
+        kind = {"error": "error", "fatal": "error", "warning": "warning"}.get(level.group(1) if level else "", "")
+        if kind or (not level and re.search(r"(?i)fail|error|mismatch|no devices", line)):
+            levels[kind].append(text)
+    return next((found[-1] for found in levels.values() if found), "nothing was said")
+
+
 def explain(message: str, device: str) -> str:
     """Return the engine's own words for why a container does not start, and a cure."""
+    if "unresolvable CDI devices" in message and (files := rivals(device)):
+        return f"A container does not get {device}: {explain_rivals(device, files)}"
     own = [file for file in sorted(OWN_SPECIFICATIONS.glob("*")) if why_stale(read(file), read(LOADED_DRIVER).strip())]
     if "Cannot connect" in message or "No such file or directory: b'docker'" in message:
         cure = "'systemctl status docker.service'; the role docker_engine brings the engine"
@@ -189,6 +274,7 @@ class Devices:
         """Take what is wanted."""
         self.module = module
         self.device: str = module.params["device"]
+        self.hooks: list[str] = module.params["disabled_hooks"]
 
     def ask(self, *command: str, data: bytes | None = None) -> tuple[int, str, str]:
         """Run a command, and return its status, output and errors."""
@@ -227,14 +313,24 @@ class Devices:
         found = self.devices()
         if status == 0 and self.device in found:
             return
-        said = self.ask("journalctl", "--unit", UNITS[1], "--output", "cat", "--lines", "20", "--no-pager")[1]
-        errors = [line for line in said.splitlines() if re.search(r"(?i)fail|error|mismatch", line)]
-        words = [line for line in errors if not re.search(r"systemd|nvidia-cdi-refresh|Failed with result", line)]
+        if files := rivals(self.device):
+            raise DeviceError(explain_rivals(self.device, files))
+        # A unit whose condition does not hold is skipped: with status 0, and with nothing in the journal.
+        state = self.ask("systemctl", "show", "--property=ConditionResult,Result", UNITS[1])[1]
+        if "ConditionResult=no" in state or "Result=exec-condition" in state:
+            raise DeviceError(
+                f"{UNITS[1]} was skipped, since it sees no driver, and so {self.device} is no CDI device. Fix: see that"
+                " nvidia-smi is in /usr/bin (WSL: in /usr/lib/wsl/lib, and /dev/dxg is there) and that 'modinfo nvidia'"
+                " finds the module of the running kernel; the role nvidia_driver (WSL: Windows) brings both"
+            )
+        command = ["journalctl", "--unit", UNITS[1], "--output", "cat", "--lines", "20", "--no-pager"]
+        invocation = self.ask("systemctl", "show", "--property=InvocationID", "--value", UNITS[1])[1]
+        said = self.ask(*command, *([f"_SYSTEMD_INVOCATION_ID={invocation}"] if invocation else []))[1]
         what = f"The GPU is no CDI device: {self.device} is not among {', '.join(found) or 'none'}"
         if self.device in found:
             what = f"The CDI specification is stale ({reason}) and cannot be written anew"
         raise DeviceError(
-            f"{what} ({(words or errors or ['nothing was said'])[-1]}). Cure: see that 'nvidia-smi' shows the GPU,"
+            f"{what} ({why_it_failed(said)}). Cure: see that 'nvidia-smi' shows the GPU,"
             " after an update of the driver reboot (WSL: 'wsl --shutdown' in Windows), then look at 'journalctl -u"
             f" {UNITS[1]}'"
         )
@@ -291,9 +387,18 @@ class Devices:
     def present(self) -> dict[str, Any]:
         """Have the device, and prove it."""
         changed = self.enable()
+        if files := rivals(self.device):
+            raise DeviceError(explain_rivals(self.device, files))
+        told = read(ENVIRONMENT)
+        wanted = environment(told, self.hooks)
+        if wanted != told and not self.module.check_mode:
+            write(ENVIRONMENT, wanted)
+        changed = changed or wanted != told
         before = read(SPECIFICATION)
         found = self.devices()
         stale = why_stale(before, read(LOADED_DRIVER).strip())
+        if unwanted := [hook for hook in self.hooks if re.search(rf"\b{re.escape(hook)}\b", before)]:
+            stale = f"it has the hook {unwanted[0]}"
         if self.device not in found or not before:
             stale = f"{self.device} is missing"
         result: dict[str, Any] = {"devices": found, "stale": stale, "proven": False, "services": []}
@@ -316,17 +421,22 @@ class Devices:
     def absent(self) -> dict[str, Any]:
         """Stop the units, and remove what they wrote; their package may be gone already."""
         links = [link for unit in UNITS for link in Path("/etc/systemd/system").glob(f"*.wants/{unit}")]
-        files = [path for path in (SPECIFICATION, STAMP, *links) if path.exists() or path.is_symlink()]
+        files = [path for path in (SPECIFICATION, STAMP, CONFIGURATION, *links) if path.exists() or path.is_symlink()]
         running = self.ask("systemctl", "is-active", *UNITS)[1].split()
-        changed = bool(files) or "active" in running
+        told = read(ENVIRONMENT)
+        theirs = environment(told, [])
+        changed = bool(files) or "active" in running or theirs != told
         if changed and not self.module.check_mode:
             self.ask("systemctl", "stop", *UNITS)
             for path in files:
                 path.unlink(missing_ok=True)
+            if theirs != told:
+                write(ENVIRONMENT, theirs)
             self.ask("systemctl", "daemon-reload")
             self.ask("systemctl", "reset-failed", *UNITS)
-            if SPECIFICATION.parent.exists() and not any(SPECIFICATION.parent.iterdir()):
-                SPECIFICATION.parent.rmdir()
+            for folder in (SPECIFICATION.parent, CONFIGURATION.parent, ENVIRONMENT.parent):
+                if folder.exists() and not any(folder.iterdir()):
+                    folder.rmdir()
         return {"changed": changed, "devices": [], "stale": "", "proven": False, "services": []}
 
 
@@ -335,6 +445,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "device": {"type": "str", "default": "nvidia.com/gpu=all"},
+            "disabled_hooks": {"type": "list", "elements": "str", "default": []},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
         supports_check_mode=True,

@@ -9,6 +9,14 @@ def test_gpu_is_a_cdi_device(host: Host) -> None:
     assert host.check_output("nvidia-ctk cdi list").splitlines() == expected
 
 
+def test_forward_compatibility_is_off_for_geforce(host: Host) -> None:
+    wsl = host.file("/dev/dxg").exists
+    specification = host.file("/var/run/cdi/nvidia.yaml").content_string
+    assert "update-ldcache" in specification
+    assert "enable-cuda-compat" not in specification
+    assert host.file("/etc/nvidia-container-toolkit/nvidia-cdi-refresh.env").exists == (not wsl)
+
+
 def test_container_has_started_with_it_and_left_nothing(host: Host) -> None:
     assert host.file("/run/dots-ocr-gpu-devices").exists
     assert host.check_output("docker ps --all --quiet; docker images --all --quiet") == ""
