@@ -319,6 +319,7 @@ def test_data_is_counted_without_the_engine(tmp_path: Path) -> None:
     ("text", "folders"),
     [
         ('{"data-root": "/srv/docker"}', {Path("/var/lib/docker"), Path("/srv/docker")}),
+        ('\ufeff{"data-root": "/srv/docker"}', {Path("/var/lib/docker"), Path("/srv/docker")}),
         ("{}", {Path("/var/lib/docker")}),
         ('{"data-root": ', {Path("/var/lib/docker")}),
         ("[]", {Path("/var/lib/docker")}),

@@ -125,6 +125,9 @@ def test_every_problem_is_named_in_one_go_with_its_cure() -> None:
         (wsl(memory_total_mib=7900), "7900 MiB of main memory, 10000 MiB are needed", "memory=12GB", ""),
         (host(docker={"desktop": True, "snap": False}), "Docker Desktop", "switch its WSL integration off", ""),
         (host(docker={"desktop": False, "snap": True}), "a snap", "snap remove docker", ""),
+        (host(docker={**DOCKER, "unfit": "podman"}), "podman answers", "podman-docker", ""),
+        (host(docker={**DOCKER, "unfit": "rootless"}), "runs rootless", "enable --now docker", ""),
+        (host(docker={**DOCKER, "unfit": "userns"}), "remaps users", "remove userns-remap", ""),
         (host(**MISSING, nvidia_pci_devices=0, nvidia_pci_ids=[]), "no NVIDIA GPU in this machine", "choose", ""),
         (host(**MISSING), "an NVIDIA GPU but no driver", "open kernel modules", "nvidia_driver"),
         (host(**MISSING, secure_boot=True), "an NVIDIA GPU but no driver", "open kernel", "nvidia_driver"),
@@ -489,3 +492,18 @@ def test_versions_compare_by_number_not_by_letter(older: str, newer: str) -> Non
 
 def test_free_space_of_a_folder_that_does_not_exist_yet_is_that_of_its_parent(tmp_path: Path) -> None:
     assert gpu_host.free_gib(str(tmp_path / "not/yet")) == gpu_host.free_gib(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("info", "unfit"),
+    [
+        ({}, ""),
+        ({"SecurityOptions": None}, ""),
+        ({"SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"]}, ""),
+        ({"SecurityOptions": ["name=seccomp,profile=builtin", "name=userns", "name=no-new-privileges"]}, "userns"),
+        ({"SecurityOptions": ["name=userns", "name=rootless"]}, "rootless"),
+        ({"ServerVersion": "5.4.2", "BuildahVersion": "1.39.3", "SecurityOptions": ["name=rootless"]}, "podman"),
+    ],
+)
+def test_engine_that_answers_is_judged(info: dict[str, Any], unfit: str) -> None:
+    assert gpu_host.unfit_engine(info) == unfit

@@ -86,8 +86,9 @@ def read_json(text: str) -> dict[str, Any]:
 
 def data_roots(daemon: Path) -> set[Path]:
     """Return the folders that may hold an engine's data: the usual one, and what its configuration says."""
+    # Bytes, of which Python finds out the encoding by a mark, as the engine does.
     try:
-        return {ROOT, Path(json.loads(daemon.read_text())["data-root"])}
+        return {ROOT, Path(json.loads(daemon.read_bytes())["data-root"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {ROOT}
 

@@ -91,7 +91,8 @@ ansible_facts:
       kernel_release: 6.12.48+deb13-amd64
       secure_boot: false
       docker_engine: true
-      docker: {desktop: false, snap: false, version: 29.9.0, images: /var/lib/containerd, userland_proxy: true}
+      docker:
+        {desktop: false, snap: false, version: 29.9.0, images: /var/lib/containerd, userland_proxy: true, unfit: ""}
       memory_total_mib: 32000
       nvidia_pci_devices: 1  # those that are not reserved
       nvidia_pci_ids: ["0x2c05"]
@@ -322,6 +323,17 @@ def judge_docker(host: Host) -> Iterator[Problem]:
         )
     if host["docker"]["snap"]:
         yield trouble("Docker is installed as a snap, which sees no GPU", "snap remove docker")
+    # As the role docker_engine refuses them, only before anything is brought.
+    unfit = host["docker"].get("unfit", "")
+    if unfit == "podman":
+        yield trouble("podman answers at Docker's socket", "remove podman-docker and the link /var/run/docker.sock")
+    elif unfit == "rootless":
+        yield trouble("Docker Engine runs rootless", "systemctl enable --now docker, the engine of the host")
+    elif unfit == "userns":
+        yield trouble(
+            "Docker Engine remaps users (userns-remap), so the container can neither read its key nor write its cache",
+            "remove userns-remap from /etc/docker/daemon.json, then: systemctl restart docker",
+        )
 
 
 def judge_wsl_gpu(host: Host) -> Iterator[Problem]:
@@ -768,6 +780,7 @@ def measure_docker(ports: list[int]) -> Host:
         "desktop": desktop_is_integrated() or info.get("OperatingSystem") == "Docker Desktop",
         "snap": Path("/snap/docker").exists() or any(Path("/var/lib/snapd/snaps").glob("docker_*.snap")),
         "version": info.get("ServerVersion", ""),
+        "unfit": unfit_engine(info),
         "images": image_folder(info),
         "userland_proxy": engine_settings().get("userland-proxy") is not False,
     }
@@ -777,10 +790,19 @@ def measure_docker(ports: list[int]) -> Host:
 def engine_settings() -> Host:
     """Return what /etc/docker/daemon.json says; nothing of a broken one, which the role docker_engine reports."""
     try:
-        settings = json.loads(Path("/etc/docker/daemon.json").read_text(encoding="utf-8-sig"))
+        settings = json.loads(Path("/etc/docker/daemon.json").read_bytes())
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
+
+
+def unfit_engine(info: Host) -> str:
+    """Return why the engine that answers cannot run the server: podman, rootless, userns, or nothing."""
+    # Podman's answer has a field of its own.
+    if "BuildahVersion" in info:
+        return "podman"
+    security = {str(option).split(",")[0].removeprefix("name=") for option in info.get("SecurityOptions") or []}
+    return next((name for name in ("rootless", "userns") if name in security), "")
 
 
 def image_folder(info: Host) -> str:
