@@ -164,7 +164,10 @@ def test_docker_that_makes_no_rules_was_not_flushed(text: str, host: Host) -> No
 
 
 def test_docker_that_is_told_so_by_a_flag_makes_none_either(host: Host) -> None:
-    with subprocess.Popen(["/bin/sh", "-c", "read _", "--iptables=false"], stdin=subprocess.PIPE) as engine:
+    command = ["/bin/sh", "-c", "echo; read _", "--iptables=false"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as engine:
+        assert engine.stdout
+        engine.stdout.readline()  # the kernel shows the command line only when the program is there
         host.engine = engine.pid
         host.flush()
         isolated.create()
