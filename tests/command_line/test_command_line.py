@@ -34,8 +34,10 @@ PLAN = {
     "max_num_queued_reqs": 23,
     "api_server_count": 2,
 }
+DIAGNOSES = json.loads((ROLE / "files/diagnoses.json").read_text())
 SETTINGS = {
     "_dots_ocr_server_plan": PLAN,
+    "_dots_ocr_server_remedies": [known["remedy"] for known in DIAGNOSES if "remedy" in known],
     "dots_ocr_server_model_names": ["first", "second/name"],
     "dots_ocr_server_extra_args": ["--seed=42"],
     "dots_ocr_server_shutdown_timeout": 71,
