@@ -379,8 +379,8 @@ def test_pages_in_flight_are_read_when_it_is_told_to_stop(program: StandIn, seco
         assert process.wait(5) == 0
 
 
-@pytest.mark.parametrize("option", ["--max-number-seqs=7", "--max-model-l=4096", "--enforce-eager"])
-def test_option_that_no_profile_has_is_refused(program: StandIn, option: str) -> None:
+@pytest.mark.parametrize("option", ["--max-number-seqs=7", "--max-model-l=4096", "--disable-log-stats"])
+def test_option_that_no_profile_or_remedy_has_is_refused(program: StandIn, option: str) -> None:
     status, complaint = program.refused(option)
     assert (status, f"error: unrecognized arguments: {option}" in complaint) == (2, True), complaint
 
