@@ -24,7 +24,7 @@ def test_options_are_merged(host: Host) -> None:
     assert "log-driver" not in config
     assert config["live-restore"] is False
     assert config["default-address-pools"] == [{"base": "10.201.0.0/16", "size": 24}]
-    assert config["insecure-registries"] == ["mirror:5000"]
+    assert set(config["insecure-registries"]) == {"mirror:5000", "mirror.invalid:5000"}
 
 
 def test_running_engine_looks_for_cdi_devices(host: Host) -> None:
