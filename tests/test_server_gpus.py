@@ -29,13 +29,15 @@ def serve(platform: str, gpus: list[dict[str, Any]], broken: list[dict[str, Any]
     loader = data_loader()
     tasks = loader.load_from_file(str(ROLE / "tasks/plan_vllm.yml"), trusted_as_template=True)
     (task,) = (task for task in tasks if "_dots_ocr_server_instance" in task.get("ansible.builtin.set_fact", {}))
-    candidate = {"gpu": CHOSEN, "plan": {}}
+    candidate = {"gpu": CHOSEN, "plan": {}, "adaptations": []}
+    constants = loader.load_from_file(str(ROLE / "vars/main.yml"))
     variables: dict[str, Any] = {
         **task["vars"],
         "item": candidate,
         "index": 0,
         "dots_ocr_server_port": 8000,
         "_dots_ocr_server_fitting": [candidate],
+        "_dots_ocr_server_gpu_keys": constants["_dots_ocr_server_gpu_keys"],
         "ansible_facts": {"gpu_host": {"platform": platform, "gpus": gpus, "gpus_broken": broken}},
     }
     instance = task["ansible.builtin.set_fact"]["_dots_ocr_server_instance"]
