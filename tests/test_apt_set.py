@@ -188,7 +188,7 @@ MESSAGES = [
         ["apt-get clean"],
     ),
     (
-        "E: Release file for http://deb.debian.org/debian/dists/trixie-updates/InRelease is not valid yet (invalid for"
+        "E: Release file for http://deb.example.org/debian/dists/trixie-updates/InRelease is not valid yet (invalid for"
         " another 3h 2min 1s). Updates for this repository will not be applied.",
         ["check the clock"],
     ),
