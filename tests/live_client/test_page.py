@@ -268,6 +268,18 @@ print(json.dumps(get_vllm_dots_ocr_client().process_image({str(document)!r})))
         assert "".join(sheets[number - 1][1].split()) in "".join(result["content"].split())
 
 
+@pytest.mark.parametrize("script", ["vllm_streamlit_adapter.py", "single_container_manager.py"])
+def test_pages_of_our_own_run_to_their_end(checkout: Path, environment: dict[str, str], script: str) -> None:
+    look = f"""
+from streamlit.testing.v1 import AppTest
+shown = AppTest.from_file({str(checkout / script)!r}, default_timeout=30).run()
+assert not shown.exception, shown.exception
+print([one.value for one in (*shown.header, *shown.title)])
+"""
+    places = {"PYTHONPATH": str(packages.folder(REQUIREMENTS))}
+    assert "dots.ocr" in run(checkout, {**environment, **places}, "-c", look)
+
+
 @pytest.mark.parametrize("script", ["quick_vllm_test.py", "setup_vllm_dots_ocr.py"])
 def test_scripts_check_the_server(checkout: Path, environment: dict[str, str], script: str) -> None:
     text = run(checkout, environment, script)
