@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.apt_host import LISTS_LOCK, Locked
+
 FILE = Path(__file__).resolve().parent.parent / "plugins/modules/apt_set.py"
 spec = importlib.util.spec_from_file_location("apt_set", FILE)
 assert spec
@@ -274,33 +276,6 @@ def test_conflict_of_keys_names_both_files_as_apt_itself_tells_of_it(sources: Pa
     cure = apt_set.explain(done.stderr, "installing docker-ce").split("Cure: ")[1]
     assert f"{sources}/docker.list and {sources}/vendor.sources;" in cure
     assert "/k.asc and /k.gpg" in cure
-
-
-class Locked:
-    """A host on which another program holds a lock for some time, by a clock of its own."""
-
-    def __init__(self, seconds: float, words: str) -> None:
-        """Take how long from now, in seconds, and what apt says meanwhile."""
-        self.seconds = seconds
-        self.words = words
-        self.now = 0.0
-        self.commands: list[list[str]] = []
-
-    def run_command(self, words: list[str], **_: object) -> tuple[int, str, str]:
-        self.commands.append(words)
-        return (0, "done", "") if self.now >= self.seconds else (100, "", self.words)
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-LISTS_LOCK = (
-    "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 812 (apt-get)\n"
-    "E: Unable to lock directory /var/lib/apt/lists/\n"
-)
 
 
 @pytest.fixture

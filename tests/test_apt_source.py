@@ -6,9 +6,11 @@ import base64
 import importlib.util
 import subprocess
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
+
+from tests.apt_host import LISTS_LOCK, Locked
 
 FILE = Path(__file__).resolve().parent.parent / "plugins/modules/apt_source.py"
 spec = importlib.util.spec_from_file_location("apt_source", FILE)
@@ -170,40 +172,13 @@ def test_what_does_not_bite_is_left_alone(sources: Path, name: str, content: str
     assert older(sources) == []
 
 
-class Locked:
-    """A host on which another program holds a lock for some time, by a clock of its own."""
-
-    params = MappingProxyType({"lock_timeout": 600, "uri": "https://vendor.example/deb"})
-
-    def __init__(self, seconds: float, words: str) -> None:
-        """Take how long from now, in seconds, and what apt says meanwhile."""
-        self.seconds = seconds
-        self.words = words
-        self.now = 0.0
-
-    def run_command(self, words: list[str], **_: object) -> tuple[int, str, str]:
-        return (0, "", "") if self.now >= self.seconds else (100, "", self.words)
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-LISTS_LOCK = (
-    "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 812 (apt-get)\n"
-    "E: Unable to lock directory /var/lib/apt/lists/\n"
-)
-
-
 def refresh(seconds: float, words: str, monkeypatch: pytest.MonkeyPatch) -> float:
     """Fetch the lists where apt fails for some seconds; return how many have passed."""
     host = Locked(seconds, words)
     source = object.__new__(apt_source.Source)
     monkeypatch.setattr(apt_source, "time", SimpleNamespace(monotonic=host.monotonic, sleep=host.sleep))
     monkeypatch.setattr(source, "module", host, raising=False)
-    monkeypatch.setattr(source, "params", host.params, raising=False)
+    monkeypatch.setattr(source, "params", {"lock_timeout": 600, "uri": "https://vendor.example/deb"}, raising=False)
     monkeypatch.setattr(source, "keyring", Path("/k.gpg"), raising=False)
     monkeypatch.setattr(source, "alone", [], raising=False)
     source.refresh()

@@ -101,6 +101,14 @@ def dead_url() -> str:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
+@pytest.fixture
+def two_pages(sheet: Image.Image, tmp_path: Path) -> Path:
+    """A document of two pages."""
+    document = tmp_path / "two.tiff"
+    sheet.save(document, save_all=True, append_images=[sheet])
+    return document
+
+
 def ask(picture: Any, text: str = DEFAULT_PROMPT) -> Messages:
     """A message as the application writes it: the picture first."""
     return [
@@ -404,12 +412,10 @@ class TestClient:
         assert "no page 3" in ocr.process_image(str(document), page=3)["error"]
 
     def test_a_page_that_cannot_be_read_takes_no_other_along(
-        self, url: str, server: FakeServer, sheet: Image.Image, tmp_path: Path
+        self, url: str, server: FakeServer, two_pages: Path
     ) -> None:
-        document = tmp_path / "two.tiff"
-        sheet.save(document, save_all=True, append_images=[sheet])
         server.fail_with(400, "no", times=1)
-        content = VLLMDotsOCRClient(url).process_image(str(document))["content"]
+        content = VLLMDotsOCRClient(url).process_image(str(two_pages))["content"]
         assert content.startswith("--- Страница 1 из 2 ---\n\n❌ сервер отклонил запрос")
         assert content.endswith("--- Страница 2 из 2 ---\n\nread by the server")
 
@@ -739,20 +745,16 @@ class TestIntegration:
         for answer in (ocr.process_image_file(str(sheet_file)), ocr.chat_completion(ask(str(sheet_file)))):
             assert answer["error"].startswith("сервер отклонил ключ API: задайте верный в переменной DOTS_OCR_API_KEY")
 
-    def test_pages_of_a_document_fall_back_one_by_one(
-        self, url: str, server: FakeServer, sheet: Image.Image, tmp_path: Path
-    ) -> None:
-        document = tmp_path / "two.tiff"
-        sheet.save(document, save_all=True, append_images=[sheet])
+    def test_pages_of_a_document_fall_back_one_by_one(self, url: str, server: FakeServer, two_pages: Path) -> None:
         server.fail_with(400, "no", times=1)
         ocr = DotsOCRVLLMIntegration(url)
         ocr.set_fallback_model(Qwen())
-        result = ocr.process_image_file(str(document))
+        result = ocr.process_image_file(str(two_pages))
         assert result["content"] == (
             "--- Страница 1 из 2 ---\n\nпрочитано Qwen\n\n--- Страница 2 из 2 ---\n\nread by the server"
         )
         assert (result["method"], result["model"]) == ("fallback", "fallback")
-        assert ocr.process_image_file(str(document), page=2)["method"] == "vllm"
+        assert ocr.process_image_file(str(two_pages), page=2)["method"] == "vllm"
 
     def test_the_status_is_that_of_now(self, url: str, server: FakeServer) -> None:
         ocr = DotsOCRVLLMIntegration(url)

@@ -8,8 +8,7 @@ import base64
 import binascii
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -100,9 +99,8 @@ def read_picture(picture: Any) -> PageImage:
         return draw(opened.reference(1))
 
 
-@contextmanager
-def open_pages(document: Any, page: int | None) -> Iterator[OpenDocument]:
-    """Open a document of any number of pages.
+def open_pages(document: Any, page: int | None) -> OpenDocument:
+    """Open a document of any number of pages, for a ``with`` statement.
 
     Args:
         document: As `read_picture` takes it, but a PDF or a TIFF may have several pages.
@@ -111,8 +109,7 @@ def open_pages(document: Any, page: int | None) -> Iterator[OpenDocument]:
     Raises:
         InputError: The document cannot be opened, or has no such page.
     """
-    with open_document(_source(document), None if page is None else (page,)) as opened:
-        yield opened
+    return open_document(_source(document), None if page is None else (page,))
 
 
 def _source(picture: Any) -> Source:
