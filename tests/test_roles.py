@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -12,6 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.template import Templar
+
+from tests.templating import data_loader
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROLES = sorted(path for path in (REPOSITORY / "roles").iterdir() if path.is_dir())
@@ -137,37 +139,20 @@ def test_whatever_fetches_something_gets_the_proxy(playbook: Path) -> None:
             assert play.get("environment") == "{{ network_environment }}", play["name"]
 
 
-def test_proxy_reaches_tasks_and_engine_by_one_set_of_variables(tmp_path: Path) -> None:
+def test_proxy_reaches_tasks_and_engine_by_one_set_of_variables() -> None:
     full = {"http_proxy": "http://p:3128", "https_proxy": "http://p:3129", "no_proxy": ["mirror", ".lan"]}
     cases = {"none": {}, "one": {"https_proxy": "http://p:3128"}, "both": full, "only-no": {"no_proxy": "mirror"}}
-    (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": cases}}))
-    (tmp_path / "play.yml").write_text(
-        yaml.safe_dump(
-            [
-                {
-                    "hosts": "all",
-                    "connection": "local",
-                    "gather_facts": False,
-                    "vars_files": [
-                        str(REPOSITORY / "playbooks/vars/network.yml"),
-                        str(REPOSITORY / "roles/docker_engine/defaults/main.yml"),
-                    ],
-                    "tasks": [
-                        {
-                            "ansible.builtin.copy": {
-                                "content": "{{ [network_environment, docker_engine_proxy] | to_json }}",
-                                "dest": f"{tmp_path}/{{{{ inventory_hostname }}}}.json",
-                                "mode": "0600",
-                            },
-                        }
-                    ],
-                }
-            ]
-        )
-    )
-    command = ["ansible-playbook", "--inventory", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
-    subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in cases}
+    loader = data_loader()
+    known = {
+        name: value
+        for file in ("playbooks/vars/network.yml", "roles/docker_engine/defaults/main.yml")
+        for name, value in loader.load_from_file(str(REPOSITORY / file), trusted_as_template=True).items()
+    }
+    templars = {name: Templar(loader=loader, variables=known | case) for name, case in cases.items()}
+    found = {
+        name: [templar.template(known[variable]) for variable in ("network_environment", "docker_engine_proxy")]
+        for name, templar in templars.items()
+    }
     assert found == {
         "none": [{}, {}],
         "only-no": [{}, {}],

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.parsing.dataloader import DataLoader
-from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar, trust_as_template
+
+from tests.templating import data_loader
 
 ROLE = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server"
 SMALL = {"index": 0, "name": "NVIDIA GeForce RTX 3060", "compute_capability": "8.6"}
 CHOSEN = {"index": 1, "name": "NVIDIA GeForce RTX 5070 Ti", "compute_capability": "12.0"}
 BROKEN = {"index": 0, "name": "NVIDIA GeForce GT 710", "fault": "memory.total is [N/A]"}
-
-
-@functools.cache
-def data_loader() -> DataLoader:
-    """Return what reads YAML as Ansible does."""
-    init_plugin_loader()
-    return DataLoader()
 
 
 def serve(platform: str, gpus: list[dict[str, Any]], broken: list[dict[str, Any]]) -> tuple[str, list[str]]:

@@ -1,0 +1,15 @@
+"""Ansible's own reading of YAML, for tests of what the roles' templates say."""
+
+from __future__ import annotations
+
+import functools
+
+from ansible.parsing.dataloader import DataLoader
+from ansible.plugins.loader import init_plugin_loader
+
+
+@functools.cache
+def data_loader() -> DataLoader:
+    """Return what reads YAML as Ansible does."""
+    init_plugin_loader()
+    return DataLoader()
