@@ -141,7 +141,12 @@ def test_whatever_fetches_something_gets_the_proxy(playbook: Path) -> None:
 
 def test_proxy_reaches_tasks_and_engine_by_one_set_of_variables() -> None:
     full = {"http_proxy": "http://p:3128", "https_proxy": "http://p:3129", "no_proxy": ["mirror", ".lan"]}
-    cases = {"none": {}, "one": {"https_proxy": "http://p:3128"}, "both": full, "only-no": {"no_proxy": "mirror"}}
+    cases: dict[str, dict[str, Any]] = {
+        "none": {},
+        "one": {"https_proxy": "http://p:3128"},
+        "both": full,
+        "only-no": {"no_proxy": "mirror"},
+    }
     loader = data_loader()
     known = {
         name: value
