@@ -1,0 +1,242 @@
+#!/usr/bin/python
+"""Ansible module files: folders and files of a role, written together."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: files
+short_description: Folders and files of a role, written together
+description:
+  - Does for a whole list what M(ansible.builtin.file) and M(ansible.builtin.copy) do one at a time. Twenty files cost
+    one task instead of twenty, of two modules each.
+  - What C(validate) refuses stops the task before anything has changed. Each file takes the place of the old one at
+    once, with its owner and mode.
+options:
+  files:
+    description: The folders and files, in the order in which they are made.
+    type: list
+    elements: dict
+    required: true
+    options:
+      path:
+        description: Where it is.
+        type: path
+        required: true
+      state:
+        description: A file, a folder (its parents are made, too), or nothing.
+        type: str
+        choices: [file, directory, absent]
+        default: file
+      content:
+        description: What is in the file, for instance C(lookup('ansible.builtin.template', 'unit.j2')). Without it
+          the file has to be there, and only its owner and mode are ensured.
+        type: str
+      owner:
+        description: Owner, if not that of the task.
+        type: str
+      group:
+        description: Group, if not that of the task.
+        type: str
+      mode:
+        description: Mode; 0644 for files and 0755 for folders.
+        type: raw
+      validate:
+        description: Command that accepts the content; C(%s) is the file to check.
+        type: str
+  owner:
+    description: Owner of all of them; without it the one that they have.
+    type: str
+  group:
+    description: Group of all of them; without it the one that they have.
+    type: str
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+author:
+  - The dots-ocr-deploy founders
+"""
+
+EXAMPLES = r"""
+- name: Install the units
+  files:
+    owner: root
+    group: root
+    files:
+      - path: /etc/example
+        state: directory
+      - path: /etc/example/settings.json
+        content: "{{ settings | to_nice_json }}"
+        mode: "0640"
+      - path: /etc/systemd/system/example.service
+        content: "{{ lookup('ansible.builtin.template', 'example.service.j2') }}"
+"""
+
+RETURN = r"""
+paths:
+  description: What has changed, or would change.
+  returned: success
+  type: list
+  elements: str
+"""
+
+import os
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+MODES = {"file": "0644", "directory": "0755"}
+
+
+def kind_of(path: Path) -> str:
+    """Return what is there: file, directory, link (to nothing, or to a file), or absent."""
+    if path.is_dir():
+        return "directory"
+    if path.is_symlink():
+        return "link"
+    return "file" if path.exists() else "absent"
+
+
+class Entry:
+    """One file or folder of the task."""
+
+    def __init__(self, module: AnsibleModule, wanted: dict[str, Any]) -> None:
+        """Remember what is wanted; the task's owner and group are the default."""
+        self.module = module
+        self.path = Path(wanted["path"])
+        self.state: str = wanted["state"]
+        self.content: bytes | None = None if wanted["content"] is None else wanted["content"].encode()
+        self.validate: str | None = wanted["validate"]
+        self.owner = wanted["owner"] or module.params["owner"]
+        self.group = wanted["group"] or module.params["group"]
+        self.mode = wanted["mode"] or MODES.get(self.state)
+        self.diff: dict[str, Any] = {"before": {}, "after": {}}
+
+    def check(self) -> None:
+        """End the task if this can't be made, or if its command refuses the content."""
+        kind = kind_of(self.path)
+        if self.state == "file" and kind == "directory":
+            self.module.fail_json(msg=f"{self.path} is a folder. Fix: move it away, then run this again.")
+        if self.state == "directory" and kind in ("file", "link"):
+            self.module.fail_json(msg=f"{self.path} is not a folder. Fix: move it away, then run this again.")
+        if self.state == "file" and self.content is None and kind == "absent" and not self.module.check_mode:
+            self.module.fail_json(msg=f"{self.path} is missing. Fix: create it, then run this again.")
+        if not self.validate or self.content is None or (kind == "file" and self.path.read_bytes() == self.content):
+            return
+        file = Path(self.module.tmpdir, self.path.name)
+        file.write_bytes(self.content)
+        code, out, error = self.module.run_command(
+            [word.replace("%s", str(file)) for word in shlex.split(self.validate)]
+        )
+        if code != 0:
+            command = self.validate.replace("%s", str(self.path))
+            self.module.fail_json(
+                msg=f"'{command}' refuses the new content, and nothing was replaced: {(error or out).strip()}",
+                rc=code,
+                stdout=out,
+                stderr=error,
+            )
+
+    def own(self, path: Path) -> bool:
+        """Give a path its owner and mode; returns whether they differed."""
+        changed: bool = self.module.set_owner_if_different(str(path), self.owner, False, self.diff)
+        changed = self.module.set_group_if_different(str(path), self.group, changed, self.diff)
+        return bool(self.module.set_mode_if_different(str(path), self.mode, changed, self.diff))
+
+    def make(self) -> bool:
+        """Make it; returns whether there was anything to do."""
+        kind = kind_of(self.path)
+        if self.state == "absent":
+            return self.remove(kind)
+        if self.state == "directory":
+            if kind == "absent":
+                self.note("state", kind, "directory")
+                if self.module.check_mode:
+                    return True
+                for missing in reversed([place for place in (self.path, *self.path.parents) if not place.exists()]):
+                    missing.mkdir()
+                    self.own(missing)
+            return self.own(self.path) or kind == "absent"
+        if self.content is None:
+            return kind != "absent" and self.own(self.path)
+        before = self.path.read_bytes() if kind == "file" else None
+        if before == self.content:
+            return self.own(self.path)
+        self.diff = {
+            "before": (before or b"").decode(errors="replace"),
+            "after": self.content.decode(errors="replace"),
+            "before_header": str(self.path),
+            "after_header": str(self.path),
+        }
+        if not self.module.check_mode:
+            self.write(self.content)
+        return True
+
+    def remove(self, kind: str) -> bool:
+        """Remove what is there; a link goes, not what it names."""
+        if kind == "absent":
+            return False
+        self.note("state", kind, "absent")
+        if self.module.check_mode:
+            return True
+        if kind == "directory" and not self.path.is_symlink():
+            shutil.rmtree(self.path)
+        else:
+            self.path.unlink()
+        return True
+
+    def write(self, content: bytes) -> None:
+        """Write the file beside the old one, for its owner's eyes only, and put it in its place."""
+        descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        new = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            contents, self.diff = self.diff, {"before": {}, "after": {}}
+            self.own(new)
+            self.diff = contents
+            new.replace(self.path)
+        finally:
+            new.unlink(missing_ok=True)
+
+    def note(self, what: str, before: str, after: str) -> None:
+        """Say a difference that is not one of content."""
+        self.diff = {"before": {"path": str(self.path), what: before}, "after": {"path": str(self.path), what: after}}
+
+
+def main() -> None:
+    """Check all, then make all."""
+    entry = {
+        "path": {"type": "path", "required": True},
+        "state": {"type": "str", "choices": ["file", "directory", "absent"], "default": "file"},
+        "content": {"type": "str"},
+        "owner": {"type": "str"},
+        "group": {"type": "str"},
+        "mode": {"type": "raw"},
+        "validate": {"type": "str"},
+    }
+    module = AnsibleModule(
+        argument_spec={
+            "files": {"type": "list", "elements": "dict", "required": True, "options": entry},
+            "owner": {"type": "str"},
+            "group": {"type": "str"},
+        },
+        supports_check_mode=True,
+    )
+    entries = [Entry(module, wanted) for wanted in module.params["files"]]
+    for item in entries:
+        item.check()
+    changed = [item for item in entries if item.make()]
+    # Nobody's secrets go where no difference was asked for.
+    shown = {"diff": [item.diff for item in changed]} if module._diff else {}
+    module.exit_json(changed=bool(changed), paths=[str(item.path) for item in changed], **shown)
+
+
+if __name__ == "__main__":
+    main()
