@@ -318,6 +318,152 @@ def test_plan_that_cannot_be_lowered_is_refused_with_the_arithmetic() -> None:
     assert "vLLM gets utilization 0.35 (lowered after a failed start)" in found["problem"]
 
 
+# What vLLM measured when it started
+
+
+def card(found: Plan, more_gib: float, **changes: Any) -> Plan:
+    """Return what is recorded of a start with a plan, where the KV cache has so much more than we think."""
+    limits = module.Limits(found["max_pixels"], found["max_num_seqs"], found["max_model_len"])
+    budget = module.gib(found["gpu_memory_utilization"] * found["memory_total_mib"]) + more_gib
+    planned = {key: found[key] for key in module.MEASURED}
+    return {"device": "GPU", "kv_tokens": max(0, limits.kv_tokens(budget)), "planned": planned, **changes}
+
+
+def deploy_again(
+    last: Plan, more_gib: float, running: bool, total: int = 16303, free: int = 15791, **more: Any
+) -> Plan:
+    """Plan anew on a card that has so much more for the KV cache, after a start with the last plan."""
+    now = without_us(free, last) if running else free
+    return plan(total, now, previous=last, running=running, **{"measured": card(last, more_gib), **more})
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (-1.5, {"max_num_seqs": 8, "max_pixels": 11_289_600}),
+        (-3.0, {"max_num_seqs": 8, "max_pixels": 5_017_600}),
+        (1.5, {"max_num_seqs": 24, "max_pixels": 11_289_600}),
+    ],
+)
+def test_plan_learns_from_the_card_once(more: float, expected: Plan, running: bool) -> None:
+    first = plan(*DESKTOP)
+    second = deploy_again(first, more, running)
+    assert {key: second[key] for key in expected} == expected
+    assert second["gpu_memory_utilization"] == first["gpu_memory_utilization"]
+    assert second["kv_tokens"] == pytest.approx(card(second, more)["kv_tokens"], rel=0.01)
+    assert f" {'-' if more < 0 else '+'} {abs(more):.2f} as measured before = " in second["explanation"]
+    third = deploy_again(second, more, running)
+    assert json.dumps(third) == json.dumps(second)
+
+
+@pytest.mark.parametrize(("free", "more"), [(13556, -0.2), (15450, 0.3)])
+def test_difference_up_to_a_tenth_changes_nothing(free: int, more: float) -> None:
+    first = plan(16303, free, wishes={"gpu_memory_utilization": 0.88} if more > 0 else {})
+    limits = module.Limits(first["max_pixels"], first["max_num_seqs"], first["max_model_len"])
+    # It would lead to another rung.
+    higher = limits._replace(max_num_seqs=24)
+    tokens = card(first, more)["kv_tokens"]
+    assert tokens >= higher.needed_kv_tokens() > first["kv_tokens"] if more > 0 else tokens < limits.needed_kv_tokens()
+    assert deploy_again(first, more, running=True, free=free, wishes=first["wishes"]) == first
+
+
+def test_what_was_learned_does_not_bring_a_drift_of_memory_along() -> None:
+    first = plan(16303, 13000)
+    second = plan(16303, 13400, previous=first, measured=card(first, -1.2))
+    assert (second["gpu_memory_utilization"], second["max_pixels"]) == (0.76, 5_017_600)
+
+
+def test_difference_that_leads_to_the_same_limits_does_not_touch_the_record() -> None:
+    wishes = {"max_num_seqs": 4, "max_pixels": 1_003_520, "max_model_len": 8192}
+    first = plan(*DESKTOP, wishes=wishes)
+    again = deploy_again(first, -3.0, running=True, free=15000, wishes=wishes)
+    assert json.dumps(again) == json.dumps(first)
+
+
+def test_what_was_measured_refuses_no_wish() -> None:
+    wishes = {"max_num_seqs": 16, "max_pixels": 11_289_600}
+    first = plan(*DESKTOP, wishes=wishes)
+    assert deploy_again(first, -3.0, running=True, wishes=wishes) == first
+    # Memory became free, so that there is a new plan.
+    wishes["max_num_seqs"] = 14
+    low = plan(16303, 13066, wishes=wishes)
+    high = plan(*DESKTOP, previous=low, measured=card(low, -1.9), wishes=wishes)
+    assert (high["gpu_memory_utilization"], high["max_num_seqs"]) == (0.85, 14)
+    assert high["kv_tokens"] < 14 * module.PAGE_TOKENS
+    assert json.dumps(plan(*DESKTOP, previous=high, wishes=wishes)) == json.dumps(high)
+
+
+def test_larger_images_are_not_planned_from_what_smaller_ones_left() -> None:
+    first = plan(12227, 11700)
+    assert first["max_pixels"] == 5_017_600
+    found = deploy_again(first, 4.0, running=True, total=12227, free=11700)
+    assert found == first
+
+
+def test_plan_that_learned_learns_again_only_that_there_is_less() -> None:
+    second = deploy_again(plan(*DESKTOP), 1.5, running=True)
+    assert deploy_again(second, 3.0, running=True) == second
+    third = deploy_again(second, -1.5, running=True)
+    assert third["max_num_seqs"] == 8
+    assert deploy_again(third, 1.5, running=True) == third
+
+
+def test_memory_that_became_free_is_planned_with_what_was_learned() -> None:
+    low = plan(16303, 13000)
+    high = plan(*DESKTOP, previous=low, measured=card(low, -1.5))
+    assert (high["gpu_memory_utilization"], high["max_num_seqs"]) == (0.85, 8)
+    assert high["learned"]["gib"] == -1.5
+
+
+@pytest.mark.parametrize(
+    ("change", "starts_anew"),
+    [
+        ({"learn": False}, True),
+        ({"wishes": {"max_model_len": 24_576}}, True),
+        ({"wishes": {"max_num_queued_reqs": 7}}, False),
+        ({"total": 16304, "free": 15791}, True),
+        ({"lowered": [{"utilization": 0.05}]}, True),
+    ],
+    ids=str,
+)
+def test_changed_card_or_limit_starts_anew(change: Plan, starts_anew: bool) -> None:
+    second = deploy_again(plan(*DESKTOP), -1.5, running=False)
+    found = deploy_again(second, -1.5, running=False, **change)
+    if starts_anew:
+        asked = {key: value for key, value in change.items() if key in ("wishes", "lowered")}
+        assert found == plan(change.get("total", 16303), 15791, **asked)
+    else:
+        assert (found["learned"], found["max_num_seqs"]) == (second["learned"], second["max_num_seqs"])
+
+
+def test_rung_that_failed_does_not_come_back_because_there_seems_to_be_room() -> None:
+    lowered = [{"below": ["max_num_seqs"]}]
+    first = plan(*DESKTOP, lowered=lowered)
+    assert first["max_num_seqs"] == 8
+    assert deploy_again(first, 3.0, running=True, lowered=lowered) == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"device": "CPU"}, {"planned": {}}, {"planned": None}, {"kv_tokens": "many"}, {"kv_tokens": -1}],
+    ids=str,
+)
+def test_what_was_measured_of_something_else_or_is_no_figure_is_not_used(changes: Plan) -> None:
+    first = plan(*DESKTOP)
+    measured = card(first, -1.5, **changes)
+    if "kv_tokens" in changes:
+        with pytest.raises(module.AnsibleFilterError, match="the measured KV cache must be a number"):
+            deploy_again(first, 0, running=True, measured=measured)
+    else:
+        assert deploy_again(first, 0, running=True, measured=measured) == first
+
+
+def test_without_a_figure_what_was_learned_stays() -> None:
+    second = deploy_again(plan(*DESKTOP), -1.5, running=True)
+    assert deploy_again(second, 0, running=True, measured={}) == second
+
+
 @pytest.mark.parametrize("previous", [None, {}, {"fits": False, "problem": "", "cure": ""}, {"fits": True}])
 def test_no_usable_record_is_none(previous: Plan | None) -> None:
     assert plan(*DESKTOP, previous=previous) == plan(*DESKTOP)
@@ -425,6 +571,28 @@ def test_plan_holds_its_longest_request_and_its_pages_and_every_wish(
     assert found["kv_tokens"] >= found["max_num_seqs"] * min(7500, found["max_model_len"])
     assert found["max_model_len"] > found["max_pixels"] / 784 + 256
     assert {key: found[key] for key in wishes} == wishes
+
+
+@given(enough, wished, st.booleans(), st.floats(-4, 8), st.floats(0, 4), st.integers(-800, 800))
+def test_plan_changes_once_for_a_card_that_is_not_as_we_think(
+    memory: tuple[int, int], wishes: Plan, running: bool, more: float, per_large_image: float, drift: int
+) -> None:
+    # An encoder that takes more than we think takes the most with large images.
+    def real(found: Plan) -> float:
+        return more - per_large_image * int(found["max_pixels"]) / 11_289_600
+
+    total, free = memory
+    first = plan(total, free, wishes=wishes)
+    assume(first["fits"])
+    plans = [first]
+    for _ in range(4):
+        memory_now = {"total": total, "free": min(total, max(0, free + drift)) if running else free}
+        plans.append(deploy_again(plans[-1], real(plans[-1]), running, **memory_now, wishes=wishes))
+    assert all(found["fits"] for found in plans)
+    limits = [tuple(found[key] for key in ("gpu_memory_utilization", *LIMITS)) for found in plans]
+    settled = 2 if per_large_image == 0 else 3
+    assert limits[-1] == limits[settled - 1 if per_large_image == 0 else settled]
+    assert json.dumps(plans[-1]) == json.dumps(plans[settled])
 
 
 @given(memories, platforms, wished)

@@ -15,7 +15,7 @@ short_description: Plan vLLM's limits for dots.ocr on a measured GPU
 description:
   - Maps the memory of one GPU to the limits with which vLLM serves dots.ocr on it.
   - The sizes behind it come from published logs and arithmetic; no plan was tried on a real card yet.
-positional: platform, wishes, previous, running, lowered
+positional: platform, wishes, previous, running, lowered, measured, learn
 options:
   _input:
     description: One entry of the fact C(gpu_host.gpus), as the module C(gpu_host) measures it.
@@ -51,6 +51,21 @@ options:
     type: list
     elements: dict
     default: []
+  measured:
+    description:
+      - What vLLM said when it started with O(previous), as files/measure of the role C(dots_ocr_server) records it
+        (C(device), C(kv_tokens), and the C(planned) limits it belongs to). Where its KV cache on a GPU differs by more
+        than a tenth from what was planned, the difference is taken off, or added to, what the next plan counts on.
+      - The figure is used while card, platform and the wishes that cost memory stay, never where O(lowered) says that
+        a plan was too high, never for images larger than those it was measured with where it was more than planned,
+        and never to refuse what fits without it. A plan that learned learns again only that there is less. So a plan
+        changes once and then stays; where the limits come out the same, it does not change at all.
+    type: dict
+    default: {}
+  learn:
+    description: Whether O(measured), and what O(previous) learned before, may be used.
+    type: bool
+    default: true
 author:
   - The dots-ocr-deploy founders
 """
@@ -85,6 +100,7 @@ _value:
     platform: bare_metal
     wishes: {}
     lowered: []
+    learned: {gib: -0.62, max_pixels: 11289600}
     explanation: >-
       15.42 of 15.92 GiB free, 0.50 kept back; utilization 0.85 (the most we plan) = 13.53 GiB - weights 5.72 ...
 """
@@ -110,6 +126,8 @@ UTILIZATION_CAP = 0.85  # the rest is for what vLLM does not see when it measure
 # it to main memory and everything runs 2 to 6 times slower, silently; and what Windows' desktop uses varies.
 RESERVE_MIB = {"bare_metal": 512, "wsl2": 1_024}
 STABLE_UTILIZATION = 0.05  # up to this much more is not worth a restart
+# A KV cache that differs by more than this part from the plan is one to learn from, and to tell (files/measure too).
+LEARN_FROM = 0.1
 
 # vLLM counts the pages that it reads and those that wait: for each that is read, four may wait.
 QUEUED_PER_SEQ = 5
@@ -134,6 +152,7 @@ LADDER = (
 # The wishes that cost memory, and those that do not.
 MEMORY_WISHES = ("gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_pixels")
 WISHES = (*MEMORY_WISHES, "max_num_queued_reqs", "api_server_count")
+MEASURED = (*MEMORY_WISHES, "kv_tokens")  # of the plan that a measurement belongs to
 PLAN = ("fits", *WISHES, "kv_tokens", "memory_total_mib", "platform", "wishes", "explanation")
 
 Plan = dict[str, Any]
@@ -181,6 +200,17 @@ class Limits(NamedTuple):
         return self.kv_tokens(budget_gib) >= self.needed_kv_tokens()
 
 
+class Learned(NamedTuple):
+    """What vLLM had for its KV cache beyond the plan, in GiB, negative if less, with images up to so many pixels."""
+
+    gib: float = 0.0
+    max_pixels: int = 0
+
+    def budget(self, budget_gib: float, limits: Limits) -> float:
+        """Return what to count on, in GiB, where vLLM gets so much; what larger images leave was not measured."""
+        return budget_gib + (self.gib if self.gib < 0 or limits.max_pixels <= self.max_pixels else 0.0)
+
+
 def image_tokens(pixels: int) -> int:
     """Return how many tokens an image of this many pixels takes."""
     return math.ceil(pixels / PIXELS_PER_IMAGE_TOKEN)
@@ -214,6 +244,8 @@ def memory_plan(
     previous: Mapping[str, Any] | None = None,
     running: bool = False,
     lowered: Sequence[Mapping[str, Any]] | None = None,
+    measured: Mapping[str, Any] | None = None,
+    learn: bool = True,
 ) -> Plan:
     """Return the limits for vLLM on this GPU, or the problem and its cure; DOCUMENTATION has the rest."""
     wanted = read_wishes(wishes)
@@ -223,20 +255,34 @@ def memory_plan(
     lowering = read_lowered(lowered)
     less = sum(entry.get("utilization", 0.0) for entry in lowering)
     utilization = wanted.get("gpu_memory_utilization", round(max(memory.planned_utilization() - less, 0.0), 2))
-    if last.get("lowered", []) == lowering and keeps(last, memory, wanted, utilization, running):
-        # As it was recorded, explanation and all: a file that says the same thing in other words is a change too.
-        return {**{key: last[key] for key in (*PLAN[:-1], "lowered", PLAN[-1]) if key in last}, "wishes": wanted}
+    # As it was recorded, explanation and all: a file that says the same thing in other words is a change too.
+    recorded = {key: last[key] for key in (*PLAN[:-1], "lowered", "learned", PLAN[-1]) if key in last}
+    recorded["wishes"] = wanted
+    figures = read_mapping(measured, "what was measured")
+    learned = learn_from(last, figures, memory, wanted, lowering) if learn else Learned()
+    kept = last.get("lowered", []) == lowering and keeps(last, memory, wanted, utilization, running)
+    if kept and learned == read_learned(last):
+        return recorded
+    if kept:
+        utilization = last["gpu_memory_utilization"]  # only what was learned may change the plan
     unknown = running and not held  # how much our own server holds, and so what would be free without it
     if utilization * memory.total > memory.free and not unknown:
         return refuse_utilization(memory, utilization)
     budget = gib(utilization * memory.total)
-    fitting = [limits for limits in rungs(wanted) if limits.fit(budget)]
+    plain = [limits for limits in rungs(wanted) if limits.fit(budget)]
+    fitting = [limits for limits in rungs(wanted) if limits.fit(learned.budget(budget, limits))]
+    if kept and not fitting:
+        return recorded
+    # What was measured lowers a plan, but refuses none.
+    fitting = fitting or plain[:1]
     if not fitting:
         return refuse(memory, wanted, utilization, unknown)
     for limit in [limit for entry in lowering for limit in entry.get("below", [])]:
         # Where a wish decides, no rung is lower.
         fitting = [limits for limits in fitting if getattr(limits, limit) < getattr(fitting[-1], limit)] or fitting
     limits = fitting[-1]
+    if kept and limits == limits_of(last):
+        return recorded
     plan = {
         "fits": True,
         "gpu_memory_utilization": utilization,
@@ -245,41 +291,81 @@ def memory_plan(
         "max_pixels": limits.max_pixels,
         "max_num_queued_reqs": wanted.get("max_num_queued_reqs", QUEUED_PER_SEQ * limits.max_num_seqs),
         "api_server_count": wanted.get("api_server_count", math.ceil(limits.max_num_seqs / SEQS_PER_API_SERVER)),
-        "kv_tokens": limits.kv_tokens(budget),
+        "kv_tokens": limits.kv_tokens(learned.budget(budget, limits)),
         "memory_total_mib": int(memory.total),
         "platform": memory.platform,
         "wishes": wanted,
         **({"lowered": lowering} if lowering else {}),
+        **({"learned": learned._asdict()} if learned.gib else {}),
     }
     return {**plan, "explanation": explain(memory, plan)}
 
 
+def limits_of(last: Plan) -> Limits:
+    """Return the limits of a plan that was recorded."""
+    return Limits(last["max_pixels"], last["max_num_seqs"], last["max_model_len"])
+
+
+def same_wishes(last: Plan, wishes: Wishes, keys: Sequence[str]) -> bool:
+    """Tell whether the plan of the last run agrees with these of the wishes."""
+    now, then = ({key: given[key] for key in keys if key in given} for given in (wishes, last["wishes"]))
+    # A wish that was taken back has to be planned, even though no wish contradicts what it left behind.
+    return all(last[key] == value for key, value in now.items()) and set(then) <= set(now)
+
+
+def learn_from(last: Plan, measured: Plan, memory: Memory, wishes: Wishes, lowering: Sequence[Plan]) -> Learned:
+    """Return what the last plan had learned and what was measured with it, where the next plan may count on it."""
+    if not is_plan(last) or (last["memory_total_mib"], last["platform"]) != (memory.total, memory.platform):
+        return Learned()
+    # A rung that failed must not come back because there seems to be room for it.
+    if lowering or last.get("lowered") or not same_wishes(last, wishes, MEMORY_WISHES):
+        return Learned()
+    before = read_learned(last)
+    tokens = number(measured.get("kv_tokens", 0), "the measured KV cache")
+    planned = last["kv_tokens"]
+    # What vLLM's build for CPUs has says nothing of a GPU.
+    known = measured.get("device") == "GPU" and measured.get("planned") == {key: last[key] for key in MEASURED}
+    # Up and down and up again would restart the server each time.
+    if not known or abs(tokens - planned) <= LEARN_FROM * planned or (before.gib and tokens > planned):
+        return before
+    limits = limits_of(last)
+    budget = gib(last["gpu_memory_utilization"] * memory.total)
+    return Learned(round((tokens - limits.kv_tokens(budget)) * KV_BYTES_PER_TOKEN / GIB, 2), limits.max_pixels)
+
+
+def is_plan(last: Plan) -> bool:
+    """Tell whether this is a plan, whole, of a model that fits."""
+    return bool(last.get("fits")) and set(PLAN) <= set(last)
+
+
 def keeps(last: Plan, memory: Memory, wishes: Wishes, utilization: float, running: bool) -> bool:
     """Tell whether the plan of the last run goes on: small drifts of free memory are not worth a restart."""
-    if not last.get("fits") or not set(PLAN) <= set(last):
+    if not is_plan(last):
         return False
     same_host = (last["memory_total_mib"], last["platform"]) == (memory.total, memory.platform)
-    # A wish that was taken back has to be planned, even though no wish contradicts what it left behind.
-    same_wishes = all(last[key] == value for key, value in wishes.items()) and set(last["wishes"]) <= set(wishes)
-    if not same_host or not same_wishes:
+    if not same_host or not same_wishes(last, wishes, WISHES):
         return False
     taken = last["gpu_memory_utilization"] * memory.total
     usable = memory.free - (0 if "gpu_memory_utilization" in wishes else RESERVE_MIB[memory.platform])
-    # The sizes above may have been corrected since.
-    limits = Limits(last["max_pixels"], last["max_num_seqs"], last["max_model_len"])
+    # The sizes above may have been corrected since; what was learned lowers a plan, but refuses none.
+    limits = limits_of(last)
+    fit = limits.fit(max(gib(taken), read_learned(last).budget(gib(taken), limits)))
     # At most, not less than: two roundings down to 0.01 can be 0.05 apart although the memory drifted by less.
     stable = round(utilization - last["gpu_memory_utilization"], 6) <= STABLE_UTILIZATION
-    return stable and limits.fit(gib(taken)) and (running or taken <= usable)
+    return stable and fit and (running or taken <= usable)
 
 
 def explain(memory: Memory, plan: Plan) -> str:
     """Return the arithmetic of a plan as one line, in GiB."""
     tokens = plan["kv_tokens"]
+    learned = read_learned(plan).budget(0.0, limits_of(plan))
+    known = f" {'-' if learned < 0 else '+'} {abs(learned):.2f} as measured before" if learned else ""
     return (
         f"{availability(memory)};"
         f" utilization {share(memory, plan['gpu_memory_utilization'], plan['wishes'])}"
         f" - weights {WEIGHTS_GIB:.2f} - encoder {encoder_gib(plan['max_pixels']):.2f} - overhead {OVERHEAD_GIB:.2f}"
-        f" = {tokens * KV_BYTES_PER_TOKEN / GIB:.2f} GiB for {tokens:,} KV tokens, {tokens // PAGE_TOKENS} usual pages;"
+        f"{known} = {tokens * KV_BYTES_PER_TOKEN / GIB:.2f} GiB for {tokens:,} KV tokens,"
+        f" {tokens // PAGE_TOKENS} usual pages;"
         f" limits: images up to {megapixels(plan['max_pixels'])}, requests up to {plan['max_model_len']:,} tokens,"
         f" {plan['max_num_seqs']} pages at once, {plan['max_num_queued_reqs']} with those that wait,"
         f" API processes: {plan['api_server_count']}"
@@ -409,6 +495,11 @@ def read_wishes(wishes: Mapping[str, Any] | None) -> Wishes:
         if value:
             found[key] = value if key == "gpu_memory_utilization" else int(value)
     return found
+
+
+def read_learned(plan: Plan) -> Learned:
+    """Return what a plan had learned, if anything."""
+    return Learned(**read_mapping(plan.get("learned"), "what the previous plan learned"))
 
 
 def read_lowered(lowered: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
