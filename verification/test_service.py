@@ -117,3 +117,9 @@ def test_limits_are_those_of_the_plan(arguments: list[str], server: Settings) ->
 def test_weights_match_their_manifest(host: Host, server: Settings) -> None:
     with host.sudo():
         assert host.run("cd %s && sha256sum --check --strict --quiet SHA256SUMS", server["weights"]).rc == 0
+
+
+def test_what_vllm_found_is_recorded_with_the_plan_that_it_belongs_to(server: Settings) -> None:
+    measured = server["measured"]
+    assert measured["kv_tokens"] >= server["plan"]["max_model_len"]
+    assert {name: server["plan"][name] for name in measured["planned"]} == measured["planned"]

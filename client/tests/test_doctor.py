@@ -76,6 +76,17 @@ def test_a_server_that_only_starts_with_a_remedy_is_named_with_it(
     assert all("No graphs here. Remedy: " in check.detail and "--enforce-eager" in check.detail for check in found)
 
 
+@pytest.mark.parametrize(("note", "told"), [("The KV cache holds 9 tokens.", ["measured"]), ("", [])])
+def test_a_card_that_left_another_kv_cache_than_planned_is_named(
+    healthy: FakeServer, deployed: Callable[..., list[Check]], note: str, told: list[str]
+) -> None:
+    url = healthy.base_url.removesuffix("/v1")
+    found = deployed(json.dumps({"url": url, "adaptations": [], "measured": {"note": note}}))
+    assert [check.name for check in found] == told
+    assert all((check.status, check.detail) == ("warning", note) for check in found)
+    assert deployed(json.dumps({"url": "http://127.0.0.1:1", "measured": {"note": note}})) == []
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"url": 1}', '{"url": "http://127.0.0.1:x"}', '{"adaptations": 1}']
 )

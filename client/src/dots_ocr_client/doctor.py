@@ -83,7 +83,8 @@ async def examine(
 
     Returns:
         What was found; nothing is raised for what does not work. PDFs' own text is not checked: it needs nothing but
-        the packages. That a server of this very host only starts with a remedy is a check of its own, where it is so.
+        the packages. That a server of this very host only starts with a remedy, or found another KV cache on its card
+        than planned, is a check of its own, where it is so.
     """
     checks = [*await _server(engine, seconds, ocr), *_adapted(engine.base_url), await _tesseract(languages)]
     if ocr:
@@ -182,11 +183,15 @@ def _adapted(base_url: str) -> list[Check]:
             here = asked.port == own.port and asked.hostname in (own.hostname, "127.0.0.1", "localhost", "::1")
             entries = settings.get("adaptations", []) if here else []
             remedies = [f"{entry['reason']} Remedy: {json.dumps(entry['remedy'])}" for entry in entries]
+            measured = settings.get("measured", {}).get("note") if here else None
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # not for us to judge: the readiness check of the host does
         if remedies:
             cure = "mend the cause (docs/troubleshooting.md), then deploy with dots_ocr_server_adapt: false"
             found.append(Check("adapted", "warning", " ".join(remedies), cure))
+        if measured:
+            cure = "deploy again, which plans with it, unless limits of your own say otherwise (docs/tuning.md)"
+            found.append(Check("measured", "warning", str(measured), cure))
     return found
 
 

@@ -379,12 +379,11 @@ class Entry(NamedTuple):
     message_id: str
 
 
-def journal(unit: str, since: str) -> list[Entry]:
-    """Return a unit's entries, oldest first, since a time as journalctl takes it; none if there is no journal."""
+def journal(unit: str, since: str, until: str = "") -> list[Entry]:
+    """Return a unit's entries, oldest first, between times as journalctl takes them; none if there is no journal."""
     entries: list[Entry] = []
-    for line in run(
-        "journalctl", "--unit", unit, "--since", since, "--output=json", "--all", "--no-pager"
-    ).splitlines():
+    times = ["--since", since] + ["--until", until] * bool(until)
+    for line in run("journalctl", "--unit", unit, *times, "--output=json", "--all", "--no-pager").splitlines():
         with contextlib.suppress(ValueError, AttributeError):
             found = json.loads(line)
             # A list of bytes where it is no plain text, such as a progress bar.
