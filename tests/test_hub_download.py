@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import importlib.util
 import io
@@ -114,7 +115,7 @@ def assert_in_place(folder: Path, files: dict[str, bytes] | None = None) -> None
     assert (folder / "SHA256SUMS").read_text() == sums(files)
     assert {(folder / path).read_bytes() == content for path, content in files.items()} == {True}
     assert {file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()} == {0o644}
-    assert {entry.name for entry in folder.parent.iterdir()} == {folder.name}
+    assert {entry.name for entry in folder.parent.iterdir()} <= {folder.name, ".lock"}
 
 
 # --- the rehearsal's Hub
@@ -305,9 +306,23 @@ def test_call_waits_for_another_one_in_the_same_folder(start_hub: Callable[..., 
         other.start()
         other.join(0.5)
         assert other.is_alive()
-        assert list(home.iterdir()) == []
+        assert [file.name for file in home.iterdir()] == [".lock"]
     other.join(20)
     assert_in_place(home / hub.commit)
+
+
+def test_folder_that_a_stranger_locked_keeps_nobody_waiting(start_hub: Callable[..., RunningHub], home: Path) -> None:
+    """Everybody may open the folder of the weights, and lock it; the file that is the lock only its owner opens."""
+    hub = start_hub()
+    home.mkdir(parents=True)
+    caller = threading.Thread(target=download, args=(home, hub.url, hub.commit), daemon=True)
+    stranger = os.open(home, os.O_RDONLY)
+    fcntl.flock(stranger, fcntl.LOCK_EX)
+    caller.start()
+    caller.join(20)
+    os.close(stranger)
+    assert_in_place(home / hub.commit)
+    assert (home / ".lock").stat().st_mode & 0o777 == 0o600
 
 
 def test_full_disk_is_told_before_anything_is_written(

@@ -118,6 +118,12 @@ def test_network_is_closed_once(host: Host) -> None:
     isolated.prove("dots-ocr")
 
 
+def test_nobody_else_can_open_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "LOCK", tmp_path / "lock")
+    with isolated.alone():
+        assert isolated.LOCK.stat().st_mode & 0o777 == 0o600
+
+
 def test_network_with_ipv6_is_closed_for_both(host: Host) -> None:
     host.ipv6 = True
     assert isolated.escaped("4711") == 1

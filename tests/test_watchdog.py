@@ -857,6 +857,24 @@ def test_one_watchdog_per_server_at_a_time(host: Host, name: str, status: int) -
     assert host.state_file.exists() is (status == 0)
 
 
+@pytest.mark.parametrize("before", [None, 0o644])
+def test_nobody_else_can_open_the_lock(host: Host, before: int | None) -> None:
+    """Whoever can open it can lock it, and no check would be made any more; earlier releases let all read it."""
+    lock = host.state_file.parent / "dots-ocr.lock"
+    lock.parent.mkdir()
+    if before:
+        lock.touch(before)
+    assert host.run().returncode == 0
+    assert lock.stat().st_mode & 0o777 == 0o600
+
+
+def test_lock_is_no_way_to_another_file(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "passwd")
+    with pytest.raises(OSError, match="symbolic links"):
+        ocr_probe.open_lock(tmp_path / "lock")
+    assert not (tmp_path / "passwd").exists()
+
+
 # What keeps it from watching
 
 

@@ -152,7 +152,8 @@ def read(documents: list[str], output: Path, base_url: str, workers: int, addres
         RayError: The job ended early; the same run again goes on.
     """
     output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as lock:
+    # Nobody else may open it: whoever can, can lock it.
+    with os.fdopen(os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -471,6 +471,8 @@ def test_two_runs_do_not_use_the_same_folder(tmp_path: Path, out: Path) -> None:
             await asyncio.sleep(0.005)
         with pytest.raises(InputError, match="another run"):
             await batch.run(FakeClient(), [document], out)
+        # Whoever can open a file can lock it.
+        assert (out / batch.LOCK).stat().st_mode & 0o777 == 0o600
         assert statuses(await first) == ["read"]
 
     asyncio.run(main())

@@ -119,6 +119,7 @@ REVISION = "REVISION"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PART = ".part"
 INCOMING = ".incoming"
+LOCK = ".lock"
 # What 'hf download --local-dir' and 'git clone' leave beside the files.
 NOT_FILES = (".cache", ".git")
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -679,7 +680,8 @@ def in_place(home: Path, commit: str) -> bool:
 @contextlib.contextmanager
 def alone(home: Path) -> Iterator[None]:
     """Wait for other calls that work in a folder: one whose controller was interrupted goes on to its slice's end."""
-    descriptor = os.open(home, os.O_RDONLY)
+    # Not the folder itself: everybody may open that, so everybody could lock it.
+    descriptor = os.open(home / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

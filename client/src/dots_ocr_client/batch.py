@@ -422,9 +422,10 @@ def _claimed(out: Path) -> Iterator[Folder]:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write to {str(out)!r}: {reason}") from error
     with contextlib.closing(root):
-        lock = root.open(LOCK, os.O_RDWR | os.O_CREAT)
+        # Whoever can open a file can lock it, and keep us out: nobody else can open this one.
+        lock = root.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         if lock is None:
-            raise InputError(f"cannot write to {str(out)!r}: the file {LOCK} cannot be made")
+            raise InputError(f"cannot write to {str(out)!r}: the file {LOCK} cannot be made, or is another user's")
         with os.fdopen(lock):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -79,10 +79,16 @@ class Folder:
             fd = below
         return Folder(path, fd)
 
-    def open(self, name: str, flags: int = os.O_RDONLY) -> int | None:
-        """Return a descriptor of a regular file, or ``None`` if there is none of that name."""
+    def open(self, name: str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int | None:
+        """Return a descriptor of a regular file, or ``None`` if there is none of that name.
+
+        Args:
+            name: Of a file in this folder.
+            flags: As for ``os.open``.
+            mode: Permissions of a file that this makes, less the umask.
+        """
         try:
-            fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=self._fd)
+            fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode, dir_fd=self._fd)
         except OSError:  # not there, a link, a folder, a pipe without a reader, or not ours to read
             return None
         if stat.S_ISREG(os.fstat(fd).st_mode):

@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 SETTINGS = Path("/etc/dots-ocr/server")
 WATCHDOG = Path("/var/lib/dots-ocr/watchdog")
@@ -424,6 +424,16 @@ def watchdog_gave_up(server: Server, folder: Path) -> str:
         return f"The watchdog gave up restarting it at {state['since']}: {state['reason']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def open_lock(file: Path) -> IO[str]:
+    """Open a file for locking, made if need be; raises OSError.
+
+    Whoever can open a file can lock it, read-only too, and keep us waiting: nobody else can open this one.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    os.fchmod(descriptor, 0o600)  # of an earlier release
+    return os.fdopen(descriptor, "w", encoding="utf-8")
 
 
 def write_text(file: Path, text: str) -> None:
