@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import io
 import itertools
 import json
 import os
 import socket
 import ssl
 import subprocess
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +80,17 @@ class Host:
         # A proxy that leads nowhere, and no exception from it.
         proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
         return self.call(ready, *folders, *options, PATH=f"{self.folder}:{os.environ['PATH']}", **proxy)
+
+    def contain(self, *files: str) -> Path:
+        """Return the home folder of a container with these files; what is executed in it is executed here."""
+        program = self.folder / "docker"
+        program.write_text('#!/bin/sh\n[ "$1 $2" = "exec dots-ocr" ] && shift 2 && exec "$@"\n')
+        program.chmod(0o755)
+        home = self.folder / "home"
+        for name in files:
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_text(name)
+        return home
 
     def check(self, server: HTTPServer | str, *options: str, **changes: Any) -> tuple[int, dict[str, Any]]:
         """Run the check on a server; return its exit status and its verdict."""
@@ -630,3 +643,99 @@ def test_likeness_of_long_pages_takes_no_time() -> None:
     start = time.monotonic()
     assert ocr_probe.compare(page, page.replace("7", "1")) > 0.9
     assert time.monotonic() - start < 5
+
+
+# What is kept of a container
+
+
+def keep(host: Host, server: HTTPServer, home: Path, *, read: int = 1) -> tuple[dict[str, Any], Path]:
+    """Run the check as a deployment does; return its verdict and the folder of what is kept."""
+    serve(server)
+    server.expect_request("/metrics").respond_with_data(
+        f'vllm:request_success_total{{finished_reason="stop"}} {read}\n'
+    )
+    compiled = {"home": str(home), "kept": str(host.folder / "cache/dots-ocr/settings")}
+    (host.folder / "cache/dots-ocr/settings").mkdir(parents=True, exist_ok=True)  # as Docker does for the mount
+    status, verdict = host.check(server, "--keep-compiled", container="dots-ocr", compiled=compiled)
+    assert status == READY
+    return verdict, Path(compiled["kept"])
+
+
+def files(folder: Path) -> set[str]:
+    """Return what there is below a folder, other than folders."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def test_compiled_code_is_kept_once(httpserver: HTTPServer, host: Host) -> None:
+    home = host.contain(
+        ".cache/vllm/torch/graph.so", ".triton/kernel.cubin", ".nv/index", ".local/lib/evil.pth", ".profile"
+    )
+    (home / ".nv/link").symlink_to("/etc/shadow")
+    os.mkfifo(home / ".nv/pipe")
+    (home / ".nv/index").chmod(0o4777)
+    os.utime(home / ".nv/index", (1, 1))
+    (host.folder / "cache/dots-ocr/other-settings").mkdir(parents=True)
+    verdict, kept = keep(host, httpserver, home)
+    assert verdict["summary"].endswith("likeness 1.000.")
+    assert files(kept) == {".cache/vllm/torch/graph.so", ".triton/kernel.cubin", ".nv/index", ".whole"}
+    assert (kept / ".nv/index").read_text() == ".nv/index"
+    assert ((kept / ".nv/index").stat().st_mode & 0o7777, (kept / ".nv/index").stat().st_mtime) == (0o644, 1)
+    assert kept.stat().st_mode & 0o777 == 0o755  # the container's user reads it
+    assert [path.name for path in kept.parent.iterdir()] == ["settings"]
+
+    (home / ".nv/index").write_text("of somebody who has taken the container over")
+    keep(host, httpserver, home)
+    assert (kept / ".nv/index").read_text() == ".nv/index"
+
+
+@pytest.mark.parametrize("read", [0, 2, 4711])
+def test_nothing_is_kept_of_a_server_that_others_have_asked(httpserver: HTTPServer, host: Host, read: int) -> None:
+    verdict, kept = keep(host, httpserver, host.contain(".nv/index"), read=read)
+    assert verdict["summary"].endswith("likeness 1.000.")
+    assert files(kept.parent) == set()
+
+
+def test_nothing_is_kept_without_being_asked_for(httpserver: HTTPServer, host: Host) -> None:
+    serve(httpserver)
+    compiled = {"home": str(host.contain(".nv/index")), "kept": str(host.folder / "kept")}
+    assert host.check(httpserver, container="dots-ocr", compiled=compiled)[0] == READY
+    assert not (host.folder / "kept").exists()
+
+
+@pytest.mark.parametrize("docker", ["exit 125", "tar --create --file=- -C / etc/hostname; exit 1", "echo no archive"])
+def test_server_is_ready_all_the_same_if_it_cannot_be_kept(httpserver: HTTPServer, host: Host, docker: str) -> None:
+    home = host.contain(".nv/index")
+    (host.folder / "docker").write_text(f"#!/bin/sh\n{docker}\n")
+    verdict, kept = keep(host, httpserver, home)
+    assert "Its compiled code is not kept: " in verdict["summary"]
+    assert files(kept) == set()
+
+
+def archive(*members: tuple[str, bytes]) -> io.BytesIO:
+    """Return an archive of entries of these names and types."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as writer:
+        for name, kind in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.size, member.linkname, member.mode = kind, 4 * (kind == tarfile.REGTYPE), "/etc", 0o6777
+            writer.addfile(member, io.BytesIO(b"code"))
+    stream.seek(0)
+    return stream
+
+
+def test_archive_writes_nothing_but_files_of_its_own(tmp_path: Path) -> None:
+    names = ["../up", "/absolute", "a/../../up", "a/file"]
+    kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+    (tmp_path / "new").mkdir()
+    ready.unpack(
+        archive(*((name, tarfile.REGTYPE) for name in names), *(("link", kind) for kind in kinds)), tmp_path / "new"
+    )
+    assert files(tmp_path) == {"new/a/file"}
+    ready.unpack(archive(("link", tarfile.SYMTYPE), ("link/passwd", tarfile.REGTYPE)), tmp_path / "new")
+    assert files(tmp_path) == {"new/a/file", "new/link/passwd"}
+
+
+def test_archive_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ready, "COMPILED_BYTES", 7)
+    with pytest.raises(ready.Failed, match="larger than 7 bytes"):
+        ready.unpack(archive(("a", tarfile.REGTYPE), ("b", tarfile.REGTYPE)), tmp_path)

@@ -86,7 +86,16 @@ def test_weights_are_mounted_read_only(container: dict[str, Any]) -> None:
     mounts = {mount["Destination"]: mount for mount in container["Mounts"]}
     assert mounts["/models/DotsOCR"]["RW"] is False
     assert mounts["/models/DotsOCR/configuration_dots.py"]["RW"] is False
-    assert [place for place, mount in mounts.items() if mount["RW"]] == ["/home/vllm"]
+
+
+def test_container_can_leave_nothing_for_its_next_start(
+    host: Host, server: Settings, container: dict[str, Any]
+) -> None:
+    """Compiled code is loaded without a check: what somebody in the container can write must end with it."""
+    assert [mount["Destination"] for mount in container["Mounts"] if mount["RW"]] == []
+    assert sorted(container["HostConfig"]["Tmpfs"]) == ["/home/vllm", "/tmp"]
+    assert "PYTHONNOUSERSITE=1" in container["Config"]["Env"]
+    assert host.check_output("find %s ! -user root -o ! -type l -perm /022", server["compiled"]["kept"]) == ""
 
 
 def test_image_is_pinned(container: dict[str, Any], server: Settings) -> None:
