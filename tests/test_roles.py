@@ -118,6 +118,37 @@ def test_unit_needs_no_install_of_gnu(unit: Path) -> None:
     assert [line for line in programs if re.search(r"\binstall\b.* (?:-\w*[og]\b|--owner|--group)", line)] == []
 
 
+# Each with what a unit may set instead, for a reason that stands beside it in the unit.
+LIMITS = {
+    "CapabilityBoundingSet": "(CAP_DAC_READ_SEARCH|CAP_NET_BIND_SERVICE)?",
+    "LockPersonality": "yes",
+    "NoNewPrivileges": "yes",
+    "PrivateTmp": "yes",
+    "ProtectClock": "yes",
+    "ProtectControlGroups": "yes",
+    "ProtectHome": "yes|tmpfs|read-only",
+    "ProtectHostname": "yes",
+    "ProtectKernelLogs": "yes",
+    "ProtectKernelModules": "yes",
+    "ProtectKernelTunables": "yes",
+    "ProtectSystem": "strict",
+    "RestrictAddressFamilies": "AF_UNIX( AF_INET AF_INET6)?",
+    "RestrictNamespaces": "yes",
+    "RestrictRealtime": "yes",
+    "RestrictSUIDSGID": "yes",
+    "SystemCallArchitectures": "native",
+    "SystemCallFilter": "@system-service",
+    "UMask": "00[027]{2}",
+}
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+def test_unit_has_limits(unit: Path) -> None:
+    text = unit.read_text()
+    missing = [name for name, value in LIMITS.items() if not re.search(rf"(?m)^{name}=(?:{value})$", text)]
+    assert missing == []
+
+
 @pytest.mark.parametrize("playbook", sorted(REPOSITORY.glob("playbooks/*.yml")), ids=lambda path: path.name)
 def test_whatever_fetches_something_gets_the_proxy(playbook: Path) -> None:
     fetching = ("apt_set", "apt_source", "hub_download", "client_wheels", "ansible.builtin.apt", "ansible.builtin.uri")
