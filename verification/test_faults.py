@@ -155,7 +155,13 @@ def flush_firewall(host: Host, server: Settings) -> None:
 
 
 def test_api_process_is_killed(host: Host, server: Settings, matrix: list[Measurement]) -> None:
-    """On a stand-in after a flush of the firewall, which on a real host would lose somebody's own rules."""
+    """On a stand-in after a flush of the firewall, which on a real host would lose somebody's own rules.
+
+    What somebody who has taken the container over leaves in its home folder ends with it.
+    """
+    planted = "mkdir -p ~/.cache && touch ~/.cache/planted.so && ls ~/.cache"
+    with host.sudo():
+        assert "planted.so" in host.check_output("docker exec %s sh -c %s", server["container"], planted)
     flushed = host.file(STAND_IN).exists
     first = "the firewall flushed, then " if flushed else ""
     with fault(host, server, matrix, f"{first}`kill -9` of the API process"):
@@ -164,6 +170,7 @@ def test_api_process_is_killed(host: Host, server: Settings, matrix: list[Measur
         signal(host, "KILL", "[v]llm serve")
     with host.sudo():
         host.check_output("/usr/local/lib/dots-ocr/isolated_network prove %s", server["name"])
+        assert host.run("docker exec %s sh -c 'test -e ~/.cache/planted.so'", server["container"]).rc == 1
 
 
 def test_engine_process_is_killed(host: Host, server: Settings, matrix: list[Measurement]) -> None:
