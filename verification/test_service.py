@@ -127,7 +127,12 @@ def test_container_sees_the_gpu(host: Host, server: Settings) -> None:
 
 @pytest.mark.parametrize(
     "argument",
-    ["--trust-remote-code", "--chat-template-content-format=string", "--allowed-media-domains=invalid.invalid"],
+    [
+        "--trust-remote-code",
+        "--chat-template-content-format=string",
+        "--allowed-media-domains=invalid.invalid",
+        "--middleware=dots_ocr_gate.Gate",
+    ],
 )
 def test_vllm_runs_with(arguments: list[str], argument: str) -> None:
     assert argument in arguments

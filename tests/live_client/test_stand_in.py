@@ -42,12 +42,6 @@ TASKS = {mode: MODES[mode].prompt for mode in ("text", "layout")}
 WORDS = {"object", "owned_by", "role", "finish_reason", "stop_reason", "type", "param", "code", "detail", "version"}
 COUNTED = WORDS | {"prompt_tokens", "completion_tokens", "total_tokens", "count"}
 GOLDEN_WORDS = COUNTED | {"content"}
-# What no scenario asks a stand-in for.
-LACKING = {
-    *("/load", "/kv_event_sources", "/v1/systemone", "/v1/chat/completions/batch", "/generative_scoring"),
-    *("/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"),
-    *("/v1/messages", "/v1/messages/count_tokens", "/scale_elastic_ep", "/is_scaling_elastic_ep"),
-}
 
 
 def page(prompt: str = PLACEHOLDER + TEXT, url: str = f"data:image/png;base64,{IMAGE}", **more: Any) -> dict[str, Any]:
@@ -55,11 +49,6 @@ def page(prompt: str = PLACEHOLDER + TEXT, url: str = f"data:image/png;base64,{I
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
     messages = [{"role": "user", "content": content}]
     return {"model": "dots.ocr", "messages": messages, "temperature": 0.0, "max_completion_tokens": 1024} | more
-
-
-def text(**more: Any) -> dict[str, Any]:
-    """Return the body of a request to continue a text."""
-    return {"model": "dots.ocr", "prompt": "hello", "temperature": 0.0, "max_tokens": 4, "ignore_eos": True} | more
 
 
 @dataclass(frozen=True)
@@ -139,27 +128,9 @@ CASES = [
     Case("no JSON", "POST", CHAT, b"{nonsense"),
     Case("no body", "POST", CHAT, b""),
     Case("a list", "POST", CHAT, []),
-    Case("completion", "POST", "/v1/completions", text(), words=COUNTED),
-    Case("completion by default", "POST", "/v1/completions", {"prompt": "hello", "ignore_eos": True}, words=COUNTED),
-    Case("completion in a stream", "POST", "/v1/completions", text(stream=True, max_tokens=60)),
-    Case(
-        "completion with usage",
-        "POST",
-        "/v1/completions",
-        text(stream=True, max_tokens=60, stream_options={"include_usage": True}),
-    ),
-    Case("completion of nothing", "POST", "/v1/completions", {"model": "dots.ocr"}),
-    Case("completion by another model", "POST", "/v1/completions", text(model="gpt")),
-    Case("invocation without key", "POST", "/invocations", page(max_completion_tokens=3), key=None, words=GOLDEN_WORDS),
-    Case("invocation of a completion", "POST", "/invocations", text(), key=None),
-    Case("invocation of nothing", "POST", "/invocations", {}, key=None),
-    Case("tokenize", "POST", "/tokenize", {"prompt": "h\u00e9<|img|>"}, key=None, words=GOLDEN_WORDS),
-    Case("tokenize with strings", "POST", "/tokenize", {"prompt": "hello", "return_token_strs": True}),
-    Case("tokenize a page", "POST", "/tokenize", {"messages": page()["messages"]}, words=GOLDEN_WORDS),
-    Case("tokenize nothing", "POST", "/tokenize", {"model": "dots.ocr"}),
-    Case("tokenize by another model", "POST", "/tokenize", {"model": "gpt", "prompt": "x"}),
-    Case("detokenize", "POST", "/detokenize", {"tokens": [80, 81]}, key=None),
-    Case("detokenize nothing", "POST", "/detokenize", {"model": "dots.ocr"}),
+    *(Case(f"closed {path}", "POST", path, page()) for path in ("/invocations", "/tokenize", "/v1/completions")),
+    golden("key of no use", logprobs=True),
+    golden("unknown key", nobody=1),
 ]
 
 
@@ -226,6 +197,7 @@ class StandIn:
             "PATH": path,
             "REHEARSAL_GOLDEN": f"{self.folder}/golden",
             "VLLM_API_KEY": self.key,
+            "PYTHONPATH": f"{self.folder}/gate",
             **more,
         }
 
@@ -262,8 +234,10 @@ class StandIn:
 def program(on_host: OnHost, api_key: str, tmp_path_factory: pytest.TempPathFactory) -> StandIn:
     """The stand-in with the real server's arguments, a GPU, and weights that are just whole."""
     folder = tmp_path_factory.mktemp("stand-in")
-    for name in ("bin", "model", "golden"):
+    for name in ("bin", "model", "golden", "gate"):
         (folder / name).mkdir()
+    for name in ("dots_ocr_gate.py", "dots_ocr_gate.settings"):
+        (folder / "gate" / name).write_text(on_host("cat", f"/etc/dots-ocr/server/{name}"))
     for file in (*GOLDEN.iterdir(), METRICS):
         (folder / "golden" / file.name).write_bytes(file.read_bytes())
     (folder / "gpu.json").write_bytes((HOST / "etc/stand-in-gpu.json").read_bytes())
@@ -326,15 +300,11 @@ def test_metrics_have_the_names_that_prometheus_keeps(real: Server, stand_in: Se
     assert {*stand_in.metrics()} == {name for name in real.metrics() if not re.match("python_|http_", name)}
 
 
-def test_what_it_lacks_is_known(real: Server, stand_in: Server) -> None:
-    paths = json.loads(real.ask(Case("", "GET", "/openapi.json")).text)["paths"]
-    answers = {path: stand_in.ask(Case("", "GET", path)).status for path in paths}
-    assert {path for path, status in answers.items() if status == 404} == LACKING
-
-
 def test_a_full_queue_is_refused_in_the_same_words(real: Server, program: StandIn) -> None:
     def refusals(server: Server) -> set[str]:
-        case = Case("", "POST", "/v1/completions", text(max_tokens=300))
+        case = Case(
+            "", "POST", CHAT, page(messages=[{"role": "user", "content": "hi"}], ignore_eos=True, max_tokens=300)
+        )
         with ThreadPoolExecutor(40) as pool:
             answers = list(pool.map(server.ask, [case] * 40))
         assert {answer.status for answer in answers} == {200, 503}
