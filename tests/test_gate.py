@@ -7,6 +7,7 @@ import base64
 import importlib.util
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -370,6 +371,23 @@ def scans(count: int) -> bytes:
     return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Return a part of a PNG."""
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+PNG, JPEG = picture(), picture("JPEG")
+LARGE = picture(size=(9500, 9500))[8:33]  # its head
+SOF = b"\xff\xc0\x00\x0b\x08\xff\xff\xff\xff\x01\x01\x11\x00"  # names a size
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_names_another_size_before_is_a_picture_to_pillow() -> None:
+    for data in (PNG[:8] + chunk(b"tEXt", b"\0\0\0\1\0\0\0\1") + LARGE + PNG[8:], PNG[:33] + LARGE + PNG[33:]):
+        assert Image.open(io.BytesIO(data)).format == "PNG"
+    assert Image.open(io.BytesIO(JPEG[:20] + b"junk\xff\x00\xff\xff\xff\xd0" + JPEG[20:])).format == "JPEG"
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [
@@ -389,11 +407,12 @@ def scans(count: int) -> bytes:
         (url(b"hello"), "PNG"),
         (url(picture("TIFF"), "tiff"), "PNG"),
         (url(picture("GIF"), "gif"), "PNG"),
-        (url(picture(size=(9500, 9500))), "9500 x 9500"),
-        (
-            url(picture("JPEG", (1, 1)).replace(b"\x00\x01\x00\x01\x01", b"\xff\xff\xff\xff\x01"), "jpeg"),
-            "65535 x 65535",
-        ),
+        (url(PNG[:8] + chunk(b"tEXt", b"\0\0\0\1\0\0\0\1") + LARGE + PNG[8:]), "9500 x 9500"),
+        (url(PNG[:33] + LARGE + PNG[33:]), "9500 x 9500"),
+        (url(PNG[:8] + chunk(b"tEXt", b"") * 10_000 + PNG[8:]), "chunks"),
+        (url(JPEG[:2] + SOF + JPEG[2:], "jpeg"), "65535 x 65535"),
+        (url(JPEG[:20] + b"junk\xff\x00\xff\xff\xff\xd0" + SOF + JPEG[20:], "jpeg"), "65535 x 65535"),
+        (url(JPEG[:2] + b"\xff\xd0" * 10_000 + JPEG[2:], "jpeg"), "segments"),
         (url(scans(101), "jpeg"), "scans"),
     ],
     ids=lambda value: value[:40],
@@ -416,12 +435,12 @@ def test_body_that_is_too_large_is_refused_before_it_has_come(server: Server) ->
 
 
 def test_body_that_stops_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.01)
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"authorization", f"Bearer {KEY}".encode())]}
     assert server.send(scope, [{"type": "http.request", "body": b"{", "more_body": True}]).refuses(408)
-    monkeypatch.setattr(gate, "PAUSE_SECONDS", 30)
-    monkeypatch.setattr(gate, "BODY_SECONDS", -1)
-    assert server.ask(CHAT, page()).refuses(408)
+    monkeypatch.setattr(gate, "BODY_SECONDS", -1000)
+    trickle = [{"type": "http.request", "body": b" ", "more_body": True} for _ in range(9)]
+    assert server.ask(CHAT, trickle).refuses(408)
 
 
 def test_client_that_hangs_up_gets_no_answer(server: Server) -> None:

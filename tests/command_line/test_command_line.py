@@ -158,6 +158,7 @@ def test_values_arrive_as_meant(profile: Profile) -> None:
     assert values["chat_template_content_format"] == "string"
     assert values["allowed_media_domains"] == ["invalid.invalid"]
     assert values["enable_prefix_caching"] is False
+    assert values["middleware"] == ["dots_ocr_gate.Gate"]
 
 
 def test_renamed_flag_is_refused(profile: Profile) -> None:

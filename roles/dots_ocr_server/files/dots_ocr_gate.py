@@ -26,8 +26,8 @@ MEMORY = Path("/sys/fs/cgroup/memory.max")
 # Of a request, what vLLM gets to see. From others it takes ids, priorities and ranks.
 HEADERS = {b"accept", b"authorization", b"connection", b"content-length", b"content-type", b"host", b"user-agent"}
 
-# A body that stops arriving, and one that comes too slowly.
-PAUSE_SECONDS, BODY_SECONDS = 30, 600
+# A body has so long, and a second more for each of these; what comes more slowly only keeps memory from others.
+BODY_SECONDS, BYTES_PER_SECOND = 30, 64 << 10
 # Of the container's memory, what requests in flight may take: their bodies, and their pictures unpacked.
 SHARE, UNKNOWN_MEMORY = 4, 16 << 30
 BYTES_PER_PIXEL = 3
@@ -41,7 +41,10 @@ PIXELS = 89_478_485
 # Progressive JPEGs have some ten. Each is drawn over the whole picture: thousands keep a processor busy for minutes.
 SCANS = 100
 
+MARKERS = 10_000  # in front of a picture's data; photographs have some hundred
+
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+MARKER = re.compile(rb"\xff+([\x01-\xfe])")  # JPEG's; what stands between segments Pillow passes over
 DATA_URL = re.compile(r"data:[\w.+/=;-]{0,200};base64\Z", re.ASCII)
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
@@ -254,13 +257,11 @@ def pixels(url: str) -> int:
     if not payload.isascii() or payload.encode("ascii").translate(None, ALPHABET) or len(payload) % 4:
         raise bad("image_url is not base64. Fix: encode the picture, without line breaks.", "image_url")
     try:
-        # The head is enough, but for a JPEG, whose size may stand anywhere before its first scan.
-        data = base64.b64decode(payload[:40])
-        data = base64.b64decode(payload) if data.startswith(JPEG) else data
+        data = base64.b64decode(payload)
     except ValueError:
         raise bad("image_url is not base64. Fix: encode the picture, without line breaks.", "image_url") from None
     if data.startswith(PNG):
-        width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+        width, height = png_size(data)
     elif data.startswith(JPEG):
         width, height = jpeg_size(data)
         if data.count(b"\xff\xda") > SCANS:
@@ -274,22 +275,35 @@ def pixels(url: str) -> int:
     return width * height
 
 
+def png_size(data: bytes) -> tuple[int, int]:
+    """Return the largest width and height that a PNG names before its first data: Pillow goes by the last."""
+    width = height = 0
+    place = len(PNG)
+    for _ in range(MARKERS):
+        length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        if kind in (b"", b"IDAT"):
+            return width, height
+        if kind == b"IHDR":
+            width = max(width, int.from_bytes(data[place + 8 : place + 12], "big"))
+            height = max(height, int.from_bytes(data[place + 12 : place + 16], "big"))
+        place += 12 + length
+    raise bad(f"The PNG has more than {MARKERS} chunks before its picture. Fix: save it anew.", "image_url")
+
+
 def jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return width and height of a JPEG, 0 where it names none: vLLM then says what is wrong with it."""
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF:  # filling
-            place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(data[place + 7 : place + 9], "big"), int.from_bytes(
-                data[place + 5 : place + 7], "big"
-            )
-        elif marker == 0xDA:
-            break
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return 0, 0
+    """Return the largest width and height that a JPEG names before its first scan, however much stands between."""
+    width = height = place = 0
+    for _ in range(MARKERS):
+        found = MARKER.search(data, place)
+        if found is None or found[1] == b"\xda":
+            return width, height
+        place, kind = found.end(), found[1][0]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            width = max(width, int.from_bytes(data[place + 5 : place + 7], "big"))
+            height = max(height, int.from_bytes(data[place + 3 : place + 5], "big"))
+        if kind > 0x01 and not 0xD0 <= kind <= 0xD9:  # those that say how long they are
+            place += int.from_bytes(data[place : place + 2], "big")
+    raise bad(f"The JPEG has more than {MARKERS} segments before its picture. Fix: save it anew.", "image_url")
 
 
 def webp_size(data: bytes) -> tuple[int, int]:
@@ -375,11 +389,11 @@ class Gate:
         if not announced.isdigit() or len(announced) > 18 or int(announced) > self.most:
             raise self.too_large()
         chunks: list[bytes] = []
-        size, end = 0, asyncio.get_running_loop().time() + BODY_SECONDS
+        clock = asyncio.get_running_loop().time
+        size, end = 0, clock() + BODY_SECONDS
         while True:
-            left = end - asyncio.get_running_loop().time()
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, min(PAUSE_SECONDS, left)))
+                message = await asyncio.wait_for(receive(), max(0.0, end + size / BYTES_PER_SECOND - clock()))
             except asyncio.TimeoutError:
                 raise Refusal(408, "RequestTimeout", "The body did not arrive. Fix: send it again, faster.") from None
             if message["type"] != "http.request":
