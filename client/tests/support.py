@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pypdfium2
 from PIL import Image
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from dots_ocr_client import DotsOCR, images
+from dots_ocr_client import Answer, DotsOCR, Mode, PageImage, Task, VLLMEngine, images
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
 
 LINES = ("Invoice 1047 of 3 May 2026", "Total to pay: 1240.50 EUR", "Thank you and good bye")
@@ -215,3 +217,36 @@ def children() -> set[int]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
             found.update(map(int, (task / "children").read_text().split()))
     return found
+
+
+Answers = Callable[[httpx2.Request], httpx2.Response]
+
+
+def ask(answers: Answers, page: PageImage, mode: Mode = "text", *, url: str = "http://host/v1", **more: Any) -> Answer:
+    """Have an engine read a page with a server that is a mere function, without a socket."""
+
+    async def run() -> Answer:
+        engine = VLLMEngine(url, **more)
+        engine._server._connect()
+        http = engine._server._http
+        assert http is not None
+        http._transport = httpx2.MockTransport(answers)
+        try:
+            return await engine.read(page, Task(mode), 20.0)
+        finally:
+            await engine.aclose()
+
+    return asyncio.run(run())
+
+
+def answering(body: httpx2.Response | Answers, *, models: httpx2.Response | None = None) -> Answers:
+    """A server that is sound but for what it says of a page, or of its models."""
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path.endswith("/models"):
+            return models or httpx2.Response(200, json={"data": [card("dots.ocr", 16_384)]})
+        if request.url.path == "/version":
+            return httpx2.Response(200, json={"version": "0.32.0"})
+        return body if isinstance(body, httpx2.Response) else body(request)
+
+    return answer

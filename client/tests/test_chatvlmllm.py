@@ -457,6 +457,31 @@ class TestClient:
         assert ocr.health_check() is False
         assert "DOTS_OCR_API_KEY" in ocr.process_image(str(sheet_file))["error"]
 
+    @pytest.mark.parametrize("key", ["open sesame", "ключ-sesame", "open\nsesame"])
+    def test_what_can_be_no_key_is_named_and_not_sent(
+        self, url: str, server: FakeServer, sheet_file: Path, key: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ocr = VLLMDotsOCRClient(url, key)
+        assert ocr.health_check() is False
+        assert ocr.process_image(str(sheet_file))["error"].startswith("ключ API записан с ошибкой: задайте верный")
+        assert ocr.get_models()["error"].startswith("ключ API записан с ошибкой")
+        assert "sesame" not in caplog.text
+        assert server.asked_for("/v1/models") == 0
+
+    def test_the_login_of_an_address_is_sent_and_not_shown(
+        self, url: str, server: FakeServer, sheet_file: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ocr = VLLMDotsOCRClient(url.replace("//", "//me:pass-word@"))
+        other = DotsOCRVLLMIntegration(url.replace("//", "//me:pass-word@"))
+        said = [ocr.process_image(str(sheet_file)), ocr.get_server_info(), ocr.chat_completion(ask(str(sheet_file)))]
+        said += [other.get_status(), other.chat_completion(ask(str(sheet_file)))]
+        assert server.requests[0].headers["Authorization"] == "Basic bWU6cGFzcy13b3Jk"
+        server.fail_with(400, "Basic bWU6cGFzcy13b3Jk of me:pass-word is of no use")
+        said.append(ocr.process_image(str(sheet_file)))
+        assert (ocr.base_url, other.vllm_url) == (url, url)
+        for secret in ("me:", "pass-word", "bWU6cGFzcy13b3Jk"):
+            assert secret not in repr(said) + caplog.text
+
     def test_a_server_with_another_model_is_not_healthy(self, url: str, server: FakeServer, sheet_file: Path) -> None:
         ocr = VLLMDotsOCRClient(url)
         assert ocr.health_check() is True
@@ -741,9 +766,23 @@ class TestIntegration:
 
     def test_a_wrong_key_is_not_a_missing_server(self, url: str, server: FakeServer, sheet_file: Path) -> None:
         server.models_answer = lambda: reply({"error": {"message": "Unauthorized"}}, 401)
-        ocr = DotsOCRVLLMIntegration(url, "wrong")
+        ocr, other = DotsOCRVLLMIntegration(url, "wrong"), Qwen()
+        ocr.set_fallback_model(other)
         for answer in (ocr.process_image_file(str(sheet_file)), ocr.chat_completion(ask(str(sheet_file)))):
             assert answer["error"].startswith("сервер отклонил ключ API: задайте верный в переменной DOTS_OCR_API_KEY")
+        assert other.asked == [], "the fallback would hide it"
+
+    def test_a_key_that_the_server_refuses_later_is_not_hidden_by_the_fallback(
+        self, url: str, server: FakeServer, sheet_file: Path
+    ) -> None:
+        ocr, other = DotsOCRVLLMIntegration(url, "sesame"), Qwen()
+        ocr.set_fallback_model(other)
+        server.fail_with(403, "sesame")
+        for _ in range(2):
+            answer = ocr.process_image_file(str(sheet_file))
+            assert answer["error"].startswith("сервер отклонил ключ API")
+            assert "sesame" not in repr(answer)
+        assert other.asked == []
 
     def test_pages_of_a_document_fall_back_one_by_one(self, url: str, server: FakeServer, two_pages: Path) -> None:
         server.fail_with(400, "no", times=1)

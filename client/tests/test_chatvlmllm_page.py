@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from pytest_httpserver import HTTPServer
 from support import FakeServer, prompt_of, reply
 
+from dots_ocr_client import ConfigurationError
 from dots_ocr_client.chatvlmllm import (
     ServerModel,
     SingleContainerManager,
@@ -51,7 +53,7 @@ def folder(tmp_path: Path, server: FakeServer, httpserver: HTTPServer) -> Path:
     """The application's folder with the settings of the server, which are used."""
     metrics = 'vllm:num_requests_running{engine="0"} 2.0\nvllm:num_requests_waiting{engine="0"} 5.0\n'
     httpserver.expect_request("/metrics").respond_with_data(metrics)
-    (tmp_path / ".dots-ocr.env").write_text(f"# ours\nDOTS_OCR_BASE_URL={server.base_url}\nDOTS_OCR_API_KEY='k e y'\n")
+    (tmp_path / ".dots-ocr.env").write_text(f"# ours\nDOTS_OCR_BASE_URL={server.base_url}\nDOTS_OCR_API_KEY='k&e'\n")
     settings.use(tmp_path)
     return tmp_path
 
@@ -82,7 +84,7 @@ def point_to_nobody(folder: Path, host: str = "127.0.0.1") -> None:
 class TestSettings:
     def test_come_from_the_file(self, folder: Path, server: FakeServer) -> None:
         assert settings.value("DOTS_OCR_BASE_URL") == server.base_url
-        assert settings.value("DOTS_OCR_API_KEY") == "k e y"
+        assert settings.value("DOTS_OCR_API_KEY") == "k&e"
         assert settings.value("DOTS_OCR_OTHER") is None
 
     def test_the_environment_goes_before_the_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +98,19 @@ class TestSettings:
             adapter.process_image(Image.new("RGB", (300, 300)))
             keys.append(server.requests[-1].headers["Authorization"])
         assert keys == ["Bearer first", "Bearer second"]
+
+    @pytest.mark.parametrize("start", ["", "\ufeff", "\ufeff# ours\r\n"])
+    @pytest.mark.parametrize("key", ["sesame", '"sesame"', "'sesame' ", "\tsesame"])
+    def test_a_file_from_windows_is_read(self, folder: Path, start: str, key: str) -> None:
+        (folder / ".dots-ocr.env").write_bytes(f"{start}DOTS_OCR_API_KEY={key}\r\nDOTS_OCR_OTHER=1\r\n".encode())
+        assert (settings.value("DOTS_OCR_API_KEY"), settings.value("DOTS_OCR_OTHER")) == ("sesame", "1")
+
+    @pytest.mark.parametrize("content", ["K=sesame".encode("utf-16"), b"K='sesame", b"K=sesame\xff"])
+    def test_a_file_that_cannot_be_understood_is_named_and_not_quoted(self, folder: Path, content: bytes) -> None:
+        (folder / ".dots-ocr.env").write_bytes(content)
+        with pytest.raises(ConfigurationError, match=r"\.dots-ocr\.env is not text in UTF-8.* Fix: ") as caught:
+            settings.value("DOTS_OCR_API_KEY")
+        assert "sesame" not in "".join(traceback.format_exception(caught.value))
 
     def test_no_file_is_no_fault(self, tmp_path: Path) -> None:
         settings.use(tmp_path)
@@ -196,7 +211,6 @@ class TestAdapter:
     @pytest.mark.parametrize(
         ("status", "message", "said"),
         [
-            (401, "Unauthorized", "сервер отклонил ключ API"),
             (422, "no", "сервер отклонил запрос"),
             (429, "too many", "сервер перегружен: повторите попытку позже"),
         ],
@@ -217,6 +231,22 @@ class TestAdapter:
         assert result["success"] is True
         assert result["text"].startswith(f"⚠️ {said}")
         assert result["text"].endswith("Страницу прочитал Tesseract: проверьте текст.\n\nпрочитано")
+
+    @pytest.mark.parametrize("where", ["models_answer", "answer"])
+    def test_a_wrong_key_is_named_and_no_page_is_read_without_the_server(
+        self,
+        adapter: VLLMStreamlitAdapter,
+        server: FakeServer,
+        sheet: Image.Image,
+        fake_tesseract: Callable[[str], Path],
+        where: str,
+    ) -> None:
+        fake_tesseract(TESSERACT)
+        setattr(server, where, lambda: reply({"error": {"message": "k&e"}}, 401))
+        result = adapter.process_image(sheet)
+        assert result["text"].startswith("❌ сервер отклонил ключ API: задайте верный в переменной DOTS_OCR_API_KEY")
+        for word in ("прочитано", "Tesseract", "tesseract-ocr", "k&e"):
+            assert word not in repr(result)
 
     def test_without_any_engine_the_reason_is_the_text(
         self, adapter: VLLMStreamlitAdapter, folder: Path, systemctl: Systemctl, sheet: Image.Image

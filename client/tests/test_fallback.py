@@ -31,6 +31,7 @@ from dots_ocr_client import (
     ServerUnavailable,
     Task,
     TesseractEngine,
+    Unauthorized,
     UnusableAnswer,
     VLLMEngine,
     breaker,
@@ -366,6 +367,23 @@ def test_the_best_engine_is_asked_again_only_after_a_probe_that_went_well(
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_wrong_key_that_a_probe_finds_out_is_not_hidden_by_the_next_engine(page: PageImage) -> None:
+    first, second = Scripted("first", GONE), Scripted("second", "text")
+    first.probe_result = Unauthorized("it refuses the key")
+
+    async def run() -> None:
+        chain = Chain([first, second], 60.0)
+        for _ in range(breaker.FAILURES):
+            await chain.read(page, Task("text"))
+        chain._breakers[0]._probe_at = 0.0
+        for _ in range(2):  # each page, and not only the one that probes
+            with pytest.raises(Unauthorized):
+                await chain.read(page, Task("text"))
+
+    asyncio.run(run())
+    assert len(second.seconds) == breaker.FAILURES
+
+
 def test_an_engine_that_is_back_gets_few_pages_at_first(page: PageImage) -> None:
     first = Scripted("first", "text")
     first.limiter = Limiter(2, 32)

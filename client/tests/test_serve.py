@@ -631,6 +631,9 @@ def test_the_key_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert serve.read_key(None) is None
     monkeypatch.setenv("DOTS_OCR_SERVE_API_KEY", "secret")
     assert serve.read_key(None) == "secret"
-    monkeypatch.setenv("DOTS_OCR_SERVE_API_KEY", "")
-    with pytest.raises(ConfigurationError, match="DOTS_OCR_SERVE_API_KEY"):
-        serve.read_key(None)
+    monkeypatch.setenv("DOTS_OCR_SERVE_API_KEY", '\ufeff"secret"\r')
+    assert serve.read_key(None) == "secret"
+    for nothing in ("", '""', "\ufeff\r\n"):
+        monkeypatch.setenv("DOTS_OCR_SERVE_API_KEY", nothing)
+        with pytest.raises(ConfigurationError, match="DOTS_OCR_SERVE_API_KEY"):
+            serve.read_key(None)

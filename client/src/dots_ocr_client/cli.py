@@ -634,6 +634,7 @@ def serve(
             raise
         message = f"{error.name} is not installed: pip install 'dots-ocr-client[serve]'"
         raise _Ended("ModuleNotFoundError", message, EXIT_UNREAD) from error
+    from .credentials import without_login
     from .engines.defaults import make_engines
 
     names: list[Name] = [one.value for one in engine or (EngineName.TESSERACT,)]
@@ -654,7 +655,9 @@ def serve(
     )
     with service.listen(host, port, public=no_api_key or api_key is not None) as listener:
         if "vllm" in names and base_url and service.is_own(base_url, listener):
-            raise typer.BadParameter(f"--base-url {base_url} is this service itself: give it another --port")
+            raise typer.BadParameter(
+                f"--base-url {without_login(base_url)} is this service itself: give it another --port"
+            )
         address = "[{}]:{}" if ":" in listener.getsockname()[0] else "{}:{}"
         where = address.format(*listener.getsockname()[:2])
         _warn(f"http://{where}/v1 reads with {', '.join(names)}, {'with' if api_key else 'without'} an API key")

@@ -55,7 +55,7 @@ class AsyncDotsOCR:
 
         Args:
             base_url: The server's address with ``/v1``. Default: ``DOTS_OCR_BASE_URL`` of the environment, or else
-                ``http://127.0.0.1:8000/v1``.
+                ``http://127.0.0.1:8000/v1``. Its ``user:password@``, if any, go in the key's place.
             api_key: The server's key. Default: ``DOTS_OCR_API_KEY`` of the environment, or else none.
             model: One of the names that the server serves.
             engines: Asked in this order, and closed with this client. Default: those of `make_engines`: vLLM, Qwen2-VL,
@@ -69,6 +69,7 @@ class AsyncDotsOCR:
 
         Raises:
             ConfigurationError: The base URL is not an http or https URL.
+            InvalidKey: The key can be none.
             ValueError: A time or `max_in_flight` is not positive, or there are no engines.
         """
         if max_in_flight < 1:
@@ -102,7 +103,7 @@ class AsyncDotsOCR:
 
         Raises:
             InputError: The document cannot be read by any engine.
-            ConfigurationError: Wrong base URL, model or API key.
+            ConfigurationError: Wrong base URL, model or API key; no other engine is asked.
             AllEnginesFailed: Not one page could be read.
             ValueError: There is no such mode, or it lacks its box or question.
         """

@@ -6,6 +6,7 @@
     ├── InputError             the document cannot be read by any engine
     ├── ConfigurationError     wrong settings: no other engine is tried, because that would hide the mistake
     │   ├── ModelNotServed     the server has other models
+    │   ├── InvalidKey         what was set as the API key can be none
     │   └── Unauthorized       the API key is missing or wrong
     ├── EngineError            one engine could not read one page: the next one is tried
     │   ├── EngineMissing      its program or its language data are not installed
@@ -25,14 +26,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from .results import Attempt
 
 
+NAMES: Final = 20
+"""Of the models that a server serves, so many are named at most (our own choice: a server can say thousands)."""
+
+
 class DotsOCRError(Exception):
-    """Base class of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose.
+
+    Attributes:
+        status: The HTTP status that the server answered with, if that is what went wrong.
+    """
+
+    status: int | None = None
 
 
 class InputError(DotsOCRError):
@@ -55,11 +66,16 @@ class ModelNotServed(ConfigurationError):
         """Name the model that was asked for and those that exist."""
         self.model = model
         self.served = tuple(served)
-        names = ", ".join(map(repr, self.served)) or "none"
+        more = f" and {len(self.served) - NAMES} more" * (len(self.served) > NAMES)
+        names = (", ".join(repr(name[:200]) for name in self.served[:NAMES]) or "none") + more
         super().__init__(
             f"{base_url} does not serve the model {model!r}; it serves: {names}. Ask for one of these (model=), "
             f"or start the server with --served-model-name {model}"
         )
+
+
+class InvalidKey(ConfigurationError):
+    """What was set as the API key can be none: it was not sent."""
 
 
 class Unauthorized(ConfigurationError):
@@ -83,7 +99,13 @@ class NotApplicable(EngineError):
 
 
 class ServerUnavailable(EngineError):
-    """The server cannot be reached, is still starting, or failed inside (5xx)."""
+    """The server cannot be reached, is still starting, or failed inside (5xx).
+
+    Attributes:
+        passing: Whether it may soon be over; not if the host swallows packets, which takes seconds to find out.
+    """
+
+    passing: bool = True
 
 
 class Overloaded(ServerUnavailable):

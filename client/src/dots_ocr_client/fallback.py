@@ -23,6 +23,7 @@ from .errors import (
     NotApplicable,
     Overloaded,
     ServerUnavailable,
+    Unauthorized,
 )
 from .results import Attempt, Page
 
@@ -193,6 +194,7 @@ async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
 
     Raises:
         CircuitOpen: The engine is not there, or another page is finding out whether it is.
+        Unauthorized: It is there again, and refuses the key.
     """
     spent = 0.0
     if breaker.begin_probe():
@@ -200,6 +202,9 @@ async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
         try:
             async with asyncio.timeout(seconds):
                 await engine.probe(seconds)
+        except Unauthorized:
+            breaker.abandon_probe()
+            raise  # the engines behind this one would hide a wrong key on every page
         except (EngineError, ConfigurationError, TimeoutError) as error:
             reason = str(error) or f"no answer within {seconds:.1f} s"
             breaker.open(reason)

@@ -29,6 +29,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from . import __version__
+from .credentials import bare
 from .engines.base import Engine
 from .engines.server import SERVICE
 from .errors import (
@@ -305,7 +306,7 @@ def read_key(file: Path | None) -> str | None:
     key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8", errors="replace")
     if key is None:
         return None
-    key = key.strip()
+    key = bare(key)
     if not key or not all("!" <= one <= "~" for one in key):
         raise ConfigurationError(f"{file or KEY_VARIABLE} holds no key: one line of printable ASCII without spaces")
     return key

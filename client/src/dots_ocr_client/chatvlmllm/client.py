@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 from PIL import Image
 
 from .. import images
+from ..credentials import bare, read_key, without_login
 from ..documents import PageImage, PageReference, draw
 from ..engines.base import Answer, Task
 from ..engines.server import Completion, Server, is_about_length
@@ -71,7 +72,7 @@ class VLLMDotsOCRClient:
     prompt goes to the model as it is.
 
     Attributes:
-        base_url: Of the server, without ``/v1``.
+        base_url: Of the server, without ``/v1``, user and password.
     """
 
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None) -> None:
@@ -82,7 +83,8 @@ class VLLMDotsOCRClient:
                 ``http://localhost:8000``.
             api_key: The key that the server wants. Default: ``DOTS_OCR_API_KEY`` of the settings, or none.
         """
-        self.base_url = root_of(base_url)
+        self._root = root_of(base_url)
+        self.base_url = without_login(self._root)
         self._api_key = api_key or settings.value("DOTS_OCR_API_KEY")
         self._loop = LoopThread()
         self._lock = threading.Lock()
@@ -99,14 +101,15 @@ class VLLMDotsOCRClient:
 
         Raises:
             ImportError: The package ``requests`` is not installed.
+            InvalidKey: The key can be none.
         """
         with self._lock:
             if self._session is None:
                 import requests  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
                 self._session = requests.Session()
-                if self._api_key:
-                    self._session.headers["Authorization"] = f"Bearer {self._api_key}"
+                if key := read_key(self._api_key):
+                    self._session.headers["Authorization"] = f"Bearer {key}"
             return self._session
 
     def health_check(self) -> bool:
@@ -300,13 +303,10 @@ class VLLMDotsOCRClient:
 
     def metrics(self) -> str | None:
         """Return what the server tells Prometheus, if it tells anything."""
-        import httpx2
-
         try:
-            answer = httpx2.get(f"{self.base_url}/metrics", timeout=METRICS_TIMEOUT, trust_env=False)
-        except (httpx2.HTTPError, httpx2.InvalidURL):
+            return self._run(self._metrics())
+        except (DotsOCRError, TimeoutError):
             return None
-        return answer.text if answer.status_code == 200 else None
 
     def _draw(self, reference: PageReference) -> PageImage:
         """Draw a page; one that could take the process down, in another."""
@@ -323,8 +323,8 @@ class VLLMDotsOCRClient:
     def _connect(self) -> tuple[VLLMEngine, Server]:
         """Return the engine, and the server for prompts that the engine does not know; on the loop only."""
         if self._engine is None or self._server is None:
-            self._server = Server(f"{self.base_url}/v1", self._api_key)
-            self._engine = VLLMEngine(self._server.base_url, api_key=self._api_key)
+            self._server = Server(f"{self._root}/v1", self._api_key)
+            self._engine = VLLMEngine(f"{self._root}/v1", api_key=self._api_key)
         return self._engine, self._server
 
     async def _probe(self) -> None:
@@ -336,6 +336,11 @@ class VLLMDotsOCRClient:
         engine, _ = self._connect()
         async with asyncio.timeout(MODELS_TIMEOUT):
             return await engine.models(MODELS_TIMEOUT)
+
+    async def _metrics(self) -> str | None:
+        _, server = self._connect()
+        async with asyncio.timeout(METRICS_TIMEOUT):
+            return await server.metrics(METRICS_TIMEOUT)
 
     async def _read(self, conversation: Conversation, task: Task) -> Answer:
         assert conversation.page is not None
@@ -390,10 +395,13 @@ def get_vllm_dots_ocr_client(base_url: str = DEFAULT_URL, api_key: str | None = 
 
 
 def root_of(base_url: str) -> str:
-    """Return a server's address without ``/v1``; for `DEFAULT_URL` the one of the settings, if there is one."""
+    """Return a server's address without ``/v1``; for `DEFAULT_URL` the one of the settings, if there is one.
+
+    It may have a user and a password in it: `credentials.without_login` takes them out.
+    """
     if isinstance(base_url, _Default):
         base_url = settings.value("DOTS_OCR_BASE_URL") or str(base_url)
-    return str(base_url).rstrip("/").removesuffix("/v1").rstrip("/")
+    return bare(str(base_url)).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def is_given(base_url: str) -> bool:

@@ -25,7 +25,7 @@ from .client import (
 )
 from .fallback import Fallback, adapt
 from .messages import Conversation
-from .words import NO_FALLBACK, NO_SERVICE, UNAVAILABLE, Explained, explain
+from .words import NO_FALLBACK, NO_SERVICE, UNAVAILABLE, Explained, explain, is_about_the_key
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ _log = logging.getLogger(__package__)
 class DotsOCRVLLMIntegration:
     """Reads pictures with dots.ocr, and with the fallback when that is not there or has no usable answer.
 
-    It may be used by several threads. A picture that cannot be read is an error at once: no model could read it.
+    It may be used by several threads. A picture that cannot be read is an error at once: no model could read it. So is
+    an API key that the server refuses: the fallback would hide it on every page.
 
     Attributes:
         vllm_url: The server's address, without ``/v1``.
@@ -60,6 +61,7 @@ class DotsOCRVLLMIntegration:
         self._checking = threading.Lock()
         self._health = (False, float("-inf"))
         self._why = UNAVAILABLE
+        self._key_is_wrong = False
         self.is_vllm_available()
 
     @property
@@ -166,6 +168,7 @@ class DotsOCRVLLMIntegration:
     def _check(self) -> None:
         fault = self.vllm_client.fault()
         self._why = "" if fault is None else _why(fault)
+        self._key_is_wrong = fault is not None and is_about_the_key(fault)
         self._health = (fault is None, time.monotonic())
 
     def _process(self, picture: Any, prompt: str, page: int | None) -> dict[str, Any]:
@@ -204,6 +207,7 @@ class DotsOCRVLLMIntegration:
             why = _why(error)
             if why == UNAVAILABLE or isinstance(error, ConfigurationError):
                 self._health, self._why = (False, time.monotonic()), why
+                self._key_is_wrong = is_about_the_key(error)
             _log.warning("dots.ocr did not answer: %s", error, exc_info=not isinstance(error, DotsOCRError))
             return None, why
 
@@ -214,6 +218,8 @@ class DotsOCRVLLMIntegration:
             why: Why dots.ocr did not answer.
             ask: What to ask.
         """
+        if self._key_is_wrong:
+            return None, why
         if self._fallback is None:
             return None, NO_FALLBACK if why == UNAVAILABLE else why
         try:

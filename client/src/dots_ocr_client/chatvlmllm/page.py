@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from ..documents import PageImage
-from ..engines.server import is_loopback
+from ..engines.server import MAX_COUNT, is_loopback
 from ..errors import DotsOCRError, InputError, Overloaded, ServerUnavailable
 from ..prompts import MODES
 from . import settings
@@ -34,7 +34,7 @@ from .client import DEFAULT_PROMPT, DEFAULT_URL, VLLMDotsOCRClient, get_vllm_dot
 from .fallback import Fallback, adapt
 from .messages import Conversation
 from .trained import task_of
-from .words import explain
+from .words import Explained, explain, is_about_the_key
 
 KEY, MODEL_PATH, UNIT = "dots.ocr", "rednote-hilab/dots.ocr", "dots-ocr.service"
 STATE_SECONDS: Final = 5.0
@@ -48,7 +48,7 @@ START_SECONDS: Final = 300
 NO_TESSERACT: Final = "Чтобы страницы читались и без сервера: sudo apt-get install tesseract-ocr tesseract-ocr-rus"
 
 _log = logging.getLogger(__package__)
-_METRIC = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
+_METRIC = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? (\d{1,9})(?:\.0*)?$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,14 @@ class State:
         context: Longest prompt and answer together, in tokens.
         queue: Requests that it works on and that wait, if it tells.
         asked: When, on the monotonic clock.
+        is_open: Another engine may read meanwhile; not if the fault is the API key, which that would hide.
     """
 
     fault: str
     context: int
     queue: tuple[int, int] | None
     asked: float
+    is_open: bool = True
 
     @property
     def summary(self) -> str:
@@ -226,7 +228,7 @@ class _Ready(SingleContainerManager):
 
 
 class VLLMStreamlitAdapter:
-    """Reads the page's pictures with the server, and with Tesseract while that cannot."""
+    """Reads the page's pictures with the server, and with Tesseract while that cannot, unless the API key is wrong."""
 
     def __init__(self, base_url: str = DEFAULT_URL) -> None:
         """Choose the server; nothing is sent yet.
@@ -353,7 +355,7 @@ class VLLMStreamlitAdapter:
         notes: list[str] = []
 
         def read(page: PageImage) -> dict[str, Any]:
-            fault = self._state.fault
+            fault, is_open = self._state.fault, self._state.is_open
             try:
                 if not fault:
                     return client.complete(Conversation.about(page, prompt))
@@ -361,8 +363,10 @@ class VLLMStreamlitAdapter:
                 raise
             except Exception as error:
                 _log.warning("dots.ocr did not answer: %s", error, exc_info=not isinstance(error, DotsOCRError))
-                fault = words_for(error, client)
+                fault, is_open = words_for(error, client), not is_about_the_key(error)
             notes[:] = [fault]
+            if not is_open:
+                raise Explained(fault)
             text = self._read_without(page, prompt)
             notes.append("Страницу прочитал Tesseract: проверьте текст.")
             return {"choices": [{"message": {"content": text}}], "usage": {}}
@@ -370,7 +374,7 @@ class VLLMStreamlitAdapter:
         try:
             completion = client.for_pages(_frames(image, prompt), None, read)
         except Exception as error:
-            without = "" if isinstance(error, InputError) else NO_TESSERACT
+            without = "" if isinstance(error, InputError | Explained) else NO_TESSERACT
             return "", "\n\n".join(filter(None, (f"❌ {notes[0] if notes else explain(error)}", without))), 0
         note = "⚠️ " + "\n\n".join(notes) if notes else ""
         return completion["choices"][0]["message"]["content"], note, completion["usage"].get("total_tokens", 0)
@@ -411,12 +415,12 @@ def _ask(client: VLLMDotsOCRClient, known: State | None) -> State:
     context = known.context if known is not None else UNKNOWN_CONTEXT
     fault = client.fault()
     if fault is not None:
-        return State(words_for(fault, client), context, None, time.monotonic())
+        return State(words_for(fault, client), context, None, time.monotonic(), is_open=not is_about_the_key(fault))
     for card in client.get_models().get("data", ()):
         length = card.get("max_model_len")
-        context = length if isinstance(length, int) else context
+        context = length if type(length) is int and 0 < length < MAX_COUNT else context
     counts = dict(_METRIC.findall(client.metrics() or ""))
-    queue = (int(float(counts["running"])), int(float(counts["waiting"]))) if len(counts) == 2 else None
+    queue = (int(counts["running"]), int(counts["waiting"])) if len(counts) == 2 else None
     return State("", context, queue, time.monotonic())
 
 

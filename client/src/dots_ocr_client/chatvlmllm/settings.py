@@ -7,6 +7,9 @@ import shlex
 from pathlib import Path
 from typing import Final
 
+from ..credentials import bare
+from ..errors import ConfigurationError
+
 FILE: Final = ".dots-ocr.env"
 """In the application's folder; readable by its owner alone."""
 
@@ -29,7 +32,11 @@ def folder() -> Path:
 
 
 def value(name: str) -> str | None:
-    """Return a setting: that of the environment, or else that of the file; ``None`` if neither has one."""
+    """Return a setting: that of the environment, or else that of the file; ``None`` if neither has one.
+
+    Raises:
+        ConfigurationError: The file cannot be understood; the message says nothing of what it holds.
+    """
     return os.environ.get(name) or (_read().get(name) if _folder else None)
 
 
@@ -41,8 +48,13 @@ def export() -> None:
 
 def _read() -> dict[str, str]:
     try:
-        lines = (folder() / FILE).read_text(encoding="utf-8").splitlines()
+        lines = (folder() / FILE).read_text(encoding="utf-8-sig").splitlines()
+        pairs = (line.partition("=") for line in map(bare, lines) if not line.startswith("#"))
+        return {name.strip(): "".join(shlex.split(text)) for name, equals, text in pairs if equals}
     except OSError:
         return {}
-    pairs = (line.partition("=") for line in lines if not line.startswith("#"))
-    return {name.strip(): "".join(shlex.split(text)) for name, equals, text in pairs if equals}
+    except ValueError:  # it quotes what it stands for
+        raise ConfigurationError(
+            f"{folder() / FILE} is not text in UTF-8, or lacks a quotation mark. Fix: write NAME=VALUE lines, the key "
+            "without quotation marks, and save the file as UTF-8"
+        ) from None

@@ -11,8 +11,10 @@ from ..errors import (
     ConfigurationError,
     CutOff,
     DeadlineExceeded,
+    DotsOCRError,
     EngineMissing,
     InputError,
+    InvalidKey,
     ModelNotServed,
     ModeNotSupported,
     Overloaded,
@@ -34,6 +36,7 @@ _WORDS: Final[tuple[tuple[type[Exception], str], ...]] = (  # the first that fit
     (InputError, "не удалось прочитать изображение"),
     (ModelNotServed, "сервер запущен с другой моделью: перезапустите его с dots.ocr"),
     (Unauthorized, f"сервер отклонил ключ API: задайте верный в переменной DOTS_OCR_API_KEY или в файле {FILE}"),
+    (InvalidKey, f"ключ API записан с ошибкой: задайте верный в переменной DOTS_OCR_API_KEY или в файле {FILE}"),
     (ConfigurationError, "по этому адресу нет сервера vLLM: проверьте адрес"),
     (Overloaded, "сервер перегружен: повторите попытку позже"),
     (ServerUnavailable, f"{UNAVAILABLE}: запустите сервер или подождите, загрузка модели занимает несколько минут"),
@@ -52,6 +55,11 @@ class Explained(Exception):
     """Says already, in Russian, what went wrong."""
 
 
+def is_about_the_key(error: Exception) -> bool:
+    """Tell whether the settings are wrong in a way that no other engine may cover up: the key is, or can be none."""
+    return isinstance(error, InvalidKey | Unauthorized)
+
+
 def explain(error: Exception) -> str:
     """Say what went wrong and what to do, with the message of this package, in English, behind it."""
     if isinstance(error, Explained):
@@ -62,5 +70,4 @@ def explain(error: Exception) -> str:
 
 def status_of(error: Exception) -> int | None:
     """Return the HTTP status that the server answered with, if that is what went wrong."""
-    status = getattr(error.__cause__, "status_code", None)
-    return status if isinstance(status, int) else None
+    return error.status if isinstance(error, DotsOCRError) else None

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
+from ..credentials import Address, Secrets, read_key
 from ..errors import (
     ConfigurationError,
     CutOff,
     DeadlineExceeded,
+    DotsOCRError,
     EngineError,
     ModelNotServed,
     Overloaded,
@@ -40,8 +41,14 @@ FIRST_TOKEN_SECONDS: Final = 60.0
 IDLE_SECONDS: Final = 30.0
 """Between two pieces of a streamed answer, in seconds: a busy server sends several in one (our own choice)."""
 MAX_BODY_BYTES: Final = 64 * 2**20
-"""Longest body that is read. The longest answer that a context of 131,072 tokens allows is well below 1 MiB, streamed
-below 40 MiB."""
+"""Longest stream that is read. The longest answer that a context of 131,072 tokens allows is below 40 MiB."""
+MAX_ANSWER_BYTES: Final = 8 * 2**20
+"""Longest body that is read in one piece. The longest answer is well below 1 MiB; JSON takes up to 30 times its length
+in memory."""
+MAX_COUNT: Final = 2**31
+"""Numbers of tokens from here on are none (our own choice: no context is near it)."""
+WARNINGS: Final = 100
+"""Of ``dots-ocr serve``, about one page, at most (our own choice)."""
 LOOP_TAIL: Final = 2_000
 LOOP_PERIOD: Final = 200
 """A loop: the last 2,000 characters are one piece of at most 200, over and over."""
@@ -82,22 +89,21 @@ class Server:
         """Say where the server is.
 
         Args:
-            base_url: With scheme and ``/v1``.
+            base_url: With scheme and ``/v1``. With ``user:password@``, these go in the key's place, and are shown
+                nowhere.
             api_key: The key that the server wants, if any.
 
         Raises:
             ConfigurationError: The base URL is not an http or https URL.
+            InvalidKey: The key can be none.
         """
-        try:
-            parts = urlsplit(base_url)
-            scheme, host, _ = parts.scheme, parts.hostname, parts.port  # reading the port checks it
-        except ValueError:
-            scheme, host = "", None
-        if scheme not in ("http", "https") or not host:
-            raise ConfigurationError(f"{base_url!r} is no base URL: write it like http://127.0.0.1:8000/v1")
-        self.base_url = base_url.rstrip("/")
-        self._loopback = is_loopback(host)
-        self._api_key = api_key
+        address = Address.of(base_url)
+        self.base_url = address.url
+        self._login = address.login
+        self._loopback = is_loopback(address.host)
+        self._api_key = read_key(api_key)
+        # Whatever a server says goes through these before anybody sees it: many a proxy repeats what it was sent.
+        self._secrets = Secrets((*address.secrets, *filter(None, (self._api_key,))))
         self._client: openai.AsyncOpenAI | None = None
         self._http: httpx2.AsyncClient | None = None
 
@@ -107,19 +113,17 @@ class Server:
         Raises:
             EngineError, ConfigurationError: As `complete`.
         """
-        import openai
-
+        fault: DotsOCRError
         try:
             # Not through models.list(), which breaks on JSON that is no list of models.
             listing: Any = await self._connect().get("/models", cast_to=object, options={"timeout": _timeout(seconds)})
-            cards = [dict(card) for card in listing["data"]]
+            cards = [dict(self._secrets.hide_all(card)) for card in listing["data"]]
             if all(isinstance(card["id"], str) for card in cards):
                 return cards
-        except openai.OpenAIError as error:
-            raise await self._translate(error, seconds, None) from error
-        except (KeyError, TypeError, ValueError):
-            pass
-        raise self._not_an_api()
+            fault = self._not_an_api()
+        except Exception as error:
+            fault = await self._translate(error, seconds, None)
+        raise fault
 
     async def health(self, seconds: float) -> None:
         """Ask for ``/health``; a server or gateway without it counts as healthy.
@@ -127,30 +131,34 @@ class Server:
         Raises:
             ServerUnavailable: No answer, or another one than that.
         """
-        import httpx2
-
-        self._connect()
-        assert self._http is not None
         address = self.base_url.removesuffix("/v1") + "/health"
+        fault: DotsOCRError
         try:
-            answer = await self._http.get(address, timeout=_timeout(seconds))
-        except httpx2.HTTPError as error:
-            raise ServerUnavailable(f"cannot reach {address} ({error or type(error).__name__})") from error
-        if answer.status_code not in (200, 401, 403, 404):
-            raise ServerUnavailable(f"{address} answered {answer.status_code}")
+            status = (await self._get("/health", seconds)).status_code
+            if status in (200, 401, 403, 404):
+                return
+            fault = ServerUnavailable(f"{address} answered {status}")
+        except DotsOCRError as error:
+            fault = error
+        except Exception as error:
+            fault = ServerUnavailable(f"cannot reach {address} ({self._quote(error) or type(error).__name__})")
+        raise fault
+
+    async def metrics(self, seconds: float) -> str | None:
+        """Return what the server tells Prometheus at ``/metrics``, or ``None`` if it tells nothing."""
+        try:
+            answer = await self._get("/metrics", seconds)
+            return self._secrets.hide(answer.text) if answer.status_code == 200 else None
+        except Exception:
+            return None
 
     async def version(self, seconds: float) -> str | None:
         """Return vLLM's version, such as ``0.11.0``, or ``None`` if the server does not tell."""
-        import httpx2
-
-        self._connect()
-        assert self._http is not None
         try:
-            answer = await self._http.get(self.base_url.removesuffix("/v1") + "/version", timeout=_timeout(seconds))
-            version = answer.raise_for_status().json()["version"]
-        except (httpx2.HTTPError, EngineError, KeyError, TypeError, ValueError):
+            version = (await self._get("/version", seconds)).raise_for_status().json()["version"]
+        except Exception:
             return None
-        return version if isinstance(version, str) else None
+        return self._quote(version) if isinstance(version, str) else None
 
     async def complete(self, request: dict[str, Any], picture: bytes, seconds: float, *, stream: bool) -> Completion:
         """Send one request and wait for the whole answer.
@@ -175,14 +183,14 @@ class Server:
             RequestRejected: 400, 413 or 422; see `is_about_length`.
             Repetition, CutOff, UnusableAnswer: The answer is of no use.
         """
-        import openai
-
+        fault: DotsOCRError
         try:
             if stream:
                 return await self._collect(request, picture, seconds)
-            return self._finish(await self._post(request, picture, seconds))
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: an answer that is not JSON
-            raise await self._translate(error, seconds, request["model"]) from error
+            return self._finish(request, await self._post(request, picture, seconds))
+        except Exception as error:
+            fault = await self._translate(error, seconds, request["model"])
+        raise fault
 
     async def count_prompt(self, request: dict[str, Any], picture: bytes, seconds: float) -> int | None:
         """Send one request for the sake of its tokens; return those of the prompt, if the server tells.
@@ -192,12 +200,10 @@ class Server:
             picture: As for `complete`.
             seconds: For each connect, read and write.
         """
-        import openai
-
         try:
             completion = await self._post(request, picture, seconds)
             return _count(completion.usage, "prompt_tokens")
-        except (openai.OpenAIError, EngineError, AttributeError, ValueError):
+        except Exception:
             return None
 
     async def aclose(self) -> None:
@@ -217,15 +223,27 @@ class Server:
                 # A small compressed body can unpack to gigabytes.
                 headers={"Accept-Encoding": "identity"},
                 event_hooks={"response": [_bound]},
+                auth=self._login,
             )
-            self._client = openai.AsyncOpenAI(
-                base_url=self.base_url,
-                # Without "none" the SDK would send the environment's OPENAI_API_KEY, which is not for this server.
-                api_key=self._api_key or "none",
-                max_retries=0,  # the SDK would send the page again, and its timeout would start anew
-                http_client=self._http,
-            )
+            try:
+                self._client = openai.AsyncOpenAI(
+                    base_url=self.base_url,
+                    # Without "none" the SDK would send the environment's OPENAI_API_KEY, which is not for this server.
+                    api_key=self._api_key or "none",
+                    max_retries=0,  # the SDK would send the page again, and its timeout would start anew
+                    http_client=self._http,
+                )
+            except httpx2.InvalidURL:
+                raise ConfigurationError(
+                    f"{self.base_url!r} is no base URL: write it like http://127.0.0.1:8000/v1"
+                ) from None
         return self._client
+
+    async def _get(self, path: str, seconds: float) -> httpx2.Response:
+        """Ask for what stands beside ``/v1``."""
+        self._connect()
+        assert self._http is not None
+        return await self._http.get(self.base_url.removesuffix("/v1") + path, timeout=_timeout(seconds))
 
     async def _post(self, request: dict[str, Any], picture: bytes, seconds: float, **streaming: Any) -> Any:
         """Send a request with a body of our own making: the SDK would go through megabytes of picture several times."""
@@ -270,59 +288,105 @@ class Server:
             else:
                 message = f"{self.base_url} did not begin to answer within {FIRST_TOKEN_SECONDS:g} s"
             raise DeadlineExceeded(f"{message}: look at its load and its log") from error
-        except (AttributeError, TypeError) as error:
-            raise self._not_an_api() from error
         if chunks == 0:
             raise self._not_an_api()
         if finish_reason is None:
             raise ServerUnavailable(f"{self.base_url} broke its answer off: look at its log")
-        return _judge("".join(pieces), finish_reason, model, usage, about)
+        return self._judge("".join(pieces), finish_reason, model, usage, about)
 
-    def _finish(self, completion: Any) -> Completion:
+    def _finish(self, request: dict[str, Any], completion: Any) -> Completion:
         """Take the answer out, trusting nothing: the SDK hands over whatever JSON, or even text, the server sent."""
-        try:
-            choice = completion.choices[0]
-            text, finish_reason = choice.message.content, choice.finish_reason
-            model, usage = completion.model, completion.usage
-        except (AttributeError, IndexError, TypeError) as error:
-            raise self._not_an_api() from error
-        return _judge(text, finish_reason, model, usage, getattr(completion, "dots_ocr", None))
+        choice = completion.choices[0]
+        text, finish_reason = choice.message.content, choice.finish_reason
+        model = completion.model or request["model"]
+        return self._judge(text, finish_reason, model, completion.usage, getattr(completion, "dots_ocr", None))
 
-    async def _translate(self, error: Exception, seconds: float, model: str | None) -> EngineError | ConfigurationError:
+    def _judge(self, text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Completion:
+        hidden: tuple[str, ...] = ()
+        if isinstance(text, str):
+            said, text = text, self._secrets.hide_in_page(text)
+            if text != said:
+                hidden = ("the server repeated the key that it was sent: *** stands in its place",)
+        if finish_reason == "length":
+            read = text if isinstance(text, str) else ""
+            raise CutOff("the answer was cut off at the end of the context: use a larger --max-model-len", read)
+        if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
+            raise Repetition("the model repeated itself without end: try again, or with another resolution")
+        if finish_reason in ("abort", "error"):  # vLLM's own words (vllm/v1/engine); the status is 200 all the same
+            raise ServerUnavailable("the server gave the page up in the middle of its answer: look at its log")
+        if finish_reason != "stop":
+            reason = self._quote(finish_reason)
+            raise UnusableAnswer(f"the model stopped for the reason {reason!r}: look at the server's log")
+        if not isinstance(text, str):
+            raise UnusableAnswer("the answer has no text: look at the server's log")
+        tokens = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+        return Completion(text, self._quote(model), *tokens, (*hidden, *self._warnings(about)))
+
+    def _warnings(self, about: Any) -> tuple[str, ...]:
+        """Take over what ``dots-ocr serve`` says beside its answer; other servers say nothing."""
+        if not isinstance(about, dict):
+            return ()
+        warnings = about.get("warnings")
+        said = warnings[:WARNINGS] if isinstance(warnings, list) else ()
+        reader = f"{self._quote(about.get('engine'))} ({self._quote(about.get('model'))})"
+        return (f"the server had {reader} read the page", *(self._quote(one, 2_000) for one in said))
+
+    def _quote(self, said: object, length: int = 300) -> str:
+        """Return what a server said in one line, without the secrets, and cut off only then."""
+        return " ".join(self._secrets.hide(str(self._secrets.hide_all(said))).split())[:length]
+
+    async def _translate(self, error: Exception, seconds: float, model: str | None) -> DotsOCRError:
+        """Make one of our errors of anything that went wrong; it does not carry the other, which holds the key."""
+        try:
+            fault = await self._explain(error, seconds, model)
+        except Exception as another:  # what the server said of its fault is a fault itself
+            fault = self._not_an_api(another)
+        fault.status = getattr(error, "status_code", fault.status)
+        return fault
+
+    async def _explain(self, error: Exception, seconds: float, model: str | None) -> DotsOCRError:
         import httpx2
         import openai
 
+        if isinstance(error, DotsOCRError):
+            return error
         cause = error.__cause__ or error
         if isinstance(cause, httpx2.ConnectTimeout):
-            return ServerUnavailable(f"cannot reach {self.base_url} (no connection in time): correct the base URL")
+            absent = ServerUnavailable(f"cannot reach {self.base_url} (no connection in time): correct the base URL")
+            absent.passing = False
+            return absent
         if isinstance(error, openai.APITimeoutError):
             return DeadlineExceeded(
                 f"{self.base_url} did not answer in time: look at its load, or allow more than {seconds:.0f} s"
             )
         if isinstance(cause, httpx2.ConnectError):
             return ServerUnavailable(
-                f"cannot reach {self.base_url} ({cause}): start the server, or wait: it takes minutes to start; "
-                "or correct the base URL"
+                f"cannot reach {self.base_url} ({self._quote(cause)}): start the server, or wait: it takes minutes to "
+                "start; or correct the base URL"
             )
         if isinstance(error, openai.APIConnectionError):
             return ServerUnavailable(
-                f"{self.base_url} closed the connection ({cause}): wait if it is just starting, which takes minutes; "
-                "otherwise look at its log"
+                f"{self.base_url} closed the connection ({self._quote(cause)}): wait if it is just starting, which "
+                "takes minutes; otherwise look at its log"
             )
         if isinstance(error, openai.APIStatusError):
             return await self._translate_status(error, seconds, model)
         if isinstance(error, openai.APIError) and not isinstance(error, openai.APIResponseValidationError):
-            return ServerUnavailable(f"{self.base_url} failed in the middle of its answer: {_short(error.message)}")
-        return self._not_an_api()
+            said = self._quote(error.message)
+            return ServerUnavailable(f"{self.base_url} failed in the middle of its answer: {said}")
+        return self._not_an_api(error)
 
     async def _translate_status(
         self, error: openai.APIStatusError, seconds: float, model: str | None
     ) -> EngineError | ConfigurationError:
-        status, said = error.status_code, _short(error.message)
+        status, said = error.status_code, self._quote(error.message)
         if status in (401, 403):
+            sent = "no key" if self._api_key is None else "the key"
+            if self._login is not None:
+                sent = "the user and password of the base URL"
             return Unauthorized(
-                f"{self.base_url} answered {status}: set DOTS_OCR_API_KEY (or api_key=) to the key that the server was "
-                "started with"
+                f"{self.base_url} answered {status} to {sent}: set DOTS_OCR_API_KEY (or api_key=) to the key that the "
+                "server was started with"
             )
         if status == 404:
             return await self._explain_not_found(seconds, model)
@@ -346,10 +410,11 @@ class Server:
                 return ModelNotServed(model, served, self.base_url)
         return ConfigurationError(f"there is no OpenAI API at {self.base_url} (404): it usually ends in /v1")
 
-    def _not_an_api(self) -> ServerUnavailable:
+    def _not_an_api(self, error: Exception | None = None) -> ServerUnavailable:
+        kind = "" if error is None else f" ({type(error).__name__})"  # not its words: these quote the server's
         return ServerUnavailable(
-            f"{self.base_url} does not answer like an OpenAI API: look at what else listens there, or correct the "
-            "base URL"
+            f"{self.base_url} does not answer like an OpenAI API{kind}: look at what else listens there, or correct "
+            "the base URL"
         )
 
 
@@ -367,41 +432,9 @@ def is_about_length(error: RequestRejected) -> bool:
     return bool(_LENGTH.search(str(error)))
 
 
-def is_passing(error: ServerUnavailable) -> bool:
-    """Tell whether it may soon be over; not if the host swallows packets, which takes seconds to find out."""
-    import httpx2
-
-    return not isinstance(getattr(error.__cause__, "__cause__", None), httpx2.ConnectTimeout)
-
-
-def _judge(text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Completion:
-    if finish_reason == "length":
-        read = text if isinstance(text, str) else ""
-        raise CutOff("the answer was cut off at the end of the context: use a larger --max-model-len", read)
-    if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
-        raise Repetition("the model repeated itself without end: try again, or with another resolution")
-    if finish_reason in ("abort", "error"):  # vLLM's own words (vllm/v1/engine); the status is 200 all the same
-        raise ServerUnavailable("the server gave the page up in the middle of its answer: look at its log")
-    if finish_reason != "stop":
-        raise UnusableAnswer(f"the model stopped for the reason {finish_reason!r}: look at the server's log")
-    if not isinstance(text, str):
-        raise UnusableAnswer("the answer has no text: look at the server's log")
-    tokens = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
-    return Completion(text, str(model), *tokens, _warnings(about))
-
-
-def _warnings(about: Any) -> tuple[str, ...]:
-    """Take over what ``dots-ocr serve`` says beside its answer; other servers say nothing."""
-    if not isinstance(about, dict):
-        return ()
-    warnings = about.get("warnings")
-    said = map(str, warnings) if isinstance(warnings, list) else ()
-    return (f"the server had {about.get('engine')} ({about.get('model')}) read the page", *said)
-
-
 def _count(usage: Any, name: str) -> int | None:
     count = getattr(usage, name, None)
-    return count if isinstance(count, int) else None
+    return count if type(count) is int and 0 <= count < MAX_COUNT else None
 
 
 def _timeout(seconds: float) -> httpx2.Timeout:
@@ -415,6 +448,9 @@ async def _bound(response: httpx2.Response) -> None:
     """Bound the length of a response that is about to be read."""
     import httpx2
 
+    streamed = response.headers.get("content-type", "").startswith("text/event-stream")
+    longest = MAX_BODY_BYTES if streamed else min(MAX_ANSWER_BYTES, MAX_BODY_BYTES)
+
     class Bounded(httpx2.AsyncByteStream):
         def __init__(self, inner: httpx2.AsyncByteStream) -> None:
             self.inner = inner
@@ -423,8 +459,8 @@ async def _bound(response: httpx2.Response) -> None:
             length = 0
             async for chunk in self.inner:
                 length += len(chunk)
-                if length > MAX_BODY_BYTES:
-                    raise EngineError(f"the server's answer is longer than {MAX_BODY_BYTES} bytes: look at its log")
+                if length > longest:
+                    raise EngineError(f"the server's answer is longer than {longest} bytes: look at its log")
                 yield chunk
 
         async def aclose(self) -> None:
@@ -445,14 +481,10 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, TypeError, LookupError, OverflowError):
             return None
         seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
     return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _short(message: object) -> str:
-    return " ".join(str(message).split())[:300]
 
 
 def is_loopback(host: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from PIL import Image
 
 from .. import images, layout
+from ..credentials import KEY_VARIABLE, read_key
 from ..documents import PageImage
 from ..errors import (
     ConfigurationError,
@@ -30,7 +31,7 @@ from ..errors import (
 from ..limiter import Limiter
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
 from .base import Answer, Task
-from .server import PICTURE, SERVICE, Completion, Server, is_about_length, is_passing
+from .server import MAX_COUNT, PICTURE, SERVICE, Completion, Server, is_about_length
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"
 """Where the server of this project listens."""
@@ -97,7 +98,9 @@ class VLLMEngine:
 
         Args:
             base_url: With scheme and ``/v1``. Default: ``DOTS_OCR_BASE_URL`` of the environment, or `DEFAULT_BASE_URL`.
-            api_key: The key that the server wants. Default: ``DOTS_OCR_API_KEY`` of the environment, or none.
+                Its ``user:password@``, if any, go in the key's place.
+            api_key: The key that the server wants. Default: ``DOTS_OCR_API_KEY`` of the environment, or none. Line ends
+                and quotation marks around it are taken off.
             model: One of the names in ``/v1/models``.
             limiter: How many pages it is given at once. Default: found out by trying.
             stream: Take answers piece by piece, which ends a loop early but costs about 0.1 ms for each token. Default:
@@ -105,9 +108,11 @@ class VLLMEngine:
 
         Raises:
             ConfigurationError: The base URL is not an http or https URL.
+            InvalidKey: The key can be none.
         """
         base_url = base_url or os.environ.get("DOTS_OCR_BASE_URL") or DEFAULT_BASE_URL
-        self._server = Server(base_url, api_key or os.environ.get("DOTS_OCR_API_KEY"))
+        key = read_key(api_key, "api_key=") or read_key(os.environ.get(KEY_VARIABLE), KEY_VARIABLE)
+        self._server = Server(base_url, key)
         self.base_url = self._server.base_url
         self.model = model
         self.limiter = limiter or Limiter()
@@ -256,7 +261,7 @@ class VLLMEngine:
                     tries = OVERLOAD_TRIES
                     self.limiter.overloaded()
                     wait = max(wait, error.retry_after or 0.0)
-                if attempt + 1 >= tries or not is_passing(error) or wait >= deadline - time.monotonic():
+                if attempt + 1 >= tries or not error.passing or wait >= deadline - time.monotonic():
                     raise
             except (EngineError, ConfigurationError):
                 self._served = None
@@ -305,12 +310,12 @@ class VLLMEngine:
                 raise ModelNotServed(self.model, cards, self.base_url)
             self._was_right = True
             context, root = (cards[self.model].get(name) for name in ("max_model_len", "root"))
-            numbers = re.match(r"v?(\d+)\.(\d+)", await self._server.version(_left(deadline)) or "")
+            numbers = re.match(r"v?(\d{1,9})\.(\d{1,9})", await self._server.version(_left(deadline)) or "")
             new = numbers is not None and tuple(map(int, numbers.groups())) >= REPETITION_VERSION
             self._served = _Served(
-                context=context if isinstance(context, int) else None,
+                context=context if type(context) is int and 0 < context < MAX_COUNT else None,
                 stops_loops=new or cards[self.model].get("owned_by") == SERVICE,
-                root=str(root or ""),
+                root=root if isinstance(root, str) else "",
             )
         return self._served
 
