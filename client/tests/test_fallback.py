@@ -201,6 +201,14 @@ def test_all_failed_lists_every_cause(page: PageImage) -> None:
     assert (engines[3].seconds, engines[4].cancelled) == ([], True)
 
 
+def test_a_box_that_leaves_the_page_is_cut_off(page: PageImage) -> None:
+    boxes = (Box(-9, -9, 9_999, 9_999), Box(800, 10, 790, 5), Box(5, 6, 7, 8))
+    cells = (Cell("Text", None, "text"), *(Cell("Text", box) for box in boxes))
+    result = read([Scripted("careless", Answer("layout", "text", "model", cells))], page)
+    assert [cell.box for cell in result.cells] == [None, (0, 0, 784, 224), (784, 10, 784, 10), (5, 6, 7, 8)]
+    assert Page.from_dict(result.to_dict()) == result
+
+
 def test_wrong_settings_end_the_chain(page: PageImage) -> None:
     second = Scripted("second", "unused")
     with pytest.raises(ConfigurationError, match="wrong key"):
@@ -366,7 +374,6 @@ def test_the_best_engine_is_asked_again_only_after_a_probe_that_went_well(
         assert "another model" in pages[0].attempts[0].reason
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_wrong_key_that_a_probe_finds_out_is_not_hidden_by_the_next_engine(page: PageImage) -> None:
     first, second = Scripted("first", GONE), Scripted("second", "text")
     first.probe_result = Unauthorized("it refuses the key")
@@ -384,6 +391,7 @@ def test_a_wrong_key_that_a_probe_finds_out_is_not_hidden_by_the_next_engine(pag
     assert len(second.seconds) == breaker.FAILURES
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_engine_that_is_back_gets_few_pages_at_first(page: PageImage) -> None:
     first = Scripted("first", "text")
     first.limiter = Limiter(2, 32)

@@ -679,8 +679,8 @@ def _result(file: Path) -> tuple[Document, str | None]:
         return Document.from_dict(values), about.get("sha256")
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file} is no result: give a file that dots-ocr read wrote as JSON") from error
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file} is no result ({error}): give a file that dots-ocr read wrote as JSON") from error
 
 
 def _pictures(document: Document, source: Path, digest: str | None) -> Iterator[PageImage]:

@@ -97,7 +97,7 @@ def html(page: Page, *, headers: bool) -> str:
         lines = [_html(cell) for cell in _wanted(page, headers)]
     else:
         lines = [f'<pre class="text">{_escape(page.text)}</pre>'] if page.text.strip() else []
-    return "\n".join([f'<section class="page" data-page="{page.number}">', *lines, "</section>"])
+    return "\n".join([f'<section class="page" data-page="{_number(page.number)}">', *lines, "</section>"])
 
 
 def html_document(document: Document, *, headers: bool) -> str:
@@ -109,7 +109,8 @@ def html_document(document: Document, *, headers: bool) -> str:
     """
 
     def failed(page: FailedPage) -> str:
-        return f'<section class="page failed" data-page="{page.number}">\n<p>{_escape(_failure(page))}</p>\n</section>'
+        number, why = _number(page.number), _escape(_failure(page))
+        return f'<section class="page failed" data-page="{number}">\n<p>{why}</p>\n</section>'
 
     head = (
         "<!DOCTYPE html>\n<html>\n<head>\n"
@@ -179,7 +180,12 @@ def _is_html_table(cell: Cell) -> bool:
 
 
 def _edges(cell: Cell) -> str:
-    return "" if cell.box is None else " ".join(map(str, cell.box)) + " "
+    return "" if cell.box is None else " ".join(map(_number, cell.box)) + " "
+
+
+def _number(value: object) -> str:
+    """Write a number so that whatever else stands in its place does no harm in HTML and in comments."""
+    return _escape(str(value))
 
 
 def _latex(text: str) -> str:

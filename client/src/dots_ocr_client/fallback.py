@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
 from .breaker import Breaker
@@ -272,7 +272,11 @@ def _page(page: PageImage, engine: Engine, answer: Answer, seconds: float, attem
         height=page.height,
         mode=answer.mode,
         text=answer.text,
-        cells=answer.cells,
+        # An engine of somebody else's may be careless, and what is no result could not be read back.
+        cells=tuple(
+            cell if cell.box is None else replace(cell, box=cell.box.within(page.width, page.height))
+            for cell in answer.cells
+        ),
         engine=engine.name,
         model=answer.model,
         seconds=round(seconds, 3),

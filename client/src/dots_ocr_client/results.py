@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 from . import export
 from .prompts import Mode
@@ -25,6 +26,10 @@ Category = Literal[
 """What dots.ocr tells apart. The mode ``web`` of dots.mocr has others, which stay as the model wrote them."""
 
 
+LARGEST: Final = 2**31
+"""Numbers in results from here on are none (our own choice: no page, side or count of tokens is near it)."""
+
+
 class Box(NamedTuple):
     """A rectangle in pixels of the page's image, from its upper left corner; the right and lower edges lie outside."""
 
@@ -32,6 +37,11 @@ class Box(NamedTuple):
     top: int
     right: int
     bottom: int
+
+    def within(self, width: int, height: int) -> Box:
+        """Return the part that lies on a page of that size, in pixels; it may be empty."""
+        left, top = min(max(self.left, 0), width), min(max(self.top, 0), height)
+        return Box(left, top, min(max(self.right, left), width), min(max(self.bottom, top), height))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +142,12 @@ class Page:
         """Return the page that `to_dict` described.
 
         Raises:
-            KeyError, TypeError, ValueError: The values are of no page.
+            ValueError: The values are of no page; the message names the field.
         """
-        cells = tuple(
-            Cell(cell["category"], None if cell["box"] is None else Box(*map(int, cell["box"])), cell["text"])
-            for cell in values["cells"]
-        )
-        attempts = tuple(Attempt(**attempt) for attempt in values["attempts"])
-        return cls(**{**values, "cells": cells, "attempts": attempts, "warnings": tuple(values["warnings"])})
+        read = _checked("the page", values, _PAGE, optional=_LATER)
+        size = (read["width"], read["height"])
+        read["cells"] = tuple(_cell(cell, *size) for cell in read["cells"])
+        return cls(**{**read, **_tuples(read)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +175,10 @@ class FailedPage:
         """Return the failed page that `to_dict` described.
 
         Raises:
-            KeyError, TypeError: The values are of no failed page.
+            ValueError: The values are of no failed page; the message names the field.
         """
-        return cls(**{**values, "attempts": tuple(Attempt(**attempt) for attempt in values["attempts"])})
+        read = _checked("the failed page", values, _FAILED_PAGE, optional=_LATER)
+        return cls(**{**read, **_tuples(read)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +228,115 @@ class Document:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the document that `to_dict` described.
+        """Return the document that `to_dict` described; what stands beside its source and pages is passed over.
 
         Raises:
-            KeyError, TypeError, ValueError: The values are of no document.
+            ValueError: The values are of no document; the message names the field.
         """
-        pages = tuple((FailedPage if "error" in page else Page).from_dict(page) for page in values["pages"])
-        return cls(values["source"], pages)
+        known = {name: values[name] for name in _DOCUMENT if name in values} if isinstance(values, Mapping) else values
+        read = _checked("the document", known, _DOCUMENT)
+        return cls(read["source"], tuple(page_of(page) for page in read["pages"]))
+
+
+def page_of(values: Mapping[str, Any]) -> Page | FailedPage:
+    """Return the page that ``to_dict`` of either kind described.
+
+    Raises:
+        ValueError: The values are of no page; the message names the field.
+    """
+    failed = isinstance(values, Mapping) and "error" in values
+    return (FailedPage if failed else Page).from_dict(values)
+
+
+class _Kind(NamedTuple):
+    """What a field may be, in words and for sure."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _is_number(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < LARGEST
+
+
+def _is_box(value: Any) -> bool:
+    numbers = isinstance(value, list | tuple) and len(value) == 4 and all(_is_number(edge, 0) for edge in value)
+    return numbers and value[0] <= value[2] and value[1] <= value[3]
+
+
+_TEXT: Final = _Kind("a text", lambda value: isinstance(value, str))
+_LIST: Final = _Kind("a list", lambda value: isinstance(value, list | tuple))
+_FROM_ONE: Final = _Kind("a whole number from 1 on", lambda value: _is_number(value, 1))
+_COUNT: Final = _Kind("a whole number from 0 on, or null", lambda value: value is None or _is_number(value, 0))
+_SECONDS: Final = _Kind(
+    "a number from 0 on", lambda value: type(value) in (int, float) and math.isfinite(value) and value >= 0
+)
+
+_CELL: Final = {
+    "category": _TEXT,
+    "box": _Kind("four whole numbers of a rectangle, or null", lambda value: value is None or _is_box(value)),
+    "text": _TEXT,
+}
+_ATTEMPT: Final = {
+    "engine": _TEXT,
+    "outcome": _Kind("failed or skipped", lambda value: value in ("failed", "skipped")),
+    "error": _TEXT,
+    "reason": _TEXT,
+    "seconds": _SECONDS,
+}
+_PAGE: Final = {
+    "number": _FROM_ONE,
+    "width": _FROM_ONE,
+    "height": _FROM_ONE,
+    "mode": _Kind("a mode", lambda value: isinstance(value, str) and value in get_args(Mode)),
+    "text": _TEXT,
+    "cells": _LIST,
+    "engine": _TEXT,
+    "model": _TEXT,
+    "seconds": _SECONDS,
+    "prompt_tokens": _COUNT,
+    "completion_tokens": _COUNT,
+    "finish_reason": _Kind("a text, or null", lambda value: value is None or isinstance(value, str)),
+    "attempts": _LIST,
+    "warnings": _Kind("a list of texts", lambda value: _LIST.fits(value) and all(map(_TEXT.fits, value))),
+}
+_FAILED_PAGE: Final = {"number": _FROM_ONE, "error": _TEXT, "reason": _TEXT, "attempts": _LIST}
+_DOCUMENT: Final = {"source": _TEXT, "pages": _LIST}
+_LATER: Final = frozenset({"prompt_tokens", "completion_tokens", "finish_reason", "attempts", "warnings"})
+"""Fields of pages that have a default."""
+
+
+def _checked(
+    what: str, values: Any, kinds: Mapping[str, _Kind], *, optional: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Return the fields if they are all that there must be, and nothing else.
+
+    Raises:
+        ValueError: They are not. The message has nothing of their values, which may be anything.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} is no object")
+    missing = kinds.keys() - optional - values.keys()
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}")
+    if not values.keys() <= kinds.keys():
+        raise ValueError(f"{what} has fields other than {', '.join(kinds)}")
+    for name, value in values.items():
+        if not kinds[name].fits(value):
+            raise ValueError(f"{name} of {what} must be {kinds[name].words}")
+    return dict(values)
+
+
+def _cell(values: Any, width: int, height: int) -> Cell:
+    read = _checked("a cell", values, _CELL)
+    box = None if read["box"] is None else Box(*read["box"])
+    if box is not None and box != box.within(width, height):
+        raise ValueError("box of a cell must lie on the page")
+    return Cell(read["category"], box, read["text"])
+
+
+def _tuples(read: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the lists that both kinds of page have, as they have them."""
+    attempts = tuple(Attempt(**_checked("an attempt", one, _ATTEMPT)) for one in read.get("attempts", ()))
+    warnings = {"warnings": tuple(read["warnings"])} if "warnings" in read else {}
+    return {"attempts": attempts, **warnings}

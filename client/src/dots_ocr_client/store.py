@@ -20,7 +20,7 @@ from typing import IO, Any, Final, NamedTuple
 from . import __version__
 from .errors import InputError
 from .prompts import Mode
-from .results import Document, FailedPage, Page
+from .results import Document, FailedPage, Page, page_of
 
 FORMATS: Final = frozenset({"json", "md", "html", "txt"})
 """What outputs there are, by what their names end with."""
@@ -454,7 +454,4 @@ class Store:
 def _page(line: bytes) -> Page | FailedPage:
     if not line.endswith(b"\n"):
         raise ValueError("the line was cut off")
-    values = json.loads(line)
-    if not isinstance(values["number"], int):
-        raise TypeError("the page has no number")
-    return (FailedPage if "error" in values else Page).from_dict(values)
+    return page_of(json.loads(line))

@@ -105,10 +105,11 @@ def _page(page: Page | FailedPage, picture: PageImage | None) -> str:
             notes.append("the picture has other proportions than the page that was read, so boxes may be misplaced")
         sheet = _sheet(page.width, page.height, picture, _boxes(page))
         text = _text(page)
+    number = escape(str(page.number))
     listed = "".join(f"<li>{escape(printable(note))}</li>" for note in notes)
     return (
-        f'<section class="v_page{" v_failed" * isinstance(page, FailedPage)}" id="page-{page.number}">\n'
-        f'<h2>Page {page.number}</h2>\n<p class="v_facts">{escape(printable(facts))}</p>\n'
+        f'<section class="v_page{" v_failed" * isinstance(page, FailedPage)}" id="page-{number}">\n'
+        f'<h2>Page {number}</h2>\n<p class="v_facts">{escape(printable(facts))}</p>\n'
         + (f'<ul class="v_notes">{listed}</ul>\n' if listed else "")
         + f'<div class="v_sides">\n{sheet}<div class="v_text">\n{text}</div>\n</div>\n</section>\n'
     )
@@ -116,7 +117,7 @@ def _page(page: Page | FailedPage, picture: PageImage | None) -> str:
 
 def _sheet(width: int, height: int, picture: PageImage | None, boxes: str) -> str:
     image = f'<img alt="Picture of page {picture.number}" src="{_data_url(picture.image)}">\n' if picture else ""
-    return f'<div class="v_sheet" style="aspect-ratio:{width}/{height}">\n{image}{boxes}</div>\n'
+    return f'<div class="v_sheet" style="aspect-ratio:{escape(f"{width}/{height}")}">\n{image}{boxes}</div>\n'
 
 
 def _data_url(image: Image.Image) -> str:
@@ -133,8 +134,9 @@ def _boxes(page: Page) -> str:
     # stays that of reading, for the keyboard.
     areas = sorted({_area(box) for _, _, box in boxed}, reverse=True)
     layers = {area: layer for layer, area in enumerate(areas, 1)}
+    number = escape(str(page.number))
     return "".join(
-        f'<a class="v_box" id="box-{page.number}-{index}" href="#text-{page.number}-{index}" data-cell="{index}" '
+        f'<a class="v_box" id="box-{number}-{index}" href="#text-{number}-{index}" data-cell="{index}" '
         f'{_category(cell)} aria-label="{escape(printable(_name(cell)))}" '
         f'style="left:{_percent(box.left, page.width)};top:{_percent(box.top, page.height)};'
         f"width:{_percent(box.right - box.left, page.width)};height:{_percent(box.bottom - box.top, page.height)};"
@@ -146,8 +148,9 @@ def _boxes(page: Page) -> str:
 def _text(page: Page) -> str:
     if not page.cells:
         return page.html() if page.text.strip() else "<p>This page is blank.</p>\n"
+    number = escape(str(page.number))
     return "".join(
-        f'<div class="v_cell" id="text-{page.number}-{index}" data-cell="{index}" {_category(cell)}>\n'
+        f'<div class="v_cell" id="text-{number}-{index}" data-cell="{index}" {_category(cell)}>\n'
         + _label(page, index, cell)
         # By itself, because this tells for certain which part of the page's HTML is of this cell.
         + replace(page, cells=(cell,), text=cell.text).html()
@@ -160,7 +163,7 @@ def _label(page: Page, index: int, cell: Cell) -> str:
     category = escape(printable(cell.category))
     if cell.box is None:
         return f'<span class="v_label">{category}, without a box</span>\n'
-    return f'<a class="v_label" href="#box-{page.number}-{index}">{category}</a>\n'
+    return f'<a class="v_label" href="#box-{escape(str(page.number))}-{index}">{category}</a>\n'
 
 
 def _category(cell: Cell) -> str:
