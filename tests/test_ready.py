@@ -503,6 +503,56 @@ def test_key_that_the_server_repeats_is_not_shown(httpserver: HTTPServer, host: 
     assert KEY[:4] not in json.dumps(verdict)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"data": [{"id": KEY}]},
+        {"data": [{"id": "dots.ocr"}], "text": KEY},
+        {"data": {KEY: 1}},
+    ],
+)
+def test_key_in_a_sound_answer_is_not_shown(httpserver: HTTPServer, host: Host, answer: Any) -> None:
+    httpserver.expect_request("/v1/models").respond_with_json(answer)
+    serve(httpserver, text=f"I was sent {KEY}.")
+    host.require_key()
+    status, verdict = host.check(httpserver)
+    assert status == FAILED
+    assert KEY not in json.dumps(verdict)
+
+
+def test_key_in_what_is_no_http_is_not_shown(
+    listen: Callable[[Callable[[socket.socket], None]], str], host: Host
+) -> None:
+    host.require_key()
+    status, verdict = host.check(listen(lambda connection: connection.sendall(f"{KEY} {KEY}".encode())))
+    assert status == NOT_YET
+    assert "***" in verdict["problem"]
+    assert KEY not in json.dumps(verdict)
+
+
+def test_short_key_breaks_no_answer(httpserver: HTTPServer, host: Host) -> None:
+    serve(httpserver)
+    host.require_key("data")
+    assert host.check(httpserver)[0] == READY
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        ("/v1/models", "[" * 100_000),
+        ("/v1/models", json.dumps({"data": [{"id": f"model {number}"} for number in range(9_999)]})),
+        ("/v1/chat/completions", "[" * 100_000),
+        ("/v1/chat/completions", '{"choices": [{"message": {"content": "' + "word " * 200_000 + '"}}]}'),
+    ],
+)
+def test_hostile_answer_is_a_failure_and_no_crash(httpserver: HTTPServer, host: Host, path: str, answer: str) -> None:
+    httpserver.expect_request(path).respond_with_data(answer, content_type="application/json")
+    serve(httpserver)
+    status, verdict = host.check(httpserver)
+    assert status == FAILED
+    assert len(verdict["problem"]) < 5_000
+
+
 @pytest.mark.parametrize("text", ["", "\n", f"{KEY}\n{KEY}", f"{KEY} x", f"{KEY}é", f"{KEY}\r\n\tX: y"])
 def test_file_without_one_key_is_named_and_not_quoted(host: Host, text: str) -> None:
     host.require_key(text)

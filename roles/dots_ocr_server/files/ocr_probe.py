@@ -38,6 +38,10 @@ PROMPT = "<|img|><|imgpad|><|endofimg|>Extract the text content from this image.
 
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 ANSWER_BYTES = 64 << 20
+# No page has more; the time that compare() takes grows with the square.
+TEXT_CHARACTERS = 200_000
+# A shorter key may be a word that JSON needs; those that Ansible makes are longer.
+SHORTEST_HIDDEN = 8
 SYSTEMCTL_SECONDS = 15
 
 REDEPLOY = "run 'ansible-playbook site.yml'."
@@ -210,12 +214,13 @@ def ask(server: Server, path: str, seconds: float, body: Any = None) -> bytes:
             try:
                 with opener(url).open(request) as response:
                     answer: bytes = response.read(ANSWER_BYTES)
-                    return answer
+                    return hide(server, answer) if len(server.key) >= SHORTEST_HIDDEN else answer
             except urllib.error.HTTPError as error:
-                status, text = error.code, error.read(ANSWER_BYTES).decode(errors="replace")
+                status, text = error.code, hide(server, error.read(ANSWER_BYTES)).decode(errors="replace")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise NotYet(f"{url} does not answer: {getattr(error, 'reason', error)!r}.", WAIT) from error
-    said = " ".join((text.replace(server.key, "***") if server.key else text).split())[:500]
+        why = hide(server, repr(getattr(error, "reason", error)).encode()).decode()[:500]
+        raise NotYet(f"{url} does not answer: {why}.", WAIT) from error
+    said = " ".join(text.split())[:500]
     if status in (401, 403):
         sent = f"the API key in {server.api_key_file}" if server.key else "a request without an API key"
         cure = f"{REDEPLOY[:-1]}, which starts the server with the key that is in the file."
@@ -228,11 +233,19 @@ def ask(server: Server, path: str, seconds: float, body: Any = None) -> bytes:
     raise Failed(f"{url} answers {status}: {said}.", cure)
 
 
+def hide(server: Server, said: bytes) -> bytes:
+    """Return what a server said without the API key, as it is and as JSON and Python write it."""
+    written = json.dumps(server.key)[1:-1]
+    for form in (server.key, written, written.replace("/", "\\/"), repr(server.key)[1:-1]) if server.key else ():
+        said = said.replace(form.encode(), b"***")
+    return said
+
+
 def ask_json(server: Server, path: str, seconds: float, body: Any = None) -> Any:
     """Return the answer as JSON; raises NotYet or Failed."""
     try:
         return json.loads(ask(server, path, seconds, body))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Failed(f"{server.url}{path} does not answer in JSON.", FOREIGN) from error
 
 
@@ -241,8 +254,9 @@ def openai_api(server: Server) -> Iterator[None]:
     """Raise Failed for an answer that has not the parts that OpenAI's API has."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise Failed(f"{server.url} answers in JSON, but not as OpenAI's API does: {error!r}.", FOREIGN) from error
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        why = repr(error)[:500]
+        raise Failed(f"{server.url} answers in JSON, but not as OpenAI's API does: {why}.", FOREIGN) from error
 
 
 def check_health(server: Server, seconds: float) -> None:
@@ -257,7 +271,7 @@ def check_model(server: Server, seconds: float) -> int | None:
         served = {str(entry["id"]): entry.get("max_model_len") for entry in listing["data"]}
     if server.model not in served:
         raise Failed(
-            f"The server at {server.url} is healthy but serves {', '.join(served)} instead of {server.model}.",
+            f"The server at {server.url} is healthy but serves {', '.join(served)[:500]} instead of {server.model}.",
             "check dots_ocr_server_image and dots_ocr_server_model_names; an image that ignores its arguments, or that"
             " was started without a model, serves some other one.",
         )
@@ -297,7 +311,7 @@ def read_page(server: Server, image: Path, tokens: int, seconds: float) -> Readi
         choice = answer["choices"][0]
         # JSON can hold halves of characters, which no file can.
         text = str(choice["message"]["content"] or "").encode(errors="replace").decode()
-        return Reading(text, choice.get("finish_reason") == "length")
+        return Reading(text[:TEXT_CHARACTERS], choice.get("finish_reason") == "length")
 
 
 def read_golden_page(server: Server, least_likeness: float, seconds: float) -> float:
@@ -306,7 +320,8 @@ def read_golden_page(server: Server, least_likeness: float, seconds: float) -> f
     likeness = compare(text, GOLDEN.with_suffix(".txt").read_text(encoding="utf-8"))
     if likeness < least_likeness:
         raise Failed(
-            f"{server.model} misreads the golden page: likeness {likeness:.3f} of {least_likeness}. It read: {text!r}.",
+            f"{server.model} misreads the golden page: likeness {likeness:.3f} of {least_likeness}."
+            f" It read: {text[:2000]!r}.",
             "check that weights and image belong together and that --chat-template-content-format is string; if what it"
             " read is good enough, lower dots_ocr_server_ready_likeness.",
         )
