@@ -70,7 +70,7 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     st.sampled_from(places(values_of(PAGE, FAILED))),
     st.sampled_from(ODD)

@@ -41,6 +41,9 @@ _TEXT_END: Final = re.compile(r'(?<!\\)((?:\\\\)*+)"(\s*+\}?+[\s,\]`]*+)\Z')
 _CUT_ESCAPE: Final = re.compile(r"(?<!\\)((?:\\\\)*+)\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _BROKEN_BOX: Final = re.compile(r'"bbox"\s*+:[^"{}]*+(["}])')
 
+_FAULTS: Final = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+"""What an answer may bring about in what reads it: a page must not stop others, whatever is in it."""
+
 _NOT_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 # JSON takes the first two characters of these for an escape if the model wrote one backslash only.
 _NAMES: Final = (
@@ -80,8 +83,18 @@ def parse(answer: str, seen: tuple[int, int], page: tuple[int, int], *, texts: b
         texts: Whether texts were asked for; if not, they are left out.
 
     Raises:
-        UnusableAnswer: There is no cell in the answer, and it does not say that the page is blank (``[]``).
+        UnusableAnswer: There is no cell in the answer, and it does not say that the page is blank (``[]``); or it is of
+            a kind that nobody thought of.
     """
+    try:
+        return _parse(answer, seen, page, texts=texts)
+    except _FAULTS as error:
+        raise UnusableAnswer(
+            f"the answer is no layout ({type(error).__name__}): read the page in the mode text"
+        ) from None
+
+
+def _parse(answer: str, seen: tuple[int, int], page: tuple[int, int], *, texts: bool) -> Layout:
     notes: Counter[str] = Counter()
     answer = _printable(answer, notes)
     values = _values(answer, notes)

@@ -304,7 +304,8 @@ class Server:
     def _judge(self, text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Completion:
         hidden: tuple[str, ...] = ()
         if isinstance(text, str):
-            said, text = text, self._secrets.hide_in_page(text)
+            said = _encodable(text)
+            text = self._secrets.hide_in_page(said)
             if text != said:
                 hidden = ("the server repeated the key that it was sent: *** stands in its place",)
         if finish_reason == "length":
@@ -333,7 +334,7 @@ class Server:
 
     def _quote(self, said: object, length: int = 300) -> str:
         """Return what a server said in one line, without the secrets, and cut off only then."""
-        return " ".join(self._secrets.hide(str(self._secrets.hide_all(said))).split())[:length]
+        return " ".join(_encodable(self._secrets.hide(str(self._secrets.hide_all(said)))).split())[:length]
 
     async def _translate(self, error: Exception, seconds: float, model: str | None) -> DotsOCRError:
         """Make one of our errors of anything that went wrong; it does not carry the other, which holds the key."""
@@ -432,6 +433,12 @@ def is_about_length(error: RequestRejected) -> bool:
     return bool(_LENGTH.search(str(error)))
 
 
+def _encodable(text: str) -> str:
+    """Replace what no UTF-8 file takes: halves of surrogate pairs, as far as they do not belong together; and NUL."""
+    whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return whole.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
 def _count(usage: Any, name: str) -> int | None:
     count = getattr(usage, name, None)
     return count if type(count) is int and 0 <= count < MAX_COUNT else None
@@ -481,7 +488,7 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(value)
-        except (ValueError, TypeError, LookupError, OverflowError):
+        except ValueError:
             return None
         seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
     return max(0.0, seconds) if math.isfinite(seconds) else None
