@@ -296,6 +296,26 @@ def test_the_second_run_has_nothing_to_do(server: FakeServer, sheet_file: Path, 
     assert (status, json.loads(output)["totals"]["unchanged"], len(server.requests)) == (0, 1, asked)
 
 
+@pytest.mark.parametrize("key", ["sesame-open", "sesame open"])
+def test_a_wrong_key_is_said_once_and_ends_a_batch(
+    run: Run, server: FakeServer, sheet: Image.Image, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOTS_OCR_API_KEY", key)
+    monkeypatch.setenv("DOTS_OCR_BASE_URL", server.base_url.replace("//", "//reader:pass-word@"))
+    server.models_answer = lambda: reply({"error": {"message": "Bearer sesame-open of reader:pass-word"}}, 401)
+    for name in ("a.png", "b.png", "c.png"):
+        sheet.save(tmp_path / name)
+    status, output, messages = run("read", *sorted(tmp_path.glob("*.png")), "--out", tmp_path / "out", "--json")
+    assert status == 1
+    assert json.loads(output)["error"]["type"] == ("Unauthorized" if "-" in key else "InvalidKey")
+    written = "".join(file.read_text() for file in (tmp_path / "out").glob("*") if file.is_file())
+    assert "tesseract" not in written, "the mistake would be hidden"
+    for secret in (key, "pass-word"):
+        assert secret not in output + messages + written
+    assert "sesame" not in messages
+    assert server.requests == []
+
+
 def test_a_document_that_fails_ends_with_1_and_leaves_the_others(
     server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run
 ) -> None:

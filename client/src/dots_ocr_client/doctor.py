@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from . import images
 from .documents import PageImage
 from .engines.base import Engine, Task
-from .errors import DotsOCRError, EngineMissing, NotApplicable, Unauthorized, UnusableAnswer
+from .errors import NAMES, DotsOCRError, EngineMissing, NotApplicable, Unauthorized, UnusableAnswer
 from .prompts import MODES
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ async def _version(engine: VLLMEngine, seconds: float) -> Check:
 
 
 def _model(model: str, served: list[str]) -> Check:
-    names = ", ".join(map(repr, served)) or "none"
+    more = f" and {len(served) - NAMES} more" * (len(served) > NAMES)
+    names = (", ".join(repr(name[:200]) for name in served[:NAMES]) or "none") + more
     if model in served:
         return Check("model", "ok", f"{model!r} is served, of: {names}")
     cure = f"ask for one of these with --model, or start the server with --served-model-name {model}"
