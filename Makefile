@@ -9,6 +9,7 @@ ASK = $(if $(SUDO),$(shell $(SUDO_PROGRAM) -n true 2>/dev/null || echo --ask-bec
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
+UV_VERSION := 0.13.9
 # By name: Ansible ignores the file in a folder that everybody may write, as all of a Windows drive is.
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
@@ -62,7 +63,7 @@ deploy: .venv/ready
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	@python3 -m venv --clear .venv 2>/dev/null || \
 	    { $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y python3-venv && python3 -m venv --clear .venv; }
-	@$(BIN)/python -m pip install -qq --no-compile --requirement requirements.lock
+	@$(BIN)/python -m pip install -qq --no-compile --require-hashes --requirement requirements.lock
 	@$(BIN)/python -m compileall -q -j 0 -x 'ansible_collections/(?!ansible/posix|community/(docker|general))' .venv/lib
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable client
 	@touch $@
@@ -72,10 +73,14 @@ docs: .venv/ready
 	@$(BIN)/python docs/tables.py
 	@for role in roles/*/; do $(BIN)/aar-doc $$role markdown; done
 
-# After a change of requirements.txt: resolve it anew in a clean environment and write the lock.
+# After a change of requirements.txt or of what a part of the tests needs: resolve it anew, for every Python from 3.11 on, and
+# write the locks with the SHA-256 of every file that the index has. What is locked already stays, as far as it can.
+RESOLVE = .cache/lock/bin/uv pip compile -q --universal --generate-hashes --no-annotate --python-version 3.11 \
+    --custom-compile-command 'make lock'
 lock:
-	@rm -rf .cache/lock && python3 -m venv .cache/lock
-	@.cache/lock/bin/python -m pip install -qq --requirement requirements.txt
-	@{ echo "# Written by 'make lock' from requirements.txt."; .cache/lock/bin/python -m pip freeze --all \
-	    --exclude pip --exclude setuptools --exclude wheel; } > requirements.lock
+	@python3 -m venv --clear .cache/lock && .cache/lock/bin/python -m pip install -qq uv==$(UV_VERSION)
+	@$(RESOLVE) requirements.txt --output-file requirements.lock
+	@$(RESOLVE) client/examples/requirements-ray.txt --constraint requirements.lock --output-file tests/ray/requirements.lock
+	@$(RESOLVE) tests/live_client/requirements-page.txt --constraint requirements.lock \
+	    --output-file tests/live_client/requirements.lock
 	@rm -rf .cache/lock

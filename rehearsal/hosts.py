@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rehearsal import images
 from rehearsal.engine import LABEL, NETWORK, RUN, STATE, address, one_at_a_time
-from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
+from rehearsal.shell import RehearsalError, fingerprint, output, pins, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
 TINY_MODEL = HERE / "tiny_model"
@@ -127,7 +127,8 @@ def train() -> None:
 def model_sources() -> str:
     """Return the fingerprint of what the tiny model is made from."""
     programs = [file for file in sorted(TINY_MODEL.glob("*.py")) if not file.name.startswith("test_")]
-    return fingerprint(*programs, HERE / "vllm/requirements.lock")
+    versions = [pin.split()[0] for pin in pins(HERE / "vllm/requirements.lock").values()]
+    return hashlib.sha256("\n".join([fingerprint(*programs), *versions]).encode()).hexdigest()[:12]
 
 
 def _derive(image: str, change: str, name: str) -> None:

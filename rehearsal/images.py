@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from rehearsal.engine import LABEL, STATE, one_at_a_time
-from rehearsal.shell import RehearsalError, fingerprint, output, run, say, step, succeeds
+from rehearsal.shell import RehearsalError, fingerprint, output, pins, run, say, step, succeeds
 
 HERE = Path(__file__).resolve().parent
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -131,10 +131,11 @@ def _vllm_wheels() -> Path:
     wheels = STATE / "wheels"
     wheels.mkdir(exist_ok=True)
     download = [sys.executable, "-m", "pip", "download", "-qq", "--dest", str(wheels), *pip_platform_options()]
-    lines = [line for line in (HERE / "vllm/requirements.lock").read_text().splitlines() if not line.startswith("#")]
-    torch = next(line for line in lines if line.startswith("torch=="))
+    download += ["--require-hashes", "--requirement"]
+    lock, torch = HERE / "vllm/requirements.lock", STATE / "torch.lock"
+    torch.write_text(pins(lock)["torch"])
     if not succeeds(*download, torch):
-        say(f"    {torch} is not in this machine's own package sources: taking it from PyTorch's CPU index")
-        run(*download, "--index-url", TORCH_CPU_INDEX, torch)
-    run(*download, "--find-links", wheels, *lines)
+        say("    this machine's own package sources lack the locked torch: taking it from PyTorch's CPU index")
+        run(*download, torch, "--index-url", TORCH_CPU_INDEX)
+    run(*download, lock, "--find-links", wheels)
     return wheels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -69,6 +70,12 @@ def succeeds(*command: str | Path) -> bool:
     if shutil.which(words[0]) is None:
         return False
     return subprocess.run(words, capture_output=True, check=False, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def pins(lock: Path) -> dict[str, str]:
+    """Return what a lock file with hashes pins: the lines of each package, by its name as the file spells it."""
+    lines = "\n".join(line for line in lock.read_text().splitlines() if not line.startswith("#"))
+    return {pin.partition("==")[0]: pin for pin in re.split(r"\n(?=\S)", lines.strip())}
 
 
 def fingerprint(*sources: Path) -> str:

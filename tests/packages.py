@@ -7,15 +7,13 @@ from pathlib import Path
 
 from rehearsal.shell import REPOSITORY, fingerprint, run
 
-LOCK = REPOSITORY / "requirements.lock"
 
-
-def folder(requirements: Path) -> Path:
-    """Return a folder with what a file requires, in the versions of the lock; install it unless it is there."""
-    place = REPOSITORY / ".cache/packages" / f"{requirements.stem}-{fingerprint(requirements, LOCK, Path(__file__))}"
+def folder(lock: Path) -> Path:
+    """Return a folder with what a lock names, files of these hashes only; install it unless it is there."""
+    place = REPOSITORY / ".cache/packages" / f"{lock.parent.name}-{fingerprint(lock, Path(__file__))}"
     if not place.exists():
         growing = place.with_suffix(".growing")
-        run(sys.executable, "-m", "pip", "install", "-qq", "--upgrade", "--no-compile", "--target", growing,
-            "--constraint", LOCK, "--requirement", requirements)  # fmt: skip
+        run(sys.executable, "-m", "pip", "install", "-qq", "--upgrade", "--no-compile", "--no-deps",
+            "--target", growing, "--require-hashes", "--requirement", lock)  # fmt: skip
         growing.rename(place)
     return place

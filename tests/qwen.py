@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rehearsal import images
 from rehearsal.engine import LABEL, STATE
-from rehearsal.shell import REPOSITORY, fingerprint, run
+from rehearsal.shell import REPOSITORY, fingerprint, pins, run
 
 PACKAGES = ("iniconfig", "nh3", "pluggy", "pypdfium2", "pytest")  # what the image lacks
 LOCK = REPOSITORY / "requirements.lock"
@@ -23,9 +23,11 @@ def packages() -> Path:
     folder = STATE / "qwen-tests" / fingerprint(LOCK, Path(__file__))
     if not folder.exists():
         growing = folder.with_suffix(".growing")
-        locked = [line for line in LOCK.read_text().splitlines() if line.partition("==")[0] in PACKAGES]
+        locked = growing.with_suffix(".lock")
+        locked.parent.mkdir(exist_ok=True)
+        locked.write_text("\n".join(pins(LOCK)[name] for name in PACKAGES))
         run(sys.executable, "-m", "pip", "install", "-qq", "--upgrade", *images.pip_platform_options(),
-            "--target", growing, *locked)  # fmt: skip
+            "--target", growing, "--require-hashes", "--requirement", locked)  # fmt: skip
         growing.rename(folder)
     return folder
 

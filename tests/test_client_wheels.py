@@ -71,6 +71,37 @@ def test_what_the_service_needs_is_collected_for_the_other_python(wheels: Path, 
         assert tar.getnames() == [CLIENT, COMPILED]
 
 
+def test_only_files_that_the_lock_names_are_collected(
+    checkout: Path, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index is a folder here, and the client has no code, so that nothing is built."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    real = client_wheels.pip
+
+    def pip(*words: str | Path) -> None:
+        if words[0] == "wheel":
+            built = Path(words[words.index("--wheel-dir") + 1])
+            built.mkdir()
+            shutil.copy(wheels / CLIENT, built)
+        else:
+            real(*words, "--find-links", wheels)
+
+    monkeypatch.setattr(client_wheels, "pip", pip)
+    source, archive = client_wheels.Source(checkout, is_checkout=True), tmp_path / "wheels.tar"
+    lock = "speedups==2.0 \\\n    --hash=sha256:{}\n"
+    (checkout / "requirements.lock").write_text(lock.format(client_wheels.sha256(wheels / COMPILED)))
+    source.collect(TARGET, archive)
+    with tarfile.open(archive) as tar:
+        assert tar.getnames() == [CLIENT, COMPILED]
+    archive.unlink()
+
+    write_wheel(wheels, COMPILED, "other; extra == 'never'")
+    with pytest.raises(client_wheels.CollectError, match=f"than requirements.lock pins: {COMPILED}; a mirror"):
+        source.collect(TARGET, archive)
+    assert not archive.exists()
+
+
 @pytest.mark.parametrize(("python", "glibc"), [("3.12", "2.41"), ("3.13", "2.27")])
 def test_wheel_that_the_host_cannot_load_is_no_wheel(wheels: Path, tmp_path: Path, python: str, glibc: str) -> None:
     source, target = client_wheels.Source(wheels, is_checkout=False), client_wheels.Target(python, "x86_64", glibc)

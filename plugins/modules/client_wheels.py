@@ -14,7 +14,7 @@ description:
   - With an O(archive) it collects them too, so that the other machine needs no package index.
 options:
   repository:
-    description: Checkout to build the client from; the rest comes from pip's index, as C(requirements.lock) pins it.
+    description: Checkout to build the client from; the rest is what C(requirements.lock) pins, from pip's index.
     type: path
   wheels:
     description: Folder that has all wheels, instead.
@@ -66,6 +66,7 @@ fingerprint:
 """
 
 import hashlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -134,7 +135,7 @@ class Source:
     def fingerprint(self, target: Target) -> str:
         """Return a short name for what would be collected; raises CollectError."""
         names = [str(path.relative_to(self.folder)) for path in self.files()]
-        digests = [hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in names]
+        digests = [sha256(self.folder / name) for name in names]
         lines = [
             target.minor,
             target.machine,
@@ -150,13 +151,32 @@ class Source:
             download = ["download", *target.pip_options(), "--dest", wheels]
             if self.is_checkout:
                 pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, self.folder / "client")
-                lock = self.folder / "requirements.lock"
-                pip(*download, "--constraint", lock, "--find-links", built, REQUIREMENT)
+                lock, versions = self.folder / "requirements.lock", Path(scratch) / "versions.txt"
+                # With a hash in it, pip before 26 demands one of each requirement and a version of each dependency.
+                versions.write_text(re.sub(r"\s*\\\n\s*--hash=\S+", "", lock.read_text()))
+                pip(*download, "--constraint", versions, "--find-links", built, REQUIREMENT)
+                check_hashes(wheels, built, lock)
             else:
                 pip(*download, "--no-index", "--find-links", self.folder, REQUIREMENT)
             with tarfile.open(archive, "w") as tar:
                 for wheel in sorted(wheels.iterdir()):
                     tar.add(wheel, arcname=wheel.name)
+
+
+def sha256(file: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def check_hashes(wheels: Path, built: Path, lock: Path) -> None:
+    """Raise CollectError for a wheel that is neither our own nor one whose SHA-256 the lock has."""
+    known = set(re.findall(r"--hash=sha256:([0-9a-f]{64})\b", lock.read_text()))
+    known.update(sha256(wheel) for wheel in built.iterdir())
+    if others := [wheel.name for wheel in sorted(wheels.iterdir()) if sha256(wheel) not in known]:
+        raise CollectError(
+            f"the package index gave other files than {lock.name} pins: {', '.join(others)}; "
+            "a mirror has to hand out the files of the public index unchanged"
+        )
 
 
 def pip(*words: str | Path) -> None:

@@ -32,7 +32,7 @@ from .. import packages
 
 ROLE = REPOSITORY / "roles/chatvlmllm"
 APPLICATION = REPOSITORY / "molecule/cpu/application"
-REQUIREMENTS = Path(__file__).with_name("requirements-page.txt")
+LOCK = Path(__file__).with_name("requirements.lock")
 PATIENCE = 30.0
 READ_BY_TESSERACT = "Страницу прочитал Tesseract"
 
@@ -148,7 +148,7 @@ def page(
     command = [sys.executable, "-m", "streamlit", "run", "app.py", f"--server.port={port}", "--server.headless=true"]
     command += ["--server.address=127.0.0.1", "--browser.gatherUsageStats=false", "--server.fileWatcherType=none"]
     command += ["--global.developmentMode=false"]  # which it takes from the folder that it is installed in
-    places = {"PYTHONPATH": str(packages.folder(REQUIREMENTS))}
+    places = {"PYTHONPATH": str(packages.folder(LOCK))}
     with subprocess.Popen(command, cwd=checkout, env={**environment, **places}) as running:
         try:
             for _ in range(300):
@@ -279,7 +279,7 @@ shown = AppTest.from_file({str(checkout / script)!r}, default_timeout=30).run()
 assert not shown.exception, shown.exception
 print([one.value for one in (*shown.header, *shown.title)])
 """
-    places = {"PYTHONPATH": str(packages.folder(REQUIREMENTS))}
+    places = {"PYTHONPATH": str(packages.folder(LOCK))}
     assert "dots.ocr" in run(checkout, {**environment, **places}, "-c", look)
 
 

@@ -14,12 +14,12 @@ from rehearsal.shell import REPOSITORY
 
 from .. import packages
 
-REQUIREMENTS = REPOSITORY / "client/examples/requirements-ray.txt"
+LOCK = Path(__file__).with_name("requirements.lock")
 
 
 def main() -> int:
     """Return pytest's exit status."""
-    places = [REPOSITORY / "client/src", REPOSITORY / "client/tests", packages.folder(REQUIREMENTS)]
+    places = [REPOSITORY / "client/src", REPOSITORY / "client/tests", packages.folder(LOCK)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
     command = [sys.executable, "-m", "pytest", "tests/ray", f"--junitxml={Path(sys.argv[1]).resolve()}"]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, stdin=subprocess.DEVNULL).returncode
