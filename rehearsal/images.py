@@ -130,8 +130,8 @@ def _vllm_wheels() -> Path:
     """Download the locked wheels with the controller's own pip configuration."""
     wheels = STATE / "wheels"
     wheels.mkdir(exist_ok=True)
-    download = [sys.executable, "-m", "pip", "download", "-qq", "--dest", str(wheels), *pip_platform_options()]
-    download += ["--require-hashes", "--requirement"]
+    download = [sys.executable, "-m", "pip", "download", "-qq", "--dest", str(wheels), *pip_platform_options(),
+                "--require-hashes", "--requirement"]  # fmt: skip
     lock, torch = HERE / "vllm/requirements.lock", STATE / "torch.lock"
     torch.write_text(pins(lock)["torch"])
     if not succeeds(*download, torch):
