@@ -1,0 +1,150 @@
+"""playbooks/pin.yml against a Hub and a registry of our own, and what the roles make of what it writes."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROLES = REPOSITORY / "roles"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MANIFEST = b'{\n   "schemaVersion": 2,\n   "note": "\xc3\xa9"\n}'
+DIGEST = f"sha256:{hashlib.sha256(MANIFEST).hexdigest()}"
+
+# What the roles take, without and with what goes before a pin.
+USE = """
+- hosts: ocr_servers
+  gather_facts: false
+  tasks:
+    - ansible.builtin.include_role: {name: dots_ocr_model, tasks_from: resolve, public: true}
+    - ansible.builtin.include_role: {name: dots_ocr_server, tasks_from: show}
+      vars:
+        _dots_ocr_server_profiles: {any: {image: vllm/vllm-openai}}
+        _dots_ocr_server_chosen: {name: any, tag: v0.32.0}
+"""
+SHOW = """
+- ansible.builtin.copy:
+    content: "{{ [_dots_ocr_model_commit, _dots_ocr_server_reference] | to_json }}"
+    dest: "{{ role_path }}/shown.json"
+- ansible.builtin.copy:
+    content: "{{ [_dots_ocr_server_reference, _dots_ocr_server_digest] | to_json }}"
+    dest: "{{ role_path }}/{{ item.key }}.json"
+  loop: "{{ cases | dict2items }}"
+  vars:
+    cases:
+      another_tag: {tag: v0.33.0}
+      own_digest: {digest: sha256:own}
+      archive: {archive: /image.tar.zst}
+    dots_ocr_server_image_tag: "{{ item.value.tag | default('') }}"
+    dots_ocr_server_image_digest: "{{ item.value.digest | default('') }}"
+    dots_ocr_server_image_archive: "{{ item.value.archive | default('') }}"
+"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The Hub, a registry that wants a token as Docker Hub does, and who gives that out."""
+
+    said = DIGEST
+    asked = 0
+
+    def do_GET(self) -> None:
+        host = self.headers["Host"]
+        if self.path.startswith("/api/models/"):
+            Handler.asked += 1
+            self.answer(200, json.dumps({"sha": COMMIT}).encode())
+        elif self.path.startswith("/token?service=registry.of.ours&scope=repository:"):
+            self.answer(200, json.dumps({"token": "for " + self.path.rpartition("repository:")[2]}).encode())
+        elif (
+            self.headers["Authorization"] == f"Bearer for {self.path.split('/manifests/')[0].removeprefix('/v2/')}:pull"
+        ):
+            self.answer(200, MANIFEST, {"Docker-Content-Digest": self.said})
+        else:
+            realm = f'Bearer realm="http://{host}/token",service="registry.of.ours",scope="any"'
+            self.answer(401, b"{}", {"WWW-Authenticate": realm})
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def roles(tmp_path: Path) -> Path:
+    """The two roles, with a pin of another registry."""
+    for role in ("dots_ocr_model", "dots_ocr_server"):
+        shutil.copytree(ROLES / role, tmp_path / role)
+        (tmp_path / role / "files/pins.json").write_text('{"other": {}}')
+    (tmp_path / "dots_ocr_server/tasks/show.yml").write_text(SHOW)
+    return tmp_path
+
+
+def pin(address: str, roles: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    settings = {"dots_ocr_model_hub": f"http://{address}", "dots_ocr_server_registry": address, "pin_scheme": "http"}
+    command = ["ansible-playbook", "playbooks/pin.yml", *more, "--inventory=ocr_servers,", "--connection=local"]
+    command += ["--extra-vars", json.dumps({**settings, "pin_roles": str(roles), "dots_ocr_model_root": str(roles)})]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_ROLES_PATH": str(roles)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY)
+
+
+def test_what_hub_and_registry_say_is_written_with_the_date_and_used(
+    address: str, roles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "asked", 0)
+    before = datetime.datetime.now(datetime.UTC).date()
+    use = roles / "use.yml"
+    use.write_text(USE)
+    done = pin(address, roles, str(use))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "for vllm/vllm-openai" not in done.stdout  # a token
+    days = {day.isoformat() for day in (before, datetime.datetime.now(datetime.UTC).date())}
+    weights = json.loads((roles / "dots_ocr_model/files/pins.json").read_text())
+    assert weights.pop("other") == {}
+    assert [(name, one["commit"], one["date"] in days) for name, one in weights.items()] == [
+        (f"http://{address}/dots-studio/dots.ocr@main", COMMIT, True)
+    ]
+    images = json.loads((roles / "dots_ocr_server/files/pins.json").read_text())
+    assert images.pop("other") == {}
+    profiles = [
+        one
+        for file in (ROLES / "dots_ocr_server/profiles").glob("*.yml")
+        for one in yaml.safe_load(file.read_text()).values()
+    ]
+    tags = {f"{address}/{one['image']}:{tag['tag']}" for one in profiles for tag in one["tags"]}
+    assert {name: (one["digest"], one["date"] in days) for name, one in images.items()} == dict.fromkeys(
+        tags, (DIGEST, True)
+    )
+
+
+def test_digest_that_is_not_that_of_its_manifest_is_not_written(
+    address: str, roles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "said", f"sha256:{'0' * 64}")
+    done = pin(address, roles)
+    assert done.returncode != 0
+    assert f"says sha256:{'0' * 64} of" in done.stdout
+    assert json.loads((roles / "dots_ocr_server/files/pins.json").read_text()) == {"other": {}}
+    assert json.loads((roles / "dots_ocr_model/files/pins.json").read_text()) == {"other": {}}
