@@ -15,11 +15,8 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KNOWN = tomllib.loads((REPOSITORY / "tests/advisories.toml").read_text())
-LOCKS = sorted(
-    file
-    for file in [*REPOSITORY.rglob("*.lock"), *REPOSITORY.glob("tests/command_line/vllm-*.txt")]
-    if not any(part.startswith(".") for part in file.relative_to(REPOSITORY).parts)
-)
+PLACES = ("*.lock", "[!.]*/**/*.lock", "tests/command_line/vllm-*.txt")
+LOCKS = sorted(file for place in PLACES for file in REPOSITORY.glob(place))
 # Named in the open, resolved elsewhere: by `make lock`, or by who installs them.
 PINNED = [REPOSITORY / "requirements.txt", REPOSITORY / "client/examples/requirements-ray.txt"]
 PROJECT = REPOSITORY / "client/pyproject.toml"
