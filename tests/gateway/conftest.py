@@ -28,14 +28,16 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 
 ALICE = "alice-may-send-all-she-likes"
+BOB = "bob-may-do-what-all-may-do"
 SLOW = "slow-may-send-two-in-a-minute"
 NARROW = "narrow-may-have-one-in-flight"
 CLIENTS: list[dict[str, Any]] = [
-    {"name": "alice", "key": ALICE},
+    {"name": "alice", "key": ALICE, "concurrent": 0},
+    {"name": "bob", "key": BOB},
     {"name": "slow", "key": SLOW, "requests_per_minute": 2},
     {"name": "narrow", "key": NARROW, "concurrent": 1},
 ]
-QUICK = {
+QUICK: dict[str, Any] = {
     "dots_ocr_gateway_check_interval": 1,
     "dots_ocr_gateway_check_timeout": 1,
     "dots_ocr_gateway_check_failures": 2,
@@ -45,10 +47,11 @@ QUICK = {
     "dots_ocr_gateway_server_queue": 0.01,
     "dots_ocr_gateway_clients": CLIENTS,
 }
-SMALL = {
+SMALL: dict[str, Any] = {
     "dots_ocr_gateway_max_queue": 2,
     "dots_ocr_gateway_retry_after": 1,
     "dots_ocr_gateway_queue_timeout": 15,  # long enough for a busy machine to be asked meanwhile
+    "_dots_ocr_gateway_body_grace": 1,
 }
 
 
@@ -213,6 +216,7 @@ def describe(inventory: Inventory, backends: dict[str, Backend], ports: dict[str
     bad_name, short_key = {"name": "a b", "key": "k" * 30}, {"name": "ab", "key": "hunter2"}
     inventory.gateway("bad-name", ports["wide"], dots_ocr_gateway_clients=[bad_name], test_steps=["validate"])
     inventory.gateway("short-key", ports["wide"], dots_ocr_gateway_clients=[short_key], test_steps=["validate"])
+    inventory.gateway("no-rate", ports["wide"], dots_ocr_gateway_least_rate=0, test_steps=["validate"])
     inventory.gateway("taken-port", (backends["gpu1"].port, ports["wide"][1]), test_steps=["validate"])
 
 
@@ -230,7 +234,7 @@ def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
         "one": Backend("one"),
         "secure": Backend("secure", tls=server_side),
     }
-    names = ("main", "wide", "small", "tls", "nobody")
+    names = ("main", "wide", "small", "tls", "nobody", "alone")
     free = iter(free_ports(2 * len(names)))
     ports = {name: (next(free), next(free)) for name in names}
     inventory = Inventory(root)
@@ -249,6 +253,7 @@ def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
     secure = known("secure", backends["secure"].port, tls=True)
     found.render("wide", json.loads((root / "wide/plan.json").read_text()), dots_ocr_gateway_server_queue=0.25)
     found.render("nobody", {})
+    found.render("alone", {"gpu": [known("gpu", 8000, capacity=16)]}, _dots_ocr_gateway_clients=CLIENTS[1:2])
     found.render("small", {"one": [one]}, **SMALL)
     found.render(
         "tls",

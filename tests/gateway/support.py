@@ -92,6 +92,8 @@ class Backend:
                 body = json.dumps(content, separators=(",", ":")).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
+                self.send_header("X-Dots-Ocr-Engine", "what the server says of itself")
+                self.send_header("X-Dots-Ocr-More", "what only the gateway may say")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -255,17 +257,27 @@ class Gateway:
         """Return how many pages wait."""
         return int(self._statistics("BACKEND")["qcur"])
 
-    def _statistics(self, server: str) -> dict[str, str]:
+    def in_flight(self, client: str) -> int:
+        """Return how many pages of a client came, come, wait or are read."""
+        found = re.search(rf"key={client} .*conn_cur=(\d+)", self.command("show table clients"))
+        return int(found[1]) if found else 0
+
+    def connections(self) -> int:
+        """Return how many connections clients have."""
+        return int(self._statistics("FRONTEND", "api")["scur"])
+
+    def _statistics(self, server: str, proxy: str = "ocr") -> dict[str, str]:
         head, *lines = self.command("show stat").removeprefix("# ").splitlines()
         names = head.split(",")
         rows = (dict(zip(names, line.split(","), strict=False)) for line in lines if line)
-        return next(row for row in rows if row["pxname"] == "ocr" and row["svname"] == server)
+        return next(row for row in rows if row["pxname"] == proxy and row["svname"] == server)
 
-    def connect(self) -> http.client.HTTPConnection:
-        """Return a connection of a client."""
+    def connect(self, source: str = "127.0.0.1") -> http.client.HTTPConnection:
+        """Return a connection of a client at an address."""
+        place: dict[str, Any] = {"port": self.port, "timeout": PATIENCE, "source_address": (source, 0)}
         if self.tls:
-            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=PATIENCE, context=self.tls)
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+            return http.client.HTTPSConnection("127.0.0.1", **place, context=self.tls)
+        return http.client.HTTPConnection("127.0.0.1", **place)
 
     def ask(
         self,
@@ -292,9 +304,17 @@ class Gateway:
 
     def raw(self, request: bytes) -> bytes:
         """Send bytes, and return all that comes back."""
-        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as client:
+        with self.dial() as client:
             client.sendall(request)
             return b"".join(iter(lambda: client.recv(65536), b""))
+
+    def dial(self, beginning: bytes = b"") -> socket.socket:
+        """Connect, send the beginning of a request, and leave it at that."""
+        client = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        if self.tls:
+            client = self.tls.wrap_socket(client, server_hostname="127.0.0.1")
+        client.sendall(beginning)
+        return client
 
 
 @contextlib.contextmanager

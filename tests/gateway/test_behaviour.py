@@ -30,6 +30,10 @@ def test_page_is_read_and_the_answer_says_by_whom(main: Gateway) -> None:
 
 def test_servers_get_their_own_key_and_nothing_of_the_clients(main: Gateway, backends: Backends) -> None:
     more = {"X-Api-Key": ALICE, "Cookie": "a=b", "X-Request-Id": "mine", "Host": "evil.example.org"}
+    more |= dict.fromkeys(
+        ("X-Forwarded-For", "Forwarded", "X-Real-Ip", "X-Dots-Ocr-Engine", "X-Data-Parallel-Rank"), "9"
+    )
+    more |= {"Content-Type": "application/json", "Accept": "*/*", "User-Agent": "a test"}
     answer = main.ask(key=ALICE, path=f"{PAGE}?api_key={ALICE}", headers=more)
     assert answer.status == 200
     (page,) = backends["gpu1"].pages + backends["gpu2"].pages
@@ -37,8 +41,11 @@ def test_servers_get_their_own_key_and_nothing_of_the_clients(main: Gateway, bac
     assert page["path"] == PAGE
     assert page["host"] == "dots-ocr"
     assert page["x-request-id"] == answer.headers["x-request-id"]
+    assert page["x-forwarded-for"] == "127.0.0.1"
     assert ALICE not in json.dumps(page)
-    assert "cookie" not in page
+    described = {"accept", "accept-encoding", "content-length", "content-type", "user-agent"}
+    assert set(page) == {"path", "authorization", "connection", "host", "x-forwarded-for", "x-request-id", *described}
+    assert "x-dots-ocr-more" not in answer.headers
 
 
 @pytest.mark.parametrize(

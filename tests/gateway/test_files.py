@@ -17,7 +17,7 @@ def server_lines(fleets: Fleets, gateway: str) -> dict[str, str]:
     return dict(re.findall(r"(?m)^    server (\S+) (.*)$", fleets.config(gateway)))
 
 
-@pytest.mark.parametrize("gateway", ["main", "small", "tls", "wide", "nobody"])
+@pytest.mark.parametrize("gateway", ["main", "small", "tls", "wide", "nobody", "alone"])
 def test_haproxy_takes_the_configuration_without_a_warning(fleets: Fleets, gateway: str) -> None:
     (fleets.folder(gateway) / "state").write_text("1\n")
     done = subprocess.run(
@@ -48,6 +48,13 @@ def test_server_that_was_never_known_is_left_out_with_a_warning(fleets: Fleets) 
 
 def test_server_on_the_loopback_of_another_host_is_warned_of(fleets: Fleets) -> None:
     assert "out of reach for main: cpu1." in fleets.output
+
+
+def test_default_limit_of_a_key_leaves_room_unless_it_is_the_only_one(fleets: Fleets) -> None:
+    limit = re.compile(r"set-var\(txn\.concurrent\) int\((\d+)\) if { var\(txn\.client\) -m str (\w+) }")
+    limits = {name: int(most) for most, name in limit.findall(fleets.config("main"))}
+    assert limits == {"bob": 4, "slow": 4, "narrow": 1}, "two servers that read two pages each"
+    assert limit.findall(fleets.config("alone")) == [("80", "bob")], "sixteen pages that are read, and the queue"
 
 
 def test_cpu_service_is_a_backup(fleets: Fleets) -> None:
@@ -93,6 +100,7 @@ def test_key_is_made_where_no_client_is_given(fleets: Fleets) -> None:
         ("refused", "HAProxy refuses the new .*, and nothing was replaced: .*ALERT.*Cure: change the variable"),
         ("bad-name", "dots_ocr_gateway_clients cannot be used. Cure: "),
         ("short-key", "dots_ocr_gateway_clients cannot be used. Cure: "),
+        ("no-rate", "dots_ocr_gateway_least_rate is 0.* Fix: a rate above 0"),
         ("taken-port", "Port [0-9]+ is taken: .*Cure: stop that program"),
     ],
 )
