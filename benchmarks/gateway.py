@@ -1,5 +1,7 @@
 """Print the tables of docs/performance.md about the gateway: `make bench-gateway`, some five minutes.
 
+With `--part attacks` the table of docs/verification.md: a good client beside attacks, some five minutes more.
+
 A real HAProxy with the files of the role's templates and defaults, in front of servers that only wait. Only ratios
 carry over to other machines.
 """
@@ -36,7 +38,9 @@ CLIENT_KEY = "the-key-of-who-measures"
 MEGABYTE = 1_000_000
 TICKS = os.sysconf("SC_CLK_TCK")  # per second
 DIRECT, HTTP, TLS = "direct", "HTTP", "TLS"
-PARTS = ("overhead", "scaling")
+PERFORMANCE = ("overhead", "scaling")
+PARTS = (*PERFORMANCE, "attacks")
+PAUSE = 5.0  # seconds until who was refused tries again: more would measure how fast this machine connects
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Load:
         fleets: the capacities of each fleet's servers; the first is what the others are compared with.
         body: bytes of a page for the fleets.
         waves: pages that are counted for a fleet, in multiples of what it reads at the same time.
+        beside: pages of a round, one at a time, while the gateway is attacked.
+        beside_body: their bytes.
+        beside_latency: seconds that their server takes for each.
     """
 
     rounds: int
@@ -62,6 +69,9 @@ class Load:
     fleets: Sequence[Sequence[int]]
     body: int
     waves: int
+    beside: int
+    beside_body: int
+    beside_latency: float
 
 
 FULL = Load(
@@ -73,7 +83,59 @@ FULL = Load(
     fleets=((8,), (8, 8), (8, 8, 8), (2, 4, 8)),
     body=MEGABYTE,
     waves=3,
+    beside=50,
+    beside_body=MEGABYTE // 10,
+    beside_latency=0.05,
 )
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Connections that are begun and kept, and opened anew where the gateway ends them.
+
+    Attributes:
+        name: in the table.
+        count: connections.
+        tls: whether it is the gateway with TLS.
+        beginning: what each sends at once.
+        every_second: what each sends then.
+        source: their address.
+    """
+
+    name: str
+    count: int
+    tls: bool = False
+    beginning: bytes = b""
+    every_second: bytes = b""
+    source: str = "127.0.0.2"
+
+
+UPLOAD = f"POST {PAGE} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {CLIENT_KEY}\r\n".encode()
+# With the key of the good client, and at its address, where that is all that the gateway can tell them apart by.
+ATTACKS = (
+    Attack("20 uploads of a byte a second", 20, False, UPLOAD + b"Content-Length: 1000000\r\n\r\n", b"x", "127.0.0.1"),
+    Attack(
+        "20 uploads that stop after 100 kB",
+        20, False, UPLOAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 100_000, source="127.0.0.1",
+    ),
+    Attack("2,100 half-sent requests of one address", 2100, False, UPLOAD + b"X-Half"),
+    Attack("550 idle TLS connections of one address", 550, True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a good client saw in a round.
+
+    Attributes:
+        quiet: seconds of each page while nothing else happened.
+        attacked: the same, during the attack.
+        held: connections that the attack had at the end.
+    """
+
+    quiet: Sequence[float]
+    attacked: Sequence[float]
+    held: int
 
 
 @dataclass(frozen=True)
@@ -270,14 +332,14 @@ class Sender:
         await asyncio.gather(*(work() for _ in range(min(at_once, pages))))
         return done
 
-    async def one_by_one(self, body: bytes, pages: int) -> float:
-        """Send pages one at a time, and return the median of their seconds."""
+    async def one_by_one(self, body: bytes, pages: int) -> list[float]:
+        """Send pages one at a time, and return the seconds of each."""
         seconds = []
         for _ in range(pages):
             start = time.perf_counter()
             await self.send(body)
             seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+        return seconds
 
     def cpu(self) -> float:
         """Return the CPU seconds that the gateway has used; 0 without one."""
@@ -287,7 +349,7 @@ class Sender:
         """Measure pages one at a time, then several at once, over connections that are open already."""
         await self.flood(body, at_once, at_once)
         before = self.cpu()
-        latency = await self.one_by_one(body, pages)
+        latency = statistics.median(await self.one_by_one(body, pages))
         start = time.monotonic()
         ends = await self.flood(body, pages, at_once)
         rate = pages / (ends[-1][0] - start)
@@ -393,6 +455,78 @@ def scaling(folder: Path, load: Load) -> tuple[list[list[Flow]], list[Flow]]:
     return full, half
 
 
+async def hold(attack: Attack, gateway: Gateway, held: set[int], number: int) -> None:
+    """Keep one connection of an attack, until it is cancelled."""
+    while True:
+        writer = None
+        with contextlib.suppress(OSError, EOFError):
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", gateway.port, ssl=gateway.tls, local_addr=(attack.source, 0)
+            )
+            writer.write(attack.beginning)
+            held.add(number)
+            while not reader.at_eof():
+                with contextlib.suppress(TimeoutError):
+                    # Whatever the gateway says, it has ended the request.
+                    await asyncio.wait_for(reader.read(1), 1)
+                    break
+                writer.write(attack.every_second)
+                await writer.drain()
+        held.discard(number)
+        if writer:
+            writer.close()
+        await asyncio.sleep(PAUSE)
+
+
+async def beside(attack: Attack, gateway: Gateway, load: Load) -> Beside:
+    """Send pages as a good client before an attack and during it.
+
+    Raises:
+        BenchmarkError: a page was not read.
+    """
+
+    async def pages() -> list[float]:
+        seconds = []
+        for _ in range(load.beside):
+            # Over a connection of its own: one that is open already would not notice much.
+            sender = Sender(gateway.port, gateway)
+            async with sender.client:
+                seconds += await sender.one_by_one(b"x" * load.beside_body, 1)
+        return seconds
+
+    quiet = await pages()
+    held: set[int] = set()
+    attackers = [asyncio.create_task(hold(attack, gateway, held, number)) for number in range(attack.count)]
+    try:
+        # Until all have tried, so that it is the attack that is measured and not its beginning.
+        await asyncio.sleep(PAUSE)
+        return Beside(quiet, await pages(), len(held))
+    finally:
+        for attacker in attackers:
+            attacker.cancel()
+        await asyncio.gather(*attackers, return_exceptions=True)
+
+
+def attacks(folder: Path, load: Load) -> dict[str, list[Beside]]:
+    """Attack gateways, and look at the pages of a good client beside it.
+
+    Raises:
+        BenchmarkError: a page was not read, or HAProxy does not run.
+    """
+    found: dict[str, list[Beside]] = {attack.name: [] for attack in ATTACKS}
+    with contextlib.ExitStack() as stack:
+        (port,) = stack.enter_context(servers([load.at_once], load.beside_latency))
+        gateways = [
+            stack.enter_context(haproxy(Path(tempfile.mkdtemp(dir=folder)), [(port, load.at_once)], tls=tls))
+            for tls in (False, True)
+        ]
+        for number in range(load.rounds):
+            print(f"round {number + 1} of {load.rounds}", file=sys.stderr, flush=True)
+            for attack in ATTACKS:
+                found[attack.name].append(asyncio.run(beside(attack, gateways[attack.tls], load)))
+    return found
+
+
 def row(*cells: str) -> str:
     """Return a row of a table."""
     return f"| {' | '.join(cells)} |"
@@ -485,8 +619,32 @@ def scaling_tables(full: Sequence[Sequence[Flow]], half: Sequence[Flow], load: L
     return "\n".join(lines)
 
 
+def attack_table(found: Mapping[str, Sequence[Beside]]) -> str:
+    """Return the table of a good client beside attacks: medians of the rounds, with the least and the greatest."""
+    lines = [
+        "| attack | connections that it held | a page without it, ms | with it, ms | with ÷ without "
+        "| the longest, ms |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, rounds in found.items():
+        quiet, attacked = (
+            [statistics.median(getattr(each, when)) for each in rounds] for when in ("quiet", "attacked")
+        )
+        lines.append(
+            row(
+                name,
+                spread([each.held for each in rounds], 0),
+                spread([1000 * each for each in quiet], 1),
+                spread([1000 * each for each in attacked], 1),
+                spread([after / before for before, after in zip(quiet, attacked, strict=True)]),
+                spread([1000 * max(each.attacked) for each in rounds], 0),
+            )
+        )
+    return "\n".join(lines)
+
+
 def measure(part: str, load: Load) -> str:
-    """Measure a part, `overhead` or `scaling`, and return its tables.
+    """Measure a part, one of PARTS, and return its tables.
 
     Raises:
         BenchmarkError: a page was not read, or HAProxy does not run; there is no figure then.
@@ -495,6 +653,8 @@ def measure(part: str, load: Load) -> str:
         folder = Path(scratch)
         if part == "scaling":
             return scaling_tables(*scaling(folder, load), load)
+        if part == "attacks":
+            return attack_table(attacks(folder, load))
         quick = overhead(folder, load.pages, load.at_once, 0, load.rounds)
         slow = overhead(folder, load.slow_pages, load.at_once, load.latency, load.rounds)
         return overhead_tables(quick, slow, load)
@@ -503,11 +663,11 @@ def measure(part: str, load: Load) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__)
-    parser.add_argument("--part", choices=PARTS, action="append", help="default: both")
+    parser.add_argument("--part", choices=PARTS, action="append", help="default: all but attacks")
     parser.add_argument("--rounds", type=int, default=FULL.rounds, help=f"of everything; default: {FULL.rounds}")
     options = parser.parse_args(words)
     try:
-        tables = [measure(part, replace(FULL, rounds=options.rounds)) for part in options.part or PARTS]
+        tables = [measure(part, replace(FULL, rounds=options.rounds)) for part in options.part or PERFORMANCE]
     except BenchmarkError as error:
         print(f"nothing was measured: {error}.", file=sys.stderr)
         return 1

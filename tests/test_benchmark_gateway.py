@@ -41,6 +41,9 @@ TINY = Load(
     fleets=((1,), (2, 4)),
     body=1000,
     waves=3,
+    beside=3,
+    beside_body=1000,
+    beside_latency=0.01,
 )
 FIGURE = r"(-?[\d.]+) \(-?[\d.]+ to -?[\d.]+\)"
 
@@ -98,6 +101,8 @@ def test_scaling_tables_compare_with_what_is_possible_and_with_one_server() -> N
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure little."""
     monkeypatch.setattr(benchmark, "FULL", TINY)
+    monkeypatch.setattr(benchmark, "PAUSE", 0.5)
+    monkeypatch.setattr(benchmark, "ATTACKS", [replace(attack, count=3) for attack in benchmark.ATTACKS])
 
 
 @pytest.mark.usefixtures("tiny")
@@ -115,6 +120,13 @@ def test_pages_through_a_real_gateway_become_figures(capsys: pytest.CaptureFixtu
     assert 0.1 < float(fleet[2]) < 2
     shares = re.findall(rf"^\| \d \| (?:33.3|66.7) \| {FIGURE} \| {FIGURE} \|$", output, re.MULTILINE)
     assert [round(sum(map(float, column))) for column in zip(*shares, strict=True)] == [100, 100]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_pages_beside_attacks_become_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--part", "attacks", "--rounds", "1"]) == 0
+    rows = re.findall(r"^\| [^|]+ \| (\d) \(", capsys.readouterr().out, re.MULTILINE)
+    assert rows == ["3"] * len(benchmark.ATTACKS)
 
 
 @pytest.mark.usefixtures("tiny")
