@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -140,7 +142,8 @@ class TestRivals:
     def test_none(self, folders: tuple[Path, Path]) -> None:
         module.SPECIFICATION.write_text(CDI_YAML)
         (folders[0] / "nvidia.yaml").write_text(CDI_YAML)  # the later folder wins
-        (folders[1] / "notes.txt").write_text(CDI_YAML)
+        for name in ("notes.txt", "nvidia.yml", "nvidia.yaml.bak"):  # none to those who read specifications
+            (folders[1] / name).write_text(CDI_YAML)
         (folders[1] / "other.yaml").write_text(CDI_YAML.replace("nvidia.com/gpu", "nvidia.com/mig"))
         (folders[1] / "single.yaml").write_text(
             CDI_YAML.replace("name: all", "name: all-but-one").replace('"0"', "GPU-1")
@@ -148,6 +151,17 @@ class TestRivals:
         assert module.rivals("nvidia.com/gpu=all") == []
 
 
+@pytest.mark.parametrize("name", ["nvidia.yml", "nvidia.yaml.bak"])
+def test_only_specifications_are_blamed(folders: tuple[Path, Path], name: str) -> None:
+    (folders[0] / name).write_text("hostPath: /there/is/none\n")
+    assert f"remove {folders[0]}" not in module.explain("anything else", "nvidia.com/gpu=all")
+    (folders[0] / "nvidia.yaml").write_text("hostPath: /there/is/none\n")
+    assert f"remove {folders[0]}/nvidia.yaml" in module.explain("anything else", "nvidia.com/gpu=all")
+
+
+SILENT = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+NO_LIBRARY = "NVIDIA-SMI couldn't find libnvidia-ml.so library in your system."
+MISSING = "/bin/sh: 1: /usr/sbin/nvidia-smi: not found\nsh: line 1: /usr/lib/wsl/lib/nvidia-smi: not found\n"
 SANDBOX = (
     'time="2026-11-29T10:00:00Z" level=warning msg="Failed to init nvsandboxutils: ERROR_LIBRARY_LOAD; ignoring"\n'
     'time="2026-11-29T10:00:00Z" level=info msg="Auto-detected mode as \\"nvml\\""\n'
@@ -158,6 +172,16 @@ SANDBOX = (
     ("said", "why"),
     [
         ("", "nothing was said"),
+        # nvidia-smi comes first, looked for in three places.
+        (f"{MISSING}{SILENT}\n", SILENT),
+        (f"{SILENT}\n{MISSING}", SILENT),
+        (f"{NO_LIBRARY}\nPlease also try adding its directory to your PATH.\n{MISSING}",
+         NO_LIBRARY),
+        (f"Unable to determine the device handle for GPU0: GPU is lost.\n{MISSING}",
+         "Unable to determine the device handle for GPU0: GPU is lost."),
+        (f"GPU 0: Error Free GTX (UUID: GPU-1)\n{SANDBOX}time=x level=fatal msg=denied\n", "denied"),
+        (f"GPU 0: Error Free GTX (UUID: GPU-1)\nWARNING: infoROM is corrupted at gpu 0000:01:00.0\n{MISSING}",
+         "WARNING: infoROM is corrupted at gpu 0000:01:00.0"),
         (f'{SANDBOX}time="x" level=error msg="failed to initialize NVML: ERROR_LIBRARY_NOT_FOUND"\n{SANDBOX}',
          "failed to initialize NVML: ERROR_LIBRARY_NOT_FOUND"),
         (f'{SANDBOX}time="x" level=error msg="cannot write \\"/x\\": denied"\n', 'cannot write "/x": denied'),
@@ -171,6 +195,50 @@ SANDBOX = (
 )  # fmt: skip
 def test_error_of_the_tool_is_told_from_its_warnings(said: str, why: str) -> None:
     assert module.why_it_failed(said) == why
+
+
+@pytest.mark.parametrize(
+    ("state", "cause", "cure"),
+    [
+        ("Result=success\nConditionResult=yes", "", ""),
+        ("Result=exit-code\nConditionResult=yes", "", ""),
+        ("Result=success\nConditionResult=no", "nvidia-smi is in none of the places", "nvidia-smi is in /usr/bin"),
+        ("Result=exec-condition\nConditionResult=no", "modules.dep names no nvidia module", "reboot"),
+    ],
+)
+def test_skipped_unit_says_which_condition_did_not_hold(state: str, cause: str, cure: str) -> None:
+    told = module.why_skipped(state)
+    assert bool(told) == bool(cause)
+    assert cause in told.partition("Fix:")[0]
+    assert cure in told.partition("Fix:")[2]
+
+
+@pytest.mark.parametrize(
+    ("status", "listed", "said", "why"),
+    [
+        (1, "", f'{SANDBOX}time="x" level=warning msg="The following registry errors were reported:"\n'
+                'time="x" level=warning msg="/etc/cdi/a.yaml: [failed to load CDI Spec]"\n', SILENT),
+        (0, "", f'{SANDBOX}time="x" level=warning msg="The following registry errors were reported:"\n'
+                'time="x" level=warning msg="/etc/cdi/a.yaml: [failed to load CDI Spec]"\n'
+                'time="x" level=info msg="Found 0 CDI devices"\n', "/etc/cdi/a.yaml: [failed to load CDI Spec]"),
+        (1, "nvidia.com/gpu=all", SANDBOX, f"is stale (old) and cannot be written anew ({SILENT})"),
+    ],
+)  # fmt: skip
+def test_refresh_says_who_knows_why(
+    status: int, listed: str, said: str, why: str, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"restart": (status, "", ""), "list": (0, listed, said), "InvocationID": (0, "1", ""),
+               "ConditionResult": (0, "Result=success\nConditionResult=yes", ""), "journalctl": (0, SILENT, ""),
+               "reset-failed": (0, "", "")}  # fmt: skip
+
+    def ask(_: Any, *command: str) -> tuple[int, str, str]:
+        return next(answer for word, answer in answers.items() if word in " ".join(command))
+
+    monkeypatch.setattr(module.Devices, "ask", ask)
+    devices = module.Devices(SimpleNamespace(params={"device": "nvidia.com/gpu=all", "disabled_hooks": []}))
+    with pytest.raises(module.DeviceError) as told:
+        devices.refresh("old")
+    assert why in str(told.value)
 
 
 HOOKS = ["enable-cuda-compat"]

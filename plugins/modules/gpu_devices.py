@@ -203,17 +203,22 @@ def environment(text: str, hooks: list[str]) -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
+def specifications(folder: Path) -> list[Path]:
+    """Return the specifications of a folder: files of other names are none to NVIDIA's tool, nor to Docker."""
+    return [file for file in sorted(folder.glob("*")) if file.suffix in (".yaml", ".json")]
+
+
 def rivals(device: str) -> list[Path]:
     """Return the specifications of one folder that all have a device: then none of them counts.
 
-    Of two folders the later one wins, so those are no rivals.
+    Of two folders the later one wins, so those are no rivals; but it brings back nothing that the other one lost.
     """
     kind, _, name = device.partition("=")
     has_kind = re.compile(rf"""\bkind["']?\s*:\s*["']?{re.escape(kind)}["']?\s*(?:[,}}]|$)""", re.MULTILINE)
     has_name = re.compile(rf"""\bname["']?\s*:\s*["']?{re.escape(name)}["']?\s*(?:[,}}]|$)""", re.MULTILINE)
     for folder in (OWN_SPECIFICATIONS, SPECIFICATION.parent):
-        files = [file for file in sorted(folder.glob("*")) if file.suffix in (".yaml", ".yml", ".json")]
-        same = [file for file in files if has_kind.search(read(file)) and has_name.search(read(file))]
+        files = [(file, read(file)) for file in specifications(folder)]
+        same = [file for file, text in files if has_kind.search(text) and has_name.search(text)]
         if len(same) > 1:
             return same
     return []
@@ -230,28 +235,50 @@ def explain_rivals(device: str, files: list[Path]) -> str:
 
 
 def why_it_failed(said: str) -> str:
-    """Return why NVIDIA's tool failed, by its words in the journal.
+    """Return why NVIDIA's unit failed, by its words in the journal.
 
-    It writes logfmt. A warning is none, although it says "failed" in every run without libnvidia-sandboxutils.
+    NVIDIA's tool writes logfmt. A warning is no cause, although it says "failed" in every run without
+    libnvidia-sandboxutils. Before it nvidia-smi lists the GPUs, in plain words, from the places that it may be in.
     """
-    levels: dict[str, list[str]] = {"error": [], "": [], "warning": []}
-    for line in said.splitlines():
-        if re.search(r"systemd|nvidia-cdi-refresh|Failed with result", line):
+    found: dict[str, list[str]] = {"error": [], "failure": [], "words": [], "warning": []}
+    for line in map(str.strip, said.splitlines()):
+        if not line or re.search(r"systemd|nvidia-cdi-refresh|Failed with result|: not found$|^GPU \d+: ", line):
             continue
         level = re.search(r"\blevel=(\w+)", line)
-        words = re.search(r'\bmsg="((?:[^"\\]|\\.)*)"', line)
-        text = words.group(1).replace('\\"', '"') if words else line.strip()
-        kind = {"error": "error", "fatal": "error", "warning": "warning"}.get(level.group(1) if level else "", "")
-        if kind or (not level and re.search(r"(?i)fail|error|mismatch|no devices", line)):
-            levels[kind].append(text)
-    return next((found[-1] for found in levels.values() if found), "nothing was said")
+        if not level:
+            found["failure" if re.search(r"(?i)fail|error|mismatch|no devices", line) else "words"].append(line)
+            continue
+        words = re.search(r'\bmsg=(?:"((?:[^"\\]|\\.)*)"|(\S+))', line)
+        text = re.sub(r"\\(.)", r"\1", words[1] or words[2] or "") if words else line
+        kind = {"fatal": "error", "panic": "error"}.get(level[1], level[1])
+        if kind in found:
+            found[kind].append(text)
+    last = found["error"] or found["failure"] or found["words"][:1] or found["warning"]
+    return last[-1] if last else "nothing was said"
+
+
+def why_skipped(state: str) -> str:
+    """Return why systemd skipped NVIDIA's unit, by the unit's properties, and a cure; nothing if it did not."""
+    # Of its own conditions systemd says no; of a command that it asks, both.
+    if "Result=exec-condition" in state:
+        return (
+            f"/lib/modules/{os.uname().release}/modules.dep names no nvidia module, and there is no /dev/dxg. Fix:"
+            " after an update of the kernel reboot; if 'modinfo nvidia' still finds nothing, the role"
+            " nvidia_driver brings the module; else run 'depmod'. WSL: update it, then 'wsl --shutdown' in Windows"
+        )
+    if "ConditionResult=no" in state:
+        return (
+            "nvidia-smi is in none of the places that it looks in. Fix: see that nvidia-smi is in /usr/bin (WSL: in"
+            " /usr/lib/wsl/lib); the role nvidia_driver (WSL: Windows) brings it"
+        )
+    return ""
 
 
 def explain(message: str, device: str) -> str:
     """Return the engine's own words for why a container does not start, and a cure."""
     if "unresolvable CDI devices" in message and (files := rivals(device)):
         return f"A container does not get {device}: {explain_rivals(device, files)}"
-    own = [file for file in sorted(OWN_SPECIFICATIONS.glob("*")) if why_stale(read(file), read(LOADED_DRIVER).strip())]
+    own = [file for file in specifications(OWN_SPECIFICATIONS) if why_stale(read(file), read(LOADED_DRIVER).strip())]
     if "Cannot connect" in message or "No such file or directory: b'docker'" in message:
         cure = "'systemctl status docker.service'; the role docker_engine brings the engine"
     elif 'device driver "cdi"' in message:
@@ -284,9 +311,14 @@ class Devices:
         )
         return status, output.strip(), errors.strip()
 
+    def registry(self) -> tuple[list[str], str]:
+        """Return the CDI devices, and what NVIDIA's tool says of specifications that do not count."""
+        _, listed, said = self.ask("nvidia-ctk", "cdi", "list")
+        return listed.split(), said.partition("registry errors were reported")[2].partition("\n")[2]
+
     def devices(self) -> list[str]:
         """Return the CDI devices."""
-        return self.ask("nvidia-ctk", "cdi", "list")[1].split()
+        return self.registry()[0]
 
     def enable(self) -> bool:
         """Have the units work at boot and on changes."""
@@ -310,22 +342,21 @@ class Devices:
         # Somebody else's failures of before do not count towards the limit of starts.
         self.ask("systemctl", "reset-failed", UNITS[1])
         status, _, _ = self.ask("systemctl", "restart", UNITS[1])
-        found = self.devices()
+        # The unit tries again after a second, as another invocation.
+        invocation = self.ask("systemctl", "show", "--property=InvocationID", "--value", UNITS[1])[1]
+        found, complaints = self.registry()
         if status == 0 and self.device in found:
             return
         if files := rivals(self.device):
             raise DeviceError(explain_rivals(self.device, files))
-        # A unit whose condition does not hold is skipped: with status 0, and with nothing in the journal.
+        # A unit whose condition does not hold is skipped: with status 0, and without a reason in the journal.
         state = self.ask("systemctl", "show", "--property=ConditionResult,Result", UNITS[1])[1]
-        if "ConditionResult=no" in state or "Result=exec-condition" in state:
-            raise DeviceError(
-                f"{UNITS[1]} was skipped, since it sees no driver, and so {self.device} is no CDI device. Fix: see that"
-                " nvidia-smi is in /usr/bin (WSL: in /usr/lib/wsl/lib, and /dev/dxg is there) and that 'modinfo nvidia'"
-                " finds the module of the running kernel; the role nvidia_driver (WSL: Windows) brings both"
-            )
+        if skipped := why_skipped(state):
+            raise DeviceError(f"{UNITS[1]} was skipped, since it sees no driver: {skipped}")
         command = ["journalctl", "--unit", UNITS[1], "--output", "cat", "--lines", "20", "--no-pager"]
-        invocation = self.ask("systemctl", "show", "--property=InvocationID", "--value", UNITS[1])[1]
         said = self.ask(*command, *([f"_SYSTEMD_INVOCATION_ID={invocation}"] if invocation else []))[1]
+        # What was written well, and is not there all the same, is explained by who reads it.
+        said = said if status else complaints or said
         what = f"The GPU is no CDI device: {self.device} is not among {', '.join(found) or 'none'}"
         if self.device in found:
             what = f"The CDI specification is stale ({reason}) and cannot be written anew"
