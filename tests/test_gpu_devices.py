@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 FILE = Path(__file__).resolve().parent.parent / "plugins/modules/gpu_devices.py"
 spec = importlib.util.spec_from_file_location("gpu_devices", FILE)
@@ -20,6 +23,8 @@ assert spec.loader
 module = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = module
 spec.loader.exec_module(module)
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # As nvidia-ctk writes it; a node that has another place on the host says so.
 YAML = """
@@ -211,6 +216,94 @@ def test_skipped_unit_says_which_condition_did_not_hold(state: str, cause: str, 
     assert bool(told) == bool(cause)
     assert cause in told.partition("Fix:")[0]
     assert cure in told.partition("Fix:")[2]
+
+
+STAND_INS = FILE.parents[2] / "rehearsal"
+
+
+@pytest.fixture
+def ctk(folders: tuple[Path, Path], tmp_path: Path) -> Run:
+    """Return the stand-in of nvidia-ctk, with its places below a folder of the test; a GPU answers."""
+    places = {"/usr/bin/nvidia-smi": tmp_path / "nvidia-smi", "/etc/stand-in-gpu.json": tmp_path / "gpu.json",
+              "/etc/cdi": folders[0], "/var/run/cdi": folders[1], "/dev/dxg": tmp_path / "dxg",
+              "/usr/lib/wsl": tmp_path}  # fmt: skip
+    package = STAND_INS / "apt/libnvidia-container/packages/nvidia-container-toolkit-base"
+    for source in (STAND_INS / "host/root/usr/bin/nvidia-smi", package / "usr/bin/nvidia-ctk"):
+        text = source.read_text()
+        for old, new in places.items():
+            text = text.replace(f'"{old}"', f'"{new}"')
+        (tmp_path / source.name).write_text(text)
+        (tmp_path / source.name).chmod(0o755)
+    (tmp_path / "gpu.json").write_bytes((STAND_INS / "host/root/etc/stand-in-gpu.json").read_bytes())
+
+    def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(tmp_path / "nvidia-ctk"), "cdi", *words]
+        return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+    return run
+
+
+class TestRealTool:
+    """What NVIDIA's tool of 1.20.0 writes and says, by its stand-in."""
+
+    def test_specification_of_a_card(self, ctk: Run) -> None:
+        assert ctk("generate", f"--output={module.SPECIFICATION}").returncode == 0
+        text = module.SPECIFICATION.read_text()
+        spec = yaml.safe_load(text)
+        hooks = {hook["args"][1] for hook in spec["containerEdits"]["hooks"]}
+        assert hooks == {"create-symlinks", "update-ldcache", "disable-device-node-modification", "enable-cuda-compat",
+                         "update-application-profile"}  # fmt: skip
+        names = ["0", "GPU-00000000-0000-0000-0000-000000000000", "all"]
+        assert [entry["name"] for entry in spec["devices"]] == names
+        assert ctk("list").stdout.split() == [f"nvidia.com/gpu={name}" for name in names]
+        assert list(spec) == sorted(spec)
+        assert module.node(text) == "/dev/nvidia0"
+        assert "/usr/bin/nvidia-cdi-hook" not in module.host_files(text)
+        assert "/dev/nvidiactl" not in module.host_files(text)
+
+    def test_specification_of_wsl(self, ctk: Run, tmp_path: Path) -> None:
+        (tmp_path / "dxg").touch()
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "nvidia-smi").rename(tmp_path / "lib/nvidia-smi")
+        assert ctk("generate", f"--output={module.SPECIFICATION}").returncode == 0
+        spec = yaml.safe_load(module.SPECIFICATION.read_text())
+        assert [entry["name"] for entry in spec["devices"]] == ["all"]
+        hooks = [hook["args"][1] for hook in spec["containerEdits"]["hooks"]]
+        assert hooks == ["create-symlinks", "update-ldcache"]
+
+    def test_disabled_hooks(self, ctk: Run) -> None:
+        for disabled, left in (("enable-cuda-compat", 4), ("all", 0)):
+            environment = {module.DISABLED_HOOKS: disabled}
+            assert ctk("generate", f"--output={module.SPECIFICATION}", **environment).returncode == 0
+            assert module.SPECIFICATION.read_text().count("hookName") == left
+
+    def test_devices_that_two_specifications_have(
+        self,
+        ctk: Run,
+        folders: tuple[Path, Path],
+    ) -> None:
+        ctk("generate", f"--output={module.SPECIFICATION}")
+        (folders[1] / "local.yaml").write_text(module.SPECIFICATION.read_text())
+        said = ctk("list")
+        assert said.stdout == ""
+        assert 'level=warning msg="The following registry errors were reported:"' in said.stderr
+        for device in ("0", "GPU-00000000-0000-0000-0000-000000000000", "all"):
+            assert f'conflicting device \\"nvidia.com/gpu={device}\\"' in said.stderr
+            assert module.rivals(f"nvidia.com/gpu={device}") == sorted(
+                [module.SPECIFICATION, folders[1] / "local.yaml"]
+            )
+
+    def test_later_folder_wins_but_brings_back_nothing(
+        self,
+        ctk: Run,
+        folders: tuple[Path, Path],
+    ) -> None:
+        module.SPECIFICATION.write_text(CDI_YAML)
+        (folders[0] / "nvidia.yaml").write_text(CDI_YAML)
+        assert "nvidia.com/gpu=all" in ctk("list").stdout.split()
+        (folders[0] / "local.yaml").write_text(CDI_YAML)
+        assert "nvidia.com/gpu=all" not in ctk("list").stdout.split()
+        assert module.rivals("nvidia.com/gpu=all") == [folders[0] / "local.yaml", folders[0] / "nvidia.yaml"]
 
 
 @pytest.mark.parametrize(

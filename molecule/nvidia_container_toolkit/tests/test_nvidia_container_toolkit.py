@@ -5,8 +5,8 @@ from testinfra.host import Host
 
 def test_gpu_is_a_cdi_device(host: Host) -> None:
     wsl = host.file("/dev/dxg").exists
-    expected = ["nvidia.com/gpu=all"] if wsl else ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
-    assert host.check_output("nvidia-ctk cdi list").splitlines() == expected
+    names = ["all"] if wsl else ["0", "GPU-00000000-0000-0000-0000-000000000000", "all"]
+    assert host.check_output("nvidia-ctk cdi list").splitlines() == [f"nvidia.com/gpu={name}" for name in names]
 
 
 def test_forward_compatibility_is_off_for_geforce(host: Host) -> None:
@@ -14,7 +14,8 @@ def test_forward_compatibility_is_off_for_geforce(host: Host) -> None:
     specification = host.file("/var/run/cdi/nvidia.yaml").content_string
     assert "update-ldcache" in specification
     assert "enable-cuda-compat" not in specification
-    assert host.file("/etc/nvidia-container-toolkit/nvidia-cdi-refresh.env").exists == (not wsl)
+    settings = host.file("/etc/nvidia-container-toolkit/nvidia-cdi-refresh.env").content_string
+    assert ("DISABLED_HOOKS" in settings) == (not wsl)
 
 
 def test_container_has_started_with_it_and_left_nothing(host: Host) -> None:
