@@ -14,7 +14,8 @@ def main() -> None:
     """Carry out one command; an expected failure ends in one clear line and status 1."""
     parser = argparse.ArgumentParser(prog="python -m rehearsal", description="Rehearse the deployment without a GPU.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("run", help="deploy on a rehearsal host, verify, read a page; leave it running")
+    whole = commands.add_parser("run", help="deploy on a rehearsal host, verify, read a page; leave it running")
+    whole.add_argument("options", nargs="*", help="after --, for ansible-playbook: -- --user=me")
     commands.add_parser("down", help="remove every trace")
     commands.add_parser("prepare", help="install what the rehearsal needs and make sure that an engine runs")
     commands.add_parser("train", help="train the tiny model anew, after a change of its sources")
@@ -38,7 +39,7 @@ def main() -> None:
             engine.ensure()
         match arguments.command:
             case "run":
-                rehearse.run()
+                rehearse.run(arguments.options)
             case "down":
                 engine.stop()
             case "mirror":

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,18 @@ class Reading:
     reason: str
 
 
-def run() -> None:
-    """Deploy on the rehearsal host, verify, demonstrate the fallback, print the summary; leaves the service running."""
+def run(options: Sequence[str] = ()) -> None:
+    """Deploy on the rehearsal host, verify, demonstrate the fallback, print the summary; leaves the service running.
+
+    The options are for ansible-playbook.
+    """
     os.environ["PATH"] = f"{PROGRAMS}:{os.environ['PATH']}"
     start = time.monotonic()
     hosts.mirror_up("vllm")
     hosts.up(HOST, port=PORT)
     timings = {}
     with step("ansible-playbook site.yml -i inventory/rehearsal"):
-        timings["deploy"] = _timed("ansible-playbook", "site.yml", "-i", "inventory/rehearsal")
+        timings["deploy"] = _timed("ansible-playbook", "site.yml", "-i", "inventory/rehearsal", *options)
     with step("pytest verification"):
         inventory = ("--hosts=ansible://ocr_servers", "--ansible-inventory=inventory/rehearsal")
         timings["verify"] = _timed("pytest", "verification", *inventory)

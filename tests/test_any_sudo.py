@@ -1,6 +1,6 @@
 """The become plugin any_sudo and the Makefile: sudo-rs, which is Ubuntu's sudo from 25.10 on, and the classic sudo.
 
-What the real sudo-rs makes of it is tested on a host (molecule/dots_ocr_model/userland.yml).
+What the real sudo-rs makes of it is tested on the host of the scenario `site` (molecule/userland.yml).
 """
 
 from __future__ import annotations

@@ -10,9 +10,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import selectors
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.connection import ConnectionBase
@@ -20,16 +22,17 @@ from ansible.plugins.connection import ConnectionBase
 DOCUMENTATION = """
 name: docker
 short_description: enter the namespaces of a rehearsal host
-description: Runs commands in the namespaces of a container's first process, as root of this machine.
+description: Runs commands in the namespaces of a container's first process, as any user that the container has.
 options:
   host:
     description: name of the container
     default: inventory_hostname
     vars: [{name: inventory_hostname}, {name: ansible_host}]
   remote_user:
-    description: who the commands run as; there is no other
+    description: who the commands run as, unless they become somebody else
     default: root
     vars: [{name: ansible_user}]
+    cli: [{name: user}]
 """
 
 # As `docker exec` sets it; the controller's own environment stays outside.
@@ -75,18 +78,53 @@ class Connection(ConnectionBase):
             self._connected = True
         return self
 
-    def _run(self, command: list[str], data: bytes | None = None) -> tuple[int, bytes, bytes]:
+    def _run(self, command: list[str], data: bytes | None = None, ask: bool = False) -> tuple[int, bytes, bytes]:
         self._connect()
-        done = subprocess.run([*self._nsenter, *command], input=data or b"", capture_output=True, env=ENVIRONMENT)
-        if done.returncode and done.stderr.startswith(b"nsenter: "):
+        user, environment = self.get_option("remote_user"), ENVIRONMENT
+        if user != "root":
+            command = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--", *command]
+            environment = {**ENVIRONMENT, "HOME": f"/home/{user}"}
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            [*self._nsenter, *command], stdin=pipe, stdout=pipe, stderr=pipe, env=environment
+        ) as running:
+            before = self._answer(running) if ask else (b"", b"")
+            output, errors = map(bytes.__add__, before, running.communicate(data or b""))
+        if running.returncode and errors.startswith(b"nsenter: "):
             self._connected = False
-            raise AnsibleConnectionFailure(f"the host has ended: {done.stderr.decode(errors='replace')}")
-        return done.returncode, done.stdout, done.stderr
+            raise AnsibleConnectionFailure(f"the host has ended: {errors.decode(errors='replace')}")
+        return running.returncode, output, errors
+
+    def _answer(self, running: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+        """Give the password when it is asked for; return output and errors so far, with the word that it was taken.
+
+        Nothing else may be sent before that word: sudo-rs takes with the password whatever is there.
+        """
+        said: dict[Any, bytes] = {running.stdout: b"", running.stderr: b""}
+        asked = False
+        with selectors.DefaultSelector() as streams:
+            for stream in said:
+                streams.register(stream, selectors.EVENT_READ)
+            while streams.get_map() and not self.become.check_success(said[running.stdout]):
+                for key, _ in streams.select():
+                    data = os.read(key.fd, 1 << 16)
+                    said[key.fileobj] += data
+                    if not data:
+                        streams.unregister(key.fileobj)
+                errors = said[running.stderr]
+                if self.become.check_incorrect_password(errors):
+                    running.kill()
+                    raise AnsibleConnectionFailure(f"the password is wrong: {errors.decode(errors='replace')}")
+                if not asked and self.become.check_password_prompt(errors):
+                    asked = True
+                    os.write(running.stdin.fileno(), self.become.get_option("become_pass").encode() + b"\n")
+        return said[running.stdout], self.become.strip_become_prompt(said[running.stderr])
 
     def exec_command(self, cmd: str, in_data: bytes | None = None, sudoable: bool = True) -> tuple[int, bytes, bytes]:
         """Run a command line of the shell; return its status, output and error output."""
         super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
-        return self._run(["/bin/sh", "-c", cmd], in_data)
+        ask = bool(sudoable and self.become and self.become.expect_prompt())
+        return self._run(["/bin/sh", "-c", cmd], in_data, ask)
 
     def put_file(self, in_path: str, out_path: str) -> None:
         """Copy a file to the host."""
