@@ -29,9 +29,20 @@ USE = """
   tasks:
     - ansible.builtin.include_role: {name: dots_ocr_model, tasks_from: resolve, public: true}
     - ansible.builtin.include_role: {name: dots_ocr_server, tasks_from: show}
+    # What is pinned comes last: it would take the other's place in the recap.
+    - ansible.builtin.include_role: {name: dots_ocr_model, tasks_from: trusted}
       vars:
-        _dots_ocr_server_profiles: {any: {image: vllm/vllm-openai}}
-        _dots_ocr_server_chosen: {name: any, tag: v0.32.0}
+        dots_ocr_model_repository: "{{ item }}"
+        dots_ocr_model_weights: {revision: "{{ _dots_ocr_model_commit }}"}
+      loop: [unpinned/model, dots-studio/dots.ocr]
+    - ansible.builtin.include_role: {name: dots_ocr_server, tasks_from: trusted}
+      vars:
+        dots_ocr_server_image_tag: "{{ item }}"
+        _dots_ocr_server_image: {reference: "any:{{ item }}", pin: sha256:any}
+      loop: [v0.33.0, v0.32.0]
+  vars:
+    _dots_ocr_server_profiles: {any: {image: vllm/vllm-openai}}
+    _dots_ocr_server_chosen: {name: any, tag: v0.32.0}
 """
 SHOW = """
 - ansible.builtin.copy:
@@ -137,6 +148,19 @@ def test_what_hub_and_registry_say_is_written_with_the_date_and_used(
     assert {name: (one["digest"], one["date"] in days) for name, one in images.items()} == dict.fromkeys(
         tags, (DIGEST, True)
     )
+
+    shown = {file.stem: json.loads(file.read_text()) for file in (roles / "dots_ocr_server").glob("*.json")}
+    image = f"{address}/vllm/vllm-openai"
+    assert shown == {
+        "shown": [COMMIT, f"{image}@{DIGEST}"],
+        "another_tag": [f"{image}:v0.33.0", ""],
+        "own_digest": [f"{image}@sha256:own", "sha256:own"],
+        "archive": [f"{image}:v0.32.0", ""],
+    }
+    assert Handler.asked == 1  # by the playbook, and not by the role
+    recap = " ".join(done.stdout.partition("CUSTOM STATS")[2].split())
+    assert f"unpinned/model at main is commit {COMMIT}, as http://{address} said when it was first asked" in recap
+    assert "any:v0.33.0 is sha256:any, as the registry said when it was first asked" in recap
 
 
 def test_digest_that_is_not_that_of_its_manifest_is_not_written(
