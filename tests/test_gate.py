@@ -62,6 +62,7 @@ class Server:
         """Answer 200 with the body."""
         message = await receive() if scope["type"] == "http" else {}
         self.held.append(self.gate.held)
+        assert not scope.get("query_string")
         self.seen.append((scope.get("path", scope["type"]), dict(scope.get("headers", [])), message.get("body", b"")))
         if scope["type"] == "http":
             assert not message["more_body"]
@@ -207,6 +208,8 @@ def test_key_is_needed_before_anything_is_read(server: Server) -> None:
             assert answer.headers[b"www-authenticate"] == b"Bearer"
         twice = [(b"authorization", b"Bearer wrong"), (b"authorization", f"Bearer {KEY}".encode())]
         assert server.ask(path, [], method=method, key=None, headers=twice).refuses(401)
+        halves = [(b"authorization", f"Bearer {KEY[:9]}".encode()), (b"authorization", KEY[9:].encode())]
+        assert server.ask(path, [], method=method, key=None, headers=halves).refuses(401)
         basic = [(b"authorization", f"Basic {KEY}".encode())]
         assert server.ask(path, [], method=method, key=None, headers=basic).refuses(401)
     for path in ("/health", "/metrics", "/version"):

@@ -428,7 +428,7 @@ def test_log_tells_nothing_of_what_was_asked(program: StandIn) -> None:
     assert log.count(f'"POST {CHAT} HTTP/1.1" ') == 4
     assert "canary" not in log
     assert program.key not in log
-    assert "/health" not in log
+    assert "GET /health" not in log
 
 
 def test_it_speaks_tls_and_a_client_that_does_not_holds_up_nobody(program: StandIn) -> None:
