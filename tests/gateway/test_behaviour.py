@@ -152,7 +152,7 @@ def test_backup_reads_the_pages_of_the_moment_in_which_all_gpus_die(main: Gatewa
     for name in ("gpu1", "gpu2"):
         backends[name].stop()
     try:
-        assert main.status("gpu1") == main.status("gpu2") == "UP"
+        assert all(main.status(name).startswith("UP") for name in ("gpu1", "gpu2")), "a check may have failed already"
         with in_background(partial(main.ask, key=ALICE), count=8) as answers:
             pass
     finally:
