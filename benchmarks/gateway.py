@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import csv
+import multiprocessing
 import os
 import shutil
 import ssl
@@ -118,8 +119,9 @@ ATTACKS = (
         "20 uploads that stop after 100 kB",
         20, False, UPLOAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 100_000, source="127.0.0.1",
     ),
-    Attack("2,100 half-sent requests of one address", 2100, False, UPLOAD + b"X-Half"),
-    Attack("550 idle TLS connections of one address", 550, True),
+    Attack("2,100 half-sent requests", 2100, False, UPLOAD + b"X-Half", source="127.0.0.1"),
+    Attack("3,000 half-sent requests of another address", 3000, False, UPLOAD + b"X-Half"),
+    Attack("550 idle TLS connections", 550, True, source="127.0.0.1"),
 )  # fmt: skip
 
 
@@ -130,7 +132,7 @@ class Beside:
     Attributes:
         quiet: seconds of each page while nothing else happened.
         attacked: the same, during the attack.
-        held: connections that the attack had at the end.
+        held: connections that the attack had when these pages began.
     """
 
     quiet: Sequence[float]
@@ -455,8 +457,8 @@ def scaling(folder: Path, load: Load) -> tuple[list[list[Flow]], list[Flow]]:
     return full, half
 
 
-async def hold(attack: Attack, gateway: Gateway, held: set[int], number: int) -> None:
-    """Keep one connection of an attack, until it is cancelled."""
+async def keep_connection(attack: Attack, gateway: Gateway) -> None:
+    """Keep one connection of an attack, for ever."""
     while True:
         writer = None
         with contextlib.suppress(OSError, EOFError):
@@ -464,7 +466,6 @@ async def hold(attack: Attack, gateway: Gateway, held: set[int], number: int) ->
                 "127.0.0.1", gateway.port, ssl=gateway.tls, local_addr=(attack.source, 0)
             )
             writer.write(attack.beginning)
-            held.add(number)
             while not reader.at_eof():
                 with contextlib.suppress(TimeoutError):
                     # Whatever the gateway says, it has ended the request.
@@ -472,13 +473,28 @@ async def hold(attack: Attack, gateway: Gateway, held: set[int], number: int) ->
                     break
                 writer.write(attack.every_second)
                 await writer.drain()
-        held.discard(number)
         if writer:
             writer.close()
         await asyncio.sleep(PAUSE)
 
 
-async def beside(attack: Attack, gateway: Gateway, load: Load) -> Beside:
+@contextlib.contextmanager
+def under(attack: Attack, gateway: Gateway) -> Iterator[None]:
+    """Attack a gateway, from a process of its own: the good client has enough to do with itself."""
+
+    async def keep_all() -> None:
+        await asyncio.gather(*(keep_connection(attack, gateway) for _ in range(attack.count)))
+
+    attacker = multiprocessing.get_context("fork").Process(target=lambda: asyncio.run(keep_all()), daemon=True)
+    attacker.start()
+    try:
+        yield
+    finally:
+        attacker.kill()
+        attacker.join()
+
+
+def beside(attack: Attack, gateway: Gateway, load: Load) -> Beside:
     """Send pages as a good client before an attack and during it.
 
     Raises:
@@ -494,17 +510,15 @@ async def beside(attack: Attack, gateway: Gateway, load: Load) -> Beside:
                 seconds += await sender.one_by_one(b"x" * load.beside_body, 1)
         return seconds
 
-    quiet = await pages()
-    held: set[int] = set()
-    attackers = [asyncio.create_task(hold(attack, gateway, held, number)) for number in range(attack.count)]
-    try:
+    quiet = asyncio.run(pages())
+    with under(attack, gateway):
         # Until all have tried, so that it is the attack that is measured and not its beginning.
-        await asyncio.sleep(PAUSE)
-        return Beside(quiet, await pages(), len(held))
-    finally:
-        for attacker in attackers:
-            attacker.cancel()
-        await asyncio.gather(*attackers, return_exceptions=True)
+        time.sleep(PAUSE)
+        held = gateway.connections()
+        attacked = asyncio.run(pages())
+    # The next attack finds the gateway as this one did.
+    wait_until(lambda: gateway.connections() == 0, "the end of the attack")
+    return Beside(quiet, attacked, held)
 
 
 def attacks(folder: Path, load: Load) -> dict[str, list[Beside]]:
@@ -523,7 +537,7 @@ def attacks(folder: Path, load: Load) -> dict[str, list[Beside]]:
         for number in range(load.rounds):
             print(f"round {number + 1} of {load.rounds}", file=sys.stderr, flush=True)
             for attack in ATTACKS:
-                found[attack.name].append(asyncio.run(beside(attack, gateways[attack.tls], load)))
+                found[attack.name].append(beside(attack, gateways[attack.tls], load))
     return found
 
 
