@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import usage
 from tests.__main__ import (
     CHAIN,
     FIRST,
@@ -177,6 +178,13 @@ def test_meter_adds_up_new_containers_and_those_that_were_started_anew(monkeypat
     for _ in range(3):
         meter.look()
     assert meter.total == 2.0 + 1.0 + 0.5 + 0.5
+
+
+def test_meter_counts_nothing_where_no_engine_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tests.usage.SOCKET", tmp_path / "docker.sock")
+    with usage.measured("test-") as meter:
+        pass
+    assert meter.total == 0.0
 
 
 def test_what_a_smaller_run_leaves_out_is_named(

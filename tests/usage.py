@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import re
-import subprocess
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from rehearsal.engine import LABEL
+from rehearsal.engine import LABEL, SOCKET
 
 CGROUPS = Path("/sys/fs/cgroup")
 # Where the kernel counts for a container, also those inside hosts: version 1, version 2, version 2 with systemd.
@@ -35,10 +39,11 @@ class Meter:
             self.seen[name] = used
 
     def _read(self) -> dict[str, float]:
-        filters = ("--filter", f"label={LABEL}", "--filter", f"name=^{self.beginning}")
-        if not (hosts := _lines("docker", "ps", "--quiet", *filters)):
+        filters = json.dumps({"label": [LABEL], "name": [f"^/?{self.beginning}"]})
+        listed = _ask(f"/containers/json?filters={quote(filters)}") or []
+        hosts = [_ask(f"/containers/{host['Id']}/json") for host in listed]
+        if not (roots := {str(host["State"]["Pid"]) for host in hosts if host}):
             return {}
-        roots = set(_lines("docker", "inspect", "--format", "{{.State.Pid}}", *hosts))
         counts = {}
         for file in (file for place in PLACES for file in CGROUPS.glob(place)):
             with suppress(OSError):  # it has ended
@@ -49,8 +54,23 @@ class Meter:
         return counts
 
 
-def _lines(*command: str) -> list[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+class _Engine(http.client.HTTPConnection):
+    """The API of the hosts' engine: the program `docker` takes five times as much of what is measured."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(SOCKET))
+
+
+def _ask(path: str) -> Any:
+    """Return what the engine answers, nothing if it does not, or has no such container any more."""
+    try:
+        with closing(_Engine("engine")) as engine:
+            engine.request("GET", path)
+            answer = engine.getresponse()
+            return json.load(answer) if answer.status == 200 else None
+    except OSError:
+        return None
 
 
 def _ancestors(process: str) -> Iterator[str]:
