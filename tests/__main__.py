@@ -187,7 +187,7 @@ def parts() -> dict[str, Callable[[], Count]]:
     ignored = [f"--ignore=tests/{name}" for name in ("command_line", "fleet", "live_client", "ray")]
     return {
         "lint": lint,
-        "unit": lambda: pytest("unit", "tests", "rehearsal/tiny_model", *ignored, "-n2"),
+        "unit": lambda: pytest("unit", "tests", "rehearsal/tiny_model", *ignored, "-n2", "--dist=loadgroup"),
         "client": lambda: pytest("client", "-n2", "--dist=worksteal", cwd=REPOSITORY / "client"),
         "rehearse": rehearse,
         "live_client": lambda: pytest("live_client", "tests/live_client"),

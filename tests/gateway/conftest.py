@@ -55,6 +55,13 @@ SMALL: dict[str, Any] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep these tests in one process of pytest-xdist: each that had some of them would run Ansible for all fleets."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("gateway"))
+
+
 def make_certificate(folder: Path) -> tuple[Path, Path]:
     """Write a certificate for the gateway at 127.0.0.1 and for the server called secure, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
