@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import ssl
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pytest_httpserver import HTTPServer
 from support import LINES, FakeServer, MakeClient
 
-from dots_ocr_client import DotsOCR, Engine, PageImage, TesseractEngine, VLLMEngine
+from dots_ocr_client import DotsOCR, Engine, PageImage, TesseractEngine, VLLMEngine, rasterizer
+from dots_ocr_client.documents import PageReference
 from dots_ocr_client.engines import vllm
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -44,6 +46,37 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, no_certificates: Path) ->
         "OMP_THREAD_LIMIT",
     ):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def spare_workers() -> Iterator[list[rasterizer._Worker]]:
+    spare: list[rasterizer._Worker] = []
+    yield spare
+    for worker in spare:
+        worker.end()
+
+
+@pytest.fixture(autouse=True)
+def workers_are_used_again(
+    request: pytest.FixtureRequest, spare_workers: list[rasterizer._Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Start few processes, for a start takes longer than most tests; not in those of the processes themselves."""
+    if request.module.__name__.rpartition(".")[2] in ("test_rasterizer", "test_textlayer"):
+        return
+    end, take = rasterizer._end, rasterizer._worker
+
+    def keep(workers: list[rasterizer._Worker], threads: ThreadPoolExecutor) -> None:
+        spare_workers.extend(workers)
+        workers.clear()
+        end(workers, threads)
+
+    def take_spare(idle: list[rasterizer._Worker], reference: PageReference, verb: str) -> rasterizer._Worker:
+        if not idle and spare_workers:
+            idle.append(spare_workers.pop())
+        return take(idle, reference, verb)
+
+    monkeypatch.setattr(rasterizer, "_end", keep)
+    monkeypatch.setattr(rasterizer, "_worker", take_spare)
 
 
 @pytest.fixture

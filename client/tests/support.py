@@ -38,6 +38,14 @@ def pdf_of(*sizes: tuple[float, float]) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg_of_scans(more: int, side: int = 64) -> bytes:
+    """A white progressive JPEG, whose last scan comes so many times more; each takes some 20 bytes."""
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 255).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * more + data[-2:]
+
+
 class FakeServer:
     """Speaks as much of vLLM's API as the client uses, over a real socket, and remembers what it was asked.
 

@@ -10,6 +10,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +445,8 @@ def test_an_output_that_cannot_be_replaced_fails_only_its_document(tmp_path: Pat
 def test_cancelling_keeps_what_was_read_and_leaves_no_tasks(tmp_path: Path, out: Path) -> None:
     documents = [pdf(tmp_path / f"{name}.pdf", 50) for name in "abc"]
     client = FakeClient(seconds=0.01)
+    with ThreadPoolExecutor() as threads:  # the processes that open documents have started
+        list(threads.map(batch._numbers, documents))
 
     async def main() -> None:
         task = asyncio.create_task(batch.run(client, documents, out))

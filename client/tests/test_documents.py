@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import pdf_of
+from support import jpeg_of_scans, pdf_of
 
 from dots_ocr_client import InputError, documents, images
 from dots_ocr_client.documents import PageImage, Source, draw, open_document
@@ -168,13 +168,13 @@ def test_a_reference_is_small_and_can_be_drawn_after_pickling(tmp_path: Path) ->
             document.reference(3)
 
 
-def test_pdfs_and_long_documents_are_drawn_in_other_processes(sheet: Image.Image) -> None:
+def test_files_are_drawn_in_other_processes(sheet: Image.Image) -> None:
     sources: list[Source] = [pdf_of((72, 72)), frames("TIFF"), frames("TIFF", 1), encode(sheet, "PNG"), sheet]
     apart = []
     for source in sources:
         with open_document(source) as document:
             apart.append(document.reference(1).in_process)
-    assert apart == [True, True, False, False, False]
+    assert apart == [True, True, True, True, False]
 
 
 def test_a_file_that_changes_is_not_mixed_up(tmp_path: Path) -> None:
@@ -430,6 +430,22 @@ def test_a_decompression_bomb_is_bad_input(size: tuple[int, int], format: str) -
     options = {"compression": "group4"} if format == "TIFF" else {}
     with pytest.raises(InputError, match=r"too large|lower resolution"):
         read_all(encode(Image.new("1", size), format, **options))
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_a_jpeg_of_thousands_of_scans_is_bad_input(lazily: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_SCANNED_PIXELS", 100 * 64**2)
+    assert read_all(jpeg_of_scans(90))
+    bomb = jpeg_of_scans(2000)
+    with pytest.raises(InputError, match=r"is a JPEG of 2006 scans, and one of its size may have 100\. Fix: "):
+        read_all(Image.open(io.BytesIO(bomb)) if lazily else bomb)
+
+
+def test_what_only_looks_like_a_scan_is_none(monkeypatch: pytest.MonkeyPatch, sheet: Image.Image) -> None:
+    monkeypatch.setattr(documents, "MAX_SCANNED_PIXELS", 20 * sheet.width * sheet.height)
+    video = b"\xff\xda" * 50  # behind the photograph, as some phones write it
+    (page,) = read_all(encode(sheet, "JPEG", progressive=True, comment=b"\xff\xda" * 50) + video)
+    assert page.image.size == sheet.size
 
 
 def test_a_picture_in_a_pdf_is_not_decoded_in_full() -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import children, pdf_of
+from support import children, jpeg_of_scans, pdf_of
 
-from dots_ocr_client import InputError
-from dots_ocr_client.documents import OpenDocument, PageImage, draw, open_document
+from dots_ocr_client import InputError, documents, rasterizer
+from dots_ocr_client.documents import OpenDocument, PageImage, Source, draw, open_document
 from dots_ocr_client.rasterizer import WORKER_MEMORY, Rasterizer
 
 
@@ -89,7 +89,89 @@ def test_there_are_never_more_processes_than_workers(document: OpenDocument) -> 
     assert len(children() - before) == 1
 
 
-def test_single_images_need_no_process(sheet: Image.Image) -> None:
+@pytest.fixture
+def no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process may decode nothing, as if decoders would end it."""
+
+    def crash(*_: object) -> None:
+        raise AssertionError("decoded here")
+
+    for name in ("_open_image", "_open_pdf", "_count_tiff_pages", "_page_of"):
+        monkeypatch.setattr(documents, name, crash)
+
+
+def sources(sheet: Image.Image, folder: Path) -> Iterator[tuple[Source, tuple[int, ...]]]:
+    """Documents of every kind, and the widths of their pages."""
+    for kind, more in (("png", []), ("tiff", [sheet])):
+        path = folder / f"sheet.{kind}"
+        sheet.save(path, save_all=bool(more), append_images=more)
+        widths = (sheet.width,) * (1 + len(more))
+        yield path, widths
+        yield path.read_bytes(), widths
+    yield pdf_of((72, 72), (144, 72)), (200, 400)
+
+
+@pytest.mark.usefixtures("no_decoder")
+def test_nothing_is_decoded_in_this_process(sheet: Image.Image, tmp_path: Path) -> None:
+    own = Rasterizer(1)
+
+    async def run() -> None:
+        for source, widths in sources(sheet, tmp_path):
+            with await own.open(source) as document:
+                assert tuple([(await own.draw(document.reference(one))).width for one in document.numbers]) == widths
+
+    asyncio.run(run())
+    own.close()
+    for source, widths in sources(sheet, tmp_path):
+        with rasterizer.open_document(source) as document:
+            assert tuple(rasterizer.draw(document.reference(one)).width for one in document.numbers) == widths
+    rasterizer._end_blocking()
+
+
+@pytest.mark.parametrize("data", [b"hello", b"%PDF-1.7 rubbish", b""])
+def test_what_cannot_be_opened_fails_for_the_same_reason_everywhere(data: bytes) -> None:
+    with pytest.raises(InputError) as caught:
+        open_document(data)
+    reason = f"^{re.escape(str(caught.value))}$"
+    with pytest.raises(InputError, match=reason):
+        asyncio.run(Rasterizer(1).open(data))
+    with pytest.raises(InputError, match=reason):
+        rasterizer.open_document(data)
+    rasterizer._end_blocking()
+
+
+def test_an_image_that_takes_too_much_of_the_processor_ends_its_worker_only(
+    sheet_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rasterizer, "IMAGE_SECONDS", 0.5)
+    slow = jpeg_of_scans(300, 3000)
+
+    async def run() -> None:
+        own = Rasterizer(1)
+        reason = r"<bytes> cannot be drawn: it takes longer than 0\.5 s"
+        with await own.open(slow) as document, pytest.raises(InputError, match=reason):
+            await own.draw(document.reference(1))
+        with await own.open(sheet_file) as document:
+            assert (await own.draw(document.reference(1))).width == 784
+
+    asyncio.run(run())
+
+
+def test_it_tells_for_how_long_no_worker_has_been_free(document: OpenDocument) -> None:
+    async def run() -> None:
+        own = Rasterizer(1)
+        assert (own.busy, own.full_for) == (0, 0)
+        draws = [asyncio.create_task(own.draw(document.reference(number))) for number in (1, 2)]
+        await asyncio.sleep(0.05)
+        assert own.busy == 1
+        assert own.full_for > 0
+        await asyncio.gather(*draws)
+        assert (own.busy, own.full_for) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_images_of_pil_need_no_process(sheet: Image.Image) -> None:
     rasterizer = Rasterizer(1)
     before = children()
     with open_document(sheet) as document:
@@ -100,9 +182,26 @@ def test_single_images_need_no_process(sheet: Image.Image) -> None:
 
 
 def test_by_default_there_is_a_worker_for_each_processor_up_to_eight() -> None:
-    assert Rasterizer().workers == min(len(os.sched_getaffinity(0)), 8)
+    assert Rasterizer().workers == min(len(os.sched_getaffinity(0)), 8, rasterizer.memory() // 2 // WORKER_MEMORY)
     with pytest.raises(ValueError, match="at least one worker"):
         Rasterizer(0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "gib", "workers"),
+    [({}, 64, 8), ({}, 1, 1), ({"": "max", "a": 2**34, "a/b": "max"}, 64, 4), ({"a/b": 2**32, "a": 2**34}, 64, 1)],
+)
+def test_there_are_as_many_workers_as_fit_into_the_memory_of_the_group(
+    limits: dict[str, int | str], gib: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, limit in limits.items():
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "memory.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(rasterizer, "CGROUPS", tmp_path)
+    monkeypatch.setattr(rasterizer, "_group", lambda: "a/b")
+    monkeypatch.setattr(rasterizer, "_processors", lambda: 16)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gib * 2**18}.__getitem__)
+    assert Rasterizer().workers == workers
 
 
 def test_an_input_error_keeps_its_message_and_its_worker(tmp_path: Path) -> None:
@@ -261,14 +360,13 @@ def test_workers_neither_run_the_program_again_nor_outlive_it(end: str, tmp_path
 def test_a_worker_whose_program_was_killed_does_not_draw_on_for_ever(tmp_path: Path) -> None:
     end = """
 async def leave():
-    page = asyncio.create_task(draw(2, seconds=0.5))
+    page = asyncio.create_task(draw(2))
     await asyncio.sleep(0.2)
     os.kill(os.getpid(), 9)
 
 asyncio.run(leave())
 """
     _, worker, _ = run_script(SCRIPT + end, hanging_pdf(), tmp_path)
-    assert not has_ended(worker, 0.1)
     assert has_ended(worker, 5)
 
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
 
-from . import documents
+from . import documents, rasterizer
 from .errors import ConfigurationError, DotsOCRError, InputError
 from .prompts import MODES, Mode
 from .results import FailedPage, Page
@@ -458,5 +458,5 @@ def _digest(path: Path) -> tuple[str, _Stamp]:
 
 
 def _numbers(path: Path) -> tuple[int, ...]:
-    with documents.open_document(path) as document:
+    with rasterizer.open_document(path) as document:
         return document.numbers

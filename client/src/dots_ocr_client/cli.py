@@ -691,7 +691,7 @@ def _pictures(document: Document, source: Path, digest: str | None) -> Iterator[
     """
     import hashlib
 
-    from .documents import draw, open_document
+    from .rasterizer import draw, open_document
 
     opened = open_document(source, [page.number for page in document.pages])
     if digest is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
-from .documents import Source, describe, open_document
+from .documents import Source, describe
 from .engines.base import Engine, Task
 from .engines.defaults import make_engines
 from .errors import AllEnginesFailed, InputError
@@ -124,7 +123,7 @@ class AsyncDotsOCR:
     ) -> Page:
         """Read an image, or any other document of one page; arguments and errors are those of `read`."""
         task = _task(mode, box, question)
-        with await asyncio.to_thread(open_document, image) as opened:
+        with await self._pipeline.open(image) as opened:
             if len(opened.numbers) != 1:
                 raise InputError(f"{opened.name} has {len(opened.numbers)} pages, not one: use read()")
             async with aclosing(self._pipeline.read(opened, task)) as results:
@@ -146,7 +145,7 @@ class AsyncDotsOCR:
         Arguments and errors are those of `read`, but a page that fails never raises.
         """
         task = _task(mode, box, question)
-        with await asyncio.to_thread(open_document, document, pages) as opened:
+        with await self._pipeline.open(document, pages) as opened:
             async with aclosing(self._pipeline.read(opened, task)) as results:
                 async for page in results:
                     yield page

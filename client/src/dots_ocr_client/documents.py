@@ -37,6 +37,9 @@ MAX_PAGE_PIXELS: Final = 89_478_485
 KEPT_BYTES: Final = 256 * 2**20
 """How much of a PDF is read before it is closed and opened again, because PDFium keeps all that it has read in memory.
 Our own choice; counted in pages of average size."""
+MAX_SCANNED_PIXELS: Final = 3 * 10**9
+"""Scans of a JPEG times its pixels: a file may have thousands of scans, and each goes through the whole picture. Our
+own choice: encoders make 10 to 20 scans, and the largest picture may have 33."""
 MAX_TIFF_PAGES: Final = 10_000
 """Our own limit: counting the pages takes time that grows with the square of their number."""
 FORMATS: Final = (
@@ -47,6 +50,7 @@ FORMATS: Final = (
 
 _HEAD = 1024  # PDF readers accept this much rubbish in front of a PDF
 _CHUNK = 2**20
+_JPEG_SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # with a length: no stuffing, no restart (ITU T.81, B.1.1)
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
 
 # PDFium must not be entered by two threads at once, not even for different documents.
@@ -105,14 +109,16 @@ class PageImage:
 class PageReference:
     """Where to find a page: enough for `draw` in this process or, unless it holds an image, in another.
 
+    Of the whole document, it is what `look_into` needs.
+
     Attributes:
         label: Names the page in messages.
         number: Counted from 1.
         kind: What the file is.
         source: A path, or a single image.
         stamp: Identifies the file's state.
-        in_process: It is better drawn in a process of its own: any page of a PDF, because PDFium can crash, takes as
-            much time and memory as a document demands, and is not thread-safe; and pages of long TIFFs.
+        in_process: It belongs into a process of its own, as any file: a decoder can crash, takes as much time and
+            memory as the file demands, and holds up all other threads meanwhile. PIL's images are the caller's own.
         warnings: For the page image.
     """
 
@@ -155,7 +161,7 @@ class OpenDocument:
             raise ValueError(f"{self.name} has {self.page_count} pages, and no page {number}")
         kind, source, stamp, count, warnings = self._content
         label = self.name if count == 1 else f"page {number} of {self.name}"
-        return PageReference(label, number, kind, source, stamp, kind == "pdf" or count > 1, warnings)
+        return PageReference(label, number, kind, source, stamp, _is_file(source), warnings)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one; pages cannot be drawn any more."""
@@ -195,6 +201,8 @@ def describe(source: Source) -> str:
 def open_document(source: Source, pages: str | Iterable[int] | None = None) -> OpenDocument:
     """Find out what a document is and how many pages it has, without drawing any. This reads files, so it blocks.
 
+    It decodes in this process; `rasterizer` does the same for files of strangers.
+
     Args:
         source: An image or a PDF. PDFs and TIFFs may have several pages; of an animation the first frame is read, and
             of a MPO (a photograph with previews) the photograph. A file object is read from where it stands to its
@@ -205,33 +213,107 @@ def open_document(source: Source, pages: str | Iterable[int] | None = None) -> O
         InputError: It does not exist, is broken, encrypted, too large, of an unknown kind, or has no such pages.
         TypeError: ``source`` is nothing of what `Source` allows.
     """
+    with take(source) as taken:
+        return taken.opened(pages, *look_into(taken.reference))
+
+
+class Taken:
+    """A document that nobody has looked into; made by `take`. Leaving its ``with`` statement removes what is left over.
+
+    Attributes:
+        reference: Of the whole document.
+    """
+
+    def __init__(self, reference: PageReference, temporary: IO[bytes] | None) -> None:
+        """Take over the temporary file."""
+        self.reference = reference
+        self._temporary = temporary
+
+    def opened(self, pages: str | Iterable[int] | None, count: int, warnings: tuple[str, ...]) -> OpenDocument:
+        """Make an open document of it, which takes over the temporary file. This may write one, so it blocks.
+
+        Args:
+            pages: As for `open_document`.
+            count: What `look_into` returned.
+            warnings: As ``count``.
+
+        Raises:
+            InputError: There are no such pages.
+        """
+        name, kind, source, stamp = (getattr(self.reference, field) for field in ("label", "kind", "source", "stamp"))
+        numbers = parse_pages(pages, count, name)
+        if isinstance(source, bytes) and count > 1:  # each page is drawn by itself, and gets all of it
+            self._temporary = _spool(io.BytesIO(source), name)
+            source, stamp = self._temporary.name, _stamp(os.fstat(self._temporary.fileno()))
+        temporary, self._temporary = self._temporary, None
+        return OpenDocument(name, _Content(kind, source, stamp, count, warnings), numbers, temporary)
+
+    def __enter__(self) -> Self:
+        """Return the document itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the temporary file, unless `opened` passed it on."""
+        if self._temporary is not None:
+            self._temporary.close()
+
+
+def take(source: Source) -> Taken:
+    """Find out where a document is, how long, and whether it is a PDF; nothing is decoded. This blocks.
+
+    Raises:
+        InputError: It does not exist, is empty, or is too large.
+        TypeError: ``source`` is nothing of what `Source` allows.
+    """
     name = describe(source)
+    if isinstance(source, Image.Image):
+        return Taken(PageReference(name, 0, "image", source, None, False), None)
+    data = _decode_data_url(source, name) if _is_data_url(source) else source
     temporary: IO[bytes] | None = None
     try:
-        if isinstance(source, Image.Image):
-            content = _Content("image", source, None, 1)
-        else:
-            data = _decode_data_url(source, name) if _is_data_url(source) else source
-            if isinstance(data, bytes):
-                _check_bytes(len(data), data[:_HEAD], name)
-                content = _inspect(data, data[:_HEAD], None, name)
-                if content.source is not data:  # it has to be a file
-                    temporary = _spool(io.BytesIO(data), name)
-            elif not isinstance(data, str | os.PathLike):
-                temporary = _spool(data, name)
-            path: str | None = temporary.name if temporary is not None else None
-            if isinstance(data, str | os.PathLike):
-                path = os.fsdecode(data)
-            if path is not None:
-                with _open_file(path, name) as file:
-                    head = file.read(_HEAD)
-                    _check_bytes(os.fstat(file.fileno()).st_size, head, name)
-                    content = _inspect(str(Path(path).absolute()), head, file, name)
-        return OpenDocument(name, content, parse_pages(pages, content.page_count, name), temporary)
+        if isinstance(data, bytes):
+            _check_bytes(len(data), data[:_HEAD], name)
+            if not _is_pdf(data[:_HEAD]):
+                return Taken(PageReference(name, 0, "image", data, None, True), None)
+            data = io.BytesIO(data)
+        if not isinstance(data, str | os.PathLike):
+            temporary = _spool(data, name)
+        path = temporary.name if temporary is not None else os.fsdecode(data)  # type: ignore[arg-type]
+        with _open_file(path, name) as file:
+            head = file.read(_HEAD)
+            status = os.fstat(file.fileno())
+            _check_bytes(status.st_size, head, name)
+        kind: Literal["pdf", "image"] = "pdf" if _is_pdf(head) else "image"
+        return Taken(PageReference(name, 0, kind, str(Path(path).absolute()), _stamp(status), True), temporary)
     except BaseException:
         if temporary is not None:
             temporary.close()
         raise
+
+
+def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
+    """Count the pages of a document. This blocks.
+
+    Args:
+        reference: Of `take`.
+
+    Returns:
+        How many pages there are, and warnings for each of them.
+
+    Raises:
+        InputError: It is broken, encrypted, of an unknown kind, has too many pages, or has changed.
+    """
+    if isinstance(reference.source, Image.Image):
+        return 1, ()
+    if reference.kind == "pdf":
+        with _opened_pdf(reference, "opened") as kept:
+            return len(kept.pdf), ()
+    with _opened_image(reference, "opened") as image:
+        if image.format == "TIFF":
+            return _count_tiff_pages(image, reference.label), ()
+        return 1, ("only the first of several frames was read",) if _is_animated(image) else ()
 
 
 def draw(reference: PageReference) -> PageImage:
@@ -244,16 +326,9 @@ def draw(reference: PageReference) -> PageImage:
     """
     if reference.kind == "pdf":
         return _draw_pdf(reference)
-    if isinstance(reference.source, str):
-        _check_stamp(reference.source, reference.stamp, reference.label, "drawn")
     if isinstance(reference.source, Image.Image):
         return _page_of(reference.number, reference.source, reference.warnings, reference.label)
-    with (
-        io.BytesIO(reference.source)
-        if isinstance(reference.source, bytes)
-        else _open_file(reference.source, reference.label) as file,
-        _open_image(file, reference.label) as image,
-    ):
+    with _opened_image(reference, "drawn") as image:
         if reference.number > 1:
             try:
                 image.seek(reference.number - 1)
@@ -427,24 +502,21 @@ def _check_stamp(path: str, stamp: tuple[int, ...] | None, label: str, verb: str
         raise InputError(f"{label} cannot be {verb}: the file has changed since it was opened")
 
 
-def _inspect(source: str | bytes, head: bytes, file: BinaryIO | None, name: str) -> _Content:
-    """Count the pages. Without a file, the result holds the bytes if it is a single image, and an empty path if not."""
-    stamp = None if file is None else _stamp(os.fstat(file.fileno()))
-    if _is_pdf(head):
-        if isinstance(source, bytes):
-            return _Content("pdf", "", None, 0)
-        with _pdfium:
-            pdf = _open_pdf(source, name)
-            try:
-                return _Content("pdf", source, stamp, len(pdf))
-            finally:
-                pdf.close()
-    with _open_image(io.BytesIO(source) if isinstance(source, bytes) else file, name) as image:  # type: ignore[arg-type]
-        if image.format == "TIFF":
-            count = _count_tiff_pages(image, name)
-            return _Content("image", "" if isinstance(source, bytes) and count > 1 else source, stamp, count)
-        warnings = ("only the first of several frames was read",) if _is_animated(image) else ()
-        return _Content("image", source, stamp, 1, warnings)
+def _is_file(source: str | bytes | Image.Image) -> bool:
+    return not isinstance(source, Image.Image)
+
+
+@contextlib.contextmanager
+def _opened_image(reference: PageReference, verb: str) -> Iterator[Image.Image]:
+    source, label = reference.source, reference.label
+    assert not isinstance(source, Image.Image)
+    if isinstance(source, str):
+        _check_stamp(source, reference.stamp, label, verb)
+    with (
+        io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, label) as file,
+        _open_image(file, label) as image,
+    ):
+        yield image
 
 
 def _is_animated(image: Image.Image) -> bool:
@@ -512,11 +584,36 @@ def _page_of(number: int, image: Image.Image, warnings: tuple[str, ...], label: 
             f"{label} has {width} x {height} px, more than {MAX_PAGE_PIXELS} in all: "
             "scan it at a lower resolution, or cut it into pieces"
         )
+    _check_scans(image, label)
     try:
         images.smart_resize(width, height)
         return _encode(number, images.to_rgb(image), warnings)
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
         raise InputError(f"{label} cannot be decoded: {_reason(error)}") from error
+
+
+def _check_scans(image: Image.Image, label: str) -> None:
+    """Refuse a JPEG whose scans would take minutes; one that is decoded already has no file any more."""
+    file = getattr(image, "fp", None)
+    if image.format not in ("JPEG", "MPO") or file is None:
+        return
+    file.seek(0)  # Pillow seeks before it reads
+    data = file.read()
+    most = max(1, MAX_SCANNED_PIXELS // math.prod(image.size))
+    if data.count(b"\xff\xda") > most and (scans := _count_scans(data)) > most:
+        raise InputError(
+            f"{label} is a JPEG of {scans} scans, and one of its size may have {most}. Fix: save it anew, not as a "
+            "progressive JPEG"
+        )
+
+
+def _count_scans(data: bytes) -> int:
+    """Count the scans of the first picture in the data; what only looks like one, in metadata or behind it, is none."""
+    scans, at = 0, 2
+    while (found := _JPEG_SEGMENT.search(data, at)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return scans
 
 
 def _encode(number: int, rgb: Image.Image, warnings: tuple[str, ...]) -> PageImage:
@@ -564,6 +661,21 @@ def open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, float]
     Raises:
         InputError: The page is broken, too large or too narrow, also if PDFium says so inside the ``with`` statement.
     """
+    with _opened_pdf(reference, verb) as kept:
+        kept.pages_left -= 1
+        try:
+            page = kept.pdf[reference.number - 1]
+            try:
+                yield page, _scale(*page.get_size())
+            finally:
+                page.close()
+        except (pypdfium2.PdfiumError, ValueError, MemoryError) as error:
+            raise InputError(f"{reference.label} cannot be {verb}: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _opened_pdf(reference: PageReference, verb: str) -> Iterator[_Kept]:
+    """Open a PDF unless it is open already. PDFium is locked meanwhile."""
     global _kept
     label, path, stamp = reference.label, str(reference.source), reference.stamp
     _check_stamp(path, stamp, label, verb)
@@ -574,15 +686,7 @@ def open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, float]
                 _kept = None
             pdf = _open_pdf(path, label)
             _kept = _Kept(path, stamp, pdf, max(1, KEPT_BYTES * len(pdf) // Path(path).stat().st_size))
-        _kept.pages_left -= 1
-        try:
-            page = _kept.pdf[reference.number - 1]
-            try:
-                yield page, _scale(*page.get_size())
-            finally:
-                page.close()
-        except (pypdfium2.PdfiumError, ValueError, MemoryError) as error:
-            raise InputError(f"{label} cannot be {verb}: {_reason(error)}") from error
+        yield _kept
 
 
 def _scale(width: float, height: float) -> float:

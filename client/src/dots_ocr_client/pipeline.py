@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Final
 
-from .documents import OpenDocument
+from .documents import OpenDocument, Source
 from .engines.base import Task
 from .errors import AllEnginesFailed, ConfigurationError, InputError
 from .fallback import Chain
@@ -29,6 +29,10 @@ class Pipeline:
         self._chain = chain
         self._rasterizer = Rasterizer()
         self._turns = asyncio.Semaphore(max(2 * self._rasterizer.workers, round(AHEAD * max_in_flight)))
+
+    async def open(self, source: Source, pages: str | Iterable[int] | None = None) -> OpenDocument:
+        """Open a document; see `Rasterizer.open`."""
+        return await self._rasterizer.open(source, pages)
 
     async def read(self, document: OpenDocument, task: Task) -> AsyncGenerator[Page | FailedPage, None]:
         """Read the pages of a document and yield them as they finish; close the generator if you stop early.
@@ -58,7 +62,7 @@ class Pipeline:
             async with asyncio.TaskGroup() as group:
                 for number in document.numbers:
                     await self._turns.acquire()
-                    turn = _Turn(self._turns)
+                    turn = Turn(self._turns)
                     page = group.create_task(self._one(document, number, task, turn, finished))
                     page.add_done_callback(turn.end)  # also of one that is cancelled before it began
         except* ConfigurationError as errors:
@@ -71,7 +75,7 @@ class Pipeline:
         document: OpenDocument,
         number: int,
         task: Task,
-        turn: _Turn,
+        turn: Turn,
         finished: asyncio.Queue[Page | FailedPage | None],
     ) -> None:
         page: Page | FailedPage
@@ -85,13 +89,15 @@ class Pipeline:
         await finished.put(page)
 
 
-class _Turn:
+class Turn:
     """A place among the pages that are drawn ahead, given back once."""
 
     def __init__(self, turns: asyncio.Semaphore) -> None:
+        """Take over a place, which was acquired."""
         self._turns: asyncio.Semaphore | None = turns
 
     def end(self, _: object = None) -> None:
+        """Give it back, unless that was done."""
         if self._turns is not None:
             self._turns.release()
             self._turns = None

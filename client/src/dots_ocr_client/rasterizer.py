@@ -1,15 +1,17 @@
-"""Pages drawn side by side, those of PDFs in processes of their own, which also read their text layers.
+"""Files opened and their pages drawn side by side, in processes with limits, which also read text layers of PDFs.
 
-PDFium is not thread-safe, so threads would not help. A page that crashes it, loops or wants all memory loses its
-process, and nothing else. Worker processes of the standard library and of anyio run their parent's main program again,
-which a script without ``if __name__ == "__main__"`` does not expect; these import only this module, `documents` and
-`pdf_text`.
+Whatever decodes a file may crash, loop or want all memory; PDFium is not thread-safe, and Pillow holds up all threads
+while it decodes. Here a file that does so loses its process, and nothing else. Worker processes of the standard
+library and of anyio run their parent's main program again, which a script without ``if __name__ == "__main__"`` does
+not expect; these import only this module, `documents` and `pdf_text`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -18,14 +20,18 @@ import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import IO, Any, Final, TypeVar
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 from . import documents, pdf_text
-from .documents import PageImage, PageReference
+from .documents import OpenDocument, PageImage, PageReference, Source
 from .errors import InputError
 from .pdf_text import TextLayer
 
@@ -34,9 +40,16 @@ Result = TypeVar("Result")
 MAX_WORKERS: Final = 8
 """By default; our own choice: together they draw more pages than one server takes in."""
 WORKER_MEMORY: Final = 2 * 2**30
-"""Address space of a worker in bytes; our own choice, several times what the largest page needs."""
+"""Address space of a worker in bytes; our own choice: the largest page takes up to 1.8 GiB (WebP without loss)."""
+MEMORY_SHARE: Final = 0.5
+"""Of all memory that the workers may take together; the rest is for engines, and for what waits for them."""
+IMAGE_SECONDS: Final = 20.0
+"""Of the processor that a single image may take; our own choice, several times what the largest page needs. Pages of
+PDFs, which may be drawings of a million lines, have only the limit of `Rasterizer.draw`."""
 IDLE_SECONDS: Final = 10
 """After which a worker closes its document, so that the space of a removed temporary file becomes free."""
+
+CGROUPS: Final = Path("/sys/fs/cgroup")
 
 _MAX_ANSWER = 64 * 2**20  # bytes; a page of MAX_PIXELS that cannot be compressed takes 34 MB
 # By the name that this module was imported under: an application may have a dots_ocr_client of its own.
@@ -44,28 +57,53 @@ _BOOT = f"import sys, importlib; sys.path[:] = sys.argv[1:]; importlib.import_mo
 
 
 class Rasterizer:
-    """Draws pages in a few processes, which it starts when they are needed. It belongs to one event loop.
+    """Opens files and draws pages in a few processes, started when they are needed. It belongs to one event loop.
 
     Attributes:
-        workers: Pages at once, at most.
+        workers: Processes at once, at most.
+        busy: How many of them are at work.
     """
 
     def __init__(self, workers: int | None = None) -> None:
         """Choose the number of pages drawn at once.
 
         Args:
-            workers: By default the processors that this process may use, at most `MAX_WORKERS`.
+            workers: By default the processors that this process may use, at most `MAX_WORKERS`, and as many as fit into
+                `MEMORY_SHARE` of its memory; at least one.
 
         Raises:
             ValueError: ``workers`` is not positive.
         """
-        self.workers = min(_processors(), MAX_WORKERS) if workers is None else workers
+        self.workers = _default_workers() if workers is None else workers
         if self.workers < 1:
             raise ValueError(f"at least one worker is needed, not {workers}")
+        self.busy = 0
+        self._changed = time.monotonic()
         self._slots = asyncio.Semaphore(self.workers)
         self._threads = ThreadPoolExecutor(self.workers, "dots-ocr-draw")
         self._idle: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _end, self._idle, self._threads)
+
+    @property
+    def full_for(self) -> float:
+        """For how many seconds all workers have been busy, and none has finished anything."""
+        return time.monotonic() - self._changed if self.busy == self.workers else 0.0
+
+    async def open(self, source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60) -> OpenDocument:
+        """Open a document as soon as a worker is free. Cancelling this ends the worker.
+
+        Args:
+            source: As for `documents.open_document`.
+            pages: As for `documents.open_document`.
+            seconds: How long the worker may take.
+
+        Raises:
+            InputError: As for `documents.open_document`; or the document crashes the worker, or takes too long.
+            TypeError: ``source`` is nothing of what `Source` allows.
+        """
+        with await asyncio.to_thread(documents.take, source) as taken:
+            found = await self._run(_look_into, taken.reference, seconds, "opened")
+            return await asyncio.to_thread(taken.opened, pages, *found)
 
     async def draw(self, reference: PageReference, seconds: float = 60) -> PageImage:
         """Draw a page as soon as a worker is free. Cancelling this ends the worker.
@@ -95,9 +133,12 @@ class Rasterizer:
         verb: str,
     ) -> Result:
         async with self._slots:
-            worker = self._worker(reference, verb) if reference.in_process else None
+            self.busy += 1
+            self._changed = time.monotonic()
+            worker = None
             answered = False
             try:
+                worker = _worker(self._idle, reference, verb) if reference.in_process else None
                 run = asyncio.get_running_loop().run_in_executor
                 async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
                     result = await run(self._threads, job, worker, reference, seconds)
@@ -107,8 +148,10 @@ class Rasterizer:
                 answered = True
                 raise
             except TimeoutError as error:
-                raise InputError(f"{reference.label} cannot be {verb}: it takes longer than {seconds:g} s") from error
+                raise InputError(_too_long(reference, verb, seconds)) from error
             finally:
+                self.busy -= 1
+                self._changed = time.monotonic()
                 if worker is not None:
                     if answered and worker.alive and self._finalizer.alive:
                         self._idle.append(worker)
@@ -120,16 +163,38 @@ class Rasterizer:
         self._finalizer()
         self._threads.shutdown()
 
-    def _worker(self, reference: PageReference, verb: str) -> _Worker:
-        while self._idle:
-            worker = self._idle.pop()
-            if worker.alive:
-                return worker
-            worker.end()
+
+def open_document(source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60) -> OpenDocument:
+    """Do what `Rasterizer.open` does, for code that is not asynchronous; any thread may call it."""
+    with documents.take(source) as taken:
+        return taken.opened(pages, *_block(_look_into, taken.reference, seconds, "opened"))
+
+
+def draw(reference: PageReference, seconds: float = 60) -> PageImage:
+    """Do what `Rasterizer.draw` does, for code that is not asynchronous; any thread may call it."""
+    return _block(_draw, reference, seconds, "drawn")
+
+
+def _block(
+    job: Callable[[_Worker | None, PageReference, float], Result], reference: PageReference, seconds: float, verb: str
+) -> Result:
+    if not reference.in_process:
+        return job(None, reference, seconds)
+    with _turns():
+        worker = _worker(_blocking, reference, verb)
+        answered = False
         try:
-            return _Worker()
-        except OSError as error:
-            raise InputError(f"{reference.label} cannot be {verb}: no process can be started: {error}") from error
+            result = job(worker, reference, seconds)
+            answered = True
+            return result
+        except InputError:
+            answered = True
+            raise
+        finally:
+            if answered and worker.alive:
+                _blocking.append(worker)
+            else:
+                worker.end()
 
 
 class _Worker:
@@ -148,7 +213,7 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(self, verb: str, reference: PageReference, seconds: float) -> tuple[dict[str, Any], bytes]:
-        """Have a page ``drawn`` or ``read``; return what `_answer` sends.
+        """Have a page ``drawn`` or ``read``, or a document ``opened``; return what `_answer_to` does.
 
         Raises:
             InputError: It cannot be, or the process ended over it.
@@ -157,7 +222,8 @@ class _Worker:
         assert requests is not None
         assert answers is not None
         try:
-            pickle.dump((verb, reference, seconds), requests)
+            processor = IMAGE_SECONDS if reference.kind == "image" else 0.0
+            pickle.dump((verb, reference, seconds, processor), requests)
             requests.flush()
             fields = json.loads(answers.readline(_MAX_ANSWER))
             size = fields.pop("size")
@@ -167,6 +233,10 @@ class _Worker:
         except (OSError, ValueError, EOFError) as error:  # BrokenPipeError; half an answer; closed by end()
             self.end(patience=5)
             status = self._process.returncode
+            if status == -signal.SIGPROF:
+                raise InputError(_too_long(reference, verb, IMAGE_SECONDS)) from error
+            if status == -signal.SIGALRM:
+                raise InputError(_too_long(reference, verb, seconds)) from error
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
             raise InputError(f"{reference.label} cannot be {verb}: its process ended ({how})") from error
         if "error" in fields:
@@ -184,6 +254,31 @@ class _Worker:
             assert pipe is not None
             with contextlib.suppress(OSError):  # what was not sent is lost
                 pipe.close()
+
+
+def _worker(idle: list[_Worker], reference: PageReference, verb: str) -> _Worker:
+    """Take one that is idle, or start one."""
+    with contextlib.suppress(IndexError):  # of another thread's last
+        while True:
+            worker = idle.pop()
+            if worker.alive:
+                return worker
+            worker.end()
+    try:
+        return _Worker()
+    except OSError as error:
+        raise InputError(f"{reference.label} cannot be {verb}: no process can be started: {error}") from error
+
+
+def _too_long(reference: PageReference, verb: str, seconds: float) -> str:
+    return f"{reference.label} cannot be {verb}: it takes longer than {seconds:g} s"
+
+
+def _look_into(worker: _Worker | None, reference: PageReference, seconds: float) -> tuple[int, tuple[str, ...]]:
+    if worker is None:
+        return documents.look_into(reference)
+    fields, _ = worker.ask("opened", reference, seconds)
+    return fields["count"], tuple(fields["warnings"])
 
 
 def _draw(worker: _Worker | None, reference: PageReference, seconds: float) -> PageImage:
@@ -206,8 +301,46 @@ def _end(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
     threads.shutdown(wait=False, cancel_futures=True)
 
 
+_blocking: list[_Worker] = []
+"""The workers that wait for `open_document` and `draw`."""
+
+
+@cache
+def _turns() -> threading.Semaphore:
+    return threading.Semaphore(_default_workers())
+
+
+@atexit.register
+def _end_blocking() -> None:
+    while _blocking:
+        _blocking.pop().end()
+
+
+def _default_workers() -> int:
+    return max(1, min(_processors(), MAX_WORKERS, int(MEMORY_SHARE * memory()) // WORKER_MEMORY))
+
+
 def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Return the bytes that this process and its children may use: those of the machine, or what their group is given.
+
+    The groups are those of cgroup v2 (https://docs.kernel.org/admin-guide/cgroup-v2.html); systemd's MemoryMax and
+    ``docker run --memory`` set their limits.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError):
+        group = CGROUPS / _group()
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit ("max"), or above the first group
+                limits.append(int((folder / "memory.max").read_text()))
+    return min(limits)
+
+
+def _group() -> str:
+    return Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
 
 
 def _serve() -> None:
@@ -216,6 +349,7 @@ def _serve() -> None:
     # The answers go where nothing else writes, whatever a library prints.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    fcntl.fcntl(requests, fcntl.F_SETOWN, os.getpid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no copy of a document behind
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -226,21 +360,39 @@ def _serve() -> None:
             documents.forget()
             select.select([requests], [], [])
         try:
-            verb, reference, seconds = pickle.load(requests)
+            verb, reference, seconds, processor = pickle.load(requests)
         except EOFError:
             return
-        # Ends this process even inside PDFium, and even if the parent is gone; otherwise the parent is faster.
+        # These end this process even inside a decoder; the parent, if it waits at all, is faster than the first.
         signal.setitimer(signal.ITIMER_REAL, min(seconds, 10**6) + 1)
-        _answer(answers, verb, reference)
+        signal.setitimer(signal.ITIMER_PROF, processor)
+        with _ended_with_parent(requests.fileno()):
+            answer = _answer_to(verb, reference)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.writelines(answer)
+        answers.flush()
 
 
-def _answer(answers: IO[bytes], verb: str, reference: PageReference) -> None:
-    """Do it and send the result, as a line of JSON and a PNG: a parent that unpickled it would trust PDFium."""
+@contextlib.contextmanager
+def _ended_with_parent(requests: int) -> Iterator[None]:
+    """End this process by SIGIO when its input ends, even inside a decoder: no one wants the answer any more."""
+    flags = fcntl.fcntl(requests, fcntl.F_GETFL)
+    fcntl.fcntl(requests, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if select.select([requests], [], [], 0)[0]:  # it has ended before
+        raise SystemExit
+    yield
+    fcntl.fcntl(requests, fcntl.F_SETFL, flags)
+
+
+def _answer_to(verb: str, reference: PageReference) -> tuple[bytes, bytes]:
+    """Do it, and return a line of JSON and a PNG: a parent that unpickled the result would trust the decoders."""
     fields: dict[str, Any]
     png = b""
     try:
-        if verb == "read":
+        if verb == "opened":
+            fields = dict(zip(("count", "warnings"), documents.look_into(reference), strict=True))
+        elif verb == "read":
             fields = asdict(pdf_text.read(reference))
         else:
             page = documents.draw(reference)
@@ -250,5 +402,4 @@ def _answer(answers: IO[bytes], verb: str, reference: PageReference) -> None:
         fields = {"error": str(error)}
     except Exception as error:
         fields = {"error": f"{reference.label} cannot be {verb}: {type(error).__name__}: {error}"}
-    answers.write(json.dumps({**fields, "size": len(png)}).encode() + b"\n" + png)
-    answers.flush()
+    return json.dumps({**fields, "size": len(png)}).encode() + b"\n", png

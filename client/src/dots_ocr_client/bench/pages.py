@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import random
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Final
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import images
-from ..documents import PageImage, open_document
+from ..documents import PageImage
 from ..errors import InputError
 from ..rasterizer import Rasterizer
 
@@ -157,7 +156,7 @@ async def load_pages(files: Sequence[Path]) -> list[BenchmarkPage]:
     rasterizer = Rasterizer()
     try:
         for file in files:
-            with await asyncio.to_thread(open_document, file) as document:
+            with await rasterizer.open(file) as document:
                 if len(pages) + document.page_count > MOST_PAGES:
                     raise InputError(f"a benchmark takes {MOST_PAGES} pages at most: give fewer files, or shorter ones")
                 truths = _truths(file, document.page_count)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from .. import images
 from ..credentials import bare, read_key, without_login
-from ..documents import PageImage, PageReference, draw
+from ..documents import PageImage
 from ..engines.base import Answer, Task
 from ..engines.server import Completion, Server, is_about_length
 from ..engines.vllm import VLLMEngine
@@ -34,7 +34,7 @@ from ..errors import (
     UnusableAnswer,
 )
 from ..loop_thread import LoopThread
-from ..rasterizer import Rasterizer
+from ..rasterizer import draw
 from . import settings
 from .messages import Conversation, open_pages
 from .trained import content_of, task_of
@@ -90,7 +90,6 @@ class VLLMDotsOCRClient:
         self._lock = threading.Lock()
         self._engine: VLLMEngine | None = None
         self._server: Server | None = None
-        self._rasterizer: Rasterizer | None = None
         self._session: Any = None
         self._warned = False
         _open_clients.add(self)
@@ -264,7 +263,7 @@ class VLLMDotsOCRClient:
         with open_pages(document, page) as opened:
             for number in opened.numbers:
                 try:
-                    completions.append(ask(self._draw(opened.reference(number))))
+                    completions.append(ask(draw(opened.reference(number))))
                     parts.append((number, completions[-1]["choices"][0]["message"]["content"]))
                 except Exception as fault:
                     errors.append(fault)
@@ -307,14 +306,6 @@ class VLLMDotsOCRClient:
             return self._run(self._metrics())
         except (DotsOCRError, TimeoutError):
             return None
-
-    def _draw(self, reference: PageReference) -> PageImage:
-        """Draw a page; one that could take the process down, in another."""
-        return self._run(self._draw_elsewhere(reference)) if reference.in_process else draw(reference)
-
-    async def _draw_elsewhere(self, reference: PageReference) -> PageImage:
-        self._rasterizer = self._rasterizer or Rasterizer(1)
-        return await self._rasterizer.draw(reference)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop of this client, where the connections are."""
@@ -376,8 +367,6 @@ class VLLMDotsOCRClient:
         if self._engine is not None and self._server is not None:
             await self._engine.aclose()
             await self._server.aclose()
-        if self._rasterizer is not None:
-            self._rasterizer.close()
 
 
 def get_vllm_dots_ocr_client(base_url: str = DEFAULT_URL, api_key: str | None = None) -> VLLMDotsOCRClient:
