@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ import httpx2
 import openai
 import pytest
 from PIL import Image
-from support import LINES, FakeServer, pdf_of
+from support import LINES, FakeServer, jpeg_of_scans, pdf_of
 
 from dots_ocr_client import (
     Answer,
@@ -37,8 +38,11 @@ from dots_ocr_client import (
     Task,
     TesseractEngine,
     VLLMEngine,
+    documents,
     images,
+    rasterizer,
     serve,
+    serve_http,
 )
 from dots_ocr_client.cli import main
 from dots_ocr_client.errors import ConfigurationError, EngineError, RequestRejected, ServerUnavailable
@@ -155,9 +159,23 @@ def ask(*parts: dict[str, Any] | str, system: str | None = None, **fields: Any) 
     return {"model": "dots.ocr", "messages": [*messages, {"role": "user", "content": content}], **fields}
 
 
-def post(url: str, body: Any, **options: Any) -> httpx2.Response:
+def post(url: str, body: Any, headers: dict[str, Any] | None = None) -> httpx2.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx2.post(f"{url}/v1/chat/completions", content=content, timeout=30, trust_env=False, **options)
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    return httpx2.post(f"{url}/v1/chat/completions", content=content, headers=headers, timeout=30, trust_env=False)
+
+
+def connect(url: str, *lines: str, body: bytes = b"") -> socket.socket:
+    """Open a connection and send the beginning of a request: lines of its head, which ends if there is a body."""
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)
+    connection.sendall("".join(f"{line}\r\n" for line in lines).encode() + (b"\r\n" + body if body else b""))
+    return connection
+
+
+def page_head(length: int) -> tuple[str, ...]:
+    """The head of a request for a page."""
+    where = "POST /v1/chat/completions HTTP/1.1"
+    return where, "Host: localhost", "Content-Type: application/json", f"Content-Length: {length}"
 
 
 def get(url: str, **options: Any) -> httpx2.Response:
@@ -389,11 +407,182 @@ def test_a_request_that_is_too_long_is_refused(url: str) -> None:
 
 def test_a_request_that_does_not_arrive_gives_its_place_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "BODY_SECONDS", 0.2)
-    port = int(url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n{")
+    with connect(url, *page_head(1000), body=b"{") as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
     assert metric(url, "dots_ocr_pages_waiting") == 0
+
+
+def test_a_request_of_very_many_parts_is_refused_before_it_fills_the_memory(url: str) -> None:
+    answer = post(url, b"[" + b"[]," * 200_000 + b"1]")
+    assert (answer.status_code, "400001 parts" in answer.text) == (400, True)
+
+
+def test_requests_that_arrive_share_a_part_of_the_memory(
+    start: Serve, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "MAX_BODY_BYTES", 100_000)
+    monkeypatch.setattr(serve, "memory", lambda: 0)
+    url = start(engine)
+    with connect(url, *page_head(99_000), body=b" " * 98_000):
+        until(lambda: post(url, b" " * 5000).status_code == 503)
+        assert post(url, ask(picture(data_url(jpeg_of_scans(0), "jpeg")), TEXT)).status_code == 200
+    until(lambda: post(url, b" " * 5000).status_code == 400)
+
+
+def test_only_json_is_taken(url: str, engine: ScriptedEngine) -> None:
+    for kind in ("", "text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"):
+        answer = post(url, ask(picture(), TEXT), headers={"Content-Type": kind})
+        assert (answer.status_code, "Fix: send Content-Type" in answer.text) == (415, True)
+    assert engine.tasks == []
+    assert post(url, ask(picture(), TEXT), headers={"Content-Type": "Application/JSON; charset=utf-8"}).is_success
+
+
+# Pages of the web, and strangers' connections
+
+
+FOREIGN: list[dict[str, Any]] = [
+    {"Host": "evil.example"},
+    {"Host": "evil.example:8000"},
+    {"Host": "127.0.0.1.evil.example"},
+    {"Host": "localhost.evil.example"},
+    {"Host": ""},
+    {"Host": "[evil.example"},
+    {"Origin": "https://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:1"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN)
+def test_without_a_key_no_page_of_the_web_reaches_it(
+    headers: dict[str, str], url: str, start: Serve, engine: ScriptedEngine
+) -> None:
+    for answer in (post(url, ask(picture(), TEXT), headers=headers), get(f"{url}/v1/models", headers=headers)):
+        assert (answer.status_code, "Fix: " in answer.text) == (403, True)
+    assert engine.tasks == []
+    assert get(f"{url}/health", headers=headers).status_code == 200
+    with_key = start(engine, api_key="secret")
+    assert get(f"{with_key}/v1/models", headers={"Authorization": "Bearer secret", **headers}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "[::1]:8000", "192.0.2.7", "dots-ocr", "ocr.example."])
+def test_it_goes_by_addresses_and_by_names_that_nobody_can_take(
+    host: str, start: Serve, engine: ScriptedEngine
+) -> None:
+    url = start(engine, hosts=["OCR.example"])
+    headers = {"Host": host, "Origin": f"http://{host}"}
+    assert get(f"{url}/v1/models", headers=headers).status_code == 200
+
+
+def closed(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1000)
+    except ConnectionResetError:
+        return True
+
+
+def test_a_head_that_does_not_arrive_closes_its_connection(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_http, "HEAD_SECONDS", 0.2)
+    whole = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(url) as silent, connect(url, "GET / HTTP/1.1", "X: y") as slow, connect(url) as second:
+        second.sendall(whole)
+        assert second.recv(1000).startswith(b"HTTP/1.1 200")
+        second.sendall(b"GET /ver")
+        assert [closed(one) for one in (silent, slow, second)] == [True] * 3
+
+
+def test_a_page_that_is_read_for_long_keeps_its_connection(
+    url: str, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_http, "HEAD_SECONDS", 0.2)
+    engine.go_on.clear()
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(post, url, ask(picture(), TEXT))
+        assert engine.busy.wait(20)
+        time.sleep(0.5)
+        engine.go_on.set()
+        assert answer.result().status_code == 200
+
+
+def test_connections_that_wait_make_room_for_others(
+    url: str, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_http, "MAX_CONNECTIONS", 5)
+    engine.go_on.clear()
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(post, url, ask(picture(), TEXT))
+        assert engine.busy.wait(20)
+        waiting = [opened.enter_context(connect(url, *page_head(1000), body=b"{")) for _ in range(4)]
+        assert get(f"{url}/version").status_code == 200  # those before may not have begun to send
+        flood = [opened.enter_context(connect(url, "GET / HTTP/1.1")) for _ in range(20)]
+        assert [closed(one) for one in (*waiting, *flood[:15])] == [True] * 19
+        assert get(f"{url}/version").status_code == 200
+        engine.go_on.set()
+        assert answer.result().status_code == 200
+
+
+def test_a_client_that_does_not_take_its_answer_is_closed(
+    url: str, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_http, "STALL_SECONDS", 0.2)
+    engine.text = "x" * 20_000_000
+    body = json.dumps(ask(picture(), TEXT)).encode()
+    with connect(url, *page_head(len(body)), body=body) as connection:
+        assert engine.busy.wait(20)
+        time.sleep(1)
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(2**20):
+                received += len(part)
+    assert received < len(engine.text)
+
+
+# Hostile pictures
+
+SLOW = data_url(jpeg_of_scans(300, 3000), "jpeg")
+"""It takes seconds."""
+
+
+def test_a_picture_of_thousands_of_scans_is_refused(
+    url: str, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = jpeg_of_scans(3000, 3000)
+    answer = post(url, ask(picture(data_url(bomb, "jpeg")), TEXT))
+    assert (answer.status_code, "a JPEG of 3006 scans" in answer.json()["error"]["message"]) == (400, True)
+    assert engine.tasks == []
+
+
+def test_no_picture_is_decoded_in_the_process_of_the_service(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("look_into", "draw", "_open_image"):
+        monkeypatch.setattr(documents, name, None)
+    assert post(url, ask(picture(), TEXT)).status_code == 200
+
+
+def test_health_tells_that_no_worker_is_free_and_hanging_up_frees_it(
+    start: Serve, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rasterizer, "MAX_WORKERS", 1)
+    monkeypatch.setattr(serve, "FULL_SECONDS", 0.3)
+    url = start(engine)
+    body = json.dumps(ask(picture(SLOW), TEXT)).encode()
+    assert get(f"{url}/health").json()["workers"] == {"all": 1, "free": 1}
+    with connect(url, *page_head(len(body)), body=body):
+        until(lambda: get(f"{url}/health").status_code == 503)
+        told = get(f"{url}/health").json()
+        assert (told["status"], told["workers"]) == ("busy", {"all": 1, "free": 0})
+        begin = time.monotonic()
+        assert get(f"{url}/v1/models").status_code == 200
+    until(lambda: get(f"{url}/health").json()["workers"]["free"] == 1)
+    assert engine.tasks == []
+    assert post(url, ask(picture(), TEXT)).status_code == 200
+    assert time.monotonic() - begin < 10
+
+
+def test_an_image_that_needs_too_long_fails_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rasterizer, "IMAGE_SECONDS", 0.3)
+    answer = post(url, ask(picture(SLOW), TEXT))
+    assert (answer.status_code, "longer than 0.3 s" in answer.text) == (400, True)
+    assert post(url, ask(picture(), TEXT)).status_code == 200
 
 
 def test_unknown_addresses_answer_in_json(url: str) -> None:
@@ -541,6 +730,48 @@ def test_the_log_has_the_requests_and_not_what_watchdogs_ask() -> None:
     assert "GET /v1/models HTTP" in log
     assert "/health" not in log
     assert "/metrics" not in log
+
+
+def test_the_log_has_no_line_that_a_client_wrote() -> None:
+    with serving("--engine", "tesseract") as (process, url):
+        forged = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Proto": "https"}
+        assert get(f"{url}/v1/models?{'x' * 5000}", headers=forged).status_code == 200
+        get(f"{url}/%0aINFO:%1b[31m%e2%80%ae")
+        process.send_signal(signal.SIGTERM)
+        log, _ = process.communicate(timeout=20)
+    assert "6.6.6.6" not in log
+    assert "x" * 100 in log
+    assert max(map(len, log.splitlines())) < 400
+    assert all(line.isprintable() for line in log.splitlines())
+
+
+def test_errors_are_logged_with_control_characters_escaped() -> None:
+    config = serve_http.log_config()["formatters"]["default"]
+    formatter = config["()"](config["fmt"], use_colors=config["use_colors"])
+    try:
+        raise ValueError("one\x1b[2J\nINFO: forged")
+    except ValueError:
+        record = logging.makeLogRecord({"msg": "two\r\nINFO: %s", "args": ("\x9b",), "exc_info": sys.exc_info()})
+    lines = formatter.format(record).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert not any(line.startswith("INFO: forged") for line in lines)
+    assert "two\\r\\nINFO: \\x9b" in lines[0]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_in_seconds_whatever_runs(ending: signal.Signals, fake_tesseract: Callable[[str], Path]) -> None:
+    fake_tesseract("exec sleep 600")
+    with (
+        serving("--engine", "tesseract", "--shutdown-timeout", "0.5") as (process, url),
+        ThreadPoolExecutor(2) as threads,
+    ):
+        first = threads.submit(post, url, ask(picture(), TEXT))
+        threads.submit(post, url, ask(picture(SLOW), TEXT))
+        until(lambda: metric(url, "dots_ocr_pages_in_flight") == 1)
+        process.send_signal(ending)
+        output, _ = process.communicate(timeout=20)
+        assert (first.result().status_code, "the service ends" in first.result().text) == (503, True)
+    assert "Traceback" not in output
 
 
 def test_sigterm_finishes_the_page_in_flight(fake_tesseract: Callable[[str], Path]) -> None:

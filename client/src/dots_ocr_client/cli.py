@@ -625,6 +625,13 @@ def serve(
     ] = False,
     timeout: Timeout = 120.0,
     max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Pages that wait, at most.")] = 64,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="Without a key: a name that clients call it by; repeatable."),
+    ] = None,
+    shutdown_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="For pages in flight when it is told to end.")
+    ] = 10.0,
 ) -> int:
     """Serve the OpenAI API as vLLM does, with Tesseract or any chain of engines behind it, until SIGTERM or Ctrl-C."""
     try:
@@ -652,6 +659,7 @@ def serve(
         api_key=api_key,
         timeout=timeout,
         max_queue=max_queue,
+        hosts=allow_host or (),
     )
     with service.listen(host, port, public=no_api_key or api_key is not None) as listener:
         if "vllm" in names and base_url and service.is_own(base_url, listener):
@@ -661,7 +669,7 @@ def serve(
         address = "[{}]:{}" if ":" in listener.getsockname()[0] else "{}:{}"
         where = address.format(*listener.getsockname()[:2])
         _warn(f"http://{where}/v1 reads with {', '.join(names)}, {'with' if api_key else 'without'} an API key")
-        service.run(application, listener, timeout)
+        service.run(application, listener, shutdown_timeout)
     return EXIT_OK
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -28,8 +28,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import __version__
+from . import __version__, serve_http
 from .credentials import bare
+from .documents import PageImage
 from .engines.base import Engine
 from .engines.server import SERVICE
 from .errors import (
@@ -44,8 +45,10 @@ from .errors import (
     ServerUnavailable,
 )
 from .fallback import Chain
+from .pipeline import Turn
+from .rasterizer import Rasterizer, memory
 from .results import Attempt, Page
-from .serve_api import Question, Refused, answer, decode, task_of, understand
+from .serve_api import Refused, answer, task_of, understand
 
 SERVED_NAMES: Final = ("dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model")
 """The model's names, as the servers of this project serve them: whoever asks for dots.ocr is to find this service."""
@@ -61,6 +64,12 @@ MAX_BODY_BYTES: Final = 64 * 2**20
 """Of a request. The largest page that the model takes, uncompressed and in base64, has 43 MiB."""
 BODY_SECONDS: Final = 60.0
 """For a whole request to arrive, so that slow senders do not fill the queue (our own choice)."""
+BODY_SHARE: Final = 0.125
+"""Of all memory that requests may take together while they arrive and wait (our own choice)."""
+FULL_SECONDS: Final = 5.0
+"""``/health`` is ill when no worker has finished a picture for so long and all are busy (our own choice)."""
+DEFAULT_SHUTDOWN: Final = 10.0
+"""For pages that are being read when the service is told to end, in seconds."""
 PROBE_SECONDS: Final = 5.0
 """For all engines to say whether they could work."""
 PROBE_AGE: Final = 1.0
@@ -125,6 +134,7 @@ class Service:
         api_key: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         max_queue: int = DEFAULT_QUEUE,
+        hosts: Iterable[str] = (),
     ) -> None:
         """Take the engines, which are closed with the service.
 
@@ -134,6 +144,7 @@ class Service:
             api_key: What clients have to send as a bearer token; ``None`` for no key.
             timeout: For one page and all engines together, in seconds of their work.
             max_queue: Pages that wait at most, 1 or more; further ones are refused with 503.
+            hosts: Names of the service with a dot in them, which count only without a key; see `serve_http`.
 
         Raises:
             ValueError: There are no engines or names, or a number is not positive.
@@ -147,7 +158,12 @@ class Service:
         self._max_queue = max_queue
         self._started = int(time.time())
         self._admitted = 0
-        self._decoding = asyncio.Semaphore(len(os.sched_getaffinity(0)))  # a decoded page takes up to 1/4 GiB
+        self._hosts = serve_http.own_names() | {host.lower() for host in hosts}
+        self._rasterizer = Rasterizer()
+        self._understanding = asyncio.Semaphore(self._rasterizer.workers)  # takes several times a request's length
+        # Pages that are drawn and wait for an engine take up to 34 MB each.
+        self._turns = asyncio.Semaphore(2 * self._rasterizer.workers)
+        self._body_bytes, self._most_body_bytes = 0, max(MAX_BODY_BYTES, int(BODY_SHARE * memory()))
         self._metrics = _Metrics(self._waiting, self._in_flight)
         self._probing = asyncio.Lock()
         self._health: tuple[float, dict[str, str]] = float("-inf"), {}
@@ -172,13 +188,16 @@ class Service:
         try:
             yield
         finally:
+            await asyncio.to_thread(self._rasterizer.close)
             for engine in self._engines:
                 await engine.aclose()
 
     def _guarded(self, handle: _Handler) -> _Handler:
-        """Ask for the key."""
+        """Ask for the key; without one, refuse pages of the web that make a browser ask."""
 
         async def guarded(request: Request) -> Response:
+            if self._api_key is None:
+                serve_http.check_sender(request, self._hosts)
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             if self._api_key is not None and not (
                 scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), self._api_key.encode())
@@ -213,8 +232,11 @@ class Service:
                 probes = await asyncio.gather(*map(_probe, self._engines))
                 found = {engine.name: probe for engine, probe in zip(self._engines, probes, strict=True)}
                 self._health = time.monotonic(), found
-        works = "ok" in found.values()
-        return JSONResponse({"status": "ok" if works else "unavailable", "engines": found}, 200 if works else 503)
+        drawing = self._rasterizer
+        full = drawing.full_for >= FULL_SECONDS
+        status = "unavailable" if "ok" not in found.values() else "busy" if full else "ok"
+        workers = {"all": drawing.workers, "free": drawing.workers - drawing.busy}
+        return JSONResponse({"status": status, "engines": found, "workers": workers}, 200 if status == "ok" else 503)
 
     async def _answer_metrics(self, _: Request) -> Response:
         text = prometheus_client.generate_latest(self._metrics.registry)
@@ -235,18 +257,32 @@ class Service:
         return JSONResponse({"object": "list", "data": [{"id": name, **card} for name in self._names]})
 
     async def _answer_completion(self, request: Request) -> Response:
-        with self._place():
-            body = await _body(request)
-            question = await asyncio.to_thread(understand, body, self._names)
-            del body
-            return await _while_connected(request, self._read(question))
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            message = "the request is not of the type application/json. Fix: send Content-Type: application/json"
+            raise Refused(415, "UnsupportedMediaTypeError", message)
+        self._check_place()
+        with contextlib.ExitStack() as held:
+            body = await self._body(request, held)
+            with self._place():
+                try:
+                    return await _while_connected(request, self._read(body))
+                except asyncio.CancelledError:  # nobody but uvicorn cancels
+                    message = "the service ends: come back later"
+                    raise self._later(Refused(503, "ServiceUnavailableError", message)) from None
 
-    async def _read(self, question: Question) -> Response:
+    async def _read(self, body: bytearray) -> Response:
         try:
-            async with self._decoding:
-                image = await asyncio.to_thread(decode, question.picture)
-            task, doubts = task_of(question, image)
-            page = await self._chain.read(image, task)
+            async with self._understanding:
+                question = await asyncio.to_thread(understand, body, self._names)
+            body.clear()
+            await self._turns.acquire()
+            turn = Turn(self._turns)
+            try:
+                image = await self._draw(question.picture)
+                task, doubts = task_of(question, image)
+                page = await self._chain.read(image, task, turn.end)
+            finally:
+                turn.end()
         except InputError as error:
             raise Refused(400, "BadRequestError", str(error), "messages") from error
         except ConfigurationError as error:
@@ -258,6 +294,40 @@ class Service:
         self._metrics.note(page)
         return answer(question, task, image, page, doubts)
 
+    async def _draw(self, picture: bytes) -> PageImage:
+        with await self._rasterizer.open(picture) as document:
+            if len(document.numbers) != 1:
+                raise InputError(f"the image has {len(document.numbers)} pages: send them one by one")
+            return await self._rasterizer.draw(document.reference(1))
+
+    async def _body(self, request: Request, held: contextlib.ExitStack) -> bytearray:
+        """Receive a request, as far as it may be long and take time; its place in memory is held."""
+        body = bytearray()
+        held.callback(lambda: self._take_bytes(-taken))
+        taken = 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    if len(body) + len(part) > MAX_BODY_BYTES:
+                        message = f"the request is longer than {MAX_BODY_BYTES} bytes: send a smaller image"
+                        raise Refused(413, "RequestEntityTooLargeError", message)
+                    self._take_bytes(len(part))
+                    taken += len(part)
+                    body += part
+        except TimeoutError:
+            message = f"the request did not arrive within {BODY_SECONDS:g} s"
+            raise Refused(408, "RequestTimeoutError", message) from None
+        except ClientDisconnect:
+            raise _gone() from None
+        return body
+
+    def _take_bytes(self, count: int) -> None:
+        if count > 0 and self._body_bytes + count > self._most_body_bytes:
+            raise self._later(
+                Refused(503, "ServiceUnavailableError", "the pages that wait fill the memory: come back later")
+            )
+        self._body_bytes += count
+
     def _note(self, attempts: Sequence[Attempt]) -> None:
         for attempt in attempts:
             self._metrics.engine_pages.labels(attempt.engine, attempt.outcome).inc()
@@ -268,12 +338,15 @@ class Service:
             return self._later(Refused(503, "ServiceUnavailableError", str(error), **more))
         return Refused(422, "UnprocessableEntityError", str(error), "messages", **more)
 
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        """Hold one of the places in the queue and at the engines."""
+    def _check_place(self) -> None:
         if self._waiting() >= self._max_queue:
             message = f"{self._max_queue} pages are waiting already: come back later"
             raise self._later(Refused(503, "ServiceUnavailableError", message))
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """Hold one of the places in the queue and at the engines."""
+        self._check_place()
         self._admitted += 1
         try:
             yield
@@ -352,40 +425,37 @@ def is_own(base_url: str, listener: socket.socket) -> bool:
     return own in found or (anywhere and any(ipaddress.ip_address(address).is_loopback for address in found))
 
 
-def make_server(service: Service, timeout: float) -> uvicorn.Server:
+def make_server(service: Service, shutdown: float = DEFAULT_SHUTDOWN) -> uvicorn.Server:
     """Return the HTTP server; asked to exit, it finishes the pages that are being read.
 
     Args:
         service: What answers.
-        timeout: For these pages, in seconds.
+        shutdown: For these pages, in seconds; what is not finished then is given up.
     """
     config = uvicorn.Config(
         service.app(),
-        http="h11",
+        http=serve_http.Connection,
         ws="none",
         lifespan="on",
         server_header=False,
-        timeout_graceful_shutdown=math.ceil(timeout),
+        proxy_headers=False,
+        log_config=serve_http.log_config(),
+        timeout_graceful_shutdown=math.ceil(shutdown),
     )
-    logging.getLogger("uvicorn.access").addFilter(_is_news)
+    logging.getLogger("uvicorn.access").addFilter(serve_http.is_news)
     return uvicorn.Server(config)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Leave out what watchdogs and Prometheus ask for every few seconds."""
-    return not any(f" {path} " in record.getMessage() for path in ("/health", "/metrics"))
-
-
-def run(service: Service, listener: socket.socket, timeout: float) -> None:
+def run(service: Service, listener: socket.socket, shutdown: float = DEFAULT_SHUTDOWN) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
     Args:
         service: What answers.
         listener: Of `listen`.
-        timeout: As of `make_server`.
+        shutdown: As of `make_server`.
     """
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has finished
-        make_server(service, timeout).run([listener])
+        make_server(service, shutdown).run([listener])
 
 
 async def _probe(engine: Engine) -> str:
@@ -397,26 +467,6 @@ async def _probe(engine: Engine) -> str:
     except (EngineError, ConfigurationError) as error:
         return f"{type(error).__name__}: {error}"
     return "ok"
-
-
-async def _body(request: Request) -> bytes:
-    """Receive a request, as far as it may be long and take time."""
-    parts: list[bytes] = []
-    length = 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                length += len(part)
-                if length > MAX_BODY_BYTES:
-                    message = f"the request is longer than {MAX_BODY_BYTES} bytes: send a smaller image"
-                    raise Refused(413, "RequestEntityTooLargeError", message)
-                parts.append(part)
-    except TimeoutError:
-        message = f"the request did not arrive within {BODY_SECONDS:g} s"
-        raise Refused(408, "RequestTimeoutError", message) from None
-    except ClientDisconnect:
-        raise _gone() from None
-    return b"".join(parts)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from . import images, layout
-from .documents import PageImage, draw, open_document
+from .documents import PageImage
 from .engines.base import Task
 from .errors import InputError
 from .prompts import MODES, PLACEHOLDER, Mode
@@ -23,6 +23,9 @@ from .results import Box, Page
 
 ENGINE_HEADER: Final = "X-Dots-OCR-Engine"
 """Of every answer: the engine that read the page."""
+
+MAX_PARTS: Final = 100_000
+"""Commas and brackets of a request (our own choice: there are some 20, and those of the prompt)."""
 
 _IMAGE_URL: Final = re.compile(r"data:image/[\w.+-]+(?:;[\w.=-]+)*;base64,", re.IGNORECASE)
 _NUMBER: Final = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
@@ -79,7 +82,7 @@ def _bad(message: str) -> Refused:
     return Refused(400, "BadRequestError", message, "messages")
 
 
-def understand(body: bytes, names: Sequence[str]) -> Question:
+def understand(body: bytes | bytearray, names: Sequence[str]) -> Question:
     """Take what matters out of a request, and pass over how a model should sample.
 
     Args:
@@ -89,6 +92,9 @@ def understand(body: bytes, names: Sequence[str]) -> Question:
     Raises:
         Refused: 404 for another model, 400 for anything else that is not right.
     """
+    if (parts := sum(map(body.count, (b"[", b"{", b",")))) > MAX_PARTS:  # each would take much more memory than a byte
+        message = f"the request has {parts} parts, and may have {MAX_PARTS}: send one image and its prompt"
+        raise Refused(400, "BadRequestError", message)
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -148,18 +154,6 @@ def _picture(url: str) -> bytes:
     if b"%PDF-" in picture[:1024]:
         raise _bad("this is a PDF: send its pages as images")
     return picture
-
-
-def decode(picture: bytes) -> PageImage:
-    """Make a page of an encoded image; this blocks.
-
-    Raises:
-        InputError: It is none, has several pages, or is too large.
-    """
-    with open_document(picture) as document:
-        if len(document.numbers) != 1:
-            raise InputError(f"the image has {len(document.numbers)} pages: send them one by one")
-        return draw(document.reference(1))
 
 
 def task_of(question: Question, image: PageImage) -> tuple[Task, tuple[str, ...]]:

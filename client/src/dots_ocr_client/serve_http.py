@@ -1,0 +1,176 @@
+"""The connections of the service, and its log: what strangers may hold open, and what they may have written down."""
+
+from __future__ import annotations
+
+import copy
+import ipaddress
+import logging
+import socket
+from asyncio import BaseTransport, TimerHandle
+from collections.abc import Collection
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import h11
+from starlette.requests import Request
+from uvicorn.config import LOGGING_CONFIG
+from uvicorn.logging import AccessFormatter, DefaultFormatter
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .progress import printable
+from .serve_api import Refused
+
+MAX_CONNECTIONS: Final = 256
+"""Our own choice: far more than pages may wait by default, and far fewer than files that a process may have open."""
+HEAD_SECONDS: Final = 10.0
+"""For the head of a request to arrive, from the connection or the answer before on (our own choice)."""
+STALL_SECONDS: Final = 30.0
+"""For which a client may take nothing of its answer (our own choice)."""
+LOGGED_CHARACTERS: Final = 200
+"""Of an address in the log."""
+
+_QUIET: Final = ("/health", "/metrics")
+
+
+class Connection(H11Protocol):
+    """A connection that does not wait for ever, and makes room for others while it waits."""
+
+    _timer: TimerHandle | None = None
+    _stall: TimerHandle | None = None
+    _since: float | None = None
+    """When it began to wait for a request, or for the rest of one; ``None`` while one is answered."""
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        """Close the connection that has waited the longest, if this is one too many; if none waits, this one."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        if len(self.connections) > MAX_CONNECTIONS:
+            others = [one for one in self.connections if isinstance(one, Connection) and one._since is not None]
+            longest = min(others, key=lambda one: one._since or 0.0, default=self)
+            longest.transport.abort()
+            self.connections.discard(longest)  # now, because more may come before it is closed
+        self._look()
+
+    def data_received(self, data: bytes) -> None:
+        """See whether a head is complete."""
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing any more."""
+        super().connection_lost(exc)
+        for timer in (self._timer, self._stall):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._stall = None
+
+    def pause_writing(self) -> None:
+        """Wait for the client to take its answer."""
+        super().pause_writing()
+        self._stall = self._stall or self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _look(self) -> None:
+        if self.transport.is_closing():
+            return
+        state = self.conn.their_state
+        if state is not h11.IDLE:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+        if state not in (h11.IDLE, h11.SEND_BODY):
+            self._since = None
+        elif self._since is None:
+            self._since = self.loop.time()
+
+
+def check_sender(request: Request, hosts: Collection[str]) -> None:
+    """Refuse what a page of the web has a browser send to a service that asks for no key.
+
+    Under its own name such a page can reach any address (DNS rebinding), but not as an address, nor as a name without a
+    dot, which nobody can register.
+
+    Args:
+        request: Of a client.
+        hosts: Other names that the service is called by, in small letters.
+
+    Raises:
+        Refused: 403.
+    """
+    given = request.headers.get("host", "")
+    try:
+        name = (urlsplit(f"//{given}").hostname or "").rstrip(".")
+    except ValueError:  # half a bracket
+        name = ""
+    if not (name and (_is_address(name) or "." not in name or name.endswith(".localhost") or name in hosts)):
+        raise Refused(
+            403,
+            "PermissionDeniedError",
+            f"this service does not go by the name {given[:60]!r}. Fix: call it by its address, start it with "
+            "--allow-host NAME, or with an API key",
+        )
+    origins = request.headers.getlist("origin")
+    if any(origin not in (f"http://{given}", f"https://{given}") for origin in origins):
+        raise Refused(
+            403,
+            "PermissionDeniedError",
+            f"pages of {origins[0][:60]!r} may not use this service. Fix: send no Origin, or start it with an API key",
+        )
+
+
+def own_names() -> set[str]:
+    """Return the names of this machine that it knows without asking anybody."""
+    return {socket.gethostname().lower()}
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def log_config() -> dict[str, Any]:
+    """Return uvicorn's own, for `logging.config`, in lines that no client can forge or make endless."""
+    config = copy.deepcopy(LOGGING_CONFIG)
+    for name, kind in (("default", _Formatter), ("access", _AccessFormatter)):
+        config["formatters"][name] |= {"()": kind, "use_colors": False}
+    return config
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Leave out what watchdogs and Prometheus ask for every few seconds."""
+    return not any(f" {path} " in record.getMessage() for path in _QUIET)
+
+
+class _Formatter(DefaultFormatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).splitlines())
+
+
+class _AccessFormatter(AccessFormatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        short = copy.copy(record)
+        assert isinstance(record.args, tuple)
+        short.args = tuple(_cut(value) if isinstance(value, str) else value for value in record.args)
+        return printable(super().formatMessage(short))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}..."
