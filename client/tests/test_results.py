@@ -90,6 +90,7 @@ ODD: list[Any] = [
 @example(("pages", 0, "cells", 0, "box"), ["1", "2", "3", "4"])
 @example(("pages", 0, "seconds"), float("nan"))
 @example(("pages", 0, "seconds"), True)
+@example(("pages", 0, "seconds"), 10**400)
 @example(("pages", 0, "mode"), "none")
 @example(("pages", 0, "warnings", 0), 5)
 @example(("pages", 0, "attempts", 0, "outcome"), MARKUP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, NamedTuple, Self, get_args
@@ -268,9 +267,7 @@ _TEXT: Final = _Kind("a text", lambda value: isinstance(value, str))
 _LIST: Final = _Kind("a list", lambda value: isinstance(value, list | tuple))
 _FROM_ONE: Final = _Kind("a whole number from 1 on", lambda value: _is_number(value, 1))
 _COUNT: Final = _Kind("a whole number from 0 on, or null", lambda value: value is None or _is_number(value, 0))
-_SECONDS: Final = _Kind(
-    "a number from 0 on", lambda value: type(value) in (int, float) and math.isfinite(value) and value >= 0
-)
+_SECONDS: Final = _Kind("a number from 0 on", lambda value: type(value) in (int, float) and 0 <= value < LARGEST)
 
 _CELL: Final = {
     "category": _TEXT,
