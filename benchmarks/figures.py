@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class BenchmarkError(Exception):
-    """There is nothing to measure; the message names the cause and the cure."""
+    """There is nothing to measure; the message names the cause and the fix."""
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

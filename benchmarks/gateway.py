@@ -236,7 +236,7 @@ def haproxy(folder: Path, fleet: Sequence[tuple[int, int]], tls: bool = False) -
         BenchmarkError: HAProxy is missing, does not start, or has taken a server out meanwhile.
     """
     if not shutil.which(HAPROXY):
-        raise BenchmarkError("HAProxy is missing. Cure: apt-get install haproxy")
+        raise BenchmarkError("HAProxy is missing. Fix: apt-get install haproxy")
     hosts = {
         f"server{number}": [known(f"server{number}", port, capacity=capacity, limit=0)]
         for number, (port, capacity) in enumerate(fleet, 1)
@@ -271,14 +271,14 @@ def haproxy(folder: Path, fleet: Sequence[tuple[int, int]], tls: bool = False) -
             )
         except AssertionError as error:
             output = (folder / "output").read_text().strip()
-            raise BenchmarkError(f"the gateway is not ready: {error} {output}. Cure: run tests/gateway") from None
+            raise BenchmarkError(f"the gateway is not ready: {error} {output}. Fix: run tests/gateway") from None
         yield gateway
         # One that comes back would get less than its share for as long as dots_ocr_gateway_slowstart says. At the start
         # of HAProxy, where every server is in use at once, that does not apply.
         lost = [name for name, row in statistics_of(gateway).items() if row["chkdown"] != "0"]
         if lost:
             raise BenchmarkError(
-                f"servers did not answer the gateway for a while: {', '.join(lost)}. Cure: end what keeps the CPU busy"
+                f"servers did not answer the gateway for a while: {', '.join(lost)}. Fix: end what keeps the CPU busy"
             )
     finally:
         gateway.process.terminate()  # the master ends its worker
@@ -310,10 +310,10 @@ class Sender:
         try:
             answer = await self.client.post(PAGE, content=body)
         except httpx2.HTTPError as error:
-            raise BenchmarkError(f"a page was not read: {error!r}. Cure: end what keeps the CPU busy") from error
+            raise BenchmarkError(f"a page was not read: {error!r}. Fix: end what keeps the CPU busy") from error
         if answer.status_code != 200:
             raise BenchmarkError(
-                f"a page was refused with {answer.status_code}: {answer.text[:200]}. Cure: run tests/gateway"
+                f"a page was refused with {answer.status_code}: {answer.text[:200]}. Fix: run tests/gateway"
             )
         return str(answer.headers.get("X-Dots-Ocr-Server", ""))
 

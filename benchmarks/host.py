@@ -70,23 +70,23 @@ def read(text: str, total: float) -> Run:
     begin = text.find("{\n")
     if begin < 0:
         raise BenchmarkError(
-            f"the run printed no result: {text.strip()[-500:] or 'nothing'}. Cure: run the playbook by hand"
+            f"the run printed no result: {text.strip()[-500:] or 'nothing'}. Fix: run the playbook by hand"
         )
     report: dict[str, Any] = json.loads(text[begin:])
     tasks = [task for play in report["plays"] for task in play["tasks"] if "end" in task["task"]["duration"]]
     if not tasks:
-        raise BenchmarkError("no task ran. Cure: check the inventory and --limit")
+        raise BenchmarkError("no task ran. Fix: check the inventory and --limit")
     broken = [host for host, summary in report["stats"].items() if summary["failures"] or summary["unreachable"]]
     if broken:
         results = [task["hosts"].get(host, {}) for task in tasks for host in broken]
         message = next(
             (found["msg"] for found in reversed(results) if found.get("failed") or found.get("unreachable")), ""
         )
-        raise BenchmarkError(f"the run failed on {', '.join(broken)}: {message}. Cure: deploy first, then measure")
+        raise BenchmarkError(f"the run failed on {', '.join(broken)}: {message}. Fix: deploy first, then measure")
     changed = [task["task"]["name"] for task in tasks if any(found.get("changed") for found in task["hosts"].values())]
     if changed:
         raise BenchmarkError(
-            f"not all is in place, these tasks change something: {'; '.join(changed)}. Cure: deploy first, then measure"
+            f"not all is in place, these tasks change something: {'; '.join(changed)}. Fix: deploy first, then measure"
         )
     seconds: Counter[str] = Counter()
     ran = [task for task in tasks if not all(found.get("skipped") for found in task["hosts"].values())]

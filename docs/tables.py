@@ -62,7 +62,7 @@ def memory_plans() -> str:
     plans = []
     for index, (card, platform, total, free) in enumerate(CARDS):
         plan = memory_plan({"memory_total_mib": total, "memory_free_mib": free}, platform)
-        text = plan["explanation"] if plan["fits"] else f"{plan['problem']}. Cure: {plan['cure']}"
+        text = plan["explanation"] if plan["fits"] else f"{plan['problem']}. Fix: {plan['fix']}"
         plans.append((row(card, total, free, plan), f"{card}:\n\n> {text}.", index == 0 or not plan["fits"]))
     return "\n".join(
         [
@@ -83,13 +83,13 @@ class Case:
     platform: str
     case: str
     outcome: str
-    cure: str
+    fix: str
     scenario: str
 
     def row(self) -> str:
         """Return its line of the table."""
         seen = "yes" if self.case in SEEN_ON_REAL_HARDWARE else "never"
-        cells = (self.platform, self.case, self.outcome, self.cure or "-", f"`{self.scenario}`", seen)
+        cells = (self.platform, self.case, self.outcome, self.fix or "-", f"`{self.scenario}`", seen)
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -114,7 +114,7 @@ def expected_cases(scenario: str, playbook: Any) -> Iterator[Case]:
             continue
         success = wanted.endswith("expect_success.yml")
         outcome = told["outcome"] if success else f"refused: {told['complaint']}"
-        found = Case(told["platform"], told["case"], outcome, "" if success else told["cure"], scenario)
+        found = Case(told["platform"], told["case"], outcome, "" if success else told["fix"], scenario)
         if "{{" in str(found):
             raise ValueError(f"{scenario}: a case of the matrix must be spelt out: {found}")
         yield found
@@ -125,16 +125,16 @@ def preflight_cases(inventory: Any) -> Iterator[Case]:
     for host in inventory["ocr_servers"]["children"]["preflight"]["hosts"].values():
         problems = host["expected_problems"]
         outcome = "; ".join(f"refused: {entry['problem']}" for entry in problems) or "can serve"
-        cure = "; ".join(entry["cure"] for entry in problems)
-        yield Case(host["platform"], host["case"], outcome, cure, "preflight")
+        fix = "; ".join(entry["fix"] for entry in problems)
+        yield Case(host["platform"], host["case"], outcome, fix, "preflight")
 
 
 def host_matrix() -> str:
-    """Return the table of every case of host preparation: platform, case, outcome, cure."""
+    """Return the table of every case of host preparation: platform, case, outcome, fix."""
     cases = set(preflight_cases(yaml.safe_load((MOLECULE / "inventory/hosts.yml").read_text())))
     for file in sorted(MOLECULE.glob("*/*.yml")):
         cases |= set(expected_cases(file.parent.name, yaml.safe_load(file.read_text())))
-    head = ["platform", "case", "expected outcome", "cure", "scenario", "on real hardware"]
+    head = ["platform", "case", "expected outcome", "fix", "scenario", "on real hardware"]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(case.row() for case in sorted(cases))])
 
 
@@ -145,7 +145,7 @@ def left_on_purpose() -> str:
 
 
 def diagnoses() -> str:
-    """Return the table of what is known of starts that fail: what the journal says, cause, meaning, remedy, cure."""
+    """Return the table of what is known of starts that fail: what the journal says, cause, meaning, remedy, fix."""
     rows = []
     for known in json.loads((DOCS.parent / "roles/dots_ocr_server/files/diagnoses.json").read_text()):
         remedy = "; ".join(remedies(known.get("remedy", {}))) or "none"

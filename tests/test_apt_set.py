@@ -228,16 +228,16 @@ NOISE = (
 )
 
 
-@pytest.mark.parametrize(("words", "cures"), MESSAGES)
+@pytest.mark.parametrize(("words", "fixes"), MESSAGES)
 @pytest.mark.parametrize("noise", ["", NOISE], ids=["alone", "in-a-log"])
-def test_failure_is_told_in_the_words_of_apt_with_the_cure_of_its_cause(
-    words: str, cures: list[str], noise: str
+def test_failure_is_told_in_the_words_of_apt_with_the_fix_of_its_cause(
+    words: str, fixes: list[str], noise: str
 ) -> None:
     message = apt_set.explain(f"{noise}{words}\n", "installing docker-ce")
-    said, cure = message.split("Cure: ")
+    said, fix = message.split("Fix: ")
     assert words.splitlines()[0].strip() in said
-    assert [text for text in cures if text not in cure] == []
-    assert ("the network" in cure) == (cures == ["check the network"])
+    assert [text for text in fixes if text not in fix] == []
+    assert ("the network" in fix) == (fixes == ["check the network"])
 
 
 def test_every_cause_has_a_real_message() -> None:
@@ -273,9 +273,9 @@ def test_conflict_of_keys_names_both_files_as_apt_itself_tells_of_it(sources: Pa
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
     assert done.returncode == 100
-    cure = apt_set.explain(done.stderr, "installing docker-ce").split("Cure: ")[1]
-    assert f"{sources}/docker.list and {sources}/vendor.sources;" in cure
-    assert "/k.asc and /k.gpg" in cure
+    fix = apt_set.explain(done.stderr, "installing docker-ce").split("Fix: ")[1]
+    assert f"{sources}/docker.list and {sources}/vendor.sources;" in fix
+    assert "/k.asc and /k.gpg" in fix
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_wait_that_is_over_is_no_reason_to_wait(locked: Callable[..., tuple[Any,
 def test_sources_that_apt_cannot_read_are_told_at_once(locked: Callable[..., tuple[Any, Locked]]) -> None:
     words = "E: Malformed entry 1 in list file /etc/a.list (URI parse)\nE: The list of sources could not be read.\n"
     packages, host = locked(1000, words)
-    with pytest.raises(apt_set.SetError, match=r"Cure: correct or remove /etc/a\.list,"):
+    with pytest.raises(apt_set.SetError, match=r"Fix: correct or remove /etc/a\.list,"):
         packages.refresh()
     assert host.now == 0
 

@@ -63,7 +63,7 @@ def test_any_key_is_accepted_if_none_is_named(home: Path) -> None:
 
 
 def test_other_key_is_refused_with_both_fingerprints(home: Path) -> None:
-    with pytest.raises(apt_source.SourceError, match=f"{listing(home)[0]}, accepted is AB12. Cure:"):
+    with pytest.raises(apt_source.SourceError, match=f"{listing(home)[0]}, accepted is AB12. Fix:"):
         apt_source.check_key(gpg(home, "--export"), ["AB12"], "https://vendor.example/key")
 
 
@@ -152,7 +152,7 @@ def test_older_entry_is_replaced(sources: Path, name: str, content: str) -> None
 )
 def test_entry_in_a_file_of_others_is_refused_by_name(sources: Path, name: str, content: str) -> None:
     (sources / name).write_text(content)
-    with pytest.raises(apt_source.SourceError, match=f"already an apt source: .*/{name}. Cure: .* in .*/own.sources"):
+    with pytest.raises(apt_source.SourceError, match=f"already an apt source: .*/{name}. Fix: .* in .*/own.sources"):
         older(sources)
 
 
@@ -190,7 +190,7 @@ def test_lock_on_the_lists_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("words", "cure"),
+    ("words", "fix"),
     [
         (LISTS_LOCK, "let the program that holds the lock end, then run again; apt_lock_timeout"),
         ("E: Write error - write (28: No space left on device)\nE: IO Error saving source cache\n", "free some space"),
@@ -204,10 +204,10 @@ def test_lock_on_the_lists_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_lists_that_do_not_come_are_told_with_their_cause(
-    words: str, cure: str, monkeypatch: pytest.MonkeyPatch
+    words: str, fix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(apt_source.SourceError) as caught:
         refresh(1000, words, monkeypatch)
     assert words.splitlines()[0] in str(caught.value)
-    assert cure in str(caught.value).split("Cure: ")[1]
-    assert ("network" in str(caught.value)) == (cure == "check the network")
+    assert fix in str(caught.value).split("Fix: ")[1]
+    assert ("network" in str(caught.value)) == (fix == "check the network")

@@ -153,7 +153,7 @@ def test_page_that_is_not_read_is_an_error(tmp_path: Path) -> None:
         async with sender.client:
             await sender.flood(b"x", 3, 2)
 
-    with pytest.raises(BenchmarkError, match=r"a page was not read: .*Cure"):
+    with pytest.raises(BenchmarkError, match=r"a page was not read: .*Fix"):
         asyncio.run(send(Sender(free_ports(1)[0])))
     with benchmark.servers([1], 0) as (port,), haproxy(tmp_path, [(port, 1)]) as gateway:
         sender = Sender(gateway.port, gateway)
@@ -173,5 +173,5 @@ def test_server_that_was_out_meanwhile_is_an_error(tmp_path: Path) -> None:
 
 def test_missing_haproxy_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(benchmark, "HAPROXY", "/nowhere/haproxy")
-    with pytest.raises(BenchmarkError, match=r"HAProxy is missing\. Cure: "), haproxy(tmp_path, []):
+    with pytest.raises(BenchmarkError, match=r"HAProxy is missing\. Fix: "), haproxy(tmp_path, []):
         pass

@@ -40,7 +40,7 @@ def test_tasks_are_counted_and_timed() -> None:
 
 def test_run_that_changes_something_is_refused() -> None:
     text = report(("docker_engine : Configure", 0, 1, {"changed": True}), ("other", 1, 2, {"changed": False}))
-    with pytest.raises(BenchmarkError, match=r"these tasks change something: docker_engine : Configure\. Cure: deploy"):
+    with pytest.raises(BenchmarkError, match=r"these tasks change something: docker_engine : Configure\. Fix: deploy"):
         read(text, 2)
 
 

@@ -60,7 +60,7 @@ def test_option_of_the_user_takes_the_place_of_a_default() -> None:
 
 def test_what_is_required_outweighs_the_file_but_is_not_contradicted() -> None:
     assert merge({"live-restore": True})["live-restore"] is False
-    with pytest.raises(daemon.ConfigError, match=r"sets live-restore, which has to be false here. Cure: leave it out"):
+    with pytest.raises(daemon.ConfigError, match=r"sets live-restore, which has to be false here. Fix: leave it out"):
         merge({}, **{"live-restore": True})
 
 
@@ -213,7 +213,7 @@ def test_documented_example_works(host: Host, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_broken_file_is_reported(text: bytes, complaint: str) -> None:
-    with pytest.raises(daemon.ConfigError, match=f"{complaint}.*nothing was changed. Cure: mend it or move it away"):
+    with pytest.raises(daemon.ConfigError, match=f"{complaint}.*nothing was changed. Fix: mend it or move it away"):
         daemon.parse(text)
 
 
@@ -240,7 +240,7 @@ def test_drop_in_replaces_the_command_line() -> None:
 
 def test_option_that_is_a_flag_too_is_refused() -> None:
     with pytest.raises(
-        daemon.ConfigError, match=r"hosts is set in .* and as a flag of docker.service.*Cure: remove one"
+        daemon.ConfigError, match=r"hosts is set in .* and as a flag of docker.service.*Fix: remove one"
     ):
         daemon.check({"hosts": ["fd://"]}, daemon.flags_of(UNIT), wsl=False)
 

@@ -23,7 +23,7 @@ PLAYBOOK = """
   tasks:
     - block:
         - ansible.builtin.include_tasks: ../expect_failure.yml
-          vars: {role: x, case: mirror down, platform: Debian 13, complaint: cannot fetch, cure: check the network}
+          vars: {role: x, case: mirror down, platform: Debian 13, complaint: cannot fetch, fix: check the network}
       rescue:
         - ansible.builtin.include_tasks: ../expect_success.yml
           vars: {role: x, case: pinned, platform: Debian 13, outcome: runs on}
@@ -51,19 +51,19 @@ def test_case_that_is_computed_is_an_error() -> None:
         list(tables.expected_cases("x", playbook))
 
 
-def test_case_without_a_cure_is_an_error() -> None:
-    playbook = yaml.safe_load(PLAYBOOK.replace(", cure: check the network", ""))
-    with pytest.raises(KeyError, match="cure"):
+def test_case_without_a_fix_is_an_error() -> None:
+    playbook = yaml.safe_load(PLAYBOOK.replace(", fix: check the network", ""))
+    with pytest.raises(KeyError, match="fix"):
         list(tables.expected_cases("x", playbook))
 
 
 def test_hosts_of_the_preflight_are_cases() -> None:
-    host = {"platform": "WSL2", "case": "12 GB", "expected_problems": [{"problem": "old driver", "cure": "newer"}]}
+    host = {"platform": "WSL2", "case": "12 GB", "expected_problems": [{"problem": "old driver", "fix": "newer"}]}
     good = {"platform": "WSL2", "case": "16 GB", "expected_problems": []}
     groups = {"preflight": {"hosts": {"a": host, "b": good}}}
     found = list(tables.preflight_cases({"ocr_servers": {"children": groups}}))
     assert [case.outcome for case in found] == ["refused: old driver", "can serve"]
-    assert [case.cure for case in found] == ["newer", ""]
+    assert [case.fix for case in found] == ["newer", ""]
 
 
 def test_remedies_are_told_in_words() -> None:

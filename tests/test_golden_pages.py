@@ -111,7 +111,7 @@ def test_page_that_is_read_differently_is_shown_and_the_others_are_read_too(page
     assert first["read"] == "Total due $241.85"
     assert second == {"page": "b.png", "likeness": 1.0}
     assert "a.png is read differently" in verdict["problem"]
-    assert "accept --all" in verdict["cure"]
+    assert "accept --all" in verdict["fix"]
 
 
 @pytest.mark.parametrize(("options", "status"), [([], PASSED), (["--likeness=1.0"], FAILED)])
@@ -125,7 +125,7 @@ def test_image_without_a_text_is_not_accepted_yet(pages: Pages) -> None:
     status, verdict = pages.run("dots-ocr", "compare")
     assert status == FAILED
     assert "a.png is not accepted yet" in verdict["problem"]
-    assert "golden_pages dots-ocr accept" in verdict["cure"]
+    assert "golden_pages dots-ocr accept" in verdict["fix"]
     assert not pages.text("a.png").exists()
 
 
@@ -205,12 +205,12 @@ def test_another_model_is_refused(pages: Pages) -> None:
     assert "serves facebook/opt-125m instead of dots.ocr" in verdict["problem"]
 
 
-def test_server_without_settings_is_a_failure_with_a_cure(pages: Pages) -> None:
+def test_server_without_settings_is_a_failure_with_a_fix(pages: Pages) -> None:
     pages.add("a.png", "Invoice 1")
     status, verdict = pages.run("dots-ocr@7", "compare")
     assert status == FAILED
     assert "dots-ocr@7.json" in verdict["problem"]
-    assert "ansible-playbook site.yml" in verdict["cure"]
+    assert "ansible-playbook site.yml" in verdict["fix"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["dots-ocr"], ["dots-ocr", "reject"], ["dots-ocr", "compare", "--all"]])

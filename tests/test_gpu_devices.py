@@ -94,7 +94,7 @@ def test_node_to_open_is_one_that_a_container_gets(text: str, node: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("message", "cure"),
+    ("message", "fix"),
     [
         ('could not select device driver "cdi" with capabilities: []', "run the role docker_engine"),
         ("CDI device injection failed: unresolvable CDI devices nvidia.com/gpu=all", "/var/run/cdi"),
@@ -103,10 +103,10 @@ def test_node_to_open_is_one_that_a_container_gets(text: str, node: str) -> None
         ("anything else", "journalctl -u docker.service"),
     ],
 )
-def test_message_of_the_engine_gets_a_cure(message: str, cure: str) -> None:
+def test_message_of_the_engine_gets_a_fix(message: str, fix: str) -> None:
     text = module.explain(message, "nvidia.com/gpu=all")
     assert message in text
-    assert cure in text.split("Cure:")[1]
+    assert fix in text.split("Fix:")[1]
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_error_of_the_tool_is_told_from_its_warnings(said: str, why: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("state", "cause", "cure"),
+    ("state", "cause", "fix"),
     [
         ("Result=success\nConditionResult=yes", "", ""),
         ("Result=exit-code\nConditionResult=yes", "", ""),
@@ -211,11 +211,11 @@ def test_error_of_the_tool_is_told_from_its_warnings(said: str, why: str) -> Non
         ("Result=exec-condition\nConditionResult=no", "modules.dep names no nvidia module", "reboot"),
     ],
 )
-def test_skipped_unit_says_which_condition_did_not_hold(state: str, cause: str, cure: str) -> None:
+def test_skipped_unit_says_which_condition_did_not_hold(state: str, cause: str, fix: str) -> None:
     told = module.why_skipped(state)
     assert bool(told) == bool(cause)
     assert cause in told.partition("Fix:")[0]
-    assert cure in told.partition("Fix:")[2]
+    assert fix in told.partition("Fix:")[2]
 
 
 STAND_INS = FILE.parents[2] / "rehearsal"

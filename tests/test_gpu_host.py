@@ -88,7 +88,7 @@ def test_good_host_has_no_problem(good: dict[str, Any]) -> None:
     assert gpu_host.warn(good) == []
 
 
-def test_every_problem_is_named_in_one_go_with_its_cure() -> None:
+def test_every_problem_is_named_in_one_go_with_its_fix() -> None:
     bad = wsl(
         systemd=False,
         architecture="aarch64",
@@ -103,11 +103,11 @@ def test_every_problem_is_named_in_one_go_with_its_cure() -> None:
     )
     problems = gpu_host.judge(bad, {**REQUIREMENTS, "disk_free": [SPACE]})
     assert len(problems) == 11
-    assert all(entry["cure"] for entry in problems)
+    assert all(entry["fix"] for entry in problems)
 
 
 @pytest.mark.parametrize(
-    ("bad", "problem", "cure", "mended_by"),
+    ("bad", "problem", "fix", "mended_by"),
     [
         (wsl(platform="wsl1", gpus=[]), "WSL 1", "wsl --set-version", ""),
         (host(platform="container"), "this is a container", "deploy to the machine that runs it", ""),
@@ -151,12 +151,12 @@ def test_every_problem_is_named_in_one_go_with_its_cure() -> None:
         (host(ports_in_use=[{"port": 8000, "pid": None, "process": ""}]), "an unknown process", "stop it", ""),
     ],
 )  # fmt: skip
-def test_problem_comes_alone_with_the_cure_for_this_platform(
-    bad: dict[str, Any], problem: str, cure: str, mended_by: str
+def test_problem_comes_alone_with_the_fix_for_this_platform(
+    bad: dict[str, Any], problem: str, fix: str, mended_by: str
 ) -> None:
     (found,) = gpu_host.judge(bad, REQUIREMENTS)
     assert problem in found["problem"]
-    assert cure in found["cure"]
+    assert fix in found["fix"]
     assert found["mended_by"] == mended_by
 
 
@@ -204,8 +204,8 @@ def test_wsl_that_captures_no_graphs_is_worth_an_advice(found: str, capability: 
     assert len(advice) == warned
     for entry in advice:
         assert f"WSL is {found}; before 2.7.0 the capture of CUDA graphs fails" in entry["problem"]
-        assert "wsl --update" in entry["cure"]
-        assert "--enforce-eager" in entry["cure"]
+        assert "wsl --update" in entry["fix"]
+        assert "--enforce-eager" in entry["fix"]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_too_little_space_names_the_place() -> None:
     full = host(disk_free_gib={"/var/lib/docker": 59})
     (found,) = gpu_host.judge(full, {**REQUIREMENTS, "disk_free": [{**SPACE, "path": "images"}]})
     assert "59 GiB are free for images in /var/lib/docker, 60 GiB are needed" in found["problem"]
-    assert "free some space" in found["cure"]
+    assert "free some space" in found["fix"]
 
 
 @pytest.mark.parametrize(("device", "problems"), [(1, 1), (2, 0)])
@@ -433,14 +433,14 @@ class TestNvidiaSmi:
         assert found["nvidia_smi_message"] == LOST.strip()
         (advice,) = gpu_host.warn(host(**found, nvidia_pci_devices=2))
         assert "nvidia-smi shows 1 of 2 NVIDIA GPUs (Unable to determine the device handle" in advice["problem"]
-        assert "reboot" in advice["cure"]
+        assert "reboot" in advice["fix"]
 
     def test_no_driver_answers(self, folder: Path) -> None:
         found = self.measure(folder, all=("", "NVIDIA-SMI has failed because of the driver", 9))
         assert (found["gpus"], found["nvidia_smi_message"]) == ([], "NVIDIA-SMI has failed because of the driver")
 
     @pytest.mark.parametrize(
-        ("row", "cure"),
+        ("row", "fix"),
         [
             ("0, NVIDIA GB10, [N/A], [N/A], 12.1, 580.126.09", "use another GPU"),
             ("0, A100, 40960, [Insufficient Permissions], 8.0, 580.95.05", "nvidia-smi -i 0 -mig 0"),
@@ -449,10 +449,10 @@ class TestNvidiaSmi:
             ("0, RTX 3060, [Something new], 12000, 8.6, 580.95.05", "look at 'nvidia-smi'"),
         ],
     )
-    def test_only_card_is_broken(self, folder: Path, row: str, cure: str) -> None:
+    def test_only_card_is_broken(self, folder: Path, row: str, fix: str) -> None:
         (found,) = gpu_host.judge(host(**self.measure(folder, all=(row, "", 0))), REQUIREMENTS)
         assert "cannot be used" in found["problem"]
-        assert cure in found["cure"]
+        assert fix in found["fix"]
         assert found["mended_by"] == ""
 
     def test_processes_are_seen_beside_a_warning(self, folder: Path) -> None:
@@ -473,7 +473,7 @@ def test_card_that_the_open_modules_do_not_drive_is_explained() -> None:
     assert gpu_host.judge(pascal, REQUIREMENTS) == []
     (advice,) = gpu_host.warn(pascal)
     assert "1 of 2 NVIDIA GPUs; 0x1b81 is older than Turing" in advice["problem"]
-    assert advice["cure"] == "nothing has to be done if the others suffice"
+    assert advice["fix"] == "nothing has to be done if the others suffice"
 
 
 def test_blackwell_that_the_proprietary_modules_do_not_drive_matters_only_alone() -> None:

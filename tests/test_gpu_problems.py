@@ -83,7 +83,7 @@ def test_good_card_has_no_problem() -> None:
 def test_old_driver_is_measured_against_the_image_for_this_card(platform: str, where: str, mended_by: str) -> None:
     (found,) = problems(gpu(driver_version="570.133.07"), platform=platform)
     assert "the NVIDIA driver is 570.133.07, the image native_v0_32 needs 575.57.08" in found["problem"]
-    assert where in found["cure"]
+    assert where in found["fix"]
     assert found["mended_by"] == mended_by
 
 
@@ -104,13 +104,13 @@ def test_bundle_says_what_driver_its_image_needs() -> None:
 def test_card_that_no_image_has_kernels_for_is_told_which_would_do() -> None:
     (found,) = problems(OLD)
     assert "no image has kernels for the GPU Quadro P4000 (6.1)" in found["problem"]
-    assert found["cure"] == "use a GPU of compute capability 7.5 to 12.0"
+    assert found["fix"] == "use a GPU of compute capability 7.5 to 12.0"
 
 
 def test_profile_that_does_not_suit_is_told_apart_from_a_card_that_does_not() -> None:
     (found,) = problems(gpu(), wanted="rednote_v0_9_1")
     assert "rednote_v0_9_1 has kernels for compute capability 8.0 to 9.0" in found["problem"]
-    assert "set dots_ocr_server_profile to native_v0_32" in found["cure"]
+    assert "set dots_ocr_server_profile to native_v0_32" in found["fix"]
 
 
 def test_card_that_is_asked_for_must_answer() -> None:
@@ -119,7 +119,7 @@ def test_card_that_is_asked_for_must_answer() -> None:
     assert problems(gpu(), gpus_broken=[lost], asked_for=(0,)) == []
     (found,) = problems(gpu(), gpus_broken=[lost], asked_for=(0, 1))
     assert "asks for GPU 1, which does not answer (NVIDIA GeForce RTX 3060: memory.total is [GPU is" in found["problem"]
-    assert "there is 0" in found["cure"]
+    assert "there is 0" in found["fix"]
 
 
 def test_one_capable_card_among_several_is_enough() -> None:
@@ -138,4 +138,4 @@ def test_card_that_is_old_and_small_hears_of_both_at_once() -> None:
 def test_who_holds_the_memory_is_named() -> None:
     (found,) = problems(gpu(memory_free_mib=3000), gpu_processes=[HOLDER])
     assert "memory is held by python3 (process 4711) 11000 MiB" in found["problem"]
-    assert "end other programs" in found["cure"]
+    assert "end other programs" in found["fix"]

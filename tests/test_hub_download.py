@@ -100,10 +100,10 @@ def download(home: Path, url: str, commit: str = COMMIT, **options: Any) -> dict
 
 
 def problem(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    """Return the message of a call that must fail, and that must name a cure."""
+    """Return the message of a call that must fail, and that must name a fix."""
     with pytest.raises(hub_download.Problem) as caught:
         function(*arguments, **options)
-    assert "Cure: " in str(caught.value)
+    assert "Fix: " in str(caught.value)
     return str(caught.value)
 
 
@@ -203,8 +203,8 @@ def test_proxy_is_the_only_way_to_the_hub(
     for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hub_download, "TRIES", 1)
-    cure = problem(download, home, url, hub.commit).split("Cure: ")[1]
-    assert "http_proxy, https_proxy and no_proxy" in cure
+    fix = problem(download, home, url, hub.commit).split("Fix: ")[1]
+    assert "http_proxy, https_proxy and no_proxy" in fix
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), load_file(PROXY).Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
@@ -781,7 +781,7 @@ def test_archive_of_zstd_is_unpacked(tmp_path: Path, home: Path) -> None:
         call(home / "other", archive=f"{archive}.zst")
 
 
-def test_archive_of_zstd_without_the_program_names_the_cure(
+def test_archive_of_zstd_without_the_program_names_the_fix(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -860,13 +860,13 @@ def test_ansible_shows_the_progress_but_no_token(start_hub: Callable[..., Runnin
     assert_in_place(home / hub.commit)
 
 
-def test_ansible_shows_what_is_wrong_and_the_cure(tmp_path: Path, home: Path) -> None:
+def test_ansible_shows_what_is_wrong_and_the_fix(tmp_path: Path, home: Path) -> None:
     archive = pack(tmp_path / "archive", FILES)
     with archive.open("r+b") as file:
         file.truncate(90000)
     done = ansible(archive=str(archive), home=str(home))
     assert done.returncode != 0
-    assert "The archive is damaged: unexpected end of data. Cure: copy it to the host anew." in done.stdout
+    assert "The archive is damaged: unexpected end of data. Fix: copy it to the host anew." in done.stdout
     archive.unlink()
     done = ansible(archive=str(archive), home=str(home))
-    assert f"There is no archive {archive} on the host. Cure: check dots_ocr_model_archive." in done.stdout
+    assert f"There is no archive {archive} on the host. Fix: check dots_ocr_model_archive." in done.stdout

@@ -79,14 +79,14 @@ def test_seed_image_is_refused_on_blackwell_with_reason_and_alternative() -> Non
     refused = choose("12.0", "580.173.02", "rednote_v0_9_1")
     assert "kernels for compute capability 8.0 to 9.0 only, the card has 12.0" in refused["problem"]
     assert "no kernel image is available" in refused["problem"]
-    assert refused["cure"] == "set dots_ocr_server_profile to native_v0_32, or leave it at auto"
+    assert refused["fix"] == "set dots_ocr_server_profile to native_v0_32, or leave it at auto"
 
 
 def test_driver_too_old_for_every_image() -> None:
     refused = choose("12.0", "570.133.07")
     assert "native_v0_32 needs driver 575.57.08 or newer, this host has 570.133.07" in refused["problem"]
     assert "rednote_v0_9_1 has kernels for compute capability 8.0 to 9.0 only" in refused["problem"]
-    assert "driver 580 or newer" in refused["cure"]
+    assert "driver 580 or newer" in refused["fix"]
 
 
 def test_gpu_newer_than_every_image_is_refused() -> None:
@@ -115,7 +115,7 @@ def test_key_that_can_be_bypassed_is_published_nowhere(name: str, version: str, 
     found = key_bypass.key_bypass(PROFILES, name, ADVISORIES, address)
     assert f"The API key of {name} (vLLM {version}) can be bypassed (CVE-2026-48746: " in found["problem"]
     assert f"must not listen at {address}" in found["problem"]
-    assert "vLLM 0.22.0 or newer" in found["cure"]
+    assert "vLLM 0.22.0 or newer" in found["fix"]
     assert key_bypass.key_bypass(PROFILES, "native_v0_32", ADVISORIES, address) == {}
 
 

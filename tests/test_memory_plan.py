@@ -96,16 +96,16 @@ def test_card_that_is_too_small_is_refused_with_the_arithmetic() -> None:
         "problem": "the model needs weights 5.72 + encoder 1.50 for images up to 5.02 MP + overhead 0.35"
         " + KV cache 0.44 for 16,384 tokens = 8.01 GiB at least, but vLLM gets utilization 0.85 (the most we plan)"
         " = 6.77 GiB (7.71 of 7.96 GiB free, 0.50 kept back)",
-        "cure": "use a GPU with 10 GiB of memory or more",
+        "fix": "use a GPU with 10 GiB of memory or more",
     }
 
 
 @pytest.mark.parametrize(("platform", "where"), [("bare_metal", "programs that"), ("wsl2", "programs in Windows that")])
-def test_cure_of_a_busy_card_is_to_free_it_and_then_it_fits(platform: str, where: str) -> None:
+def test_fix_of_a_busy_card_is_to_free_it_and_then_it_fits(platform: str, where: str) -> None:
     refused = plan(16303, 6000, platform)
     assert not refused["fits"]
-    assert where in refused["cure"]
-    found = re.search(r"until ([\d.]+) GiB are free", refused["cure"])
+    assert where in refused["fix"]
+    found = re.search(r"until ([\d.]+) GiB are free", refused["fix"])
     assert found
     enough = round(float(found[1]) * 1024)
     assert plan(16303, enough, platform)["fits"]
@@ -146,7 +146,7 @@ def test_wish_from_the_command_line_is_a_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "wishes", "problem", "cure"),
+    ("memory", "wishes", "problem", "fix"),
     [
         (
             DESKTOP,
@@ -190,12 +190,12 @@ def test_wish_from_the_command_line_is_a_text() -> None:
     ids=str,
 )
 def test_wish_that_cannot_fit_is_refused_with_the_arithmetic(
-    memory: tuple[int, int], wishes: Plan, problem: str, cure: str
+    memory: tuple[int, int], wishes: Plan, problem: str, fix: str
 ) -> None:
     found = plan(*memory, wishes=wishes)
     assert not found["fits"]
     assert problem in found["problem"]
-    assert cure in found["cure"]
+    assert fix in found["fix"]
 
 
 def test_several_cards_have_a_plan_each() -> None:
@@ -265,7 +265,7 @@ def test_wished_utilization_may_use_the_reserve_and_keeps_its_plan() -> None:
 def test_running_server_without_a_record_is_told_to_stop_or_believed_what_it_is_wished() -> None:
     found = plan(16303, 2000, running=True)
     assert not found["fits"]
-    assert found["cure"].startswith("stop the server first")
+    assert found["fix"].startswith("stop the server first")
     assert plan(16303, 2000, running=True, wishes={"gpu_memory_utilization": 0.8})["fits"]
 
 
@@ -464,7 +464,7 @@ def test_without_a_figure_what_was_learned_stays() -> None:
     assert deploy_again(second, 0, running=True, measured={}) == second
 
 
-@pytest.mark.parametrize("previous", [None, {}, {"fits": False, "problem": "", "cure": ""}, {"fits": True}])
+@pytest.mark.parametrize("previous", [None, {}, {"fits": False, "problem": "", "fix": ""}, {"fits": True}])
 def test_no_usable_record_is_none(previous: Plan | None) -> None:
     assert plan(*DESKTOP, previous=previous) == plan(*DESKTOP)
 
@@ -565,7 +565,7 @@ def test_plan_holds_its_longest_request_and_its_pages_and_every_wish(
     memory: tuple[int, int], platform: str, wishes: Plan
 ) -> None:
     found = plan(*memory, platform, wishes=wishes)
-    assert found["fits"] or (found["problem"] and found["cure"])
+    assert found["fits"] or (found["problem"] and found["fix"])
     assume(found["fits"])
     assert found["kv_tokens"] >= found["max_model_len"]
     assert found["kv_tokens"] >= found["max_num_seqs"] * min(7500, found["max_model_len"])

@@ -107,7 +107,7 @@ def refusal(machine: dict[str, Any], apt: Any = None, wanted: Any = None) -> str
     """Return why there is no plan."""
     with pytest.raises(module.Refusal) as caught:
         plan(machine, apt, wanted)
-    assert ". Cure: " in str(caught.value)
+    assert ". Fix: " in str(caught.value)
     return str(caught.value)
 
 
@@ -466,9 +466,7 @@ def test_lock_on_apts_lists_is_waited_for(held: float, waits: float | None, monk
     monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     if waits is None:
-        with pytest.raises(
-            module.Refusal, match=r"held by process 812 \(apt-get\)\. Cure: let the .* apt_lock_timeout"
-        ):
+        with pytest.raises(module.Refusal, match=r"held by process 812 \(apt-get\)\. Fix: let the .* apt_lock_timeout"):
             module.refresh(600)
     else:
         module.refresh(600)

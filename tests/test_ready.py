@@ -141,7 +141,7 @@ def test_healthy_server_with_another_model_is_refused_at_once(httpserver: HTTPSe
     status, verdict = host.check(httpserver, "--wait=30")
     assert status == FAILED
     assert "is healthy but serves facebook/opt-125m instead of dots.ocr" in verdict["problem"]
-    assert verdict["cure"]
+    assert verdict["fix"]
 
 
 def test_server_that_misreads_is_refused(httpserver: HTTPServer, host: Host) -> None:
@@ -271,7 +271,7 @@ def test_server_that_hangs_is_given_up_at_the_deadline(host: Host) -> None:
         closing.set()
     assert status == FAILED
     assert "not ready in time" in verdict["problem"]
-    assert "dots_ocr_server_ready_timeout" in verdict["cure"]
+    assert "dots_ocr_server_ready_timeout" in verdict["fix"]
 
 
 def runs(*texts: str, last: str | None = None) -> str:
@@ -363,13 +363,13 @@ def test_diagnosis_has_what_people_and_the_role_need(known: dict[str, Any]) -> N
     assert all(isinstance(value, str) for value in remedy.get("environment", {}).values())
 
 
-def test_diagnosis_tells_cause_evidence_and_cure(host: Host) -> None:
+def test_diagnosis_tells_cause_evidence_and_fix(host: Host) -> None:
     host.command("systemctl", "NRestarts=1")
     said = "INFO loading\nRuntimeError: CUDA error: no kernel image is available for execution on the device\nINFO bye"
     host.command("journalctl", runs(said))
     _, verdict = host.check("http://127.0.0.1:9")
     assert "dots-ocr.service does not start. The image has no kernels for this GPU." in verdict["problem"]
-    assert "dots_ocr_server_profile: auto" in verdict["cure"]
+    assert "dots_ocr_server_profile: auto" in verdict["fix"]
     assert verdict["diagnosis"] == {"server": "dots-ocr", "name": "no_kernel", "evidence": said.splitlines()[1]}
 
 
@@ -426,7 +426,7 @@ def test_server_without_settings_is_named_with_those_that_there_are(host: Host) 
     verdict = json.loads(done.stdout)
     assert done.returncode == FAILED
     assert f"no {host.settings_folder}/dots-ocr@0.json; servers on this host: dots-ocr." in verdict["problem"]
-    assert "ansible-playbook site.yml" in verdict["cure"]
+    assert "ansible-playbook site.yml" in verdict["fix"]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_malformed_setting_is_named(host: Host, change: dict[str, Any]) -> None:
     status, verdict = host.check("http://127.0.0.1:9", **change)
     assert status == FAILED
     assert f"dots-ocr.json has no usable '{next(iter(change))}'" in verdict["problem"]
-    assert "ansible-playbook site.yml" in verdict["cure"]
+    assert "ansible-playbook site.yml" in verdict["fix"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
@@ -490,7 +490,7 @@ def test_key_that_the_server_refuses_is_a_failure_that_names_its_file(
     assert status == FAILED
     assert f"answers {status_code}" in verdict["problem"]
     assert str(host.key_file) in verdict["problem"]
-    assert "ansible-playbook site.yml" in verdict["cure"]
+    assert "ansible-playbook site.yml" in verdict["fix"]
 
 
 @pytest.mark.parametrize("status_code", [400, 500, 503])

@@ -410,7 +410,7 @@ def test_it_gives_up_after_restarts_that_did_not_help(life: Life) -> None:
     assert life.state.state == "gave_up"
     assert (life.state.since, life.state.reason) == ("2026-11-24", "it hangs.")
     (line,) = life.lines
-    assert line.startswith("<3>gave up: 5 restarts did not make the server ready: it hangs. Cure: ")
+    assert line.startswith("<3>gave up: 5 restarts did not make the server ready: it hangs. Fix: ")
     assert "systemctl restart dots-ocr.service" in line
     life.fail(100)
     assert life.state.state == "gave_up"
@@ -892,10 +892,10 @@ def test_malformed_patience_is_named(host: Host, key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     "change", [{"watchdog": None}, {"metrics": None}, {"metrics": {"running": "a", "waiting": "b"}}]
 )
-def test_malformed_settings_are_reported_with_the_cure(host: Host, change: dict[str, Any]) -> None:
+def test_malformed_settings_are_reported_with_the_fix(host: Host, change: dict[str, Any]) -> None:
     done = host.run(**change)
     assert done.returncode == 1
-    assert re.fullmatch(r"<3>dots-ocr: cannot watch: .* has no usable .* Cure: .*site\.yml.*\n", done.stderr)
+    assert re.fullmatch(r"<3>dots-ocr: cannot watch: .* has no usable .* Fix: .*site\.yml.*\n", done.stderr)
 
 
 def test_systemd_that_does_not_answer_is_reported(host: Host) -> None:

@@ -139,7 +139,7 @@ def test_size_is_understood(size: str) -> None:
 
 @pytest.mark.parametrize("size", ["50%", "a lot", "-1", "24G"])
 def test_size_that_wsl_would_ignore_is_refused(size: str) -> None:
-    with pytest.raises(wsl.Trouble, match=r"which WSL does not understand.*Cure: write wsl_memory: 24GB"):
+    with pytest.raises(wsl.Trouble, match=r"which WSL does not understand.*Fix: write wsl_memory: 24GB"):
         wsl.check_wishes({"config": {"wsl2": {"memory": size}}, "floor": "", "update": False})
 
 

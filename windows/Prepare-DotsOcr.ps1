@@ -51,9 +51,9 @@ $Wsl = Join-Path $env:SystemRoot 'System32\wsl.exe'
 # Otherwise wsl.exe writes UTF-16, which Windows PowerShell reads as text with a NUL after every letter.
 $env:WSL_UTF8 = '1'
 
-function Stop-WithCure {
-    param([string] $Cause, [string] $Cure)
-    throw "$Cause. Cure: $Cure."
+function Stop-WithFix {
+    param([string] $Cause, [string] $Fix)
+    throw "$Cause. Fix: $Fix."
 }
 
 function Invoke-Wsl {
@@ -72,15 +72,15 @@ function Invoke-Wsl {
 function Test-Driver {
     $smi = Join-Path $env:SystemRoot 'System32\nvidia-smi.exe'
     if (-not (Test-Path -LiteralPath $smi)) {
-        Stop-WithCure "There is no NVIDIA driver in Windows" "install NVIDIA's driver for Windows, branch $OldestDriver or newer"
+        Stop-WithFix "There is no NVIDIA driver in Windows" "install NVIDIA's driver for Windows, branch $OldestDriver or newer"
     }
     $answer = @(& $smi '--query-gpu=name,driver_version' '--format=csv,noheader')
     if ($LASTEXITCODE -ne 0 -or $answer.Count -eq 0) {
-        Stop-WithCure "NVIDIA's driver shows no GPU ($answer)" "reinstall NVIDIA's driver for Windows, and restart"
+        Stop-WithFix "NVIDIA's driver shows no GPU ($answer)" "reinstall NVIDIA's driver for Windows, and restart"
     }
     $driver = ($answer[0] -split ',')[-1].Trim()
     if ([int] ($driver -split '\.')[0] -lt $OldestDriver) {
-        Stop-WithCure "NVIDIA's driver is $driver" "install a newer one in Windows, branch $OldestDriver or newer"
+        Stop-WithFix "NVIDIA's driver is $driver" "install a newer one in Windows, branch $OldestDriver or newer"
     }
     Write-Host "GPU: $($answer -join '; ')"
 }
@@ -110,7 +110,7 @@ function Update-Wsl {
     }
     $version = Get-WslVersion
     if ($null -eq $version -or $version -lt $OldestWsl) {
-        Stop-WithCure "WSL is '$version' now, $OldestWsl or newer is needed" `
+        Stop-WithFix "WSL is '$version' now, $OldestWsl or newer is needed" `
             "restart Windows and run this again; if that does not help: 'wsl --update --web-download' as administrator"
     }
 }
@@ -125,7 +125,7 @@ function Install-Distribution {
     # Its first start, which asks for a name and a password for Linux, is left to you.
     & $Wsl --install --distribution $Distribution --no-launch | Out-Host
     if ($LASTEXITCODE -ne 0) {
-        Stop-WithCure "$Distribution was not installed" `
+        Stop-WithFix "$Distribution was not installed" `
             "switch virtualization on in the firmware, restart if Windows asks for it, then run this again"
     }
     return $true
@@ -176,7 +176,7 @@ function Set-WslConfig {
     if (Test-Path -LiteralPath $path) {
         $bytes = [System.IO.File]::ReadAllBytes($path)
         if ($bytes.Length -ge 2 -and (($bytes[0] -eq 0xFF -and $bytes[1] -eq 0xFE) -or ($bytes[0] -eq 0xFE -and $bytes[1] -eq 0xFF))) {
-            Stop-WithCure "$path is in UTF-16" "save it as UTF-8 in an editor, then run this again"
+            Stop-WithFix "$path is in UTF-16" "save it as UTF-8 in an editor, then run this again"
         }
         if ($bytes.Length -ge 3 -and $bytes[0] -eq 0xEF -and $bytes[1] -eq 0xBB -and $bytes[2] -eq 0xBF) {
             $encoding = New-Object System.Text.UTF8Encoding $true
@@ -223,7 +223,7 @@ fi
     $encoded = [Convert]::ToBase64String([System.Text.Encoding]::UTF8.GetBytes($script.Replace("`r`n", "`n")))
     Invoke-Wsl @('-d', $Distribution, '-u', 'root', '--exec', 'sh', '-c', "echo $encoded | base64 -d | sh") | Write-Host
     if ($LASTEXITCODE -ne 0) {
-        Stop-WithCure "/etc/wsl.conf of $Distribution was not changed" "put systemd=true below [boot] there by hand"
+        Stop-WithFix "/etc/wsl.conf of $Distribution was not changed" "put systemd=true below [boot] there by hand"
     }
     return $true
 }
@@ -248,7 +248,7 @@ function Register-Start {
 }
 
 if (-not (Test-Path -LiteralPath $Wsl)) {
-    Stop-WithCure 'This Windows has no WSL' 'use Windows 11, or Windows 10 22H2, up to date'
+    Stop-WithFix 'This Windows has no WSL' 'use Windows 11, or Windows 10 22H2, up to date'
 }
 Test-Driver
 Update-Wsl

@@ -100,14 +100,14 @@ def find_documents(inputs: Iterable[Path]) -> list[str]:
     found: set[Path] = set()
     for path in inputs:
         if not path.exists():
-            raise InputError(f"{path} does not exist. Cure: correct the path.")
+            raise InputError(f"{path} does not exist. Fix: correct the path.")
         inside = (file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
         found.update(file.absolute() for file in (inside if path.is_dir() else [path]))
     if not found:
-        raise InputError(f"there are no PDFs or images in {', '.join(map(str, inputs))}. Cure: name another folder.")
+        raise InputError(f"there are no PDFs or images in {', '.join(map(str, inputs))}. Fix: name another folder.")
     names = sorted(map(str, found))
     if wrong := [name for name in names if utf8(name) != name]:
-        raise InputError(f"the name {wrong[0]!r} is not in UTF-8. Cure: rename it.")
+        raise InputError(f"the name {wrong[0]!r} is not in UTF-8. Fix: rename it.")
     return names
 
 
@@ -157,14 +157,14 @@ def read(documents: list[str], output: Path, base_url: str, workers: int, addres
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another run writes to {output}. Cure: wait until it has ended.") from error
+            raise InputError(f"another run writes to {output}. Fix: wait until it has ended.") from error
         done = take_up(output)
         local = {"num_cpus": workers + 1, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with ray.init(address, **(local if address == "local" else {})):
             # Each worker holds a CPU for good; without one more, nothing would list and write, and all would wait.
             if (cpus := int(ray.cluster_resources().get("CPU", 0))) <= workers:
-                raise InputError(f"{workers} workers need {workers + 1} CPUs; Ray has {cpus}. Cure: fewer --workers.")
+                raise InputError(f"{workers} workers need {workers + 1} CPUs; Ray has {cpus}. Fix: fewer --workers.")
             (
                 ray.data.from_items([{"document": name, "done": sorted(done[name])} for name in documents])
                 .flat_map(missing_pages)
@@ -203,9 +203,9 @@ def main() -> None:
     except (DotsOCRError, OSError) as error:
         sys.exit(f"ray_data: {error}")
     except ray.exceptions.RayError as error:
-        sys.exit(f"{error}\nray_data: ended early, see above. Cure: remove the cause; the same command goes on.")
+        sys.exit(f"{error}\nray_data: ended early, see above. Fix: remove the cause; the same command goes on.")
     if failed:
-        sys.exit(f"ray_data: {failed} pages failed; their rows in {options.output} say why. Cure: run the same again.")
+        sys.exit(f"ray_data: {failed} pages failed; their rows in {options.output} say why. Fix: run the same again.")
 
 
 if __name__ == "__main__":

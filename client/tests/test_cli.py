@@ -368,7 +368,7 @@ def test_the_doctor_is_satisfied_with_a_server_that_works(server: FakeServer, ru
     assert (status, messages, "ok       page: " in output) == (0, "", True)
 
 
-def test_the_doctor_ends_with_1_and_names_the_cure(server: FakeServer, run: Run) -> None:
+def test_the_doctor_ends_with_1_and_names_the_fix(server: FakeServer, run: Run) -> None:
     server.models = {"other": 32_768}
     status, output, _ = run("doctor")
     assert (status, "failed   model: " in output, "--served-model-name" in output) == (1, True, True)

@@ -38,7 +38,7 @@ def checks_of(base_url: str, seconds: float = 20.0, *, ocr: bool = True, languag
 
     checks = asyncio.run(run())
     assert [check.name for check in checks] == [name for name in ALL if ocr or not name.startswith("page by")]
-    assert [check.name for check in checks if (check.status == "ok") == bool(check.cure)] == []
+    assert [check.name for check in checks if (check.status == "ok") == bool(check.fix)] == []
     return {check.name: check for check in checks}
 
 
@@ -172,7 +172,7 @@ def test_a_wrong_key_is_told_from_a_missing_server(healthy: FakeServer) -> None:
     checks = checks_of(healthy.base_url)
     assert by_status(checks, "failed") == ["key"]
     assert checks["server"].status == "ok"
-    assert "DOTS_OCR_API_KEY" in checks["key"].cure
+    assert "DOTS_OCR_API_KEY" in checks["key"].fix
 
 
 def test_a_key_that_only_opens_the_list_of_models_is_found_out(healthy: FakeServer) -> None:
@@ -189,8 +189,8 @@ def test_a_model_that_is_not_served_is_named_with_those_that_are(healthy: FakeSe
 
 def test_a_context_too_short_for_an_a4_page_names_the_length_that_is_enough(healthy: FakeServer) -> None:
     healthy.models = {"dots.ocr": 8192}
-    cure = checks_of(healthy.base_url)["context"].cure
-    enough = int("".join(filter(str.isdigit, cure)))
+    fix = checks_of(healthy.base_url)["context"].fix
+    enough = int("".join(filter(str.isdigit, fix)))
     assert enough > 4_900 + ANSWER_TOKENS  # an A4 page takes 4,956 tokens or a little less
     healthy.models = {"dots.ocr": enough}
     assert checks_of(healthy.base_url)["context"].status == "ok"
@@ -211,7 +211,7 @@ def test_a_missing_tesseract_is_a_warning(healthy: FakeServer, monkeypatch: pyte
     checks = checks_of(healthy.base_url)
     assert by_status(checks, "warning") == ["tesseract"]
     assert checks["page by tesseract"].status == "skipped"
-    assert "apt-get install" in checks["tesseract"].cure
+    assert "apt-get install" in checks["tesseract"].fix
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo tesseract 5", 'echo "List:"; echo osd'])
@@ -232,7 +232,7 @@ def test_the_languages_of_tesseract_are_named(healthy: FakeServer) -> None:
 def test_a_language_that_tesseract_lacks_is_named_with_its_package(healthy: FakeServer) -> None:
     checks = checks_of(healthy.base_url, languages="eng+xx_yy")
     assert (checks["tesseract"].status, checks["page by tesseract"].status) == ("warning", "skipped")
-    assert checks["tesseract"].cure == "apt-get install tesseract-ocr-xx-yy"
+    assert checks["tesseract"].fix == "apt-get install tesseract-ocr-xx-yy"
 
 
 @pytest.mark.parametrize(("script", "said"), [("echo A cat sat on a mat.", "A cat sat"), ("exit 3", "status 3")])
@@ -246,7 +246,7 @@ def test_a_tesseract_that_reads_wrongly_is_a_warning(
 
 def test_the_languages_are_those_that_tesseract_is_asked_to_read(healthy: FakeServer) -> None:
     check = checks_of(healthy.base_url, languages="rus")["page by tesseract"]
-    assert (check.status, "eng" in check.cure) == ("warning", True)  # an English page, read as Russian
+    assert (check.status, "eng" in check.fix) == ("warning", True)  # an English page, read as Russian
 
 
 def test_versions_of_all_that_matters_are_named(healthy: FakeServer) -> None:

@@ -166,7 +166,7 @@ def test_a_prompt_that_takes_more_tokens_than_expected_leaves_less_for_the_answe
     assert (answer.text, first - second) == ("read by the server", len(prompt_of(server.bodies[0])))
 
 
-def test_a_page_refused_for_its_length_again_is_given_up_with_a_cure(
+def test_a_page_refused_for_its_length_again_is_given_up_with_a_fix(
     engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
     server.fail_with(400, "This model's maximum context length is 16384 tokens.")
@@ -558,7 +558,7 @@ def test_a_server_that_is_not_there_is_given_up_early(page: PageImage, monkeypat
     assert WAIT_SECONDS < sum(waits) < 2
 
 
-def test_a_server_that_is_not_there_or_still_starts_is_named_with_a_cure(page: PageImage) -> None:
+def test_a_server_that_is_not_there_or_still_starts_is_named_with_a_fix(page: PageImage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     with pytest.raises(ServerUnavailable, match="start the server, or wait: it takes minutes to start"):

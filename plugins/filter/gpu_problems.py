@@ -86,7 +86,7 @@ def gpu_problems(
     driver_version: str = "",
     wanted: Sequence[int] = (),
 ) -> list[Problem]:
-    """Return every problem with its cure; DOCUMENTATION has the rest."""
+    """Return every problem with its fix; DOCUMENTATION has the rest."""
     capable = [index for index, choice in enumerate(with_any_driver) if choice["fits"]]
     everything = range(len(choices))
     return [
@@ -107,7 +107,7 @@ def judge_wanted(host: Host, wanted: Sequence[int]) -> Iterator[Problem]:
         if index not in answer:
             yield {
                 "problem": f"dots_ocr_server_gpus asks for GPU {index}, which does not answer{faults.get(index, '')}",
-                "cure": f"take it out of dots_ocr_server_gpus (there is {', '.join(map(str, sorted(answer)))}); or"
+                "fix": f"take it out of dots_ocr_server_gpus (there is {', '.join(map(str, sorted(answer)))}); or"
                 " reboot, and look at 'journalctl --dmesg --grep NVRM'",
                 "mended_by": "",
             }
@@ -118,13 +118,13 @@ def judge_image(host: Host, with_any_driver: list[Host], profiles: dict[str, Hos
     if not with_any_driver:
         return
     names = ", ".join(f"{gpu['name']} ({gpu['compute_capability']})" for gpu in host["gpus"])
-    reason, cure = with_any_driver[0]["problem"], with_any_driver[0]["cure"]
-    if "dots_ocr_server_profile" not in cure:  # that would not help: none of them does
+    reason, fix = with_any_driver[0]["problem"], with_any_driver[0]["fix"]
+    if "dots_ocr_server_profile" not in fix:  # that would not help: none of them does
         ranges = {name: known["compute_capability"] for name, known in profiles.items() if name in reason}
         reason = ", ".join(f"{name} has {known['oldest']} to {known['newest']}" for name, known in ranges.items())
         bounds = [bound for known in ranges.values() for bound in (known["oldest"], known["newest"])]
-        cure = f"use a GPU of compute capability {min(bounds, key=version)} to {max(bounds, key=version)}"
-    yield {"problem": f"no image has kernels for the GPU {names}: {reason}", "cure": cure, "mended_by": ""}
+        fix = f"use a GPU of compute capability {min(bounds, key=version)} to {max(bounds, key=version)}"
+    yield {"problem": f"no image has kernels for the GPU {names}: {reason}", "fix": fix, "mended_by": ""}
 
 
 def judge_driver(
@@ -140,7 +140,7 @@ def judge_driver(
         where = "in Windows (never inside WSL)" if wsl else "with the open kernel modules, then reboot"
         yield {
             "problem": f"the NVIDIA driver is {found}, the image {name} needs {floor} or newer",
-            "cure": f"install a newer driver, branch 580 or newer, {where}",
+            "fix": f"install a newer driver, branch 580 or newer, {where}",
             "mended_by": "" if wsl else "nvidia_driver",
         }
 
@@ -152,7 +152,7 @@ def judge_memory(host: Host, plans: list[Host]) -> Iterator[Problem]:
     holders = [f"{one['name']} (process {one['pid']}) {one['memory_mib']} MiB" for one in host["gpu_processes"]]
     held = f"; memory is held by {', '.join(holders)}" if holders else ""
     for plan in plans:
-        yield {"problem": plan["problem"] + held, "cure": plan["cure"], "mended_by": ""}
+        yield {"problem": plan["problem"] + held, "fix": plan["fix"], "mended_by": ""}
 
 
 class FilterModule:

@@ -9,7 +9,7 @@ version_added: 0.1.0
 description:
   - Takes the first profile, in the order given, whose range of compute capabilities holds the GPU, and of it the first
     tag whose CUDA the driver is new enough for.
-  - Where none suits it returns the reason with its cure instead of failing, so that the caller can report it.
+  - Where none suits it returns the reason with its fix instead of failing, so that the caller can report it.
 positional: profiles, order, wanted
 options:
   _input:
@@ -39,7 +39,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: C(fits); C(name) and C(tag) of the choice, or C(problem) and C(cure).
+  description: C(fits); C(name) and C(tag) of the choice, or C(problem) and C(fix).
   type: dict
 """
 
@@ -72,7 +72,7 @@ def refuse(name: str, profile: dict[str, Any], gpu: dict[str, Any]) -> str | Non
 def image_profile(
     gpu: dict[str, Any], profiles: dict[str, Any], order: list[str], wanted: str = "auto"
 ) -> dict[str, Any]:
-    """Return {"fits": True, "name", "tag"} of the profile to use, or {"fits": False, "problem", "cure"}.
+    """Return {"fits": True, "name", "tag"} of the profile to use, or {"fits": False, "problem", "fix"}.
 
     Raises:
         AnsibleFilterError: `wanted` names no profile.
@@ -89,12 +89,12 @@ def image_profile(
             return {"fits": True, "name": name, "tag": next(fitting)["tag"]}
         reasons[name] = reason
     others = [name for name in order if name not in reasons and refuse(name, profiles[name], gpu) is None]
-    cure = (
+    fix = (
         f"set dots_ocr_server_profile to {others[0]}, or leave it at auto"
         if others
         else "install NVIDIA driver 580 or newer, or use a GPU of compute capability 7.5 to 12.0"
     )
-    return {"fits": False, "problem": "; ".join(reasons.values()), "cure": cure}
+    return {"fits": False, "problem": "; ".join(reasons.values()), "fix": fix}
 
 
 class FilterModule:

@@ -48,7 +48,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: C(problem) and C(cure), or nothing if nothing is wrong.
+  description: C(problem) and C(fix), or nothing if nothing is wrong.
   type: dict
 """
 
@@ -80,7 +80,7 @@ def is_loopback(address: str) -> bool:
 def key_bypass(
     profiles: dict[str, Any], name: str, advisories: list[dict[str, Any]], address: str, image: str = "", tag: str = ""
 ) -> dict[str, str]:
-    """Return {"problem", "cure"}, or {} if nothing is wrong; DOCUMENTATION has the rest."""
+    """Return {"problem", "fix"}, or {} if nothing is wrong; DOCUMENTATION has the rest."""
     version = vllm_of(profiles[name], image, tag)
     open_doors = [
         one for one in advisories if one["bypasses_key"] and Version(one["since"]) <= version < Version(one["fixed"])
@@ -92,7 +92,7 @@ def key_bypass(
     return {
         "problem": f"The API key of {name} (vLLM {version}) can be bypassed ({doors}), so its API must not listen at"
         f" {address}, which dots_ocr_server_address asks for",
-        "cure": f"use an image with vLLM {floor} or newer (dots_ocr_server_profile native_v0_32, with driver 575.57.08"
+        "fix": f"use an image with vLLM {floor} or newer (dots_ocr_server_profile native_v0_32, with driver 575.57.08"
         " or newer), or leave dots_ocr_server_address at 127.0.0.1 and let a gateway on this host check the keys",
     }
 

@@ -80,12 +80,12 @@ EXAMPLES = r"""
 - name: Stop where they do not fit
   ansible.builtin.assert:
     that: plan.fits
-    fail_msg: "{{ plan.problem }}; {{ plan.cure }}"
+    fail_msg: "{{ plan.problem }}; {{ plan.fix }}"
 """
 
 RETURN = r"""
 _value:
-  description: The plan, or with C(fits) false the problem and its cure.
+  description: The plan, or with C(fits) false the problem and its fix.
   type: dict
   sample:
     fits: true
@@ -247,7 +247,7 @@ def memory_plan(
     measured: Mapping[str, Any] | None = None,
     learn: bool = True,
 ) -> Plan:
-    """Return the limits for vLLM on this GPU, or the problem and its cure; DOCUMENTATION has the rest."""
+    """Return the limits for vLLM on this GPU, or the problem and its fix; DOCUMENTATION has the rest."""
     wanted = read_wishes(wishes)
     last = read_mapping(previous, "the previous plan")
     held = number(last.get("gpu_memory_utilization", 0), "the previous utilization") if running else 0.0
@@ -395,9 +395,9 @@ def megapixels(pixels: int) -> str:
     return f"{pixels / 1e6:.2f} MP"
 
 
-def refusal(problem: str, cure: str) -> Plan:
+def refusal(problem: str, fix: str) -> Plan:
     """Return the plan that is none."""
-    return {"fits": False, "problem": problem, "cure": cure}
+    return {"fits": False, "problem": problem, "fix": fix}
 
 
 def refuse_utilization(memory: Memory, utilization: float) -> Plan:
@@ -430,10 +430,10 @@ def refuse(memory: Memory, wishes: Wishes, utilization: float, unknown: bool) ->
         f" = {needed:.2f} GiB at least, but vLLM gets utilization {share(memory, utilization, wishes)}"
         f" ({availability(memory)})"
     )
-    return refusal(problem, cure(memory, wishes, needed, unknown))
+    return refusal(problem, fix(memory, wishes, needed, unknown))
 
 
-def cure(memory: Memory, wishes: Wishes, needed: float, unknown: bool) -> str:
+def fix(memory: Memory, wishes: Wishes, needed: float, unknown: bool) -> str:
     """Return what to do where vLLM does not get the GiB that it needs: the cheapest thing that helps."""
     if unknown:
         return "stop the server first: it runs, but how much memory it holds is not recorded"

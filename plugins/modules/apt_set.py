@@ -122,7 +122,7 @@ Packages = dict[str, dict[str, str]]
 
 
 class SetError(Exception):
-    """The packages cannot be brought to the wanted state; the message names the cause and the cure."""
+    """The packages cannot be brought to the wanted state; the message names the cause and the fix."""
 
 
 def parse_status(text: str) -> Packages:
@@ -171,10 +171,10 @@ def render_blacklist(patterns: list[str]) -> str:
 
 
 class Cause(NamedTuple):
-    """What may be behind a failure: how it shows in the words of apt, dpkg and the packages' scripts, and the cure."""
+    """What may be behind a failure: how it shows in the words of apt, dpkg and the packages' scripts, and the fix."""
 
     pattern: str
-    cure: str  # what in it stands in braces is what details() finds
+    fix: str  # what in it stands in braces is what details() finds
     lines: str = ""  # regular expression of the lines that tell of it, besides those of apt itself
 
 
@@ -292,7 +292,7 @@ def sources_of(uri: str) -> list[str]:
 
 
 def details(text: str, match: re.Match[str]) -> dict[str, str]:
-    """Return what a cure names: groups of the pattern, and what stands in other lines."""
+    """Return what a fix names: groups of the pattern, and what stands in other lines."""
     groups = {name: (value or "").strip() or "none of its own" for name, value in match.groupdict().items()}
     holder = re.search(r"held by process (\d+)(?: \(([^)]*)\))?|with pid (\d+)", text)
     # Packages that only wait for another one fail too.
@@ -314,7 +314,7 @@ def details(text: str, match: re.Match[str]) -> dict[str, str]:
 
 
 def explain(text: str, what: str) -> str:
-    """Return the words of apt and dpkg for what failed, and the cure of the most specific cause that they name."""
+    """Return the words of apt and dpkg for what failed, and the fix of the most specific cause that they name."""
     told = "\n".join(line for line in text.splitlines() if not re.match(PROGRESS, line))
     cause, match = next((cause, match) for cause in CAUSES if (match := re.search(cause.pattern, told)))
     complaints = [
@@ -325,7 +325,7 @@ def explain(text: str, what: str) -> str:
         or (cause.lines and re.search(cause.lines, line))
     ]
     reason = " ".join(dict.fromkeys(complaints)) or text.strip()[-500:]
-    return f"{what} failed: {reason} Cure: {cause.cure.format(**details(told, match))}"
+    return f"{what} failed: {reason} Fix: {cause.fix.format(**details(told, match))}"
 
 
 class Set:
@@ -398,7 +398,7 @@ class Set:
             fitting = [version for version in offered.get(name, []) if fnmatch.fnmatchcase(version, pattern)]
             if not fitting:
                 there = ", ".join(offered.get(name, [])) or "none"
-                raise SetError(f"there is no version {pattern} of {name}; there are: {there}. Cure: change the pin")
+                raise SetError(f"there is no version {pattern} of {name}; there are: {there}. Fix: change the pin")
             chosen[name] = fitting[0]
         return chosen
 
@@ -505,7 +505,7 @@ class Set:
             if others:
                 if held:
                     self.module.run_command(["apt-mark", "hold", *held], check_rc=True)
-                raise SetError(f"{', '.join(others)} would go too. Cure: remove those first, if nobody needs them")
+                raise SetError(f"{', '.join(others)} would go too. Fix: remove those first, if nobody needs them")
             if asked:
                 self.apt("purge", *asked, what=f"removing {' '.join(asked)}")
             self.purge_what_came_along(there)

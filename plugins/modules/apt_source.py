@@ -113,7 +113,7 @@ LOCK_SECONDS = 5  # between two tries for a lock
 LOCKED = r"Could not get lock|is another process using it|locked by another process"
 # What apt takes for no (StringToBool), of a source that is switched off.
 DISABLED = r"(?im)^Enabled:\s*(?:no|false|without|off|disable|0)\s*$"
-# Why lists do not come, from specific to general, and the cure; the first that fits is it.
+# Why lists do not come, from specific to general, and the fix; the first that fits is it.
 CAUSES = (
     (LOCKED, "let the program that holds the lock end, then run again; apt_lock_timeout sets how long to wait"),
     (r"No space left|enough free space", "free some space ('df --human-readable /var /tmp'), then run again"),
@@ -136,7 +136,7 @@ CAUSES = (
 
 
 class SourceError(Exception):
-    """The source cannot be used; the message names the cause and the cure."""
+    """The source cannot be used; the message names the cause and the fix."""
 
 
 def dearmor(key: bytes) -> bytes:
@@ -218,14 +218,14 @@ def check_key(packets: bytes, accepted: list[str], origin: str) -> None:
         found = fingerprints_of(packets)
     except ValueError as error:
         raise SourceError(
-            f"{origin} is no OpenPGP key ({error}), perhaps a page of a proxy. Cure: look at it, and correct the"
+            f"{origin} is no OpenPGP key ({error}), perhaps a page of a proxy. Fix: look at it, and correct the"
             " address of the key"
         ) from error
     wanted = [text.replace(" ", "").upper() for text in accepted]
     others = [text for text in found if text not in wanted]
     if wanted and others:
         raise SourceError(
-            f"the key at {origin} has the fingerprint {', '.join(others)}, accepted is {', '.join(wanted)}. Cure:"
+            f"the key at {origin} has the fingerprint {', '.join(others)}, accepted is {', '.join(wanted)}. Fix:"
             " somebody may have put another key there; if the vendor announces the new one, set it as the fingerprint"
         )
 
@@ -255,9 +255,9 @@ def is_replaced(file: Path, replaces: list[str]) -> bool:
     return file != MAIN_SOURCE and any(fnmatch.fnmatch(name, pattern) for name in names for pattern in replaces)
 
 
-def cure_of(text: str) -> str:
-    """Return the cure of the most specific cause that apt's words name."""
-    return next(cure for pattern, cure in CAUSES if re.search(pattern, text))
+def fix_of(text: str) -> str:
+    """Return the fix of the most specific cause that apt's words name."""
+    return next(fix for pattern, fix in CAUSES if re.search(pattern, text))
 
 
 def find_older(own: Path, conflicts: str, replaces: list[str]) -> list[Path]:
@@ -278,7 +278,7 @@ def find_older(own: Path, conflicts: str, replaces: list[str]) -> list[Path]:
             continue
         if len(same) < len(found) or not is_replaced(file, replaces):
             raise SourceError(
-                f"the repository is already an apt source: {file}. Cure: remove that entry, then run again; ours"
+                f"the repository is already an apt source: {file}. Fix: remove that entry, then run again; ours"
                 f" follows, in {own}"
             )
         older.append(file)
@@ -308,13 +308,13 @@ class Source:
                 key = Path(place).read_bytes()
             except OSError as error:
                 raise SourceError(
-                    f"cannot read the key {place}: {error.strerror}. Cure: correct the path of the key"
+                    f"cannot read the key {place}: {error.strerror}. Fix: correct the path of the key"
                 ) from error
         else:
             response, info = fetch_url(self.module, place, timeout=60)
             if info["status"] != 200:
                 raise SourceError(
-                    f"cannot fetch the key {place}: {info['msg']}. Cure: check the network, the proxy and the"
+                    f"cannot fetch the key {place}: {info['msg']}. Fix: check the network, the proxy and the"
                     " address of the key"
                 )
             key = response.read()
@@ -322,7 +322,7 @@ class Source:
             return dearmor(key)
         except (ValueError, binascii.Error) as error:
             raise SourceError(
-                f"the key {place} is damaged. Cure: look at it, and correct the address of the key"
+                f"the key {place} is damaged. Fix: look at it, and correct the address of the key"
             ) from error
 
     def wanted_key(self) -> bytes:
@@ -371,15 +371,15 @@ class Source:
             )
         if re.search(r"NO_PUBKEY|GPG error|OpenPGP|not signed|signature", text):
             raise SourceError(
-                f"{uri} is not signed by the key in {self.keyring}: {text}. Cure: if the vendor announces another key,"
+                f"{uri} is not signed by the key in {self.keyring}: {text}. Fix: if the vendor announces another key,"
                 " remove that file, set the new fingerprint, and run again"
             )
-        raise SourceError(f"cannot fetch the lists of {uri}: {text or errors}. Cure: {cure_of(text or errors)}")
+        raise SourceError(f"cannot fetch the lists of {uri}: {text or errors}. Fix: {fix_of(text or errors)}")
 
     def present(self) -> dict[str, object]:
         """Bring the source."""
         if not self.params["uri"] or not self.params["key"]:
-            raise SourceError("uri and key are needed. Cure: set both")
+            raise SourceError("uri and key are needed. Fix: set both")
         older = find_older(self.file, self.params["conflicts"], self.params["replaces"])
         wanted: dict[Path, bytes] = {self.file: render(self.params, self.keyring).encode()}
         if self.module.check_mode and not self.keyring.exists():

@@ -77,8 +77,8 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule
 
 REQUIREMENT = "dots-ocr-client[serve]"
-CURE = (
-    "Cure: run from a checkout of the repository, on a controller that reaches its package index, or set the role's "
+FIX = (
+    "Fix: run from a checkout of the repository, on a controller that reaches its package index, or set the role's "
     "variable ..._wheels to a folder on the controller that has all wheels of dots-ocr-client[serve]"
 )
 
@@ -209,7 +209,7 @@ def main() -> None:
         if collecting:
             source.collect(target, Path(wanted["archive"]))
     except CollectError as error:
-        module.fail_json(msg=f"{error}. {CURE}.")
+        module.fail_json(msg=f"{error}. {FIX}.")
     module.exit_json(changed=collecting, fingerprint=fingerprint)
 
 

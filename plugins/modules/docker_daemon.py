@@ -102,7 +102,7 @@ Options = dict[str, Any]
 
 
 class ConfigError(Exception):
-    """The configuration cannot be what is asked for; the message names the cause and the cure."""
+    """The configuration cannot be what is asked for; the message names the cause and the fix."""
 
 
 def parse(data: bytes | None) -> Options:
@@ -113,18 +113,18 @@ def parse(data: bytes | None) -> Options:
     Raises:
         ConfigError: it is not JSON, or no object.
     """
-    cure = f"mend it or move it away; 'python3 -m json.tool {DAEMON}' shows the place"
+    fix = f"mend it or move it away; 'python3 -m json.tool {DAEMON}' shows the place"
     data = data or b""
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if marked else "utf-8-sig").strip()
         options = json.loads(text, object_pairs_hook=merge_pairs, parse_constant=refuse_constant) if text else None
     except ValueError as error:
-        raise ConfigError(f"{DAEMON} is not valid JSON ({error}), so nothing was changed. Cure: {cure}") from error
+        raise ConfigError(f"{DAEMON} is not valid JSON ({error}), so nothing was changed. Fix: {fix}") from error
     if options is None:
         return {}
     if not isinstance(options, dict):
-        raise ConfigError(f"{DAEMON} is not a JSON object, so nothing was changed. Cure: {cure}")
+        raise ConfigError(f"{DAEMON} is not a JSON object, so nothing was changed. Fix: {fix}")
     return options
 
 
@@ -174,7 +174,7 @@ def merge(existing: Options, required: Options, defaults: list[Options], options
     if contradicted:
         raise ConfigError(
             f"docker_engine_daemon_options sets {contradicted[0]}, which has to be"
-            f" {json.dumps(required[contradicted[0]])} here. Cure: leave it out; the role's README says why"
+            f" {json.dumps(required[contradicted[0]])} here. Fix: leave it out; the role's README says why"
         )
     merged = dict(existing)
     for group in defaults:
@@ -260,13 +260,13 @@ def check(options: Options, flags: set[str], wsl: bool) -> None:
     twice = sorted(flags & set(options))
     if twice:
         raise ConfigError(
-            f"{twice[0]} is set in {DAEMON} and as a flag of docker.service, so the engine would not start. Cure:"
+            f"{twice[0]} is set in {DAEMON} and as a flag of docker.service, so the engine would not start. Fix:"
             " remove one of both; 'systemctl cat docker.service' shows the flag"
         )
     if wsl and options.get("userland-proxy") is False:
         raise ConfigError(
             "userland-proxy is false, and on WSL Windows could not reach published ports with mirrored networking."
-            f" Cure: remove it from {DAEMON} and from docker_engine_daemon_options"
+            f" Fix: remove it from {DAEMON} and from docker_engine_daemon_options"
         )
 
 
@@ -343,12 +343,10 @@ class Configuration:
         try:
             text = Path(given).read_text() if given.startswith("/") else given
         except OSError as error:
-            raise ConfigError(
-                f"cannot read {given} for {registry}: {error.strerror}. Cure: correct the path"
-            ) from error
+            raise ConfigError(f"cannot read {given} for {registry}: {error.strerror}. Fix: correct the path") from error
         if "-----BEGIN CERTIFICATE-----" not in text:
             raise ConfigError(
-                f"what is given for {registry} is no certificate in PEM. Cure: give the certificate of its authority"
+                f"what is given for {registry} is no certificate in PEM. Fix: give the certificate of its authority"
             )
         return text.rstrip() + "\n"
 
@@ -374,7 +372,7 @@ class Configuration:
         if status != 0:
             words = " ".join((output + errors).replace(file.name, str(DAEMON)).split())
             raise ConfigError(
-                f"the engine refuses the options: {words}. Nothing was changed. Cure: correct"
+                f"the engine refuses the options: {words}. Nothing was changed. Fix: correct"
                 f" docker_engine_daemon_options, or {DAEMON} if the option is there"
             )
 

@@ -108,7 +108,7 @@ CODE = bytes.fromhex(
 
 
 class DeviceError(Exception):
-    """Containers do not get the GPU; the message names the cause and the cure."""
+    """Containers do not get the GPU; the message names the cause and the fix."""
 
 
 def program() -> bytes:
@@ -258,7 +258,7 @@ def why_it_failed(said: str) -> str:
 
 
 def why_skipped(state: str) -> str:
-    """Return why systemd skipped NVIDIA's unit, by the unit's properties, and a cure; nothing if it did not."""
+    """Return why systemd skipped NVIDIA's unit, by the unit's properties, and a fix; nothing if it did not."""
     # Of its own conditions systemd says no; of a command that it asks, both.
     if "Result=exec-condition" in state:
         return (
@@ -275,23 +275,23 @@ def why_skipped(state: str) -> str:
 
 
 def explain(message: str, device: str) -> str:
-    """Return the engine's own words for why a container does not start, and a cure."""
+    """Return the engine's own words for why a container does not start, and a fix."""
     if "unresolvable CDI devices" in message and (files := rivals(device)):
         return f"A container does not get {device}: {explain_rivals(device, files)}"
     own = [file for file in specifications(OWN_SPECIFICATIONS) if why_stale(read(file), read(LOADED_DRIVER).strip())]
     if "Cannot connect" in message or "No such file or directory: b'docker'" in message:
-        cure = "'systemctl status docker.service'; the role docker_engine brings the engine"
+        fix = "'systemctl status docker.service'; the role docker_engine brings the engine"
     elif 'device driver "cdi"' in message:
-        cure = "run the role docker_engine, or set features.cdi to true in /etc/docker/daemon.json and restart Docker"
+        fix = "run the role docker_engine, or set features.cdi to true in /etc/docker/daemon.json and restart Docker"
     elif own:
-        cure = f"remove {own[0]}, which somebody wrote for another driver; NVIDIA's units write {SPECIFICATION}"
+        fix = f"remove {own[0]}, which somebody wrote for another driver; NVIDIA's units write {SPECIFICATION}"
     elif "unresolvable CDI devices" in message:
-        cure = "see that 'docker info' lists /var/run/cdi among its CDI spec directories, then restart Docker"
+        fix = "see that 'docker info' lists /var/run/cdi among its CDI spec directories, then restart Docker"
     elif "No space left" in message:
-        cure = "free some space ('df --human-readable /var/lib/docker /var/lib/containerd'), then run again"
+        fix = "free some space ('df --human-readable /var/lib/docker /var/lib/containerd'), then run again"
     else:
-        cure = "look at 'journalctl -u docker.service' and at 'nvidia-ctk cdi list'"
-    return f"A container does not get {device}: {message}. Cure: {cure}"
+        fix = "look at 'journalctl -u docker.service' and at 'nvidia-ctk cdi list'"
+    return f"A container does not get {device}: {message}. Fix: {fix}"
 
 
 class Devices:
@@ -330,7 +330,7 @@ class Devices:
             self.ask("systemctl", "enable", *UNITS)
             status, _, errors = self.ask("systemctl", "start", UNITS[0])
             if status != 0:
-                raise DeviceError(f"{UNITS[0]} does not start: {errors}. Cure: 'systemctl status {UNITS[0]}'")
+                raise DeviceError(f"{UNITS[0]} does not start: {errors}. Fix: 'systemctl status {UNITS[0]}'")
         return True
 
     def refresh(self, reason: str) -> None:
@@ -361,7 +361,7 @@ class Devices:
         if self.device in found:
             what = f"The CDI specification is stale ({reason}) and cannot be written anew"
         raise DeviceError(
-            f"{what} ({why_it_failed(said)}). Cure: see that 'nvidia-smi' shows the GPU,"
+            f"{what} ({why_it_failed(said)}). Fix: see that 'nvidia-smi' shows the GPU,"
             " after an update of the driver reboot (WSL: 'wsl --shutdown' in Windows), then look at 'journalctl -u"
             f" {UNITS[1]}'"
         )

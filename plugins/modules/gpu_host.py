@@ -9,7 +9,7 @@ module: gpu_host
 short_description: Measure a GPU host and judge it
 description:
   - Measures platform, operating system, GPUs, driver, memory, engine and free disk space, as the fact C(gpu_host).
-  - Compares them with the requirements and returns every problem with its cure. It never fails because of a problem and
+  - Compares them with the requirements and returns every problem with its fix. It never fails because of a problem and
     never changes anything; what to do about the problems is the caller's business.
   - Whether an image can run on the GPUs, and whether the model fits, is not judged here but by the filter
     C(gpu_problems), since both depend on the image.
@@ -118,17 +118,17 @@ ansible_facts:
       disk_free_gib: {/var/lib/containerd: 120}
       server_installed: false
 problems:
-  description: What keeps the host from serving, each with its cure and the role that deals with it, if one does.
+  description: What keeps the host from serving, each with its fix and the role that deals with it, if one does.
   returned: always
   type: list
   elements: dict
   sample:
     - problem: "systemd does not run"
-      cure: "boot the machine with systemd"
+      fix: "boot the machine with systemd"
       mended_by: ""
 advice:
   description:
-    - What does not keep the host from serving but will be missed, each with its cure; also without requirements. Here
+    - What does not keep the host from serving but will be missed, each with its fix; also without requirements. Here
       belongs a card that does not answer beside one that does.
   returned: always
   type: list
@@ -172,14 +172,14 @@ OLDEST_BLACKWELL = 0x2900
 # Drivers of the kernel that keep a card for a virtual machine.
 RESERVING_DRIVERS = ("vfio-pci", "pci-stub", "xen-pciback")
 BLACKWELL_CAPABILITY = 10
-NAT_CURE = "put networkingMode=nat below [wsl2] in Windows' %UserProfile%\\.wslconfig, then in Windows: wsl --shutdown"
+NAT_FIX = "put networkingMode=nat below [wsl2] in Windows' %UserProfile%\\.wslconfig, then in Windows: wsl --shutdown"
 OLDEST_CAPABILITY = "7.5"  # Turing: of any image (roles/dots_ocr_server/profiles) and of the open modules
 QUERY = ("index", "name", "memory.total", "memory.free", "compute_cap", "driver_version")
 # A row of the answer to it. A name may have a comma, and a word in brackets may stand for any other value.
 ROW = re.compile(r"(\d+),\s*(.+),\s*([^,]+),\s*([^,]+),\s*([^,]+),\s*([^,]+)")
 VALUES = {"memory.total": r"\d+", "memory.free": r"\d+", "compute_cap": r"\d+\.\d+", "driver_version": r"\d+(?:\.\d+)+"}
 # What nvidia-smi says of a card that does not do (words of NVML), and what helps; the last is for any other word.
-CARD_CURES = (
+CARD_FIXES = (
     (r"(?i)permission", "let Ansible become root; if the card is divided (MIG), undo that: nvidia-smi -i INDEX -mig 0"),
     (
         r"(?i)lost|reset|unknown error|err!|device handle",
@@ -227,13 +227,13 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
-def trouble(problem: str, cure: str, mended_by: str = "") -> Problem:
-    """Return a problem with its cure, and the role that deals with it."""
-    return {"problem": problem, "cure": cure, "mended_by": mended_by}
+def trouble(problem: str, fix: str, mended_by: str = "") -> Problem:
+    """Return a problem with its fix, and the role that deals with it."""
+    return {"problem": problem, "fix": fix, "mended_by": mended_by}
 
 
 def judge(host: Host, requirements: dict[str, Any]) -> list[Problem]:
-    """Return every problem of a measured host with its cure, in the order in which to mend them."""
+    """Return every problem of a measured host with its fix, in the order in which to mend them."""
     wsl = host["platform"] in ("wsl1", "wsl2")
     return [
         *judge_platform(host, wsl),
@@ -297,12 +297,12 @@ def judge_wsl(host: Host, requirements: dict[str, Any]) -> Iterator[Problem]:
         yield trouble(
             "WSL has no network (networkingMode=none), so neither packages nor images can come, and Windows does not"
             " reach the server",
-            NAT_CURE,
+            NAT_FIX,
         )
     if network == "mirrored" and not host["docker"].get("userland_proxy", True):
         yield trouble(
             "WSL's network is mirrored and Docker's userland proxy is off: published ports cannot be reached then",
-            'take "userland-proxy": false out of /etc/docker/daemon.json and restart Docker; or ' + NAT_CURE,
+            'take "userland-proxy": false out of /etc/docker/daemon.json and restart Docker; or ' + NAT_FIX,
         )
     needed = requirements["wsl_memory_mib"]
     if host["memory_total_mib"] < needed:
@@ -423,11 +423,11 @@ def older_serves(host: Host) -> bool:
 
 
 def broken_card(card: Host) -> Problem:
-    """Return what is wrong with a card that nvidia-smi names but cannot tell all of, with the cure."""
-    cure = next(cure for words, cure in CARD_CURES if re.search(words, card["fault"]))
+    """Return what is wrong with a card that nvidia-smi names but cannot tell all of, with the fix."""
+    fix = next(fix for words, fix in CARD_FIXES if re.search(words, card["fault"]))
     return trouble(
         f"the GPU {card['index']} {card['name']} cannot be used: {card['fault']}",
-        cure.replace("INDEX", str(card["index"])),
+        fix.replace("INDEX", str(card["index"])),
     )
 
 
@@ -454,8 +454,8 @@ def warn_cards(host: Host) -> Iterator[Problem]:
             + ("" if explained else "; else reboot, and look at 'journalctl --dmesg --grep NVRM'"),
         )
     elif said := host["nvidia_smi_message"]:
-        cure = next(cure for words, cure in CARD_CURES if re.search(words, said))
-        yield trouble(f"nvidia-smi warns: {said}", cure)
+        fix = next(fix for words, fix in CARD_FIXES if re.search(words, said))
+        yield trouble(f"nvidia-smi warns: {said}", fix)
 
 
 def is_blackwell(host: Host) -> bool:
@@ -532,12 +532,12 @@ def warn_wsl(host: Host) -> Iterator[Problem]:
         yield trouble(
             "WSL's network is mirrored, in which published ports of containers may be out of reach on 127.0.0.1"
             " (microsoft/WSL#13868), and other machines see what is not bound to it",
-            f"if the server does not answer, {NAT_CURE}",
+            f"if the server does not answer, {NAT_FIX}",
         )
     elif network == "bridged":
         yield trouble(
             "WSL's network is bridged, in which Windows does not reach the server as localhost",
-            f"{NAT_CURE}; or use the address of the distribution",
+            f"{NAT_FIX}; or use the address of the distribution",
         )
 
 

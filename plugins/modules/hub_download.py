@@ -131,7 +131,7 @@ TIMEOUT_SECONDS = 30
 
 
 class Problem(Exception):
-    """What the operator has to mend; the message names the cure."""
+    """What the operator has to mend; the message names the fix."""
 
 
 class Fault(Exception):
@@ -151,7 +151,7 @@ def check_path(path: str) -> str:
     """Return a path from a listing; raises Problem if it leaves the folder or cannot stand in a manifest."""
     outside = any(part in ("", ".", "..") for part in path.split("/"))
     if outside or "\\" in path or not path.isprintable():
-        raise Problem(f"The list of files has the unsafe path {path!r}. Cure: get the weights from a source you trust")
+        raise Problem(f"The list of files has the unsafe path {path!r}. Fix: get the weights from a source you trust")
     return path
 
 
@@ -162,7 +162,7 @@ def check_entries(entries: list[Entry]) -> list[Entry]:
     if reserved or len(set(paths)) < len(paths):
         raise Problem(
             f"The list of files has {', '.join(reserved) or 'a path twice'}, which cannot be."
-            " Cure: get the weights from a source you trust"
+            " Fix: get the weights from a source you trust"
         )
     return entries
 
@@ -197,7 +197,7 @@ class Source:
 
     def exhausted(self, fault: Fault) -> Problem:
         """Return the problem that a fault is once it has lasted."""
-        return Problem(f"{self.name} changes while it is read: {fault}. Cure: run again when it is complete")
+        return Problem(f"{self.name} changes while it is read: {fault}. Fix: run again when it is complete")
 
 
 def origin(url: str) -> tuple[str, str, int]:
@@ -225,7 +225,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         """Return the request that follows a redirect."""
         if urllib.parse.urlsplit(newurl).scheme not in ("https", req.type):
-            raise Problem(f"{req.host} redirects to {newurl}, which is not secure. Cure: check dots_ocr_model_hub")
+            raise Problem(f"{req.host} redirects to {newurl}, which is not secure. Fix: check dots_ocr_model_hub")
         # Python before 3.11 does not know 308.
         request = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
         return self.authorize(request) if request else None
@@ -241,7 +241,7 @@ class Hub(Source):
     def __init__(self, hub: str, repository: str, commit: str, token: str) -> None:
         """Name it; nothing is asked yet."""
         if urllib.parse.urlsplit(hub).scheme not in ("http", "https"):
-            raise Problem(f"{hub!r} is no URL of a Hub. Cure: check dots_ocr_model_hub")
+            raise Problem(f"{hub!r} is no URL of a Hub. Fix: check dots_ocr_model_hub")
         self.hub = hub.rstrip("/")
         self.name = f"{repository} at commit {commit}"
         self.commit = self.key = commit
@@ -253,7 +253,7 @@ class Hub(Source):
     def exhausted(self, fault: Fault) -> Problem:
         """Return the problem that a fault is once it has lasted."""
         return Problem(
-            f"{self.hub} does not give {self.name}: {fault}. Cure: check that the host reaches the Hub,"
+            f"{self.hub} does not give {self.name}: {fault}. Fix: check that the host reaches the Hub,"
             " dots_ocr_model_hub, and behind a proxy http_proxy, https_proxy and no_proxy, then run again: what has"
             " arrived is kept"
         )
@@ -267,13 +267,13 @@ class Hub(Source):
             error.close()
             if error.code in (408, 416, 429) or error.code >= 500:
                 raise Fault(f"status {error.code}") from error
-            cure = "check dots_ocr_model_repository, dots_ocr_model_revision and dots_ocr_model_hub"
+            fix = "check dots_ocr_model_repository, dots_ocr_model_revision and dots_ocr_model_hub"
             if error.code == 407:
-                cure = "check the user and the password in http_proxy and https_proxy"
+                fix = "check the user and the password in http_proxy and https_proxy"
             if error.code in (401, 403):
-                cure += ", and whether dots_ocr_model_token may read it"
+                fix += ", and whether dots_ocr_model_token may read it"
             what = f"status {error.code} for {urllib.parse.urlsplit(url).path}"
-            raise Problem(f"{self.hub} does not give {self.name}: {what}. Cure: {cure}") from error
+            raise Problem(f"{self.hub} does not give {self.name}: {what}. Fix: {fix}") from error
         except self.faults as error:
             raise Fault(str(getattr(error, "reason", error)) or type(error).__name__) from error
 
@@ -287,7 +287,7 @@ class Hub(Source):
         try:
             return [self.entry(item) for item in listing if item["type"] == "file"]
         except (KeyError, TypeError, ValueError) as error:
-            raise Problem(f"{self.hub} lists files in an unknown way. Cure: check dots_ocr_model_hub") from error
+            raise Problem(f"{self.hub} lists files in an unknown way. Fix: check dots_ocr_model_hub") from error
 
     def retry(self, url: str) -> tuple[list[Any], str]:
         """Return what page() does, after several tries if need be."""
@@ -312,7 +312,7 @@ class Hub(Source):
                 raise Fault(str(error)) from error
             except ValueError as error:
                 raise Problem(
-                    f"{self.hub} answers with something else than a list of files. Cure: check dots_ocr_model_hub, and"
+                    f"{self.hub} answers with something else than a list of files. Fix: check dots_ocr_model_hub, and"
                     " whether a proxy stands between"
                 ) from error
             following = re.search(r'<([^>]+)>; *rel="next"', response.headers.get("Link", ""))
@@ -350,16 +350,16 @@ class Local(Source):
         """
         revision = texts.get(REVISION, "").strip()
         if REVISION in texts and not COMMIT.fullmatch(revision):
-            raise Problem(f"{REVISION} in {self.name} is no full commit hash. Cure: write one, or remove the file")
+            raise Problem(f"{REVISION} in {self.name} is no full commit hash. Fix: write one, or remove the file")
         sums = self.parse(texts.get(MANIFEST, ""))
         wanted = {path for path in sizes if path != MANIFEST and path.split("/")[0] not in NOT_FILES}
         if REVISION not in sums:
             wanted.discard(REVISION)
         if MANIFEST in texts and set(sums) != wanted:
             differ = ", ".join(sorted(set(sums) ^ wanted))
-            raise Problem(f"{MANIFEST} of {self.name} and its files are not the same: {differ}. Cure: copy it anew")
+            raise Problem(f"{MANIFEST} of {self.name} and its files are not the same: {differ}. Fix: copy it anew")
         if "config.json" not in wanted:
-            raise Problem(f"{self.name} has no config.json, so it is no model. Cure: name the one that has the files")
+            raise Problem(f"{self.name} has no config.json, so it is no model. Fix: name the one that has the files")
         self.commit = revision or (commit_of(sums) if sums else "")
         self.key = commit_of(sums) if sums else hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]
         return [Entry(path, sizes[path], sums.get(path, "")) for path in sizes if path in wanted]
@@ -370,7 +370,7 @@ class Local(Source):
         for line in text.splitlines():
             match = MANIFEST_LINE.fullmatch(line)
             if not match:
-                raise Problem(f"{MANIFEST} of {self.name} has the line {line!r}. Cure: write it with sha256sum")
+                raise Problem(f"{MANIFEST} of {self.name} has the line {line!r}. Fix: write it with sha256sum")
             sums[check_path(match[2])] = match[1]
         return sums
 
@@ -386,7 +386,7 @@ class Folder(Local):
     def entries(self) -> list[Entry]:
         """Look at the files."""
         if not self.folder.is_dir():
-            raise Problem(f"There is no folder {self.folder} on the host. Cure: check dots_ocr_model_folder")
+            raise Problem(f"There is no folder {self.folder} on the host. Fix: check dots_ocr_model_folder")
         sizes, texts, stamp = {}, {}, []
         for parent, folders, files in os.walk(self.folder):
             if Path(parent) == self.folder:
@@ -396,7 +396,7 @@ class Folder(Local):
                 path = str(file.relative_to(self.folder))
                 status = file.lstat()
                 if not stat.S_ISREG(status.st_mode):
-                    raise Problem(f"{file} is no regular file. Cure: copy the folder with 'cp -r --dereference'")
+                    raise Problem(f"{file} is no regular file. Fix: copy the folder with 'cp -r --dereference'")
                 sizes[path] = status.st_size
                 stamp.append((path, status.st_size, status.st_mtime_ns))
                 if path in (MANIFEST, REVISION):
@@ -433,7 +433,7 @@ class Archive(Local):
             return
         zstd = shutil.which("zstd")
         if not zstd:
-            raise Problem(f"{self.name} needs the program zstd. Cure: install zstd on the host, or use a .tar.gz")
+            raise Problem(f"{self.name} needs the program zstd. Fix: install zstd on the host, or use a .tar.gz")
         command = [zstd, "--decompress", "--stdout", "--quiet", "--long=31", str(self.archive)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
@@ -453,17 +453,17 @@ class Archive(Local):
                 if content:
                     yield check_path(path), member.size, content
                 elif not member.isdir():
-                    raise Problem(f"{path} in {self.name} is no regular file. Cure: pack it with tar's --dereference")
+                    raise Problem(f"{path} in {self.name} is no regular file. Fix: pack it with tar's --dereference")
 
     def entries(self) -> list[Entry]:
         """Look at the members."""
         if not self.archive.is_file():
-            raise Problem(f"There is no archive {self.archive} on the host. Cure: check dots_ocr_model_archive")
+            raise Problem(f"There is no archive {self.archive} on the host. Fix: check dots_ocr_model_archive")
         sizes: dict[str, int] = {}
         texts = {}
         for path, size, content in self.walk():
             if path in sizes:
-                raise Problem(f"{self.name} has {path} twice. Cure: pack it anew")
+                raise Problem(f"{self.name} has {path} twice. Fix: pack it anew")
             sizes[path] = size
             if path.split("/")[-1] in (MANIFEST, REVISION):
                 texts[path] = content.read(16 * CHUNK).decode(errors="replace")
@@ -520,7 +520,7 @@ def check_space(entries: list[Entry], incoming: Path) -> None:
 def no_space(home: Path, what: str) -> Problem:
     """Return the problem that a full file system is."""
     return Problem(
-        f"The file system of {home} is too small: {what}. Cure: free some space or choose another dots_ocr_model_root,"
+        f"The file system of {home} is too small: {what}. Fix: free some space or choose another dots_ocr_model_root,"
         " then run again: what has arrived is kept"
     )
 
@@ -619,7 +619,7 @@ def check_digests(source: Source, entries: list[Entry], incoming: Path) -> dict[
             bad.append(entry.path)
     if bad:
         raise Problem(
-            f"The checksum is wrong of {', '.join(bad)} from {source.name}; removed. Cure: run again, which fetches"
+            f"The checksum is wrong of {', '.join(bad)} from {source.name}; removed. Fix: run again, which fetches"
             " anew what was removed; if that does not help, the source is damaged"
         )
     return sums
@@ -662,7 +662,7 @@ def check_commit(source: Source, wanted: str) -> None:
     """Raise Problem if a source holds another commit than is wanted."""
     if wanted and source.commit and source.commit != wanted:
         raise Problem(
-            f"{source.name} holds commit {source.commit}, but {wanted} is wanted. Cure: give the weights of that"
+            f"{source.name} holds commit {source.commit}, but {wanted} is wanted. Fix: give the weights of that"
             " commit, or set dots_ocr_model_upgrade to go over to the other one"
         )
 
@@ -673,7 +673,7 @@ def in_place(home: Path, commit: str) -> bool:
     if not commit or not folder.exists():
         return False
     if not (folder / MANIFEST).exists():
-        raise Problem(f"{folder} has no {MANIFEST}. Cure: remove the folder and run again, which fetches it anew")
+        raise Problem(f"{folder} has no {MANIFEST}. Fix: remove the folder and run again, which fetches it anew")
     return True
 
 
@@ -698,7 +698,7 @@ class Call:
         self.wanted = params["revision"] or ""
         self.seconds = params["seconds"]
         if self.wanted and not COMMIT.fullmatch(self.wanted):
-            raise Problem(f"{self.wanted} is no full commit hash. Cure: give all its 40 digits")
+            raise Problem(f"{self.wanted} is no full commit hash. Fix: give all its 40 digits")
         self.source = choose(params)
         self.total = self.arrived = 0
 
@@ -792,9 +792,9 @@ def main() -> None:
     except Problem as problem:
         module.fail_json(msg=f"{problem}.")
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        module.fail_json(msg=f"The archive is damaged: {error}. Cure: copy it to the host anew.")
+        module.fail_json(msg=f"The archive is damaged: {error}. Fix: copy it to the host anew.")
     except OSError as error:
-        module.fail_json(msg=f"{error}. Cure: check the file system, of the root and of the source.")
+        module.fail_json(msg=f"{error}. Fix: check the file system, of the root and of the source.")
     module.exit_json(**result)
 
 

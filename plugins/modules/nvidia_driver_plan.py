@@ -9,7 +9,7 @@ module: nvidia_driver_plan
 short_description: Decide about the NVIDIA driver of a machine
 description:
   - Says which packages bring the driver to this machine and from where, whether a reboot is due and why, and what is
-    still wrong with the driver. Fails with the cause and the cure where there is no good way.
+    still wrong with the driver. Fails with the cause and the fix where there is no good way.
   - A driver that is good enough and came from elsewhere is left alone. One that is not is never mixed with ours.
   - Refreshes apt's lists if they do not know the packages yet; changes nothing else.
 options:
@@ -171,8 +171,8 @@ LOCK_SECONDS = 5  # between two tries for apt's lock
 class Refusal(Exception):
     """There is no good way; says why and what to do."""
 
-    def __init__(self, problem: str, cure: str) -> None:
-        super().__init__(f"{problem}. Cure: {cure}.")
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(f"{problem}. Fix: {fix}.")
 
 
 class NotInLists(Refusal):

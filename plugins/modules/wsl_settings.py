@@ -125,11 +125,11 @@ TIMEOUT = 60  # seconds; Windows takes its time after a start
 UPDATE_TIMEOUT = 900  # for a download of some 200 MB
 
 AGAIN = "then in Windows: wsl --shutdown"
-INTEROP_CURE = (
+INTEROP_FIX = (
     f"remove enabled=false below [interop] in /etc/wsl.conf, {AGAIN}; or set wsl_manage_windows to false and do the"
     " Windows side by hand (docs/wsl2.md)"
 )
-AUTOMOUNT_CURE = f"remove enabled=false below [automount] in /etc/wsl.conf, {AGAIN}"
+AUTOMOUNT_FIX = f"remove enabled=false below [automount] in /etc/wsl.conf, {AGAIN}"
 
 # Trigger and principal name the user: a trigger for any user takes an administrator.
 TASK = """\
@@ -160,11 +160,11 @@ TASK = """\
 
 
 class Trouble(Exception):
-    """Something that a person must mend; the message names the cause and the cure."""
+    """Something that a person must mend; the message names the cause and the fix."""
 
-    def __init__(self, cause: str, cure: str) -> None:
-        """Put cause and cure together."""
-        super().__init__(f"{cause}. Cure: {cure}.")
+    def __init__(self, cause: str, fix: str) -> None:
+        """Put cause and fix together."""
+        super().__init__(f"{cause}. Fix: {fix}.")
 
 
 class Text:
@@ -329,18 +329,18 @@ class Windows:
         """Find drive, user and profile; raises Trouble if Windows cannot be reached."""
         self.drive = Path(self.path("-u", "C:\\"))
         if not self.drive.is_dir():
-            raise Trouble(f"the drive C: of Windows is not to be seen in WSL as {self.drive}", AUTOMOUNT_CURE)
+            raise Trouble(f"the drive C: of Windows is not to be seen in WSL as {self.drive}", AUTOMOUNT_FIX)
         # With /u cmd.exe answers in UTF-16; otherwise an umlaut in a name would come in a code page nobody knows.
         answer = self.run("cmd.exe", "/u", "/d", "/c", "set", "USER")
         said = dict(entry.split("=", 1) for entry in answer.splitlines() if "=" in entry)
         if "USERPROFILE" not in said or "USERNAME" not in said:
-            raise Trouble(f"Windows does not tell who its user is ({line(answer)})", INTEROP_CURE)
+            raise Trouble(f"Windows does not tell who its user is ({line(answer)})", INTEROP_FIX)
         self.user = f"{said['USERDOMAIN']}\\{said['USERNAME']}" if said.get("USERDOMAIN") else said["USERNAME"]
         self.profile = Path(self.path("-u", said["USERPROFILE"]))
         if not self.profile.is_dir():
             raise Trouble(
                 f"the Windows user's profile {said['USERPROFILE']} is not to be seen in WSL as {self.profile}",
-                AUTOMOUNT_CURE,
+                AUTOMOUNT_FIX,
             )
         self.config = self.profile / ".wslconfig"
         self.distribution = distribution or self.path("-w", "/").rstrip("\\").rsplit("\\", 1)[-1]
@@ -360,9 +360,9 @@ class Windows:
         try:
             done = subprocess.run(["wslpath", direction, path], capture_output=True, timeout=TIMEOUT, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise Trouble(f"wslpath does not work ({error})", INTEROP_CURE) from error
+            raise Trouble(f"wslpath does not work ({error})", INTEROP_FIX) from error
         if done.returncode != 0:
-            raise Trouble(f"wslpath knows no {path} ({line(decode(done.stderr + done.stdout))})", AUTOMOUNT_CURE)
+            raise Trouble(f"wslpath knows no {path} ({line(decode(done.stderr + done.stdout))})", AUTOMOUNT_FIX)
         return decode(done.stdout).strip("\n")
 
     def attempt(self, program: str, *arguments: str, timeout: int = TIMEOUT) -> tuple[int, str]:
@@ -379,14 +379,14 @@ class Windows:
             raise Trouble(f"{program} did not end within {timeout} s", "restart Windows, then run again") from error
         except OSError as error:
             why = error.strerror or str(error)
-            raise Trouble(f"programs of Windows cannot be run from WSL ({command[0]}: {why})", INTEROP_CURE) from error
+            raise Trouble(f"programs of Windows cannot be run from WSL ({command[0]}: {why})", INTEROP_FIX) from error
         return done.returncode, decode(done.stdout) + decode(done.stderr)
 
     def run(self, program: str, *arguments: str) -> str:
         """Run a program of Windows that must not fail, and return what it said."""
         status, said = self.attempt(program, *arguments)
         if status != 0:
-            raise Trouble(f"{program} failed with status {status} ({line(said)})", INTEROP_CURE)
+            raise Trouble(f"{program} failed with status {status} ({line(said)})", INTEROP_FIX)
         return said
 
     def starter(self) -> tuple[str, str]:

@@ -95,13 +95,13 @@ def test_key_is_made_where_no_client_is_given(fleets: Fleets) -> None:
 @pytest.mark.parametrize(
     ("gateway", "complaint"),
     [
-        ("two-keys", "The servers have 2 different API keys.*Cure: set dots_ocr_server_api_key once"),
-        ("two-models", "different models: dots.ocr, another.*Cure: the same dots_ocr_server_model_names"),
-        ("refused", "HAProxy refuses the new .*, and nothing was replaced: .*ALERT.*Cure: change the variable"),
-        ("bad-name", "dots_ocr_gateway_clients cannot be used. Cure: "),
-        ("short-key", "dots_ocr_gateway_clients cannot be used. Cure: "),
+        ("two-keys", "The servers have 2 different API keys.*Fix: set dots_ocr_server_api_key once"),
+        ("two-models", "different models: dots.ocr, another.*Fix: the same dots_ocr_server_model_names"),
+        ("refused", "HAProxy refuses the new .*, and nothing was replaced: .*ALERT.*Fix: change the variable"),
+        ("bad-name", "dots_ocr_gateway_clients cannot be used. Fix: "),
+        ("short-key", "dots_ocr_gateway_clients cannot be used. Fix: "),
         ("no-rate", "dots_ocr_gateway_least_rate is 0.* Fix: a rate above 0"),
-        ("taken-port", "Port [0-9]+ is taken: .*Cure: stop that program"),
+        ("taken-port", "Port [0-9]+ is taken: .*Fix: stop that program"),
     ],
 )
 def test_what_cannot_work_is_refused(fleets: Fleets, gateway: str, complaint: str) -> None:

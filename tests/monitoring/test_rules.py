@@ -44,7 +44,7 @@ PLAYBOOK = [
 def promtool(*words: str, cwd: Path) -> None:
     """Run promtool, and show what it says if it fails."""
     program = shutil.which("promtool")
-    assert program, "promtool is missing. Cure: apt-get install prometheus"
+    assert program, "promtool is missing. Fix: apt-get install prometheus"
     done = subprocess.run([program, *words], cwd=cwd, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -121,7 +121,7 @@ def test_alerts_say_what_where_and_what_to_do(alerts: list[dict[str, Any]]) -> N
         name, annotations = alert["alert"], alert["annotations"]
         assert alert["labels"]["severity"] in ("critical", "warning"), name
         assert re.search(r"\{\{ [$]|None", annotations["summary"]), name
-        assert " Cure: " in annotations["description"], name
+        assert " Fix: " in annotations["description"], name
         file, anchor = annotations["runbook_url"].split("#")
         assert (file, anchor) == ("docs/monitoring.md", name.lower())
         assert anchor in anchors, f"{name} has no section in {DOCUMENTATION}"

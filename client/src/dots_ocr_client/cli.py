@@ -415,8 +415,8 @@ def doctor(
 def _print_check(check: Check) -> None:
     took = "" if check.seconds is None else f" ({check.seconds:.2f} s)"
     _print_text(f"{check.status:8} {check.name}: {printable(check.detail)}{took}")
-    if check.cure and check.status != "skipped":
-        _print_text(f"         -> {printable(check.cure)}")
+    if check.fix and check.status != "skipped":
+        _print_text(f"         -> {printable(check.fix)}")
 
 
 def _levels(text: str) -> str:

@@ -55,14 +55,14 @@ class Check:
         status: ``failed`` if reading with dots.ocr cannot work without it, ``warning`` if it can but something is
             amiss, ``skipped`` if it was not or could not be looked at.
         detail: What was found.
-        cure: What to do about it; empty for ``ok``.
+        fix: What to do about it; empty for ``ok``.
         seconds: How long the server or another engine took, where it was asked.
     """
 
     name: str
     status: Status
     detail: str
-    cure: str = ""
+    fix: str = ""
     seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,11 +112,11 @@ async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
             _skipped("page", why, "correct the key first"),
         ]
     except (DotsOCRError, TimeoutError) as error:
-        cure = "start the server and wait until it has loaded the model, or correct --base-url (DOTS_OCR_BASE_URL)"
+        fix = "start the server and wait until it has loaded the model, or correct --base-url (DOTS_OCR_BASE_URL)"
         detail = str(error) or f"{engine.base_url} did not answer within {seconds:g} s"
         rest = ("version", "model", "key", "context", "page")
         return [
-            Check("server", "failed", detail, cure),
+            Check("server", "failed", detail, fix),
             *(_skipped(name, "no server", "reach the server first") for name in rest),
         ]
     reached = Check("server", "ok", f"{engine.base_url} answers", seconds=time.monotonic() - started)
@@ -124,8 +124,8 @@ async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
     accepted = Check("key", "ok", "the server lists its models to us")
     checks = [reached, await _version(engine, seconds), _model(engine.model, list(served)), accepted]
     if engine.model not in served:
-        why, cure = "the model is not served", "choose a model that is served first"
-        return [*checks, _skipped("context", why, cure), _skipped("page", why, cure)]
+        why, fix = "the model is not served", "choose a model that is served first"
+        return [*checks, _skipped("context", why, fix), _skipped("page", why, fix)]
     context = _context(served[engine.model])
     if not ocr:
         return [*checks, context, _skipped("page", "none was read: --ocr has every engine read one", "add --ocr")]
@@ -137,8 +137,8 @@ async def _within(seconds: float, work: Awaitable[T]) -> T:
         return await work
 
 
-def _skipped(name: str, why: str, cure: str) -> Check:
-    return Check(name, "skipped", why, cure)
+def _skipped(name: str, why: str, fix: str) -> Check:
+    return Check(name, "skipped", why, fix)
 
 
 async def _version(engine: VLLMEngine, seconds: float) -> Check:
@@ -156,8 +156,8 @@ def _model(model: str, served: list[str]) -> Check:
     names = (", ".join(repr(name[:200]) for name in served[:NAMES]) or "none") + more
     if model in served:
         return Check("model", "ok", f"{model!r} is served, of: {names}")
-    cure = f"ask for one of these with --model, or start the server with --served-model-name {model}"
-    return Check("model", "failed", f"{model!r} is not served; the server has: {names}", cure)
+    fix = f"ask for one of these with --model, or start the server with --served-model-name {model}"
+    return Check("model", "failed", f"{model!r} is not served; the server has: {names}", fix)
 
 
 def _context(card: Mapping[str, Any]) -> Check:
@@ -188,23 +188,23 @@ def _adapted(base_url: str) -> list[Check]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # not for us to judge: the readiness check of the host does
         if remedies:
-            cure = "mend the cause (docs/troubleshooting.md), then deploy with dots_ocr_server_adapt: false"
-            found.append(Check("adapted", "warning", " ".join(remedies), cure))
+            fix = "mend the cause (docs/troubleshooting.md), then deploy with dots_ocr_server_adapt: false"
+            found.append(Check("adapted", "warning", " ".join(remedies), fix))
         if measured:
-            cure = "deploy again, which plans with it, unless limits of your own say otherwise (docs/tuning.md)"
-            found.append(Check("measured", "warning", str(measured), cure))
+            fix = "deploy again, which plans with it, unless limits of your own say otherwise (docs/tuning.md)"
+            found.append(Check("measured", "warning", str(measured), fix))
     return found
 
 
 async def _page(engine: VLLMEngine, seconds: float) -> Check:
-    cure = "see whether the server runs the right model, with --chat-template-content-format string"
+    fix = "see whether the server runs the right model, with --chat-template-content-format string"
     try:
-        return await _read("page", engine, seconds, cure)
+        return await _read("page", engine, seconds, fix)
     except Unauthorized as error:
         return Check("page", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
     except (DotsOCRError, TimeoutError) as error:
-        cure = "look at the server's log and its load, or allow more time (--timeout)"
-        return Check("page", "failed", _unread(error, seconds), cure)
+        fix = "look at the server's log and its load, or allow more time (--timeout)"
+        return Check("page", "failed", _unread(error, seconds), fix)
 
 
 async def _page_by_tesseract(languages: str, seconds: float) -> Check:
@@ -213,9 +213,9 @@ async def _page_by_tesseract(languages: str, seconds: float) -> Check:
     name = "page by tesseract"
     if shutil.which("tesseract") is None:
         return _skipped(name, "tesseract is not installed", "install it first")
-    cure = "put eng among the --languages, because the page is in English; else install tesseract-ocr-eng anew"
+    fix = "put eng among the --languages, because the page is in English; else install tesseract-ocr-eng anew"
     try:
-        return await _read(name, TesseractEngine(languages), seconds, cure)
+        return await _read(name, TesseractEngine(languages), seconds, fix)
     except EngineMissing as error:
         return _skipped(name, str(error), "install the languages first")
     except (DotsOCRError, TimeoutError) as error:
@@ -234,13 +234,13 @@ async def _page_by_qwen(seconds: float) -> Check:
     except (EngineMissing, NotApplicable) as error:
         return _skipped(name, str(error), "none needed unless pages are to be read by Qwen")
     except (DotsOCRError, TimeoutError) as error:
-        cure = "allow more time (--timeout), or leave this engine out"
-        return Check(name, "warning", _unread(error, seconds), cure)
+        fix = "allow more time (--timeout), or leave this engine out"
+        return Check(name, "warning", _unread(error, seconds), fix)
     finally:
         await engine.aclose()
 
 
-async def _read(name: str, engine: Engine, seconds: float, cure: str) -> Check:
+async def _read(name: str, engine: Engine, seconds: float, fix: str) -> Check:
     """Have an engine read the page, and compare.
 
     Raises:
@@ -259,7 +259,7 @@ async def _read(name: str, engine: Engine, seconds: float, cure: str) -> Check:
             detail = f"a test page that says {SAMPLE!r} was read as {answer.text[:200]!r}"
     took = time.monotonic() - started
     if detail:
-        return Check(name, "warning", detail, cure, took)
+        return Check(name, "warning", detail, fix, took)
     return Check(name, "ok", "a test page was read as it is", seconds=took)
 
 
@@ -279,19 +279,19 @@ def _alike(text: str) -> float:
 
 
 async def _tesseract(languages: str) -> Check:
-    cure = "apt-get install tesseract-ocr tesseract-ocr-eng, to have a page read when the server cannot"
+    fix = "apt-get install tesseract-ocr tesseract-ocr-eng, to have a page read when the server cannot"
     program = shutil.which("tesseract")
     if program is None:
-        return Check("tesseract", "warning", "it is not on the PATH", cure)
+        return Check("tesseract", "warning", "it is not on the PATH", fix)
     try:
         said = await _output(program, "--version")
         listed = (await _output(program, "--list-langs")).splitlines()[1:]  # the first line is a heading
     except (OSError, TimeoutError) as error:
-        return Check("tesseract", "warning", f"{program} does not run: {error}", cure)
+        return Check("tesseract", "warning", f"{program} does not run: {error}", fix)
     names = sorted(name.strip() for name in listed if name.strip() not in ("", "osd"))  # osd only finds directions
     first_line = said.partition("\n")[0]
     if not names:
-        return Check("tesseract", "warning", f"{first_line} has no languages", cure)
+        return Check("tesseract", "warning", f"{first_line} has no languages", fix)
     lacking = [name for name in languages.split("+") if name not in names]
     if lacking:
         packages = " ".join(f"tesseract-ocr-{name.replace('_', '-')}" for name in lacking)
@@ -337,6 +337,6 @@ def _versions() -> Check:
         except PackageNotFoundError:
             missing.append(name)
     if missing:
-        cure = "pip install dots-ocr-client"
-        return Check("packages", "warning", f"{', '.join(found)}; not installed: {', '.join(missing)}", cure)
+        fix = "pip install dots-ocr-client"
+        return Check("packages", "warning", f"{', '.join(found)}; not installed: {', '.join(missing)}", fix)
     return Check("packages", "ok", ", ".join(found))

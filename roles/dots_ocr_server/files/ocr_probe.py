@@ -50,7 +50,7 @@ WAIT = "wait; if it lasts, look at the unit's journal."
 
 
 class Problem(Exception):
-    """What is wrong and what cures it: (problem, cure)."""
+    """What is wrong and what fixes it: (problem, fix)."""
 
 
 class NotYet(Problem):
@@ -146,8 +146,8 @@ def load_key(file: Path) -> str:
     try:
         key = file.read_text(encoding="ascii").strip()
     except OSError as error:
-        cure = f"run this as root; if root cannot read it either, {REDEPLOY}"
-        raise Failed(f"The API key in {file} cannot be read ({error.strerror}).", cure) from None
+        fix = f"run this as root; if root cannot read it either, {REDEPLOY}"
+        raise Failed(f"The API key in {file} cannot be read ({error.strerror}).", fix) from None
     except ValueError:
         key = ""
     if not re.fullmatch(r"[!-~]+", key):
@@ -223,14 +223,14 @@ def ask(server: Server, path: str, seconds: float, body: Any = None) -> bytes:
     said = " ".join(text.split())[:500]
     if status in (401, 403):
         sent = f"the API key in {server.api_key_file}" if server.key else "a request without an API key"
-        cure = f"{REDEPLOY[:-1]}, which starts the server with the key that is in the file."
-        raise Refused(f"{url} answers {status}: the server refuses {sent}.", cure)
+        fix = f"{REDEPLOY[:-1]}, which starts the server with the key that is in the file."
+        raise Refused(f"{url} answers {status}: the server refuses {sent}.", fix)
     if status in (429, 503):
         raise Busy(f"{url} answers {status}: {said}.", WAIT)
     if status >= 500:
         raise NotYet(f"{url} answers {status}: {said}.", WAIT)
-    cure = f"look at 'journalctl -u {server.unit}'; another program may listen at this port."
-    raise Failed(f"{url} answers {status}: {said}.", cure)
+    fix = f"look at 'journalctl -u {server.unit}'; another program may listen at this port."
+    raise Failed(f"{url} answers {status}: {said}.", fix)
 
 
 def hide(server: Server, said: bytes) -> bytes:

@@ -55,7 +55,7 @@ class TesseractEngine:
         """
         listing = await self._run(self._program(), "--list-langs")
         if lacking := set(self.languages.split("+")) - set(listing.split()):
-            raise EngineMissing(f"tesseract lacks language data for {'+'.join(sorted(lacking))!r}: {self._cure()}")
+            raise EngineMissing(f"tesseract lacks language data for {'+'.join(sorted(lacking))!r}: {self._fix()}")
 
     async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
         """Read one page; the program is killed when this call is cancelled.
@@ -87,7 +87,7 @@ class TesseractEngine:
     def _program(self) -> str:
         program = shutil.which("tesseract")
         if program is None:
-            raise EngineMissing(f"there is no tesseract on the PATH: {self._cure()}")
+            raise EngineMissing(f"there is no tesseract on the PATH: {self._fix()}")
         return program
 
     async def _run(self, *command: str, png: bytes = b"") -> str:
@@ -112,13 +112,13 @@ class TesseractEngine:
         complaint = complaints.decode(errors="replace").strip()
         # With several languages Tesseract goes on without those that it lacks and still reports success.
         if "Failed loading language" in complaint:
-            raise EngineMissing(f"tesseract lacks language data for {self.languages!r}: {self._cure()}")
+            raise EngineMissing(f"tesseract lacks language data for {self.languages!r}: {self._fix()}")
         if process.returncode != 0:
             last_line = complaint.rpartition("\n")[2] or "no message"
             raise EngineError(f"tesseract ended with status {process.returncode}: {last_line}")
         return output.decode(errors="replace")
 
-    def _cure(self) -> str:
+    def _fix(self) -> str:
         packages = " ".join(f"tesseract-ocr-{name.replace('_', '-')}" for name in self.languages.split("+"))
         return f"apt-get install tesseract-ocr {packages}"
 
