@@ -335,5 +335,6 @@ def small(running_small: Gateway, backends: dict[str, Backend]) -> Gateway:
 
 @pytest.fixture
 def tls(running_tls: Gateway, backends: dict[str, Backend]) -> Gateway:
-    """Return the gateway with TLS."""
+    """Return the gateway with TLS; of its servers the stranger has been found out."""
+    wait_until(lambda: running_tls.status("stranger") == "DOWN", "the stranger down")
     return ready(running_tls, "secure")
