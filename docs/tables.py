@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 DOCS = Path(__file__).resolve().parent
@@ -138,6 +143,43 @@ def host_matrix() -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(case.row() for case in sorted(cases))])
 
 
+class Attacks:
+    """Pytest's plugin that counts the cases of each attack."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.found: Counter[tuple[str, str, str]] = Counter()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Count what was collected."""
+        for item in items:
+            for mark in item.iter_markers("attack"):
+                self.found[item.path.relative_to(DOCS.parent).as_posix(), *mark.args] += 1
+
+
+def attacks() -> str:
+    """Return the table of attacks that are tests: what is tried, what comes of it, in how many cases, and where."""
+    rows: list[str] = []
+    cases = 0
+    for folder in ("tests", "client"):
+        files = sorted(file for file in (DOCS.parent / folder).rglob("test_*.py") if "mark.attack(" in file.read_text())
+        command = [sys.executable, __file__, "--attacks", *map(str, files)]
+        counted = json.loads(subprocess.run(command, cwd=DOCS.parent / folder, check=True, capture_output=True).stdout)
+        for file, what, outcome, count in counted:
+            rows.append(f"| {what} | {outcome} | {count} | `{file}` |")
+            cases += count
+    return "\n".join(["| attack | outcome | cases | test |", "|---|---|--:|---|", *rows, f"| all | | {cases} | |"])
+
+
+def count_attacks(files: list[str]) -> int:
+    """Print what the tests of these files attack, as JSON."""
+    plugin = Attacks()
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *files], plugins=[plugin])
+    print(json.dumps([[*key, count] for key, count in plugin.found.items()]))
+    return 0 if plugin.found else 1
+
+
 def left_on_purpose() -> str:
     """Return the table of what the uninstallation of everything leaves."""
     left = yaml.safe_load((MOLECULE / "host_state/vars/main.yml").read_text())["left_on_purpose"]
@@ -175,12 +217,15 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "memory_plan": (DOCS / "tuning.md", memory_plans),
     "host_matrix": (DOCS / "verification.md", host_matrix),
     "diagnoses": (DOCS / "troubleshooting.md", diagnoses),
+    "attacks": (DOCS / "verification.md", attacks),
     "left_on_purpose": (DOCS / "verification.md", left_on_purpose),
 }
 
 
 def main() -> int:
     """Rewrite the pages, or with --check return 1 if that would change one."""
+    if sys.argv[1:2] == ["--attacks"]:
+        return count_attacks(sys.argv[2:])
     stale = False
     for name, (page, generate) in TABLES.items():
         begin, end = f"<!-- BEGIN {name}: python docs/tables.py -->", f"<!-- END {name} -->"

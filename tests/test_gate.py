@@ -178,6 +178,7 @@ def test_messages_of_openai_clients_pass(messages: Any, server: Server) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
+@pytest.mark.attack("another path of vLLM, or one written oddly", "404")
 def test_only_the_list_is_answered(method: str, server: Server) -> None:
     # What vLLM 0.32 answers, and other spellings of what is allowed.
     paths = "/ /docs /openapi.json /load /ping /tokenize /detokenize /invocations /scale_elastic_ep /v1/responses"
@@ -199,6 +200,7 @@ def test_only_the_list_of_the_gateway_and_what_the_host_asks_is_served() -> None
         plugin.api_paths("proxy")
 
 
+@pytest.mark.attack("no key, a wrong one, two, another scheme", "401 before the body is read")
 def test_key_is_needed_before_anything_is_read(server: Server) -> None:
     for path, method in ((CHAT, "POST"), ("/v1/models", "GET")):
         for key in (None, "wrong", KEY[:-1], KEY + "x", f"{KEY} {KEY}"):
@@ -221,6 +223,7 @@ def test_server_without_a_key_asks_for_none(tmp_path: Path, monkeypatch: pytest.
     assert Server(tmp_path).ask(CHAT, page(), key=None).status == 200
 
 
+@pytest.mark.attack("headers that vLLM acts upon", "not passed on")
 def test_vllm_sees_no_header_that_it_would_act_upon(server: Server) -> None:
     more = [(b"x-request-id", b"mine"), (b"x-data-parallel-rank", b"9"), (b"origin", b"http://x"), (b"host", b"h")]
     ((_, headers, _),) = server.ask(CHAT, page(), headers=more).seen
@@ -280,6 +283,10 @@ def test_lifespan_passes_and_websockets_do_not(server: Server) -> None:
         ),
     ],
 )
+@pytest.mark.attack(
+    "parameters that end, block or fill the engine: logprobs, grammars, tools, huge or odd values",
+    "400 with the parameter's name",
+)
 def test_key_of_the_body_that_reading_does_not_need_is_refused_by_name(
     name: str, values: tuple[Any, ...], server: Server
 ) -> None:
@@ -306,6 +313,7 @@ def test_odd_name_is_shown_in_short(name: str, server: Server) -> None:
     ],
     ids=lambda body: body[:20].decode("latin-1"),
 )
+@pytest.mark.attack("a body that is no chat request: nested, enormous, no JSON", "400")
 def test_what_is_no_request_is_refused(body: bytes, server: Server) -> None:
     assert server.ask(CHAT, body).refuses(400)
 
@@ -346,6 +354,7 @@ def test_body_is_read_as_vllm_reads_it(encoding: str, server: Server) -> None:
         [{"role": "user", "content": [None, 5]}],
     ],
 )
+@pytest.mark.attack("messages with anything but texts and one picture", "400")
 def test_messages_that_are_not_texts_and_a_picture_are_refused(messages: Any, server: Server) -> None:
     assert server.ask(CHAT, page(messages=messages)).refuses(400, param="messages")
 
@@ -421,6 +430,7 @@ def test_what_names_another_size_before_is_a_picture_to_pillow() -> None:
     ],
     ids=lambda value: value[:40],
 )
+@pytest.mark.attack("pictures as traps: thousands of scans, 169 megapixels, addresses, other formats", "400")
 def test_picture_that_is_none_or_a_trap_is_refused(address: str, words: str, server: Server) -> None:
     assert server.ask(CHAT, parts({"type": "image_url", "image_url": {"url": address}})).refuses(
         400, words, param="image_url"
@@ -431,6 +441,7 @@ def test_jpeg_with_the_usual_scans_passes(server: Server) -> None:
     assert server.ask(CHAT, page(url(scans(80), "jpeg"))).status == 200
 
 
+@pytest.mark.attack("a body that is too large", "413 before it has come")
 def test_body_that_is_too_large_is_refused_before_it_has_come(server: Server) -> None:
     for length in (b"2097153", b"9" * 18, b"9" * 19, b"-1", b"x"):
         assert server.ask(CHAT, [], headers=[(b"content-length", length)]).refuses(413, "2 MiB")
@@ -438,6 +449,7 @@ def test_body_that_is_too_large_is_refused_before_it_has_come(server: Server) ->
     assert server.ask(CHAT, [dict(piece) for _ in range(3)]).refuses(413, "2 MiB")
 
 
+@pytest.mark.attack("a body that stops", "408")
 def test_body_that_stops_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.01)
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"authorization", f"Bearer {KEY}".encode())]}
@@ -452,6 +464,7 @@ def test_client_that_hangs_up_gets_no_answer(server: Server) -> None:
     assert (answer.status, answer.seen) == (0, [])
 
 
+@pytest.mark.attack("requests that fill the memory together", "503 beyond a quarter of it")
 def test_requests_in_flight_take_no_more_than_their_share_of_memory(server: Server) -> None:
     server.gate.room = 10 * MIB
     large = page(url(picture(size=(2000, 2000))))

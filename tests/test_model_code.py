@@ -86,6 +86,7 @@ def test_code_of_the_real_weights_passes(tmp_path: Path) -> None:
         ("config", b"\xff\xfe", "config.json cannot be read (UnicodeDecodeError)"),
     ],
 )
+@pytest.mark.attack("weights that name code nobody has reviewed", "refused before anything changes")
 def test_other_code_is_refused(tmp_path: Path, where: str, contents: Any, complaint: str | None) -> None:
     assert refused(tmp_path, **{where: contents}) == ([complaint] if complaint else [])
 

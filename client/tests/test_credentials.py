@@ -75,6 +75,7 @@ def test_no_key_is_no_fault(text: str | None) -> None:
         b"sesame",
     ],
 )
+@pytest.mark.attack("a key with lines, spaces or other letters", "refused before anything is sent; never repeated")
 def test_what_can_be_no_key_is_refused_before_anything_is_sent_and_is_not_repeated(
     text: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_base_url_is_an_address_and_a_login(text: str, url: str, login: tuple[
         "http://host/v1#secret",
     ],
 )
+@pytest.mark.attack("a malformed address with user and password", "refused; the password is not shown")
 def test_a_base_url_that_is_refused_is_shown_without_secrets(url: str) -> None:
     with pytest.raises(ConfigurationError, match="is no base URL") as caught:
         VLLMEngine(url)
@@ -218,6 +220,9 @@ for _status in (302, 400, 401, 403, 404, 429, 500):
 
 
 @pytest.mark.parametrize("where", ECHOES)
+@pytest.mark.attack(
+    "a server that repeats key or login, in every part of an answer", "`***` in results, errors, tracebacks and logs"
+)
 def test_a_key_that_a_server_repeats_is_in_no_result_and_in_no_error(
     where: str, page: PageImage, caplog: pytest.LogCaptureFixture
 ) -> None:

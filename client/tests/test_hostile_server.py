@@ -100,6 +100,7 @@ def outcome(body: str | bytes, kind: str = JSON, mode: Mode = "text", **more: An
     ],
     ids=range(15),
 )
+@pytest.mark.attack("an answer that is nested, typed wrongly, huge, cut or no text", "one page's failure")
 def test_an_answer_of_any_kind_is_one_page_s_failure(body: str | bytes, kind: str, expected: str) -> None:
     assert outcome(body, kind, stream=kind == STREAM) in expected.split("|")
 
@@ -114,6 +115,7 @@ def test_an_answer_of_any_kind_is_one_page_s_failure(body: str | bytes, kind: st
     ],
     ids=range(4),
 )
+@pytest.mark.attack("a list of models that is none", "a failure with a short message")
 def test_a_list_of_models_of_any_kind_is_a_failure_with_a_short_message(models: str) -> None:
     assert outcome(json.dumps(completion()), models=models) in ("ServerUnavailable", "ModelNotServed")
 
@@ -165,6 +167,7 @@ def test_a_page_that_fails_so_stops_no_other(tmp_path: Path) -> None:
     assert sorted(isinstance(page, Page) for page in pages) == [False, True, True]
 
 
+@pytest.mark.attack("a body without end", "not read to its end")
 def test_a_body_without_end_is_not_read_to_its_end() -> None:
     read = 0
 

@@ -112,6 +112,7 @@ def sources(sheet: Image.Image, folder: Path) -> Iterator[tuple[Source, tuple[in
 
 
 @pytest.mark.usefixtures("no_decoder")
+@pytest.mark.attack("files of every kind from strangers", "decoded in no process but a worker's")
 def test_nothing_is_decoded_in_this_process(sheet: Image.Image, tmp_path: Path) -> None:
     own = Rasterizer(1)
 
@@ -140,6 +141,7 @@ def test_what_cannot_be_opened_fails_for_the_same_reason_everywhere(data: bytes)
     rasterizer._end_blocking()
 
 
+@pytest.mark.attack("a picture that takes too long to decode", "its worker ends; only its page fails")
 def test_an_image_that_takes_too_much_of_the_processor_ends_its_worker_only(
     sheet_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,10 @@ ODD: list[Any] = [
 @example(("pages", 0, "mode"), "none")
 @example(("pages", 0, "warnings", 0), 5)
 @example(("pages", 0, "attempts", 0, "outcome"), MARKUP)
+@pytest.mark.attack(
+    "a result file with fields of other types or out of range (10 examples, and what Hypothesis makes of them)",
+    "refused",
+)
 def test_what_is_no_result_is_refused_and_what_is_one_can_be_shown(place: Path_, new: Any) -> None:
     values = put(values_of(PAGE, FAILED), place, new)
     try:
@@ -150,6 +154,7 @@ class _Tags(HTMLParser):
         lambda: FailedPage(MARKUP, MARKUP, MARKUP),  # type: ignore[arg-type]
     ],
 )
+@pytest.mark.attack("markup in a result", "escaped in HTML and the view")
 def test_whatever_stands_in_a_page_is_no_markup(spoil: Callable[[], Page | FailedPage]) -> None:
     page = spoil()
     parser = _Tags()
@@ -160,6 +165,7 @@ def test_whatever_stands_in_a_page_is_no_markup(spoil: Callable[[], Page | Faile
 
 
 @pytest.mark.parametrize("field", ["number", "width", "height"])
+@pytest.mark.attack("markup where a number belongs", "escaped in the view")
 def test_whatever_stands_for_a_number_is_no_markup_in_the_view(field: str, tmp_path: Path) -> None:
     write_view(Document("a", (page_with(cells=(Cell("Text", None, "text"),), **{field: MARKUP}),)), (), tmp_path / "v")
     assert "<script>alert" not in (tmp_path / "v").read_text()

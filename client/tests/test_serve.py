@@ -412,6 +412,7 @@ def test_a_request_that_does_not_arrive_gives_its_place_up(url: str, monkeypatch
     assert metric(url, "dots_ocr_pages_waiting") == 0
 
 
+@pytest.mark.attack("JSON of very many parts", "refused before it is parsed")
 def test_a_request_of_very_many_parts_is_refused_before_it_fills_the_memory(url: str) -> None:
     answer = post(url, b"[" + b"[]," * 200_000 + b"1]")
     assert (answer.status_code, "400001 parts" in answer.text) == (400, True)
@@ -429,6 +430,7 @@ def test_requests_that_arrive_share_a_part_of_the_memory(
     until(lambda: post(url, b" " * 5000).status_code == 400)
 
 
+@pytest.mark.attack("other content types, as forms of a web page send them", "415")
 def test_only_json_is_taken(url: str, engine: ScriptedEngine) -> None:
     for kind in ("", "text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"):
         answer = post(url, ask(picture(), TEXT), headers={"Content-Type": kind})
@@ -454,6 +456,7 @@ FOREIGN: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("headers", FOREIGN)
+@pytest.mark.attack("pages of the web, by Host or Origin, at a service without a key", "403")
 def test_without_a_key_no_page_of_the_web_reaches_it(
     headers: dict[str, str], url: str, start: Serve, engine: ScriptedEngine
 ) -> None:
@@ -486,6 +489,7 @@ def closed(connection: socket.socket) -> bool:
     return True
 
 
+@pytest.mark.attack("heads that do not arrive", "the connection is closed")
 def test_a_head_that_does_not_arrive_closes_its_connection(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_http, "HEAD_SECONDS", 0.2)
     whole = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -509,6 +513,7 @@ def test_a_page_that_is_read_for_long_keeps_its_connection(
         assert answer.result().status_code == 200
 
 
+@pytest.mark.attack("more connections than the limit", "those that wait longest make room")
 def test_connections_that_wait_make_room_for_others(
     url: str, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -526,6 +531,7 @@ def test_connections_that_wait_make_room_for_others(
         assert answer.result().status_code == 200
 
 
+@pytest.mark.attack("a client that does not take its answer", "the connection is closed")
 def test_a_client_that_does_not_take_its_answer_is_closed(
     url: str, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,6 +554,7 @@ SLOW = data_url(jpeg_of_scans(300, 3000), "jpeg")
 """It takes seconds."""
 
 
+@pytest.mark.attack("a JPEG of thousands of scans", "400 before it is decoded")
 def test_a_picture_of_thousands_of_scans_is_refused(
     url: str, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -737,6 +744,7 @@ def test_the_log_has_the_requests_and_not_what_watchdogs_ask() -> None:
     assert "/metrics" not in log
 
 
+@pytest.mark.attack("control characters and forged headers", "no line of the log is a client's")
 def test_the_log_has_no_line_that_a_client_wrote() -> None:
     with serving("--engine", "tesseract") as (process, url):
         forged = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Proto": "https"}
@@ -764,6 +772,9 @@ def test_errors_are_logged_with_control_characters_escaped() -> None:
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.attack(
+    "SIGTERM or Ctrl-C beside a slow picture or an engine without end", "ends after `--shutdown-timeout`"
+)
 def test_it_ends_in_seconds_whatever_runs(ending: signal.Signals, fake_tesseract: Callable[[str], Path]) -> None:
     fake_tesseract("exec sleep 600")
     with (

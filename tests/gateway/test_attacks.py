@@ -32,6 +32,10 @@ def ask_from(gateway: Gateway, source: str) -> Answer:
 
 
 @pytest.mark.parametrize("sent", [0, 1, 20_000, 99_999])
+@pytest.mark.attack(
+    "twenty pages at once that stop after 0 bytes, one, a part, or all but the last",
+    "no server's turn is taken; another page is read at once",
+)
 def test_page_that_does_not_come_takes_no_turn(small: Gateway, backends: Backends, sent: int) -> None:
     beginning = f"{HEAD}Connection: close\r\nContent-Length: 100000\r\n\r\n".encode() + b"x" * sent
     with left_open(small, beginning, 20) as uploads:
@@ -44,6 +48,7 @@ def test_page_that_does_not_come_takes_no_turn(small: Gateway, backends: Backend
     wait_until(lambda: small.in_flight("alice") == 0, "nothing is left of them")
 
 
+@pytest.mark.attack("a page that comes more slowly than the least rate", "408, after a time that follows its length")
 def test_time_of_a_page_follows_its_length(small: Gateway) -> None:
     with (
         left_open(small, f"{HEAD}Content-Length: 200000\r\n\r\n".encode() + b"x" * 8000, 1) as (long,),
@@ -57,6 +62,7 @@ def test_time_of_a_page_follows_its_length(small: Gateway) -> None:
         assert long.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.attack("more pages complete at once than the queue takes", "503 for the rest")
 def test_pages_that_came_at_once_wait_no_more_than_others(small: Gateway, backends: Backends) -> None:
     backend = backends["one"]
     backend.gate.clear()
@@ -74,6 +80,7 @@ def test_pages_that_came_at_once_wait_no_more_than_others(small: Gateway, backen
         assert [upload.recv(65536).split()[1] for upload in uploads[:2]] == [b"200"] * 2
 
 
+@pytest.mark.attack("one key asks for all turns", "429; a page of another key is read")
 def test_key_without_a_limit_of_its_own_leaves_room_for_others(main: Gateway, backends: Backends) -> None:
     gpus = backends["gpu1"], backends["gpu2"]
     for backend in gpus:
@@ -91,6 +98,10 @@ def test_key_without_a_limit_of_its_own_leaves_room_for_others(main: Gateway, ba
     ("gateway", "beginning"),
     [("main", b""), ("main", f"{HEAD}X-Half".encode()), ("tls", b"")],
     ids=["nothing is sent", "half a header", "a handshake and no more"],
+)
+@pytest.mark.attack(
+    "one address opens connections: silent, half a header, a TLS handshake",
+    "refused beyond a third; another address is served",
 )
 def test_one_address_cannot_take_all_connections(
     request: pytest.FixtureRequest, gateway: str, beginning: bytes
@@ -111,6 +122,7 @@ def test_one_address_cannot_take_all_connections(
     [str(1 << 31), str(1 << 63), str((1 << 64) - 1), str(1 << 64), "9" * 30, "-1", "+2", "0x2", "2, 3", "2 2", ""],
 )
 @pytest.mark.parametrize("request_line", [f"POST {PAGE}", "GET /v1/models"])
+@pytest.mark.attack("a Content-Length that is none, or larger than 64 bits", "400 or 413; no server sees it")
 def test_impossible_length_is_refused(main: Gateway, backends: Backends, request_line: str, length: str) -> None:
     head = HEAD.replace(f"POST {PAGE}", request_line)
     answer = main.raw(f"{head}Connection: close\r\nContent-Length: {length}\r\n\r\n{{}}".encode())
@@ -118,12 +130,14 @@ def test_impossible_length_is_refused(main: Gateway, backends: Backends, request
     assert not [page for backend in backends.values() for page in backend.pages]
 
 
+@pytest.mark.attack("HTTP/2 in clear", "400")
 def test_http2_without_tls_is_refused(main: Gateway) -> None:
     settings = b"\0\0\0\4\0\0\0\0\0"
     assert main.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings).startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+@pytest.mark.attack("Upgrade to h2c or a websocket", "not passed on")
 def test_upgrade_is_not_passed_on(main: Gateway, backends: Backends, protocol: str) -> None:
     upgrade = f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
     with main.dial(f"{HEAD}{upgrade}Content-Length: 2\r\n\r\n{{}}".encode()) as client:
