@@ -155,6 +155,8 @@ def test_page_reaches_vllm_byte_by_byte_and_its_hanging_up_too(server: Server) -
         {"frequency_penalty": 0.0, "presence_penalty": 0, "repetition_penalty": 1.05, "model": None},
         {"logprobs": None, "tools": None, "functions": None, "stop": None, "max_tokens": None, "stream_options": None},
         {"repetition_detection": {"max_pattern_size": 8, "min_count": 4}, "chat_template_kwargs": {}},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False, "length_penalty": 1.0, "logit_bias": {}},
+        {"metadata": {}, "store": False, "service_tier": "auto", "stop_token_ids": [151_935], "min_tokens": 1},
     ],
 )
 def test_what_clients_send_passes(more: dict[str, Any], server: Server) -> None:
@@ -167,7 +169,17 @@ def test_what_clients_send_passes(more: dict[str, Any], server: Server) -> None:
         [{"role": "user", "content": "hi"}],
         [{"role": "system", "content": "Read."}, {"role": "user", "content": "hi", "name": "somebody"}],
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}, {"role": "user", "content": []}],
+        [{"role": "assistant", "content": "a", "refusal": None, "tool_calls": None}, {"role": "user", "content": "b"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": url(picture())}]}],
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": url(picture())}},
+                    {"type": "text", "text": "<|img|><|imgpad|><|endofimg|>Read."},
+                ],
+            }
+        ],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url(picture()), "detail": "high"}}]}],
         [{"role": "user", "content": [{"type": "text", "text": "a" * 900_000}]}],
         [],
@@ -250,8 +262,8 @@ def test_lifespan_passes_and_websockets_do_not(server: Server) -> None:
         ("structured_outputs", ({"regex": "(.{1,1000}){1,1000}"}, {"choice": ["a"]}, {})),
         *((name, ("x", ["a"], {})) for name in ("guided_regex", "guided_grammar", "guided_choice", "guided_json")),
         ("response_format", ({"type": "json_object"}, {"type": "json_schema"}, {"type": "structural_tag"}, "text", {})),
-        ("tools", ([], [{"type": "function"}])),
-        ("tool_choice", ("auto", "required", {"type": "function"})),
+        ("tools", ([{"type": "function"}],)),
+        ("tool_choice", ("required", {"type": "function"})),
         *((name, (0, -1, 2**31, 10**30, "5", 1.5, True, [1])) for name in ("max_tokens", "max_completion_tokens")),
         ("min_tokens", (-1, 10**30, "1")),
         ("temperature", (-0.1, 2.1, 1e308, 10**400, "x", True, [1])),
@@ -262,7 +274,7 @@ def test_lifespan_passes_and_websockets_do_not(server: Server) -> None:
         *((name, (-2.5, 3, 1e300, "x")) for name in ("frequency_penalty", "presence_penalty")),
         ("seed", (2**63, -(2**63) - 1, 1.5, "1")),
         ("stop", ("", [""], ["a"] * 17, "x" * 1001, ["x" * 1001], [1], {}, 5, "\ud800")),
-        ("stop_token_ids", ([-1], [2**70], [1] * 65, [True], "1")),
+        ("stop_token_ids", ([-1], [2**70], [151_936], [1] * 65, [True], "1")),
         ("stream", ("yes", 1, 0)),
         ("stream_options", ({"include_usage": 1}, {"else": True}, [], True)),
         ("repetition_detection", ({"max_pattern_size": 2**70}, {"min_count": -1}, {"x": 1}, 5)),
@@ -340,6 +352,7 @@ def test_body_is_read_as_vllm_reads_it(encoding: str, server: Server) -> None:
         [{"role": "user", "content": "a", "tool_calls": []}],
         [{"role": "user", "content": "a", "name": 5}],
         [{"role": "user", "content": "a\ud800"}],
+        [{"role": "user", "content": "<|imgpad|>"}],
         [{"role": "user", "content": "a" * 600_000}] * 2,
         [{"role": "user", "content": [{"type": "text", "text": "a"}] * 600}],
         [{"role": "user", "content": [{"type": "text", "text": ["a"]}]}],
@@ -382,6 +395,12 @@ def scans(count: int) -> bytes:
     """Return a progressive JPEG whose last scan is there so often."""
     data = picture("JPEG", (64, 64), progressive=True)
     return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
+
+
+def enlarged(data: bytes, side: int) -> bytes:
+    """Return a progressive JPEG that says that it is so wide and high."""
+    place = data.index(b"\xff\xc2") + 5
+    return data[:place] + side.to_bytes(2, "big") * 2 + data[place + 4 :]
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -427,6 +446,7 @@ def test_what_names_another_size_before_is_a_picture_to_pillow() -> None:
         (url(JPEG[:20] + b"junk\xff\x00\xff\xff\xff\xd0" + SOF + JPEG[20:], "jpeg"), "65535 x 65535"),
         (url(JPEG[:2] + b"\xff\xd0" * 10_000 + JPEG[2:], "jpeg"), "segments"),
         (url(scans(101), "jpeg"), "scans"),
+        (url(enlarged(scans(40), 9000), "jpeg"), "scans"),
     ],
     ids=lambda value: value[:40],
 )
@@ -439,6 +459,7 @@ def test_picture_that_is_none_or_a_trap_is_refused(address: str, words: str, ser
 
 def test_jpeg_with_the_usual_scans_passes(server: Server) -> None:
     assert server.ask(CHAT, page(url(scans(80), "jpeg"))).status == 200
+    assert server.ask(CHAT, page(url(enlarged(scans(1), 9000), "jpeg"))).status == 200
 
 
 @pytest.mark.attack("a body that is too large", "413 before it has come")

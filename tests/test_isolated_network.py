@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +126,19 @@ def test_nobody_else_can_open_the_lock(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(isolated, "LOCK", tmp_path / "lock")
     with isolated.alone():
         assert isolated.LOCK.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("number", "proves"), [(errno.ENETUNREACH, True), (errno.EHOSTUNREACH, True), (errno.EPERM, False)]
+)
+def test_what_somebody_forbids_proves_nothing(number: int, proves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, "it cannot be sent")
+
+    sender = contextlib.nullcontext(SimpleNamespace(sendto=refuse))
+    monkeypatch.setattr(socket, "socket", lambda *_: sender)
+    with contextlib.nullcontext() if proves else pytest.raises(OSError, match="cannot be sent"):
+        exec(isolated.PROBE, {})
 
 
 def test_network_with_ipv6_is_closed_for_both(host: Host) -> None:

@@ -594,6 +594,7 @@ class Host:
         program = folder / "systemctl"
         program.write_text(
             f'#!/bin/sh\ncd {folder}\nif [ "$1" = show ]; then cat unit.next 2>/dev/null || cat unit; exit; fi\n'
+            'if [ "$1" = is-active ]; then cat deployment 2>/dev/null; exit; fi\n'
             'echo "$*" >> commands\n[ ! -e broken ] || { echo "Failed to restart" >&2; exit 1; }\n'
         )
         program.chmod(0o755)
@@ -674,6 +675,19 @@ def test_ready_server_is_reported_once_and_not_probed_again(host: Host) -> None:
     assert host.requests.count("/v1/chat/completions") == 1
     assert (host.state()["state"], host.state()["boot"]) == ("ready", ocr_probe.boot_id())
     assert host.commands() == ["reset-failed dots-ocr.service"]
+
+
+def test_first_page_is_left_to_the_deployment(host: Host) -> None:
+    (host.folder / "deployment").write_text("active\n")
+    assert host.run().returncode == 0
+    assert "/v1/chat/completions" not in host.requests
+    (host.folder / "deployment").write_text("inactive\n")
+    host.run()
+    assert host.requests.count("/v1/chat/completions") == 1
+    (host.folder / "deployment").write_text("active\n")
+    host.patience["probe_interval"] = 0
+    host.run()
+    assert host.requests.count("/v1/chat/completions") == 2, "a server that was ready is watched by all means"
 
 
 def test_clock_that_jumps_does_not_matter(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,7 @@ def main() -> None:
             "group": {"type": "str"},
         },
         supports_check_mode=True,
+        no_log=True,  # the journal of the host is no place for what is in the files
     )
     entries = [Entry(module, wanted) for wanted in module.params["files"]]
     for item in entries:
@@ -235,7 +236,8 @@ def main() -> None:
     changed = [item for item in entries if item.make()]
     # Nobody's secrets go where no difference was asked for.
     shown = {"diff": [item.diff for item in changed]} if module._diff else {}
-    module.exit_json(changed=bool(changed), paths=[str(item.path) for item in changed], **shown)
+    asked = {"module_args": {"files": [str(item.path) for item in entries]}}
+    module.exit_json(changed=bool(changed), paths=[str(item.path) for item in changed], invocation=asked, **shown)
 
 
 if __name__ == "__main__":

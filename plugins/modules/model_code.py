@@ -10,6 +10,7 @@ short_description: Tell which code the weights name for execution
 description:
   - With C(--trust-remote-code) vLLM and transformers execute what the key C(auto_map) names, in any of the folder's
     C(*.json), at any depth, in this folder or in another repository.
+  - So they do with the model's own module where C(architectures) names a class that vLLM does not have.
   - Names every such target that is not allowed. Executes nothing and changes nothing.
 options:
   path:
@@ -22,6 +23,11 @@ options:
     type: list
     elements: str
     required: true
+  architectures:
+    description: Classes that vLLM has, and that C(config.json) may name.
+    type: list
+    elements: str
+    default: [DotsOCRForCausalLM]
 attributes:
   check_mode:
     support: full
@@ -88,7 +94,7 @@ def maps(value: Any) -> Iterator[Any]:
             yield from maps(inner)
 
 
-def refused(folder: Path, allowed: list[str]) -> list[str]:
+def refused(folder: Path, allowed: list[str], architectures: list[str]) -> list[str]:
     """Return what is not allowed, a text each; a file that cannot be read is not allowed either."""
     found = []
     for file in sorted(folder.glob("*.json")):
@@ -100,6 +106,10 @@ def refused(folder: Path, allowed: list[str]) -> list[str]:
         except (OSError, ValueError, RecursionError) as error:
             found.append(f"{file.name} cannot be read ({type(error).__name__})")
             continue
+        if file.name == "config.json":
+            classes = (contents.get("architectures") if isinstance(contents, dict) else None) or []
+            others = [one for one in (classes if isinstance(classes, list) else [classes]) if one not in architectures]
+            found += [f"{file.name} names the class {one} (architectures)" for one in others]
         # 'REPOSITORY--module.Class' is code of another repository.
         bad = [(key, one) for key, one in named if one not in allowed and one.rpartition(".")[0] not in allowed]
         found += [f"{file.name} names {one} ({key})" for key, one in bad]
@@ -112,6 +122,7 @@ def main() -> None:
         argument_spec={
             "path": {"type": "str", "required": True},
             "allowed": {"type": "list", "elements": "str", "required": True},
+            "architectures": {"type": "list", "elements": "str", "default": ["DotsOCRForCausalLM"]},
         },
         supports_check_mode=True,
     )
@@ -119,7 +130,7 @@ def main() -> None:
     module.exit_json(
         changed=False,
         exists=(folder / "config.json").is_file(),
-        refused=refused(folder, module.params["allowed"]),
+        refused=refused(folder, module.params["allowed"], module.params["architectures"]),
     )
 
 

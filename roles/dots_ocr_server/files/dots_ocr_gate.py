@@ -27,7 +27,7 @@ MEMORY = Path("/sys/fs/cgroup/memory.max")
 HEADERS = {b"accept", b"authorization", b"connection", b"content-length", b"content-type", b"host", b"user-agent"}
 
 # A body has so long, and a second more for each of these; what comes more slowly only keeps memory from others.
-BODY_SECONDS, BYTES_PER_SECOND = 30, 64 << 10
+BODY_SECONDS, BYTES_PER_SECOND = 30, 4 << 10  # the least rate of the gateway, too
 # Of the container's memory, what requests in flight may take: their bodies, and their pictures unpacked.
 SHARE, UNKNOWN_MEMORY = 4, 16 << 30
 BYTES_PER_PIXEL = 3
@@ -39,7 +39,7 @@ CHARACTERS = 1_000_000  # of all texts; ten times what fits into the longest con
 # What Pillow, which vLLM opens pictures with, warns of (PIL.Image.MAX_IMAGE_PIXELS); A3 at 600 dpi has 70 million.
 PIXELS = 89_478_485
 # Progressive JPEGs have some ten. Each is drawn over the whole picture: thousands keep a processor busy for minutes.
-SCANS = 100
+SCANS, SCANNED_PIXELS = 100, 1_000_000_000
 
 MARKERS = 10_000  # in front of a picture's data; photographs have some hundred
 
@@ -129,6 +129,8 @@ def only(*allowed: Any) -> Rule:
 
 FLAG: Rule = "true or false", lambda value: isinstance(value, bool)
 TOKENS = whole(1, 2**31 - 1)  # more than the context has is refused by vLLM, which says how much that is
+VOCABULARY = 151_936  # of dots.ocr (vocab_size in its config.json); an id beyond it ends the engine of vLLM before 0.32
+PLACE = "<|imgpad|>"  # where the picture goes; the demonstration of dots.ocr writes it into the prompt
 STRING = "text of 1 to 1000 characters", lambda value: is_text(value, 1000) and value != ""
 
 # Of OpenAI's and vLLM's keys, those that reading pages needs, and null for any; then those that may say no more than
@@ -149,7 +151,7 @@ KEYS: dict[str, Rule] = {
     "presence_penalty": number(-2, 2),
     "seed": whole(-(2**63), 2**63 - 1),
     "stop": either(STRING, listed(16, STRING)),
-    "stop_token_ids": listed(64, whole(0, 2**31 - 1)),
+    "stop_token_ids": listed(64, whole(0, VOCABULARY - 1)),
     "include_stop_str_in_output": FLAG,
     "ignore_eos": FLAG,
     "skip_special_tokens": FLAG,
@@ -161,13 +163,20 @@ KEYS: dict[str, Rule] = {
     ),
     "n": only(1),
     "best_of": only(1),
+    "length_penalty": only(1, 1.0),
+    "logit_bias": only({}),
+    "metadata": only({}),
+    "parallel_tool_calls": FLAG,
+    "service_tier": only("auto", "default"),
+    "store": only(False),
+    "tools": only([]),
     "logprobs": only(False),
     "top_logprobs": only(0),
     "use_beam_search": only(False),
     "echo": only(False),
     "add_generation_prompt": only(True),
     "continue_final_message": only(False),
-    "tool_choice": only("none"),
+    "tool_choice": only("none", "auto"),
     "response_format": only({"type": "text"}),
     "chat_template_kwargs": only({}),
     "mm_processor_kwargs": only({}),
@@ -212,7 +221,8 @@ def pictures(messages: Any) -> list[str]:
         raise bad(f"messages must be a list of at most {MESSAGES} objects. Fix: send a user's message.", "messages")
     texts, urls = [], []
     for message in messages:
-        if not set(message) <= {"role", "content", "name"} or message.get("role") not in ROLES:
+        given = {name for name, value in message.items() if value is not None}
+        if not given <= {"role", "content", "name"} or message.get("role") not in ROLES:
             raise bad(
                 f"A message has role, one of {', '.join(ROLES)}, content and name. Fix: leave all else out.", "messages"
             )
@@ -224,6 +234,8 @@ def pictures(messages: Any) -> list[str]:
             (texts if kind == "text" else urls).append(rest)
     if len(urls) > PICTURES:
         raise bad(f"At most {PICTURES} image(s) may be provided in one prompt. Fix: send each page by itself.", "image")
+    if sum(text.count(PLACE) for text in texts if isinstance(text, str)) > len(urls):
+        raise bad(f"There are more {PLACE} than pictures. Fix: leave them out.", "messages")
     known = len(texts) <= MESSAGES + PARTS and all(is_text(one, CHARACTERS) for one in texts)
     if not known or sum(map(len, texts)) > CHARACTERS:
         raise bad(
@@ -256,6 +268,7 @@ def pixels(url: str) -> int:
         )
     if not payload.isascii() or payload.encode("ascii").translate(None, ALPHABET) or len(payload) % 4:
         raise bad("image_url is not base64. Fix: encode the picture, without line breaks.", "image_url")
+    scans = 1
     try:
         data = base64.b64decode(payload)
     except ValueError:
@@ -264,14 +277,15 @@ def pixels(url: str) -> int:
         width, height = png_size(data)
     elif data.startswith(JPEG):
         width, height = jpeg_size(data)
-        if data.count(b"\xff\xda") > SCANS:
-            raise bad(f"The JPEG has more than {SCANS} scans. Fix: save it anew, or as a PNG.", "image_url")
+        scans = data.count(b"\xff\xda")
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         width, height = webp_size(data)
     else:
         raise bad("The picture is no PNG, JPEG or WebP. Fix: convert it.", "image_url")
     if width * height > PIXELS:
         raise bad(f"The picture has {width} x {height} pixels, more than {PIXELS}. Fix: scale it down.", "image_url")
+    if scans > SCANS or scans * width * height > SCANNED_PIXELS:
+        raise bad(f"The JPEG has too many scans ({scans}). Fix: save it anew, or as a PNG.", "image_url")
     return width * height
 
 
