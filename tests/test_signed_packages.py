@@ -103,7 +103,8 @@ class Bundle:
         """Return what the module returns on a host whose own settings are lax."""
         settings = self.path.parent / "apt.conf"
         settings.write_text(
-            'Acquire { AllowInsecureRepositories "true"; AllowWeakRepositories "true"; GzipIndexes "true"; };'
+            f'Dir::Etc::Parts "{settings.parent}/none"; Acquire {{ Check-Valid-Until "true"; GzipIndexes "true";'
+            ' AllowInsecureRepositories "true"; AllowWeakRepositories "true"; };'
         )
 
         def run(words: list[str], environ_update: dict[str, str] | None = None) -> tuple[int, str, str]:
