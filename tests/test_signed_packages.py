@@ -171,6 +171,7 @@ def test_index_without_a_key_is_checked_with_the_keyring_of_the_host(bundle: Bun
 
 
 @pytest.mark.parametrize("bring", [False, True])
+@pytest.mark.attack("packages of a bundle signed by another key, which the bundle brings", "refused")
 def test_other_key_is_refused_even_if_the_bundle_brings_it(bundle: Bundle, bring: bool) -> None:
     bundle.sign("other")
     if bring:
@@ -178,16 +179,19 @@ def test_other_key_is_refused_even_if_the_bundle_brings_it(bundle: Bundle, bring
     bundle.refuse("signed/vendor.example/dists/trixie: .*signatures")
 
 
+@pytest.mark.attack("a bundle's key whose fingerprint nobody has accepted", "refused")
 def test_without_an_accepted_fingerprint_no_key_of_the_bundle_counts(bundle: Bundle) -> None:
     bundle.refuse("signed/vendor.example/dists/trixie: no fingerprint is accepted", fingerprints=[])
 
 
 @pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.attack("a signed index of another release", "refused")
 def test_index_of_another_release_is_refused(bundle: Bundle, detached: bool) -> None:
     bundle.sign(codename="bullseye", detached=detached)
     bundle.refuse("it is of bullseye, not of trixie")
 
 
+@pytest.mark.attack("words before the signed ones", "not believed")
 def test_name_before_the_signed_words_does_not_count(bundle: Bundle) -> None:
     bundle.sign(codename="bullseye")
     file = bundle.base / "InRelease"
@@ -195,12 +199,14 @@ def test_name_before_the_signed_words_does_not_count(bundle: Bundle) -> None:
     bundle.refuse("signed/vendor.example/dists/trixie: ")
 
 
+@pytest.mark.attack("an index without a signature, on a host whose apt allows it", "refused")
 def test_index_without_a_signature_is_refused_whatever_the_host_allows(bundle: Bundle) -> None:
     bundle.sign(detached=True)
     (bundle.base / "Release.gpg").unlink()
     bundle.refuse("signed/vendor.example/dists/trixie: .*(not signed|signature)")
 
 
+@pytest.mark.attack("an altered index", "refused")
 def test_altered_index_is_refused(bundle: Bundle) -> None:
     bundle.index.write_text(bundle.index.read_text().replace("Version: 1.0", "Version: 9.9"))
     bundle.refuse("signed/vendor.example/dists/trixie: .*Hash Sum mismatch")
@@ -212,12 +218,14 @@ def test_missing_part_is_refused(bundle: Bundle, file: str) -> None:
     bundle.refuse("" if file == "InRelease" else "signed/vendor.example/dists/trixie: ")
 
 
+@pytest.mark.attack("an altered package", "refused")
 def test_altered_package_is_refused(bundle: Bundle) -> None:
     with bundle.packages[1].open("ab") as file:
         file.write(b"\n")
     bundle.refuse("no index was refused", packages="two 1.0")
 
 
+@pytest.mark.attack("a package that no signature covers", "named and refused")
 def test_package_without_a_signature_is_refused_unless_it_is_named(bundle: Bundle) -> None:
     make_package(bundle.path, "ours-tool")
     bundle.refuse("no index was refused", packages="ours-tool 1.0")
@@ -228,6 +236,7 @@ def test_package_without_a_signature_is_refused_unless_it_is_named(bundle: Bundl
     )
 
 
+@pytest.mark.attack("a forged list of packages", "not used")
 def test_list_of_the_bundle_is_written_anew(bundle: Bundle) -> None:
     (bundle.path / "Packages").write_text("Package: evil\nVersion: 1\nFilename: ../evil.deb\n")
     bundle.offer()
@@ -240,6 +249,7 @@ def test_what_is_no_package_is_refused(bundle: Bundle) -> None:
         bundle.offer()
 
 
+@pytest.mark.attack("a path that would write into apt's source", "refused")
 def test_path_cannot_write_into_the_source(bundle: Bundle) -> None:
     bundle.root.rename(bundle.root.with_name("a\nTrusted: yes\nX: b"))
     bundle.refuse("has other characters")
