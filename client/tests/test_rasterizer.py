@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -159,18 +161,39 @@ def test_an_image_that_takes_too_much_of_the_processor_ends_its_worker_only(
     asyncio.run(run())
 
 
-def test_it_tells_for_how_long_no_worker_has_been_free(document: OpenDocument) -> None:
-    async def run() -> None:
-        own = Rasterizer(1)
-        assert (own.busy, own.full_for) == (0, 0)
-        draws = [asyncio.create_task(own.draw(document.reference(number))) for number in (1, 2)]
-        await asyncio.sleep(0.05)
-        assert own.busy == 1
-        assert own.full_for > 0
-        await asyncio.gather(*draws)
-        assert (own.busy, own.full_for) == (0, 0)
+def test_it_tells_for_how_long_no_worker_has_been_free(sheet: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    finish: queue.Queue[None] = queue.Queue()
+    monkeypatch.setattr(rasterizer, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(rasterizer, "_draw", lambda *_: finish.get(timeout=20))
 
-    asyncio.run(run())
+    async def run() -> None:
+        nonlocal now
+        own = Rasterizer(2)
+        found = []
+
+        async def begin(*numbers: int) -> list[asyncio.Task[PageImage]]:
+            nonlocal now
+            draws = [asyncio.create_task(own.draw(document.reference(1))) for _ in numbers]
+            await asyncio.sleep(0)
+            now += 5
+            found.append((own.busy, own.full_for))
+            return draws
+
+        draws = [*await begin(), *await begin(1), *await begin(2, 3)]
+        finish.put(None)
+        await asyncio.wait(draws, return_when=asyncio.FIRST_COMPLETED)
+        while own.busy < 2:  # the third one's turn
+            await asyncio.sleep(0)
+        await begin()
+        for _ in range(2):
+            finish.put(None)
+        await asyncio.gather(*draws)
+        await begin()
+        assert found == [(0, 0), (1, 0), (2, 5), (2, 5), (0, 0)]
+
+    with open_document(sheet) as document:
+        asyncio.run(run())
 
 
 def test_images_of_pil_need_no_process(sheet: Image.Image) -> None:
@@ -190,18 +213,31 @@ def test_by_default_there_is_a_worker_for_each_processor_up_to_eight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "gib", "workers"),
-    [({}, 64, 8), ({}, 1, 1), ({"": "max", "a": 2**34, "a/b": "max"}, 64, 4), ({"a/b": 2**32, "a": 2**34}, 64, 1)],
+    ("limits", "gib", "processors", "workers"),
+    [
+        ({}, 64, 16, 8),
+        ({}, 64, 3, 3),
+        ({}, 1, 16, 1),
+        ({"": "max", "a": 2**34, "a/b": "max"}, 64, 16, 4),
+        ({"a/b": 2**32, "a": 2**34}, 64, 16, 1),
+        ({"a": 2**34}, 64, 16, 4),
+        ({"a/b": 2**40}, 16, 16, 4),
+    ],
 )
 def test_there_are_as_many_workers_as_fit_into_the_memory_of_the_group(
-    limits: dict[str, int | str], gib: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limits: dict[str, int | str],
+    gib: int,
+    processors: int,
+    workers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, limit in limits.items():
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "memory.max").write_text(f"{limit}\n")
     monkeypatch.setattr(rasterizer, "CGROUPS", tmp_path)
     monkeypatch.setattr(rasterizer, "_group", lambda: "a/b")
-    monkeypatch.setattr(rasterizer, "_processors", lambda: 16)
+    monkeypatch.setattr(rasterizer, "_processors", lambda: processors)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gib * 2**18}.__getitem__)
     assert Rasterizer().workers == workers
 

@@ -151,7 +151,6 @@ class Rasterizer:
                 raise InputError(_too_long(reference, verb, seconds)) from error
             finally:
                 self.busy -= 1
-                self._changed = time.monotonic()
                 if worker is not None:
                     if answered and worker.alive and self._finalizer.alive:
                         self._idle.append(worker)
