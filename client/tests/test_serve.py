@@ -22,7 +22,9 @@ from typing import Any
 
 import httpx2
 import openai
+import pypdfium2
 import pytest
+import starlette.requests
 from PIL import Image
 from support import LINES, FakeServer, jpeg_of_scans, pdf_of
 
@@ -47,6 +49,7 @@ from dots_ocr_client import (
 from dots_ocr_client.cli import main
 from dots_ocr_client.errors import ConfigurationError, EngineError, RequestRejected, ServerUnavailable
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
+from dots_ocr_client.serve_api import Refused
 
 PROGRAM = Path(sys.executable).with_name("dots-ocr")
 TEXT = MODES["text"].prompt
@@ -424,10 +427,28 @@ def test_requests_that_arrive_share_a_part_of_the_memory(
     monkeypatch.setattr(serve, "MAX_BODY_BYTES", 100_000)
     monkeypatch.setattr(serve, "memory", lambda: 0)
     url = start(engine)
+    page = json.dumps(ask(picture(data_url(jpeg_of_scans(0), "jpeg")), TEXT)).encode()
     with connect(url, *page_head(99_000), body=b" " * 98_000):
         until(lambda: post(url, b" " * 5000).status_code == 503)
-        assert post(url, ask(picture(data_url(jpeg_of_scans(0), "jpeg")), TEXT)).status_code == 200
+        assert post(url, b" " * 5000).status_code == 503  # what was refused took nothing, and gave nothing back
+        assert post(url, page).status_code == 200
     until(lambda: post(url, b" " * 5000).status_code == 400)
+    engine.busy.clear()
+    engine.go_on.clear()
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(post, url, page.ljust(98_000))
+        assert engine.busy.wait(20)
+        beside = post(url, b" " * 5000).status_code
+        engine.go_on.set()
+        assert (answer.result().status_code, beside) == (200, 503)  # it is held until the answer
+
+
+@pytest.mark.parametrize(("gib", "bytes_of_requests"), [(0.1, serve.MAX_BODY_BYTES), (16, 2 * 2**30)])
+def test_requests_may_take_an_eighth_of_the_memory_or_at_least_one_fits(
+    gib: float, bytes_of_requests: int, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "memory", lambda: int(gib * 2**30))
+    assert serve.Service([engine])._most_body_bytes == bytes_of_requests
 
 
 @pytest.mark.attack("other content types, as forms of a web page send them", "415")
@@ -435,8 +456,10 @@ def test_only_json_is_taken(url: str, engine: ScriptedEngine) -> None:
     for kind in ("", "text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"):
         answer = post(url, ask(picture(), TEXT), headers={"Content-Type": kind})
         assert (answer.status_code, "Fix: send Content-Type" in answer.text) == (415, True)
+    body = json.dumps(ask(picture(), TEXT)).encode()
+    assert httpx2.post(f"{url}/v1/chat/completions", content=body, trust_env=False).status_code == 415
     assert engine.tasks == []
-    assert post(url, ask(picture(), TEXT), headers={"Content-Type": "Application/JSON; charset=utf-8"}).is_success
+    assert post(url, body, headers={"Content-Type": "Application/JSON; charset=utf-8"}).is_success
 
 
 # Pages of the web, and strangers' connections
@@ -468,13 +491,29 @@ def test_without_a_key_no_page_of_the_web_reaches_it(
     assert get(f"{with_key}/v1/models", headers={"Authorization": "Bearer secret", **headers}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "[::1]:8000", "192.0.2.7", "dots-ocr", "ocr.example."])
 def test_it_goes_by_addresses_and_by_names_that_nobody_can_take(
-    host: str, start: Serve, engine: ScriptedEngine
+    start: Serve, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "Host.example")
     url = start(engine, hosts=["OCR.example"])
-    headers = {"Host": host, "Origin": f"http://{host}"}
-    assert get(f"{url}/v1/models", headers=headers).status_code == 200
+    addresses = ("[::1]:8000", "[fe80::1%eth0]", "192.0.2.7")
+    for host in (*addresses, "localhost", "LOCALHOST:80", "ocr.localhost", "dots-ocr", "ocr.example.", "host.example"):
+        for scheme in ("http", "https"):
+            headers = {"Host": host, "Origin": f"{scheme}://{host}"}
+            assert get(f"{url}/v1/models", headers=headers).status_code == 200, headers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("host", "127.0.0.1%.evil.example")],
+        [("host", "localhost"), ("origin", "http://localhost"), ("origin", "https://evil.example")],
+    ],
+)
+def test_a_page_of_the_web_does_not_pass_behind_what_is_allowed(headers: list[tuple[str, str]]) -> None:
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    with pytest.raises(Refused):
+        serve_http.check_sender(starlette.requests.Request({"type": "http", "headers": raw}), ())
 
 
 def closed(connection: socket.socket) -> bool:
@@ -565,8 +604,8 @@ def test_a_picture_of_thousands_of_scans_is_refused(
 
 
 def test_no_picture_is_decoded_in_the_process_of_the_service(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("look_into", "draw", "_open_image"):
-        monkeypatch.setattr(documents, name, None)
+    for owner, name in ((documents, "look_into"), (documents, "draw"), (Image, "open"), (pypdfium2, "PdfDocument")):
+        monkeypatch.setattr(owner, name, None)
     assert post(url, ask(picture(), TEXT)).status_code == 200
 
 
@@ -758,7 +797,8 @@ def test_the_log_has_no_line_that_a_client_wrote() -> None:
     assert all(line.isprintable() for line in log.splitlines())
 
 
-def test_errors_are_logged_with_control_characters_escaped() -> None:
+def test_errors_are_logged_with_control_characters_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     config = serve_http.log_config()["formatters"]["default"]
     formatter = config["()"](config["fmt"], use_colors=config["use_colors"])
     try:
@@ -768,7 +808,8 @@ def test_errors_are_logged_with_control_characters_escaped() -> None:
     lines = formatter.format(record).split("\n")
     assert all(line.isprintable() for line in lines)
     assert not any(line.startswith("INFO: forged") for line in lines)
-    assert "two\\r\\nINFO: \\x9b" in lines[0]
+    assert lines[0].endswith("two\\r\\nINFO: \\x9b")
+    assert "\\x1b" not in lines[0]  # a colour of its own
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
