@@ -88,10 +88,52 @@ def test_a_card_that_left_another_kv_cache_than_planned_is_named(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"url": 1}', '{"url": "http://127.0.0.1:x"}', '{"adaptations": 1}']
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"url": 1}',
+        '{"url": "http://127.0.0.1:x"}',
+        '{"url": "http://127.0.0.1:8000", "adaptations": 1}',
+        '{"url": "http://127.0.0.1:8000", "adaptations": [{}]}',
+        '{"url": "http://127.0.0.1:8000", "measured": 1}',
+        None,
+    ],
 )
-def test_settings_that_cannot_be_read_are_no_matter(deployed: Callable[..., list[Check]], content: str) -> None:
-    assert deployed(content) == []
+def test_settings_that_cannot_be_read_are_no_matter(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is None:
+        (tmp_path / "dots-ocr.json").mkdir()
+    else:
+        (tmp_path / "dots-ocr.json").write_text(content)
+    sound = {"url": "http://127.0.0.1:8000", "measured": {"note": "It holds 9 tokens."}}
+    (tmp_path / "other.json").write_text(json.dumps(sound))
+    monkeypatch.setattr(doctor, "DEPLOYED", tmp_path)
+    assert [check.detail for check in doctor._adapted("http://127.0.0.1:8000/v1")] == ["It holds 9 tokens."]
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "told"),
+    [
+        ("http://127.0.0.1:8000/v1", "http://192.0.2.7:8000", True),
+        ("http://localhost:8000/v1", "http://0.0.0.0:8000", True),
+        ("http://[::1]:8000/v1", "https://192.0.2.7:8000", True),
+        ("http://192.0.2.7:8000/v1", "http://192.0.2.7:8000", True),
+        ("http://192.0.2.8:8000/v1", "http://192.0.2.7:8000", False),
+        ("http://192.0.2.8:8000/v1", "http://127.0.0.1:8000", False),
+        ("http://127.0.0.1:8001/v1", "http://127.0.0.1:8000", False),
+    ],
+)
+def test_what_is_said_of_a_server_of_this_host_is_not_said_of_others(
+    asked: str, own: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"reason": "No graphs here.", "remedy": {}}
+    settings = {"url": own, "adaptations": [entry], "measured": {"note": "It holds 9 tokens."}}
+    (tmp_path / "dots-ocr.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(doctor, "DEPLOYED", tmp_path)
+    assert [check.name for check in doctor._adapted(asked)] == (["adapted", "measured"] if told else [])
 
 
 def test_without_ocr_nothing_is_read(healthy: FakeServer, fake_tesseract: Callable[[str], Path]) -> None:
