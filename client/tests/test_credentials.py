@@ -257,9 +257,12 @@ def test_a_key_in_a_fault_of_the_connection_is_hidden(page: PageImage) -> None:
     assert_clean(caught.value)
 
 
-def test_a_short_key_is_hidden_in_messages_and_left_in_the_words_of_a_page(page: PageImage) -> None:
-    answer = ask(answering(httpx2.Response(200, json=completion("a test", model="a test"))), page, api_key="test")
-    assert (answer.text, answer.model) == ("a test", "a ***")
+@pytest.mark.parametrize(("key", "text"), [("test", "a test"), ("article", "a article"), ("document", "a ***")])
+def test_a_short_key_is_hidden_in_messages_and_left_in_the_words_of_a_page(
+    key: str, text: str, page: PageImage
+) -> None:
+    answer = ask(answering(httpx2.Response(200, json=completion(f"a {key}", model=f"a {key}"))), page, api_key=key)
+    assert (answer.text, answer.model) == (text, "a ***")
 
 
 def test_secrets_are_hidden_however_they_are_written() -> None:
