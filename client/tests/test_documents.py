@@ -443,7 +443,7 @@ def test_a_jpeg_of_thousands_of_scans_is_bad_input(lazily: bool, monkeypatch: py
 
 def test_what_only_looks_like_a_scan_is_none(monkeypatch: pytest.MonkeyPatch, sheet: Image.Image) -> None:
     monkeypatch.setattr(documents, "MAX_SCANNED_PIXELS", 20 * sheet.width * sheet.height)
-    video = b"\xff\xda\0\2" * 50  # behind the photograph, as some phones write it
+    video = b"\0\2\xff\xda" * 50  # behind the photograph, as some phones write it
     (page,) = read_all(encode(sheet, "JPEG", progressive=True, comment=b"\xff\xda" * 50) + video)
     assert page.image.size == sheet.size
 
