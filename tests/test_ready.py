@@ -305,10 +305,11 @@ def test_only_the_run_that_failed_last_is_quoted(host: Host) -> None:
     assert "Loading weights" not in problem
 
 
-def test_restarts_before_the_start_that_is_judged_do_not_count(host: Host) -> None:
+@pytest.mark.parametrize(("since", "failed"), [(0, []), (1, ["Killed"])])
+def test_restarts_before_the_start_that_is_judged_do_not_count(host: Host, since: int, failed: list[str]) -> None:
     """A deployment resets systemd's counter, the journal keeps the lines."""
-    host.command("systemctl", "NRestarts=0")
-    host.command("journalctl", runs(*["No such image"] * 9, last="Loading weights"))
+    host.command("systemctl", f"NRestarts={since}")
+    host.command("journalctl", runs(*["No such image"] * 9, *failed, last="Loading weights"))
     status, verdict = host.check("http://127.0.0.1:9")
     assert status == NOT_YET
     assert "No such image" not in verdict["problem"]
@@ -403,12 +404,56 @@ def test_what_a_good_start_says_too_is_no_diagnosis(host: Host, said: str) -> No
         ("the provided PTX was compiled with an unsupported toolchain.", "driver_too_old"),
         ("RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment", "no_gpu"),
         ("Fatal Python error: Bus error", "shared_memory"),
+        (
+            "Unexpected bus error in a worker: this might be caused by insufficient shared memory (shm).",
+            "shared_memory",
+        ),
+        ("RuntimeError: Engine core died with <Signals.SIGBUS: 7>.", "shared_memory"),
+        ("Error while creating /dev/shm/nccl-x (size 9637888), error: No space left on device (28)", "shared_memory"),
+        ("RuntimeError: cudaErrorInsufficientDriver: CUDA driver version is insufficient", "driver_too_old"),
+        ("torch.OutOfMemoryError: Allocation on device 0 would exceed allowed memory.", "memory"),
+        ("RuntimeError: CUDA out of memory. Tried to allocate 20.00 MiB", "memory"),
+        ("RuntimeError: CUDA error: out of memory", "memory"),
+        ("cudaErrorMemoryAllocation: the API call failed", "memory"),
+        ("RuntimeError: CUDA error: operation not permitted when stream is capturing", "graph_capture"),
+        ("CUDA error: operation failed due to a previous error during capture", "graph_capture"),
+        ("cudaErrorStreamCaptureUnsupported: illegal call", "graph_capture"),
+        ("RuntimeError: cudaErrorUnknown at a launch", "unknown_cuda_error"),
+        ('File "flashinfer/jit/x.py", line 3\nRuntimeError: Could not find nvcc', "flashinfer_compilation"),
+        ("triton.compiler.errors.CompilationError: at 1:0", "triton_compilation"),
+        ("ERROR Triton kernel compilation failed", "triton_compilation"),
+        ('File "triton/runtime/build.py", line 3\nRuntimeError: Failed to find C compiler.', "triton_compilation"),
+        ("torch._dynamo.exc.BackendCompilerFailed: backend raised", "triton_compilation"),
+        ("InductorError: AssertionError", "triton_compilation"),
+        ("failed to inject devices: unresolvable CDI devices nvidia.com/gpu=all", "no_gpu"),
+        ("Failed to initialize NVML: Unknown Error", "no_gpu"),
+        ("Unable to find image 'x:y' locally", "no_image"),
     ],
 )
 def test_other_words_for_the_same_are_diagnosed_too(host: Host, said: str, name: str) -> None:
     host.command("systemctl", "NRestarts=1")
     host.command("journalctl", runs(said))
     assert diagnosed(host) == (FAILED, name)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "torch.compile takes 24.5 s in total",
+        "Dynamo bytecode transform time: 12.03 s",
+        "Capturing CUDA graphs (mixed prefill-decode, PIECEWISE): 40%",
+        "Autotuning kernels",
+        "[AutoTuner]: Autotuning of a kernel starts",
+        "Encoder cache will be initialized with a budget of 16384 tokens",
+        "Memory profiling takes 3.50 seconds",
+        "ninja: Entering directory",
+    ],
+)
+def test_work_of_a_first_start_is_diagnosed_when_the_time_is_over(host: Host, said: str) -> None:
+    host.command("systemctl", "NRestarts=0")
+    host.command("journalctl", runs(last=said))
+    assert diagnosed(host) == (NOT_YET, None)
+    assert diagnosed(host, "--deadline=1") == (FAILED, "still_compiling")
 
 
 def test_diagnosis_is_that_of_the_run_that_failed_last(host: Host) -> None:
