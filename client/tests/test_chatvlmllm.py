@@ -777,7 +777,7 @@ class TestIntegration:
     ) -> None:
         ocr, other = DotsOCRVLLMIntegration(url, "sesame"), Qwen()
         ocr.set_fallback_model(other)
-        server.fail_with(403, "sesame")
+        server.fail_with(401, "sesame")
         for _ in range(2):
             answer = ocr.process_image_file(str(sheet_file))
             assert answer["error"].startswith("сервер отклонил ключ API")

@@ -240,6 +240,13 @@ def test_a_key_that_a_server_repeats_is_in_no_result_and_in_no_error(
         assert where not in ("text", "layout", "stream") or "the server repeated the key" in answer.warnings[0]
 
 
+@pytest.mark.parametrize("key", ["x", "1", "-", "ocr", "0.11.0"])
+def test_a_key_that_is_a_word_changes_no_names(key: str, page: PageImage) -> None:
+    models = httpx2.Response(200, json={"data": [card("dots.ocr", 16_384)]})
+    answer = ask(answering(httpx2.Response(200, json=completion("read")), models=models), page, api_key=key)
+    assert answer.text == "read"
+
+
 @pytest.mark.parametrize("said", [{"id": KEY}, {"id": "x", "root": [KEY], KEY: {"deep": KEY}}])
 def test_a_key_among_the_models_is_hidden(said: dict[str, Any], page: PageImage) -> None:
     models = httpx2.Response(200, json={"data": [said]})

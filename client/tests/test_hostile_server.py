@@ -217,3 +217,24 @@ BODIES = st.one_of(
 @example(events(piece(5, "stop")), STREAM, "text", 200)
 def test_whatever_comes_is_read_or_is_one_of_our_errors(body: str, kind: str, mode: Mode, status: int) -> None:
     outcome(body.encode(errors="replace"), kind, mode, status=status, stream=kind == STREAM)
+
+
+@pytest.mark.parametrize(
+    ("kind", "piece"),
+    [("text/event-stream", b"data: []\n"), ("text/event-stream", b"x"), ("text/event-stream+json", b"[],")],
+)
+@pytest.mark.attack("an event without end, or one piece that calls itself a stream", "not read to its end")
+def test_an_event_without_end_is_not_read_to_its_end(kind: str, piece: bytes) -> None:
+    read = 0
+
+    class Endless(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> Any:
+            nonlocal read
+            while read < transport.MAX_BODY_BYTES:
+                read += 2**16
+                yield piece * (2**16 // len(piece))
+
+    answer = httpx2.Response(200, stream=Endless(), headers={"Content-Type": kind})
+    with pytest.raises(EngineError, match="longer than"):
+        ask(answering(lambda _: answer), GRAY, stream=kind == "text/event-stream")
+    assert read < 2 * transport.MAX_ANSWER_BYTES

@@ -262,6 +262,16 @@ def test_a_wrong_key_fails_fast(status: int, engine: VLLMEngine, server: FakeSer
     assert server.asked_for("/v1/models") == 1
 
 
+def test_a_page_that_a_firewall_forbids_is_one_page_s_failure(
+    engine: VLLMEngine, server: FakeServer, page: PageImage
+) -> None:
+    read(engine, page, "text")
+    server.fail_with(403, "blocked", times=1)
+    with pytest.raises(RequestRejected, match="with 403: .*blocked"):
+        read(engine, page, "text")
+    assert read(engine, page, "text")[0].text == "read by the server"
+
+
 def test_the_key_and_the_address_come_from_our_own_environment_only(
     server: FakeServer, page: PageImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

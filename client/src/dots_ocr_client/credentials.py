@@ -133,13 +133,13 @@ class Secrets:
         return text if self._in_pages is None else self._in_pages.sub(HIDDEN, text)
 
     def hide_all(self, value: Any, depth: int = DEEPEST) -> Any:
-        """Return JSON that a server says of itself without the secrets.
+        """Return JSON that a server says of itself without the secrets; short ones stay, since ids consist of words.
 
         Raises:
             ValueError: It is nested more deeply than `depth`.
         """
         if isinstance(value, str):
-            return self.hide(value)
+            return self.hide_in_page(value)
         if not isinstance(value, dict | list):
             return value
         if depth == 0:

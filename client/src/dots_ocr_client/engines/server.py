@@ -45,6 +45,8 @@ MAX_BODY_BYTES: Final = 64 * 2**20
 MAX_ANSWER_BYTES: Final = 8 * 2**20
 """Longest body that is read in one piece. The longest answer is well below 1 MiB; JSON takes up to 30 times its length
 in memory."""
+MAX_EVENT_BYTES: Final = 2**20
+"""Longest event of a stream that is read (our own choice: vLLM's have one token, or the few of a busy moment)."""
 MAX_COUNT: Final = 2**31
 """Numbers of tokens from here on are none (our own choice: no context is near it)."""
 WARNINGS: Final = 100
@@ -60,6 +62,7 @@ SERVICE: Final = "dots-ocr-client"
 PICTURE: Final = "data:image/png;base64,"
 """The URL of the picture in a request, which is put in behind it."""
 
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LENGTH = re.compile(r"context length|max(imum)?[ _-]model[ _-]len|max_(completion_)?tokens", re.IGNORECASE)
 
 
@@ -148,7 +151,7 @@ class Server:
         """Return what the server tells Prometheus at ``/metrics``, or ``None`` if it tells nothing."""
         try:
             answer = await self._get("/metrics", seconds)
-            return self._secrets.hide(answer.text) if answer.status_code == 200 else None
+            return self._secrets.hide_in_page(answer.text) if answer.status_code == 200 else None
         except Exception:
             return None
 
@@ -381,7 +384,8 @@ class Server:
         self, error: openai.APIStatusError, seconds: float, model: str | None
     ) -> EngineError | ConfigurationError:
         status, said = error.status_code, self._quote(error.message)
-        if status in (401, 403):
+        # A firewall between here and there says 403 to a page, too.
+        if status == 401 or (status == 403 and (model is None or not await self._takes_the_key(seconds))):
             sent = "no key" if self._api_key is None else "the key"
             if self._login is not None:
                 sent = "the user and password of the base URL"
@@ -391,7 +395,7 @@ class Server:
             )
         if status == 404:
             return await self._explain_not_found(seconds, model)
-        if status in (400, 413, 422):
+        if status in (400, 403, 413, 422):
             message = f"{self.base_url} refused the page with {status}: {said}"
             if status == 400 and _LENGTH.search(error.message):
                 return RequestRejected(f"{message}: start it with a larger --max-model-len, or give a smaller image")
@@ -400,6 +404,15 @@ class Server:
         if status in (429, 503):
             return Overloaded(message, _retry_after(error.response.headers.get("retry-after")))
         return ServerUnavailable(message)
+
+    async def _takes_the_key(self, seconds: float) -> bool:
+        try:
+            await self.models(seconds)
+        except ConfigurationError:
+            return False
+        except EngineError:
+            return True  # which it does not say
+        return True
 
     async def _explain_not_found(self, seconds: float, model: str | None) -> EngineError | ConfigurationError:
         if model is not None:
@@ -455,7 +468,7 @@ async def _bound(response: httpx2.Response) -> None:
     """Bound the length of a response that is about to be read."""
     import httpx2
 
-    streamed = response.headers.get("content-type", "").startswith("text/event-stream")
+    streamed = response.headers.get("content-type", "").partition(";")[0].strip() == "text/event-stream"
     longest = MAX_BODY_BYTES if streamed else min(MAX_ANSWER_BYTES, MAX_BODY_BYTES)
 
     class Bounded(httpx2.AsyncByteStream):
@@ -463,11 +476,16 @@ async def _bound(response: httpx2.Response) -> None:
             self.inner = inner
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            length = 0
+            length = event = 0
+            last = b""
             async for chunk in self.inner:
                 length += len(chunk)
-                if length > longest:
-                    raise EngineError(f"the server's answer is longer than {longest} bytes: look at its log")
+                ends = list(_EVENT_END.finditer(last + chunk))
+                event = len(last + chunk) - ends[-1].end() if ends else event + len(chunk)
+                last = chunk[-3:]
+                if length > longest or (streamed and event > MAX_EVENT_BYTES):
+                    limit = longest if length > longest else MAX_EVENT_BYTES
+                    raise EngineError(f"the server's answer is longer than {limit} bytes: look at its log")
                 yield chunk
 
         async def aclose(self) -> None:
