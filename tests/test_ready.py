@@ -313,6 +313,7 @@ def test_restarts_before_the_start_that_is_judged_do_not_count(host: Host, since
     status, verdict = host.check("http://127.0.0.1:9")
     assert status == NOT_YET
     assert "No such image" not in verdict["problem"]
+    assert diagnosed(host, "--deadline=1") == (FAILED, None)
 
 
 def test_journal_that_is_no_plain_text_is_read(host: Host) -> None:
@@ -428,11 +429,16 @@ def test_what_a_good_start_says_too_is_no_diagnosis(host: Host, said: str) -> No
         ("failed to inject devices: unresolvable CDI devices nvidia.com/gpu=all", "no_gpu"),
         ("Failed to initialize NVML: Unknown Error", "no_gpu"),
         ("Unable to find image 'x:y' locally", "no_image"),
+        (
+            "cudaErrorCompatNotSupportedOnDevice: forward compatibility was attempted on non supported HW",
+            "forward_compatibility",
+        ),
+        ("OSError: [Errno 98] Address already in use", "port_taken"),
     ],
 )
 def test_other_words_for_the_same_are_diagnosed_too(host: Host, said: str, name: str) -> None:
-    host.command("systemctl", "NRestarts=1")
-    host.command("journalctl", runs(said))
+    host.command("systemctl", "NRestarts=3")
+    host.command("journalctl", runs(said, said, said))
     assert diagnosed(host) == (FAILED, name)
 
 
@@ -553,7 +559,7 @@ def test_key_that_the_server_repeats_is_not_shown(httpserver: HTTPServer, host: 
     [
         {"data": [{"id": KEY}]},
         {"data": [{"id": "dots.ocr"}], "text": KEY},
-        {"data": {KEY: 1}},
+        {"data": [{"id": {KEY: 1}}]},
     ],
 )
 def test_key_in_a_sound_answer_is_not_shown(httpserver: HTTPServer, host: Host, answer: Any) -> None:
@@ -563,6 +569,12 @@ def test_key_in_a_sound_answer_is_not_shown(httpserver: HTTPServer, host: Host, 
     status, verdict = host.check(httpserver)
     assert status == FAILED
     assert KEY not in json.dumps(verdict)
+
+
+def test_key_is_hidden_however_it_is_written() -> None:
+    server = ocr_probe.Server("", "", "", "", 0.9, "", "a'b\"c\\d/e", {}, Path())
+    for form in (server.key, r"a'b\"c\\d/e", r"a'b\"c\\d\/e", "a\\'b\"c\\\\d/e"):
+        assert ocr_probe.hide(server, f"<{form}>".encode()) == b"<***>", form
 
 
 def test_key_in_what_is_no_http_is_not_shown(
