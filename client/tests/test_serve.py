@@ -804,7 +804,8 @@ def test_errors_are_logged_with_control_characters_escaped(monkeypatch: pytest.M
     try:
         raise ValueError("one\x1b[2J\nINFO: forged")
     except ValueError:
-        record = logging.makeLogRecord({"msg": "two\r\nINFO: %s", "args": ("\x9b",), "exc_info": sys.exc_info()})
+        said = {"msg": "two\r\nINFO: %s", "args": ("\x9b",), "levelno": logging.ERROR, "levelname": "ERROR"}
+        record = logging.makeLogRecord({**said, "exc_info": sys.exc_info()})
     lines = formatter.format(record).split("\n")
     assert all(line.isprintable() for line in lines)
     assert not any(line.startswith("INFO: forged") for line in lines)
