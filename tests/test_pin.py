@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible.template import Templar
+
+from tests.templating import data_loader
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROLES = REPOSITORY / "roles"
@@ -161,6 +164,31 @@ def test_what_hub_and_registry_say_is_written_with_the_date_and_used(
     recap = " ".join(done.stdout.partition("CUSTOM STATS")[2].split())
     assert f"unpinned/model at main is commit {COMMIT}, as http://{address} said when it was first asked" in recap
     assert "any:v0.33.0 is sha256:any, as the registry said when it was first asked" in recap
+
+
+@pytest.mark.parametrize(
+    ("digest", "commit", "sound"),
+    [
+        (DIGEST, COMMIT, True),
+        (DIGEST, "main", False),
+        (DIGEST, COMMIT[1:], False),
+        (DIGEST, COMMIT + "0", False),
+        (DIGEST[:-1], COMMIT, False),
+        (DIGEST.removeprefix("sha256:"), COMMIT, False),
+    ],
+)
+def test_only_a_digest_and_a_commit_are_written(digest: str, commit: str, sound: bool) -> None:
+    (play,) = data_loader().load_from_file(str(REPOSITORY / "playbooks/pin.yml"), trusted_as_template=True)
+    names = [task["name"] for task in play["tasks"][0]["block"]]
+    checked = names.index("Check that each digest is that of its manifest")
+    assert checked < min(number for number, name in enumerate(names) if name.endswith("pinned"))
+    known = {
+        "item": {"docker_content_digest": digest, "content": MANIFEST.decode()},
+        "_pin_weights": {"json": {"sha": commit}},
+    }
+    conditions = play["tasks"][0]["block"][checked]["ansible.builtin.assert"]["that"]
+    templar = Templar(loader=data_loader(), variables=known)
+    assert all(templar.evaluate_conditional(one) for one in conditions) == sound
 
 
 def test_digest_that_is_not_that_of_its_manifest_is_not_written(
