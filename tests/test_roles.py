@@ -177,6 +177,7 @@ def test_proxy_reaches_tasks_and_engine_by_one_set_of_variables() -> None:
     cases: dict[str, dict[str, Any]] = {
         "none": {},
         "one": {"https_proxy": "http://p:3128"},
+        "other": {"http_proxy": "http://p:3128"},
         "both": full,
         "only-no": {"no_proxy": "mirror"},
     }
@@ -197,6 +198,10 @@ def test_proxy_reaches_tasks_and_engine_by_one_set_of_variables() -> None:
         "one": [
             {"https_proxy": "http://p:3128", "no_proxy": "localhost,127.0.0.1,::1"},
             {"http": "", "https": "http://p:3128", "no_proxy": ""},
+        ],
+        "other": [
+            {"http_proxy": "http://p:3128", "no_proxy": "localhost,127.0.0.1,::1"},
+            {"http": "http://p:3128", "https": "", "no_proxy": ""},
         ],
         "both": [
             {**full, "no_proxy": "mirror,.lan,localhost,127.0.0.1,::1"},
