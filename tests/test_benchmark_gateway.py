@@ -125,8 +125,9 @@ def test_pages_through_a_real_gateway_become_figures(capsys: pytest.CaptureFixtu
 @pytest.mark.usefixtures("tiny")
 def test_pages_beside_attacks_become_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["--part", "attacks", "--rounds", "1"]) == 0
-    rows = re.findall(r"^\| [^|]+ \| (\d) \(", capsys.readouterr().out, re.MULTILINE)
-    assert rows == ["3"] * len(benchmark.ATTACKS)
+    rows = re.findall(rf"^\| [^|]+ \| (\d) [^|]+ \| {FIGURE} \| {FIGURE} \|", capsys.readouterr().out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["3"] * len(benchmark.ATTACKS)
+    assert any(before != during for _, before, during in rows)  # other pages than those before the attack
 
 
 @pytest.mark.usefixtures("tiny")
