@@ -170,11 +170,11 @@ def test_it_tells_for_how_long_no_worker_has_been_free(sheet: Image.Image, monke
     async def run() -> None:
         nonlocal now
         own = Rasterizer(2)
-        found = []
+        found: list[tuple[int, float]] = []
 
         async def begin(*numbers: int) -> list[asyncio.Task[PageImage]]:
             nonlocal now
-            draws = [asyncio.create_task(own.draw(document.reference(1))) for _ in numbers]
+            draws = [asyncio.create_task(own.draw(opened.reference(1))) for _ in numbers]
             await asyncio.sleep(0)
             now += 5
             found.append((own.busy, own.full_for))
@@ -192,7 +192,7 @@ def test_it_tells_for_how_long_no_worker_has_been_free(sheet: Image.Image, monke
         await begin()
         assert found == [(0, 0), (1, 0), (2, 5), (2, 5), (0, 0)]
 
-    with open_document(sheet) as document:
+    with open_document(sheet) as opened:
         asyncio.run(run())
 
 
