@@ -267,7 +267,7 @@ def test_a_page_that_a_firewall_forbids_is_one_page_s_failure(
 ) -> None:
     read(engine, page, "text")
     server.fail_with(403, "blocked", times=1)
-    with pytest.raises(RequestRejected, match="with 403: .*blocked"):
+    with pytest.raises(RequestRejected, match=r"with 403: .*blocked"):
         read(engine, page, "text")
     assert read(engine, page, "text")[0].text == "read by the server"
 
