@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import queue
@@ -406,6 +407,17 @@ asyncio.run(leave())
 """
     _, worker, _ = run_script(SCRIPT + end, hanging_pdf(), tmp_path)
     assert has_ended(worker, 5)
+
+
+def test_a_worker_runs_nothing_of_the_current_directory(
+    document: OpenDocument, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "importlib.py").write_text("open('was-run', 'w')")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(InputError):
+        rasterizer.draw(document.reference(1))
+    rasterizer._end_blocking()
+    assert not Path("was-run").exists()
 
 
 def test_a_worker_imports_little() -> None:

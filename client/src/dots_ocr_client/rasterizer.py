@@ -201,7 +201,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, *sys.path],
+            [sys.executable, "-P", "-c", _BOOT, *sys.path],  # -P: nothing of the current directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
