@@ -441,6 +441,15 @@ def test_a_jpeg_of_thousands_of_scans_is_bad_input(lazily: bool, monkeypatch: py
         read_all(Image.open(io.BytesIO(bomb)) if lazily else bomb)
 
 
+def test_scans_behind_a_false_marker_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_SCANNED_PIXELS", 20 * 64**2)
+    data = encode(Image.new("L", (64, 64), 255), "JPEG", progressive=True, restart_marker_blocks=8)
+    last = data.rindex(b"\xff\xda")
+    scan = data[last:-2].replace(b"\xff\xd0", b"\xff\x02\xff\xff\xff\xd0", 1)  # as if with a length of 64 KiB
+    with pytest.raises(InputError, match=r"is a JPEG of 56 scans"):
+        read_all(data[:last] + scan * 51 + b"\xff\xd9")
+
+
 def test_what_only_looks_like_a_scan_is_none(monkeypatch: pytest.MonkeyPatch, sheet: Image.Image) -> None:
     monkeypatch.setattr(documents, "MAX_SCANNED_PIXELS", 20 * sheet.width * sheet.height)
     video = b"\0\2\xff\xda" * 50  # behind the photograph, as some phones write it

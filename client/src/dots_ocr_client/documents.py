@@ -50,7 +50,9 @@ FORMATS: Final = (
 
 _HEAD = 1024  # PDF readers accept this much rubbish in front of a PDF
 _CHUNK = 2**20
-_JPEG_SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # with a length: no stuffing, no restart (ITU T.81, B.1.1)
+# With a length (ITU T.81, B.1.1): no stuffing and no restart; nor the reserved ones below, which libjpeg skips without
+# their length while it looks for a restart, and refuses elsewhere.
+_JPEG_SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
 
 # PDFium must not be entered by two threads at once, not even for different documents.
