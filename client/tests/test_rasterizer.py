@@ -409,6 +409,41 @@ asyncio.run(leave())
     assert has_ended(worker, 5)
 
 
+def test_a_worker_is_ended_by_its_timers_whatever_its_parent_blocks_and_ignores(document: OpenDocument) -> None:
+    signals = (signal.SIGALRM, signal.SIGPROF, signal.SIGIO)
+    before = children()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in signals]
+    try:
+        rasterizer.draw(document.reference(1))
+    finally:
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    (worker,) = children() - before
+    status = Path(f"/proc/{worker}/status").read_text()
+    rasterizer._end_blocking()
+    kept = [int(mask, 16) for mask in re.findall(r"^Sig(?:Blk|Ign):\s*(\w+)$", status, re.MULTILINE)]
+    assert len(kept) == 2
+    assert not [number for number in signals for mask in kept if mask & 1 << number - 1]
+
+
+def test_a_blocking_call_ends_a_worker_whose_timers_do_not(
+    document: OpenDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rasterizer, "PATIENCE", 0.0, raising=False)
+    before = children()
+    rasterizer.draw(document.reference(1))
+    (worker,) = children() - before
+    os.kill(worker, signal.SIGSTOP)
+    wake = threading.Timer(5, os.kill, (worker, signal.SIGCONT))  # or a failure would last for ever
+    wake.start()
+    with pytest.raises(InputError, match=r"^page 2 of <bytes> cannot be drawn: it takes longer than 0\.05 s$"):
+        rasterizer.draw(document.reference(2), seconds=0.05)
+    wake.cancel()
+    wake.join()
+
+
 def test_a_worker_runs_nothing_of_the_current_directory(
     document: OpenDocument, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

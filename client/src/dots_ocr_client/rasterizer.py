@@ -48,9 +48,12 @@ IMAGE_SECONDS: Final = 20.0
 PDFs, which may be drawings of a million lines, have only the limit of `Rasterizer.draw`."""
 IDLE_SECONDS: Final = 10
 """After which a worker closes its document, so that the space of a removed temporary file becomes free."""
+PATIENCE: Final = 5.0
+"""Seconds after which a blocking call ends a worker whose own timers have not; our own choice."""
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
 
+_LONGEST = 10**6  # seconds; system calls refuse more than they can count
 _MAX_ANSWER = 64 * 2**20  # bytes; a page of MAX_PIXELS that cannot be compressed takes 34 MB
 # By the name that this module was imported under: an application may have a dots_ocr_client of its own.
 _BOOT = f"import sys, importlib; sys.path[:] = sys.argv[1:]; importlib.import_module({__name__!r})._serve()"
@@ -181,8 +184,10 @@ def _block(
         return job(None, reference, seconds)
     with _turns():
         worker = _worker(_blocking, reference, verb)
+        late = threading.Timer(min(seconds, _LONGEST) + PATIENCE, worker.give_up)
         answered = False
         try:
+            late.start()
             result = job(worker, reference, seconds)
             answered = True
             return result
@@ -190,6 +195,7 @@ def _block(
             answered = True
             raise
         finally:
+            late.cancel()
             if answered and worker.alive:
                 _blocking.append(worker)
             else:
@@ -200,6 +206,7 @@ class _Worker:
     """A process that draws one page at a time. It ends when this process does, because its input ends."""
 
     def __init__(self) -> None:
+        self._late = False
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _BOOT, *sys.path],  # -P: nothing of the current directory
             stdin=subprocess.PIPE,
@@ -234,13 +241,18 @@ class _Worker:
             status = self._process.returncode
             if status == -signal.SIGPROF:
                 raise InputError(_too_long(reference, verb, IMAGE_SECONDS)) from error
-            if status == -signal.SIGALRM:
+            if status == -signal.SIGALRM or self._late:
                 raise InputError(_too_long(reference, verb, seconds)) from error
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
             raise InputError(f"{reference.label} cannot be {verb}: its process ended ({how})") from error
         if "error" in fields:
             raise InputError(fields["error"])
         return fields, png
+
+    def give_up(self) -> None:
+        """End the process while another thread waits for its answer: `ask` says there that it takes too long."""
+        self._late = True
+        self._process.kill()
 
     def end(self, patience: float = 0) -> None:
         """End the process, in whatever state it is; after some seconds of patience, which leave it its exit status."""
@@ -342,6 +354,10 @@ def _group() -> str:
     return Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
 
 
+_ENDING = (signal.SIGALRM, signal.SIGPROF, signal.SIGIO)
+"""They end a worker even inside a decoder."""
+
+
 def _serve() -> None:
     """Answer requests from standard input; this is what a worker runs."""
     requests = sys.stdin.buffer
@@ -349,6 +365,9 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     fcntl.fcntl(requests, fcntl.F_SETOWN, os.getpid())
+    for number in _ENDING:  # a process inherits what its parent ignores, and what the thread that starts it blocks
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no copy of a document behind
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -363,7 +382,7 @@ def _serve() -> None:
         except EOFError:
             return
         # These end this process even inside a decoder; the parent, if it waits at all, is faster than the first.
-        signal.setitimer(signal.ITIMER_REAL, min(seconds, 10**6) + 1)
+        signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST) + 1)
         signal.setitimer(signal.ITIMER_PROF, processor)
         with _ended_with_parent(requests.fileno()):
             answer = _answer_to(verb, reference)
