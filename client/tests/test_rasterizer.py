@@ -444,6 +444,41 @@ def test_a_blocking_call_ends_a_worker_whose_timers_do_not(
     wake.join()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_child_made_by_fork_waits_for_no_thread_and_keeps_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rasterizer, "_BOOT", "import sys; sys.stdin.read()")
+    turns = rasterizer._default_workers()
+    idle, busy = rasterizer._Worker(), rasterizer._Worker()
+    rasterizer._blocking.append(idle)
+    held = [rasterizer._turns().acquire(blocking=False) for _ in range(turns)]
+    read, write = os.pipe()
+    with documents._pdfium:
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(write)
+            own = rasterizer._blocking == [] and rasterizer._turns().acquire(blocking=False)
+            free = documents._pdfium.acquire(blocking=False)
+            os.read(read, 1)  # until the workers have ended
+            status = 0 if own and free else 1
+        finally:
+            os._exit(status)
+    os.close(read)
+    for _ in held:
+        rasterizer._turns().release()
+    ended = []
+    for worker in (idle, busy):
+        assert worker._process.stdin is not None
+        worker._process.stdin.close()
+        ended.append(has_ended(worker._process.pid, 5))
+    os.close(write)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ended == [True, True]
+    rasterizer._end_blocking()
+    busy.end()
+
+
 def test_a_worker_runs_nothing_of_the_current_directory(
     document: OpenDocument, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,15 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 # PDFium must not be entered by two threads at once, not even for different documents.
 _pdfium = threading.Lock()
 
+
+def _renew_lock() -> None:
+    """In a child made by fork, where no thread is left to release it."""
+    global _pdfium
+    _pdfium = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 """A path, a ``data:`` URL, the bytes of a file, a file opened for reading bytes, or a PIL image (its current frame)."""
 

@@ -213,6 +213,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        _workers.add(self)
 
     @property
     def alive(self) -> bool:
@@ -253,6 +254,16 @@ class _Worker:
         """End the process while another thread waits for its answer: `ask` says there that it takes too long."""
         self._late = True
         self._process.kill()
+
+    def leave(self) -> None:
+        """Let go of another process's worker, which would not end with that one; without its pipes' locks."""
+        self._process.poll()  # finds no child, so nothing here waits for it or ends it
+        null = os.open(os.devnull, os.O_RDWR)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            if not pipe.closed:
+                os.dup2(null, pipe.fileno(), inheritable=False)
+        os.close(null)
 
     def end(self, patience: float = 0) -> None:
         """End the process, in whatever state it is; after some seconds of patience, which leave it its exit status."""
@@ -312,6 +323,8 @@ def _end(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
     threads.shutdown(wait=False, cancel_futures=True)
 
 
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
+"""All of this process."""
 _blocking: list[_Worker] = []
 """The workers that wait for `open_document` and `draw`."""
 
@@ -325,6 +338,18 @@ def _turns() -> threading.Semaphore:
 def _end_blocking() -> None:
     while _blocking:
         _blocking.pop().end()
+
+
+def _begin_anew() -> None:
+    """In a child made by fork: its parent's workers are not its own, and no thread is left to give turns back."""
+    for worker in list(_workers):
+        worker.leave()
+    _workers.clear()
+    _end_blocking()  # which closes their pipes
+    _turns.cache_clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _default_workers() -> int:
