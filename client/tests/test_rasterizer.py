@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from support import children, jpeg_of_scans, pdf_of
 
-from dots_ocr_client import InputError, documents, rasterizer
+from dots_ocr_client import ConfigurationError, InputError, documents, rasterizer
 from dots_ocr_client.documents import OpenDocument, PageImage, Source, draw, open_document
 from dots_ocr_client.rasterizer import WORKER_MEMORY, Rasterizer
 
@@ -477,6 +477,27 @@ def test_a_child_made_by_fork_waits_for_no_thread_and_keeps_no_worker(monkeypatc
     assert ended == [True, True]
     rasterizer._end_blocking()
     busy.end()
+
+
+@pytest.mark.parametrize(("name", "value"), [("executable", None), ("executable", ""), ("frozen", True)])
+def test_without_a_python_to_start_nothing_is_started(
+    name: str, value: object, document: OpenDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, name, value, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(ConfigurationError, match="Fix: run this with the interpreter"):
+        rasterizer.draw(document.reference(1))
+
+
+def test_a_worker_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rasterizer, "_BOOT", "import sys; sys.stdin.read()")
+    monkeypatch.setenv("DOTS_OCR_API_KEY", "sk-secret")
+    monkeypatch.setenv("ANOTHER", "is kept")
+    worker = rasterizer._Worker()
+    environment = Path(f"/proc/{worker._process.pid}/environ").read_bytes().split(b"\0")
+    worker.end()
+    assert b"ANOTHER=is kept" in environment
+    assert not [setting for setting in environment if setting.startswith(b"DOTS_OCR_")]
 
 
 def test_a_worker_runs_nothing_of_the_current_directory(

@@ -32,7 +32,7 @@ from typing import Any, Final, TypeVar
 
 from . import documents, pdf_text
 from .documents import OpenDocument, PageImage, PageReference, Source
-from .errors import InputError
+from .errors import ConfigurationError, InputError
 from .pdf_text import TextLayer
 
 Result = TypeVar("Result")
@@ -102,6 +102,7 @@ class Rasterizer:
 
         Raises:
             InputError: As for `documents.open_document`; or the document crashes the worker, or takes too long.
+            ConfigurationError: There is no Python to start workers with, as in a frozen application.
             TypeError: ``source`` is nothing of what `Source` allows.
         """
         with await asyncio.to_thread(documents.take, source) as taken:
@@ -212,6 +213,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if not name.startswith("DOTS_OCR_")},  # keys
         )
         _workers.add(self)
 
@@ -286,6 +288,11 @@ def _worker(idle: list[_Worker], reference: PageReference, verb: str) -> _Worker
             if worker.alive:
                 return worker
             worker.end()
+    if not sys.executable or hasattr(sys, "frozen"):  # which would start the application again
+        raise ConfigurationError(
+            "files are decoded in processes of their own, and there is no Python to start them with (sys.executable). "
+            "Fix: run this with the interpreter of an environment that has dots-ocr-client, not as a frozen application"
+        )
     try:
         return _Worker()
     except OSError as error:
