@@ -518,6 +518,13 @@ def test_the_content_decides_not_the_extension(tmp_path: Path, sheet: Image.Imag
     assert read_all(path)[0].width == sheet.width
 
 
+def test_a_picture_whose_file_was_closed_is_bad_input() -> None:
+    with io.BytesIO(encode(Image.new("RGB", (60, 60)), "JPEG")) as file:
+        image = Image.open(file)
+    with pytest.raises(InputError, match=r"<image> cannot be decoded: .*closed file"):
+        read_all(image)
+
+
 def test_nonsense_instead_of_a_source_is_a_type_error() -> None:
     with pytest.raises(TypeError):
         open_document(3)  # type: ignore[arg-type]

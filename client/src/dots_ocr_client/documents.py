@@ -595,10 +595,12 @@ def _page_of(number: int, image: Image.Image, warnings: tuple[str, ...], label: 
             f"{label} has {width} x {height} px, more than {MAX_PAGE_PIXELS} in all: "
             "scan it at a lower resolution, or cut it into pieces"
         )
-    _check_scans(image, label)
     try:
+        _check_scans(image, label)
         images.smart_resize(width, height)
         return _encode(number, images.to_rgb(image), warnings)
+    except InputError:
+        raise
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
         raise InputError(f"{label} cannot be decoded: {_reason(error)}") from error
 
