@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import os
 import queue
 import re
@@ -498,6 +499,51 @@ def test_a_worker_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     worker.end()
     assert b"ANOTHER=is kept" in environment
     assert not [setting for setting in environment if setting.startswith(b"DOTS_OCR_")]
+
+
+PAGE = {"number": 2, "width": 1, "height": 1, "sent_width": 1, "sent_height": 1, "warnings": [], "size": 0}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PAGE | {"size": -1},
+        PAGE | {"size": True},
+        PAGE | {"size": 2**40},
+        PAGE | {"width": "1"},
+        PAGE | {"sent_height": 0},
+        PAGE | {"warnings": None},
+        PAGE | {"more": 1},
+        {"size": 0},
+        [],
+        "[" * 10**5,
+    ],
+)
+def test_what_is_no_answer_fails_its_page_only(
+    answer: object, document: OpenDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = answer if isinstance(answer, str) else json.dumps(answer)
+    code = f"import sys; print({line!r}, flush=True); sys.stdin.read()"
+    monkeypatch.setattr(rasterizer, "_BOOT", code)
+    before = children()
+    own = Rasterizer(1)
+    with pytest.raises(InputError, match=r"^page 2 of <bytes> cannot be drawn: its process gave no sound answer"):
+        asyncio.run(own.draw(document.reference(2), seconds=5))
+    assert children() == before
+
+
+def test_a_worker_may_end_by_a_signal_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rasterizer, "_BOOT", "import os; os.kill(os.getpid(), 40)")
+    with pytest.raises(InputError, match=r"^<bytes> cannot be opened: its process ended \(signal 40\)$"):
+        rasterizer.open_document(b"any")
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "3", None])
+def test_what_is_no_number_of_pages_is_bad_input(count: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps({"count": count, "warnings": [], "size": 0})
+    monkeypatch.setattr(rasterizer, "_BOOT", f"import sys; print({line!r}, flush=True); sys.stdin.read()")
+    with pytest.raises(InputError, match=r"^<bytes> cannot be opened: its process gave no sound answer"):
+        rasterizer.open_document(b"any")
 
 
 def test_a_worker_runs_nothing_of_the_current_directory(

@@ -221,11 +221,13 @@ class _Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, verb: str, reference: PageReference, seconds: float) -> tuple[dict[str, Any], bytes]:
-        """Have a page ``drawn`` or ``read``, or a document ``opened``; return what `_answer_to` does.
+    def ask(
+        self, verb: str, reference: PageReference, seconds: float, make: Callable[[dict[str, Any], bytes], Result]
+    ) -> Result:
+        """Have a page ``drawn`` or ``read``, or a document ``opened``; return what is made of `_answer_to`'s answer.
 
         Raises:
-            InputError: It cannot be, or the process ended over it.
+            InputError: It cannot be, or the process ended over it, or answered anything else.
         """
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
@@ -236,9 +238,14 @@ class _Worker:
             requests.flush()
             fields = json.loads(answers.readline(_MAX_ANSWER))
             size = fields.pop("size")
-            png = answers.read(min(size, _MAX_ANSWER))
+            if type(size) is not int or not 0 <= size <= _MAX_ANSWER:
+                raise TypeError(f"a PNG of {size!r} bytes")
+            png = answers.read(size)
             if len(png) < size:
                 raise EOFError
+            if "error" not in fields:
+                return make(fields, png)
+            reason = str(fields["error"])
         except (OSError, ValueError, EOFError) as error:  # BrokenPipeError; half an answer; closed by end()
             self.end(patience=5)
             status = self._process.returncode
@@ -246,11 +253,14 @@ class _Worker:
                 raise InputError(_too_long(reference, verb, IMAGE_SECONDS)) from error
             if status == -signal.SIGALRM or self._late:
                 raise InputError(_too_long(reference, verb, seconds)) from error
-            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            names = {number.value: number.name for number in signal.Signals}  # those for real time have none
+            how = f"signal {names.get(-status, -status)}" if status < 0 else f"exit status {status}"
             raise InputError(f"{reference.label} cannot be {verb}: its process ended ({how})") from error
-        if "error" in fields:
-            raise InputError(fields["error"])
-        return fields, png
+        except Exception as error:  # a decoder made it answer what no page is
+            self.end()
+            reason = f"its process gave no sound answer ({type(error).__name__})"
+            raise InputError(f"{reference.label} cannot be {verb}: {reason}") from error
+        raise InputError(reason)
 
     def give_up(self) -> None:
         """End the process while another thread waits for its answer: `ask` says there that it takes too long."""
@@ -306,21 +316,35 @@ def _too_long(reference: PageReference, verb: str, seconds: float) -> str:
 def _look_into(worker: _Worker | None, reference: PageReference, seconds: float) -> tuple[int, tuple[str, ...]]:
     if worker is None:
         return documents.look_into(reference)
-    fields, _ = worker.ask("opened", reference, seconds)
-    return fields["count"], tuple(fields["warnings"])
+
+    def make(fields: dict[str, Any], _: bytes) -> tuple[int, tuple[str, ...]]:
+        _check_numbers(fields, "count")
+        return fields["count"], tuple(map(str, fields["warnings"]))
+
+    return worker.ask("opened", reference, seconds, make)
 
 
 def _draw(worker: _Worker | None, reference: PageReference, seconds: float) -> PageImage:
     if worker is None:
         return documents.draw(reference)
-    fields, png = worker.ask("drawn", reference, seconds)
     origin = reference if reference.kind == "pdf" else None
-    return PageImage(**{**fields, "png": png, "warnings": tuple(fields["warnings"]), "origin": origin})
+
+    def make(fields: dict[str, Any], png: bytes) -> PageImage:
+        _check_numbers(fields, "number", "width", "height", "sent_width", "sent_height")
+        return PageImage(**{**fields, "png": png, "warnings": tuple(map(str, fields["warnings"])), "origin": origin})
+
+    return worker.ask("drawn", reference, seconds, make)
 
 
 def _read_text(worker: _Worker | None, reference: PageReference, seconds: float) -> TextLayer:
     assert worker is not None, "only PDFs have a text layer, and they are for workers"
-    return TextLayer.from_dict(worker.ask("read", reference, seconds)[0])
+    return worker.ask("read", reference, seconds, lambda fields, _: TextLayer.from_dict(fields))
+
+
+def _check_numbers(fields: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if type(fields[name]) is not int or fields[name] < 1:
+            raise TypeError(f"{name} is {fields[name]!r}")
 
 
 def _end(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
