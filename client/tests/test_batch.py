@@ -18,14 +18,15 @@ import pypdfium2
 import pytest
 from PIL import Image
 
-from dots_ocr_client import batch
+from dots_ocr_client import batch, rasterizer
 from dots_ocr_client.batch import OutputError, Report, Status
-from dots_ocr_client.documents import Source, open_document
+from dots_ocr_client.documents import OpenDocument, PageReference, open_document
 from dots_ocr_client.errors import ConfigurationError, DotsOCRError, InputError
 from dots_ocr_client.prompts import Mode
 from dots_ocr_client.results import Document, FailedPage, Page
 
 ALL = frozenset({"json", "md", "html", "txt"})
+PATIENCE = 20.0
 
 
 class FakeClient:
@@ -47,23 +48,24 @@ class FakeClient:
         self.size = size
         self.asked: list[tuple[str, int]] = []
         self.modes: set[Mode] = set()
-        self.open = self.most_open = 0
+        self.streams = self.most_streams = 0
+
+    async def open(self, document: Path) -> OpenDocument:
+        return open_document(document)
 
     async def stream(
-        self, document: Source, *, mode: Mode = "layout", pages: Iterable[int] | None = None
+        self, document: OpenDocument, *, mode: Mode = "layout", pages: Iterable[int] | None = None
     ) -> AsyncGenerator[Page | FailedPage, None]:
-        assert isinstance(document, Path)
-        with open_document(document, pages) as opened:
-            numbers = opened.numbers
+        path = Path(str(document.reference(1).source))
         self.modes.add(mode)
-        self.open += 1
-        self.most_open = max(self.most_open, self.open)
+        self.streams += 1
+        self.most_streams = max(self.most_streams, self.streams)
         try:
-            for number in reversed(numbers):
+            for number in sorted(document.numbers if pages is None else pages, reverse=True):
                 await asyncio.sleep(self.seconds)
-                yield self.page(document, number, mode)
+                yield self.page(path, number, mode)
         finally:
-            self.open -= 1
+            self.streams -= 1
 
     def page(self, document: Path, number: int, mode: Mode) -> Page | FailedPage:
         self.asked.append((document.name, number))
@@ -389,7 +391,7 @@ def test_an_error_in_the_middle_of_a_document_keeps_its_pages(tmp_path: Path, ou
 
 def test_a_client_that_leaves_out_a_page_is_found_out(tmp_path: Path, out: Path) -> None:
     class Forgets(FakeClient):
-        async def stream(self, document: Source, **options: Any) -> AsyncGenerator[Page | FailedPage, None]:
+        async def stream(self, document: OpenDocument, **options: Any) -> AsyncGenerator[Page | FailedPage, None]:
             async for page in super().stream(document, **options):
                 if page.number != 2:
                     yield page
@@ -445,8 +447,6 @@ def test_an_output_that_cannot_be_replaced_fails_only_its_document(tmp_path: Pat
 def test_cancelling_keeps_what_was_read_and_leaves_no_tasks(tmp_path: Path, out: Path) -> None:
     documents = [pdf(tmp_path / f"{name}.pdf", 50) for name in "abc"]
     client = FakeClient(seconds=0.01)
-    with ThreadPoolExecutor() as threads:  # the processes that open documents have started
-        list(threads.map(batch._numbers, documents))
 
     async def main() -> None:
         task = asyncio.create_task(batch.run(client, documents, out))
@@ -458,9 +458,65 @@ def test_cancelling_keeps_what_was_read_and_leaves_no_tasks(tmp_path: Path, out:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())
-    assert client.open == 0
+    assert client.streams == 0
     kept = {(document.name, number) for document in documents for number in journal(out, document.name)}
     assert kept == set(client.asked)
+    assert json.loads((out / "report.json").read_bytes())["stopped"] == "CancelledError"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that two workers open; they get stuck at one called ``stuck.png``, until they are ended."""
+    opened: list[str] = []
+    look_into = rasterizer._look_into
+
+    def look(
+        worker: rasterizer._Worker | None, reference: PageReference, seconds: float
+    ) -> tuple[int, tuple[str, ...]]:
+        opened.append(Path(reference.label).name)
+        if opened[-1] != "stuck.png":
+            return look_into(worker, reference, seconds)
+        assert worker is not None
+        end = time.monotonic() + 2 * PATIENCE
+        while worker.alive and time.monotonic() < end:
+            time.sleep(0.005)
+        raise InputError("ended")
+
+    monkeypatch.setattr(rasterizer, "_default_workers", lambda: 2)
+    monkeypatch.setattr(rasterizer, "_look_into", look)
+    return opened
+
+
+class Opens(FakeClient):
+    """Opens documents as `AsyncDotsOCR` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rasterizer = rasterizer.Rasterizer()
+
+    async def open(self, document: Path) -> OpenDocument:
+        return await self.rasterizer.open(document)
+
+
+def test_a_document_that_hangs_in_opening_holds_up_no_other_and_no_end(
+    tmp_path: Path, out: Path, opened: list[str]
+) -> None:
+    bad, good = png(tmp_path / "stuck.png"), pdf(tmp_path / "good.pdf")
+    events = Events()
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        client = Opens()
+        task = asyncio.create_task(batch.run(client, [bad, good], out, progress=events))
+        async with asyncio.timeout(PATIENCE):
+            while ("done", str(good), "read") not in events.seen:
+                await asyncio.sleep(0.005)
+        task.cancel()
+        assert await asyncio.wait([task], timeout=PATIENCE) == ({task}, set())
+        client.rasterizer.close()
+
+    asyncio.run(main())
+    assert sorted(opened) == ["good.pdf", "stuck.png"]  # each was opened once
     assert json.loads((out / "report.json").read_bytes())["stopped"] == "CancelledError"
 
 
@@ -470,7 +526,7 @@ def test_two_runs_do_not_use_the_same_folder(tmp_path: Path, out: Path) -> None:
     async def main() -> None:
         client = FakeClient(seconds=0.1)
         first = asyncio.create_task(batch.run(client, [document], out))
-        while not client.open:
+        while not client.streams:
             await asyncio.sleep(0.005)
         with pytest.raises(InputError, match="another run"):
             await batch.run(FakeClient(), [document], out)
@@ -524,7 +580,7 @@ def test_enough_documents_are_open_to_fill_the_pages_in_flight_and_no_more(tmp_p
         png(tmp_path / "docs" / f"{index}.png")
     client = FakeClient(seconds=0.1)
     assert statuses(read(client, [tmp_path / "docs"], out)) == ["read"] * 20
-    assert client.max_in_flight <= client.most_open <= client.max_in_flight + batch.SPARE
+    assert client.max_in_flight <= client.most_streams <= client.max_in_flight + batch.SPARE
 
 
 def test_five_thousand_pages_take_seconds_and_little_memory(tmp_path: Path, out: Path) -> None:

@@ -131,6 +131,20 @@ def test_pages_come_as_they_finish() -> None:
         assert [page.number for page in ocr.stream(pdf_of(SHEET, SHEET, SHEET))][-1] == 1
 
 
+def test_an_open_document_is_read_without_being_opened_again_and_stays_open() -> None:
+    async def main() -> None:
+        async with AsyncDotsOCR(engines=[Recorder()]) as ocr:
+            with await ocr.open(pdf_of(SHEET, OTHER, SHEET)) as document:
+                assert document.numbers == (1, 2, 3)
+                for pages, numbers in (("2-", {2, 3}), (None, {1, 2, 3})):
+                    results = [page async for page in ocr.stream(document, pages=pages)]
+                    assert {page.number for page in results if isinstance(page, Page)} == numbers
+                with pytest.raises(InputError, match="no page 4"):
+                    await anext(ocr.stream(document, pages=[4]))
+
+    asyncio.run(main())
+
+
 def test_who_stops_early_stops_the_work() -> None:
     engine = Recorder(seconds=20, slots=2)
 

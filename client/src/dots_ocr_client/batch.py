@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
 
-from . import documents, rasterizer
+from .documents import OpenDocument
 from .errors import ConfigurationError, DotsOCRError, InputError
 from .prompts import MODES, Mode
 from .results import FailedPage, Page
@@ -57,8 +57,12 @@ class Client(Protocol):
         """Pages in flight at once, over all documents."""
         ...
 
+    async def open(self, document: Path) -> OpenDocument:
+        """Open a document; being cancelled ends that at once."""
+        ...
+
     def stream(
-        self, document: documents.Source, *, mode: Mode = "layout", pages: Iterable[int] | None = None
+        self, document: OpenDocument, *, mode: Mode = "layout", pages: Iterable[int] | None = None
     ) -> AsyncGenerator[Page | FailedPage, None]:
         """Read pages, and yield each as it is finished."""
         ...
@@ -300,13 +304,15 @@ class _Batch:
         again = {"retry_failed": self.retry_failed, "upgrade": self.upgrade}
         if store.is_unchanged(self.formats, headers=self.headers, **again):
             return "unchanged"
-        numbers = await _in_thread(_numbers, document.path)
-        await _in_thread(store.reopen)
-        wanted = [number for number in numbers if store.wants(number, **again)]
-        if self.progress:
-            self.progress.opened(str(document.path), len(wanted))
-        if wanted:
-            await self._record(store, document, wanted if len(wanted) < len(numbers) else None, count)
+        # By the client, once: what a file holds up is a process of the client's, no thread of ours.
+        with await self.client.open(document.path) as opened:
+            numbers = opened.numbers
+            await _in_thread(store.reopen)
+            wanted = [number for number in numbers if store.wants(number, **again)]
+            if self.progress:
+                self.progress.opened(str(document.path), len(wanted))
+            if wanted:
+                await self._record(store, document, opened, wanted if len(wanted) < len(numbers) else None, count)
         if await _in_thread(_stamp, document.path) != stamp:
             await _in_thread(store.discard)
             raise InputError(f"{str(document.path)!r} changed while it was read: run the same again")
@@ -319,9 +325,11 @@ class _Batch:
             return "read"
         return "failed" if summary.failed_pages == summary.pages else "partial"
 
-    async def _record(self, store: Store, document: _Input, pages: list[int] | None, count: _Count) -> None:
+    async def _record(
+        self, store: Store, document: _Input, opened: OpenDocument, pages: list[int] | None, count: _Count
+    ) -> None:
         synced = time.monotonic()
-        stream = self.client.stream(document.path, mode=self.mode, pages=pages)
+        stream = self.client.stream(opened, mode=self.mode, pages=pages)
         async with contextlib.aclosing(stream) as results:
             async for page in results:
                 kept = store.record(page)
@@ -455,8 +463,3 @@ def _digest(path: Path) -> tuple[str, _Stamp]:
             return hashlib.file_digest(file, "sha256").hexdigest(), stamp
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
-
-
-def _numbers(path: Path) -> tuple[int, ...]:
-    with rasterizer.open_document(path) as document:
-        return document.numbers

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
-from .documents import Source, describe
+from .documents import OpenDocument, Source, describe, parse_pages
 from .engines.base import Engine, Task
 from .engines.defaults import make_engines
 from .errors import AllEnginesFailed, InputError
@@ -130,9 +130,17 @@ class AsyncDotsOCR:
                 page = await anext(results)
         return page if isinstance(page, Page) else _raise(page)
 
+    async def open(self, document: Source) -> OpenDocument:
+        """Open a document as soon as a process is free for it; `stream` takes it, once or more. Close it afterwards.
+
+        Raises:
+            InputError: The document cannot be read by any engine.
+        """
+        return await self._pipeline.open(document)
+
     async def stream(
         self,
-        document: Source,
+        document: Source | OpenDocument,
         *,
         mode: Mode = "layout",
         pages: Pages = None,
@@ -142,11 +150,15 @@ class AsyncDotsOCR:
         """Read a document and yield its pages as they finish, in any order.
 
         Close the generator if you stop early (``contextlib.aclosing``); that cancels what is still at the server.
-        Arguments and errors are those of `read`, but a page that fails never raises.
+        Arguments and errors are those of `read`, but a page that fails never raises. What `open` returned stays open.
         """
         task = _task(mode, box, question)
-        with await self._pipeline.open(document, pages) as opened:
-            async with aclosing(self._pipeline.read(opened, task)) as results:
+        with ExitStack() as ours:
+            if isinstance(document, OpenDocument):
+                numbers = None if pages is None else parse_pages(pages, document.page_count, document.name)
+            else:
+                document, numbers = ours.enter_context(await self._pipeline.open(document, pages)), None
+            async with aclosing(self._pipeline.read(document, task, numbers)) as results:
                 async for page in results:
                     yield page
 

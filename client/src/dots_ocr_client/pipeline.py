@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Final
 
 from .documents import OpenDocument, Source
@@ -34,14 +34,21 @@ class Pipeline:
         """Open a document; see `Rasterizer.open`."""
         return await self._rasterizer.open(source, pages)
 
-    async def read(self, document: OpenDocument, task: Task) -> AsyncGenerator[Page | FailedPage, None]:
+    async def read(
+        self, document: OpenDocument, task: Task, numbers: Sequence[int] | None = None
+    ) -> AsyncGenerator[Page | FailedPage, None]:
         """Read the pages of a document and yield them as they finish; close the generator if you stop early.
+
+        Args:
+            document: It stays open.
+            task: What to read.
+            numbers: Of the pages; default: those for which it was opened.
 
         Raises:
             ConfigurationError: Wrong base URL, model or API key; pages that are not finished are given up.
         """
         finished: asyncio.Queue[Page | FailedPage | None] = asyncio.Queue(BACKLOG)
-        feeder = asyncio.create_task(self._feed(document, task, finished))
+        feeder = asyncio.create_task(self._feed(document, numbers or document.numbers, task, finished))
         try:
             while (page := await finished.get()) is not None:
                 yield page
@@ -56,11 +63,15 @@ class Pipeline:
         await asyncio.to_thread(self._rasterizer.close)
 
     async def _feed(
-        self, document: OpenDocument, task: Task, finished: asyncio.Queue[Page | FailedPage | None]
+        self,
+        document: OpenDocument,
+        numbers: Sequence[int],
+        task: Task,
+        finished: asyncio.Queue[Page | FailedPage | None],
     ) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                for number in document.numbers:
+                for number in numbers:
                     await self._turns.acquire()
                     turn = Turn(self._turns)
                     page = group.create_task(self._one(document, number, task, turn, finished))
