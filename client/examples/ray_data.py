@@ -3,7 +3,8 @@
 The output is JSON lines: document, page (0: the document cannot be opened), text, result (`Page.to_dict()` as JSON),
 worker, and error, which is null for a page that was read. The same command again reads only what is missing or failed;
 that a document has changed goes unnoticed. On a cluster the inputs and the output need the same path on all machines,
-and `ray start` the key in its environment (DOTS_OCR_API_KEY): what Ray passes on itself, its logs may show.
+and `ray start` the key in its environment (DOTS_OCR_API_KEY): what Ray passes on itself, as it does the base URL with
+a login in it, its logs may show.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import ray
 
 from dots_ocr_client import DotsOCR, DotsOCRError, FailedPage, InputError, VLLMEngine, make_engines
 from dots_ocr_client.batch import SUFFIXES
-from dots_ocr_client.documents import open_document
+from dots_ocr_client.engines.vllm import DEFAULT_BASE_URL
+from dots_ocr_client.rasterizer import open_document
 
 BLOCK: Final = 32
 """Pages in a file of the output: what a worker that dies has to read again, and what one client sends at once."""
@@ -130,18 +132,19 @@ def take_up(output: Path) -> dict[str, set[int]]:
 
 
 async def check(base_url: str | None) -> str:
-    """Return the server's address, if it is well and has the model.
+    """Return the server's address as it was given, a login included, if it is well and has the model.
 
     Raises:
         ConfigurationError, EngineError: It is not; the message says what to do.
     """
+    base_url = base_url or os.environ.get("DOTS_OCR_BASE_URL") or DEFAULT_BASE_URL
     engine = VLLMEngine(base_url)
     try:
         await engine.models(seconds=30)  # says best what to do if there is no server, or another key is needed
         await engine.probe(seconds=30)
     finally:
         await engine.aclose()
-    return engine.base_url
+    return base_url  # that of the engine has no login, which the workers need
 
 
 def read(documents: list[str], output: Path, base_url: str, workers: int, address: str) -> int:
