@@ -209,6 +209,13 @@ def test_a_box_that_leaves_the_page_is_cut_off(page: PageImage) -> None:
     assert Page.from_dict(result.to_dict()) == result
 
 
+def test_a_box_may_be_any_four_numbers(page: PageImage) -> None:
+    plain: Any = (-9, 6, 9_999, 8)
+    result = read([Scripted("careless", Answer("layout", "text", "model", (Cell("Text", plain, "text"),)))], page)
+    assert result.cells[0].box == Box(0, 6, 784, 8)
+    assert isinstance(result.cells[0].box, Box)
+
+
 def test_wrong_settings_end_the_chain(page: PageImage) -> None:
     second = Scripted("second", "unused")
     with pytest.raises(ConfigurationError, match="wrong key"):

@@ -25,7 +25,7 @@ from .errors import (
     ServerUnavailable,
     Unauthorized,
 )
-from .results import Attempt, Page
+from .results import Attempt, Box, Page
 
 SHARE: Final = 0.75
 """Part of the remaining time that an engine may use while others stand behind it (our own choice). Without this a
@@ -274,7 +274,7 @@ def _page(page: PageImage, engine: Engine, answer: Answer, seconds: float, attem
         text=answer.text,
         # An engine of somebody else's may be careless, and what is no result could not be read back.
         cells=tuple(
-            cell if cell.box is None else replace(cell, box=cell.box.within(page.width, page.height))
+            cell if cell.box is None else replace(cell, box=Box(*cell.box).within(page.width, page.height))
             for cell in answer.cells
         ),
         engine=engine.name,
