@@ -26,6 +26,7 @@ from dots_ocr_client import (
     PageImage,
     Task,
 )
+from dots_ocr_client.documents import OpenDocument, Source, open_document
 from dots_ocr_client.pipeline import AHEAD
 from dots_ocr_client.prompts import MODES
 from dots_ocr_client.rasterizer import Rasterizer
@@ -143,6 +144,28 @@ def test_an_open_document_is_read_without_being_opened_again_and_stays_open() ->
                     await anext(ocr.stream(document, pages=[4]))
 
     asyncio.run(main())
+
+
+def test_documents_that_wait_for_being_opened_do_not_stand_before_the_pages_of_others(
+    monkeypatch: pytest.MonkeyPatch, sheet_file: Path
+) -> None:
+    most, at_once = 0, 0
+
+    async def look(self: Rasterizer, source: Source, pages: None = None) -> OpenDocument:
+        nonlocal most, at_once
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0.001)
+        at_once -= 1
+        return open_document(source)
+
+    async def main() -> int:
+        async with AsyncDotsOCR(engines=[Recorder()]) as ocr:
+            await asyncio.gather(*(ocr.open(sheet_file) for _ in range(20)))
+            return ocr._pipeline._rasterizer.workers
+
+    monkeypatch.setattr(Rasterizer, "open", look)
+    assert asyncio.run(main()) == most
 
 
 def test_who_stops_early_stops_the_work() -> None:

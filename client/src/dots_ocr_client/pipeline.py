@@ -28,11 +28,13 @@ class Pipeline:
         """Take the chain that reads the pages, and how many it may have at once."""
         self._chain = chain
         self._rasterizer = Rasterizer()
+        self._openings = asyncio.Semaphore(self._rasterizer.workers)
         self._turns = asyncio.Semaphore(max(2 * self._rasterizer.workers, round(AHEAD * max_in_flight)))
 
     async def open(self, source: Source, pages: str | Iterable[int] | None = None) -> OpenDocument:
         """Open a document; see `Rasterizer.open`."""
-        return await self._rasterizer.open(source, pages)
+        async with self._openings:  # the others wait here, not in front of the pages of documents that are open
+            return await self._rasterizer.open(source, pages)
 
     async def read(
         self, document: OpenDocument, task: Task, numbers: Sequence[int] | None = None
