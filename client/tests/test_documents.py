@@ -148,6 +148,15 @@ def test_pages_that_do_not_exist_are_bad_input_that_says_how_many_there_are(page
         open_document(pdf_of(*[(72, 72)] * 5), pages)
 
 
+@pytest.mark.parametrize("pages", [None, "2-", "1-40000,50001-60001", range(1, 50_002)])
+def test_of_a_pdf_that_says_it_has_a_million_pages_some_can_be_named(pages: str | range | None) -> None:
+    million = raw_pdf().replace(b"/Count 1", b"/Count 1000000")
+    with open_document(million, "1,999999-") as document:
+        assert document.numbers == (1, 999_999, 1_000_000)
+    with pytest.raises(InputError, match=r"more than 50000 pages are wanted: <bytes> has 1000000 pages.*Fix: name few"):
+        open_document(million, pages)
+
+
 @given(st.text("0123456789-, ", max_size=12) | st.text(max_size=5))
 def test_any_page_range_is_understood_or_bad_input(pages: str) -> None:
     try:

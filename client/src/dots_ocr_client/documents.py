@@ -42,6 +42,8 @@ MAX_SCANNED_PIXELS: Final = 3 * 10**9
 own choice: encoders make 10 to 20 scans, and the largest picture may have 33."""
 MAX_TIFF_PAGES: Final = 10_000
 """Our own limit: counting the pages takes time that grows with the square of their number."""
+MAX_PAGES: Final = 50_000
+"""That are read of a document at once. Our own limit: a PDF of 314 bytes may say that it has a million."""
 FORMATS: Final = (
     *(("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()),  # since Pillow 11.3
     *("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"),
@@ -370,11 +372,17 @@ def parse_pages(pages: str | Iterable[int] | None, count: int, name: str) -> tup
         name: Of the document, for messages.
 
     Raises:
-        InputError: Not understood, no pages at all, or one that does not exist.
+        InputError: Not understood, no pages at all, one that does not exist, or more than `MAX_PAGES`.
     """
-    if pages is None:
-        return tuple(range(1, count + 1))
     there_are = f"{name} has {count} page{'s' * (count != 1)}, counted from 1"
+    too_many = InputError(
+        f"more than {MAX_PAGES} pages are wanted: {there_are}. "
+        f"Fix: name fewer, as in --pages 1-{MAX_PAGES}, or split the file"
+    )
+    if pages is None:
+        if count > MAX_PAGES:
+            raise too_many
+        return tuple(range(1, count + 1))
     wanted: set[int] = set()
     if isinstance(pages, str):
         for part in pages.split(","):
@@ -385,12 +393,18 @@ def parse_pages(pages: str | Iterable[int] | None, count: int, name: str) -> tup
             last = int(match[3]) if match[3] else count if match[2] else first
             if not 1 <= first <= count or last > count or last < first:
                 raise InputError(f"there are no pages {_printable(part.strip())}: {there_are}")
+            if last - first >= MAX_PAGES:
+                raise too_many
             wanted.update(range(first, last + 1))
+            if len(wanted) > MAX_PAGES:
+                raise too_many
     else:
         for number in pages:
             if not 1 <= number <= count:
                 raise InputError(f"there is no page {number}: {there_are}")
             wanted.add(number)
+            if len(wanted) > MAX_PAGES:
+                raise too_many
     if not wanted:
         raise InputError(f"no pages are wanted: {there_are}")
     return tuple(sorted(wanted))
