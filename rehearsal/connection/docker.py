@@ -11,8 +11,10 @@ import http.client
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,24 @@ class Engine(http.client.HTTPConnection):
         self.sock.connect(os.environ["DOCKER_HOST"].removeprefix("unix://"))
 
 
+def let_go_on(process: subprocess.Popen[bytes]) -> None:
+    """Continue a process whenever it is stopped, until it has ended.
+
+    A host that shuts down stops all that runs on it. nsenter then stops itself and would never look after its child
+    again, and the kernel lets no host end before the last process that entered it is gone.
+    """
+
+    def watch() -> None:
+        try:
+            while True:
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+                os.kill(process.pid, signal.SIGCONT)
+        except (ChildProcessError, ProcessLookupError):
+            return
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Connection(ConnectionBase):
     """One host."""
 
@@ -88,6 +108,7 @@ class Connection(ConnectionBase):
         with subprocess.Popen(
             [*self._nsenter, *command], stdin=pipe, stdout=pipe, stderr=pipe, env=environment
         ) as running:
+            let_go_on(running)
             before = self._answer(running) if ask else (b"", b"")
             output, errors = map(bytes.__add__, before, running.communicate(data or b""))
         if running.returncode and errors.startswith(b"nsenter: "):
