@@ -5,7 +5,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: api_paths
 short_description: Name the paths that the OCR API answers
-version_added: 0.2.0
+version_added: 0.1.0
 description:
   - The one list of what may be asked. The server's container has it in front of vLLM, the gateway in front of the
     servers; each answers 404 to all else.
