@@ -29,6 +29,7 @@ DIGEST = f"sha256:{hashlib.sha256(MANIFEST).hexdigest()}"
 USE = """
 - hosts: ocr_servers
   gather_facts: false
+  vars: {ansible_python_interpreter: "{{ ansible_playbook_python }}"}
   tasks:
     - ansible.builtin.include_role: {name: dots_ocr_model, tasks_from: resolve, public: true}
     - ansible.builtin.include_role: {name: dots_ocr_server, tasks_from: show}
