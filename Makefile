@@ -80,7 +80,8 @@ RESOLVE = .cache/lock/bin/uv pip compile -q --universal --generate-hashes --no-a
 lock:
 	@python3 -m venv --clear .cache/lock && .cache/lock/bin/python -m pip install -qq uv==$(UV_VERSION)
 	@$(RESOLVE) requirements.txt --output-file requirements.lock
-	@$(RESOLVE) client/examples/requirements-ray.txt --constraint requirements.lock --output-file tests/ray/requirements.lock
+	@$(RESOLVE) tests/examples/requirements.txt --constraint requirements.lock --override requirements.txt \
+	    --output-file tests/examples/requirements.lock
 	@$(RESOLVE) tests/live_client/requirements-page.txt --constraint requirements.lock \
 	    --output-file tests/live_client/requirements.lock
 	@rm -rf .cache/lock

@@ -61,6 +61,7 @@ def packages() -> list[str]:
         "tesseract-ocr-eng": "eng" in languages,
         "tesseract-ocr-rus": "rus" in languages,
         "tesseract-ocr-chi-sim": "chi_sim" in languages,
+        "poppler-utils": shutil.which("pdftotext") is not None,
         "chromium": shutil.which("chromium") is not None,
         "chromium-driver": shutil.which("chromedriver") is not None,
     }

@@ -184,7 +184,7 @@ def scenario(name: str) -> Callable[[], Count]:
 def parts() -> dict[str, Callable[[], Count]]:
     """Return every part: the sources, the programs, the client, the rehearsal, then a scenario of Molecule each."""
     scenarios = sorted(path.parent.name for path in (REPOSITORY / "molecule").glob("*/molecule.yml"))
-    ignored = [f"--ignore=tests/{name}" for name in ("command_line", "fleet", "live_client", "ray")]
+    ignored = [f"--ignore=tests/{name}" for name in ("command_line", "fleet", "live_client", "examples")]
     return {
         "lint": lint,
         "unit": lambda: pytest("unit", "tests", "rehearsal/tiny_model", *ignored, "-n2", "--dist=loadgroup"),
@@ -192,7 +192,7 @@ def parts() -> dict[str, Callable[[], Count]]:
         "rehearse": rehearse,
         "live_client": lambda: pytest("live_client", "tests/live_client"),
         "qwen": lambda: module("qwen"),
-        "ray": lambda: module("ray"),
+        "examples": lambda: module("examples"),
         "command_line": lambda: pytest("command_line", "tests/command_line"),
         **{f"molecule {name}": scenario(name) for name in scenarios},
     }

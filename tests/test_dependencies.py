@@ -18,7 +18,11 @@ KNOWN = tomllib.loads((REPOSITORY / "tests/advisories.toml").read_text())
 PLACES = ("*.lock", "[!.]*/**/*.lock", "tests/command_line/vllm-*.txt")
 LOCKS = sorted(file for place in PLACES for file in REPOSITORY.glob(place))
 # Named in the open, resolved elsewhere: by `make lock`, or by who installs them.
-PINNED = [REPOSITORY / "requirements.txt", REPOSITORY / "client/examples/requirements-ray.txt"]
+PINNED = [
+    REPOSITORY / "requirements.txt",
+    REPOSITORY / "client/examples/requirements-ray.txt",
+    REPOSITORY / "tests/examples/requirements.txt",
+]
 PROJECT = REPOSITORY / "client/pyproject.toml"
 
 

@@ -1,4 +1,4 @@
-"""Of the example for Ray Data, what needs no Ray; tests/ray has the rest."""
+"""Of the example for Ray Data, what needs no Ray; tests/examples has the rest."""
 
 from __future__ import annotations
 

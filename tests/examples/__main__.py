@@ -1,6 +1,6 @@
-"""Run the test of the client's example for Ray Data: `python -m tests.ray REPORT`.
+"""Run the tests of the client's examples and of its plugin for OCRmyPDF: `python -m tests.examples REPORT`.
 
-Ray is too large for the controller's environment, and only the example needs it: it comes into a folder of its own.
+Their packages are too many for the controller's environment: they are installed into a folder of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> int:
     """Return pytest's exit status."""
     places = [REPOSITORY / "client/src", REPOSITORY / "client/tests", packages.folder(LOCK)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
-    command = [sys.executable, "-m", "pytest", "tests/ray", f"--junitxml={Path(sys.argv[1]).resolve()}"]
+    command = [sys.executable, "-m", "pytest", "tests/examples", f"--junitxml={Path(sys.argv[1]).resolve()}"]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, stdin=subprocess.DEVNULL).returncode
 
 

@@ -1,0 +1,273 @@
+"""Pages as hOCR, in which every word has its place.
+
+The model tells where a paragraph is, not where its words are. They are found in the page's picture: rows of ink inside
+the paragraph's box are its lines, the widest gaps of a line are its spaces. Without a picture, or where it shows
+nothing, lines of equal height stand for them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from itertools import accumulate, pairwise
+from typing import Any, Final, NamedTuple
+
+from PIL import Image, ImageChops
+
+from . import layout
+from .results import Box, Cell, Document, Page
+
+INK: Final = 48
+"""Grey levels (of 255) by which ink differs from the paper around it (our own choice: print on a grey ground does)."""
+RULE: Final = 0.8
+"""Part of a box's width or height from which on ink is a rule of a table, not letters (our own choice)."""
+SQUARE: Final = 0.45
+"""Width of a letter as a part of the height of a line, where there is no picture (our own choice: print of most kinds
+has between 0.4 and 0.5)."""
+LEAST: Final = 2.0
+"""Pixels of a letter's width from which on words are dealt to lines (our own choice: no smaller one can be read)."""
+SLACK: Final = 2.5
+"""Lines by which words may run ahead of the room for them, or behind it, while they are dealt (our own choice)."""
+
+_MARKS: Final = re.compile(r"^#+ |\*\*|__|`", re.MULTILINE)
+_WIDTHS: Final = dict.fromkeys("fijlrtI1.,:;!|'()[]-«»\"", 0.6) | dict.fromkeys("mwMWшщжюфмШЩЖЮФМ@%—", 1.5)  # noqa: RUF001
+_CLASSES: Final = {"Page-header": "ocr_header", "Page-footer": "ocr_footer", "Caption": "ocr_caption"}
+
+_Spans = Sequence[tuple[int, int]]  # beginnings and ends of ink along a line, in pixels
+
+
+class Word(NamedTuple):
+    """A word and where it is, in pixels of the page's image."""
+
+    text: str
+    box: Box
+
+
+def words(cell: Cell, page: Page, picture: Image.Image | None = None) -> list[list[Word]]:
+    """Return the words of a cell, line by line.
+
+    Args:
+        cell: Of the page; one without a box is taken for the whole page.
+        page: What was read.
+        picture: The page's image, of the same proportions, if there is one.
+    """
+    box = cell.box or Box(0, 0, page.width, page.height)
+    texts = [line.split() for line in _MARKS.sub("", layout.plain_text([cell])).splitlines() if line.strip()]
+    if not texts or box.left == box.right or box.top == box.bottom:
+        return []
+    scale = (page.width / picture.width, page.height / picture.height) if picture else (1.0, 1.0)
+    ink = picture and _ink(picture, box, scale)
+    rows = _rows(ink) if ink else []
+    if ink and rows:
+        bands = [ink.crop((0, top, ink.width, bottom)) for top, bottom in rows]
+        spans = [_spans(band) for band in bands]
+    else:
+        count = _guess(texts, box)
+        scale, height = (1.0, 1.0), (box.bottom - box.top) / count
+        rows = [(round(height * row), max(round(height * (row + 1)), round(height * row) + 1)) for row in range(count)]
+        spans = [[(0, box.right - box.left)]] * count
+
+    def placed(left: float, right: float, row: tuple[int, int]) -> Box:
+        edges = [box.left + left * scale[0], box.top + row[0] * scale[1]]
+        edges += [box.left + right * scale[0], box.top + row[1] * scale[1]]
+        place = Box(*map(round, edges)).within(page.width, page.height)
+        return place._replace(right=max(place.right, place.left + 1), bottom=max(place.bottom, place.top + 1))
+
+    return [
+        [Word(text, placed(left, right, row)) for text, (left, right) in zip(line, _apart(line, span), strict=True)]
+        for line, row, span in zip(_dealt(texts, spans), rows, spans, strict=True)
+        if line
+    ]
+
+
+def page_hocr(page: Page, picture: Image.Image | None = None) -> str:
+    """Return the ``div`` of a page; arguments as for `words`."""
+    number = page.number
+    parts = [f'<div class="ocr_page" id="page_{number}" title="{_title(0, 0, page.width, page.height, number - 1)}">']
+    for index, cell in enumerate(page.cells or ((Cell("Text", None, page.text),) if page.text.strip() else ()), 1):
+        lines = words(cell, page, picture)
+        if not lines:
+            continue
+        kind, name = _CLASSES.get(cell.category, "ocr_line"), f"{number}_{index}"
+        area = _title(*_around(word.box for line in lines for word in line))
+        parts.append(f'<div class="ocr_carea" id="block_{name}" title="{area}"><p class="ocr_par" title="{area}">')
+        for line in lines:
+            spans = " ".join(
+                f'<span class="ocrx_word" title="{_title(*word.box)}">{escape(_xml(word.text))}</span>' for word in line
+            )
+            title = _title(*_around(word.box for word in line))
+            parts.append(f'<span class="{kind}" title="{title}">{spans}</span>')
+        parts.append("</p></div>")
+    return "\n".join([*parts, "</div>"])
+
+
+def document_hocr(document: Document, pictures: Iterable[tuple[int, Image.Image]] = ()) -> Iterator[str]:
+    """Yield a document as hOCR, a page at a time; a page that failed is left out, with a comment in its place.
+
+    Args:
+        document: What was read.
+        pictures: Numbers of pages and their images, in the order of the pages; some may be missing.
+    """
+    yield (
+        '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml">\n<head>'
+        f"<title>{escape(_xml(document.source))}</title>\n"
+        '<meta http-equiv="Content-Type" content="text/html; charset=utf-8" />\n'
+        '<meta name="ocr-system" content="dots-ocr" />\n'
+        '<meta name="ocr-capabilities" content="ocr_page ocr_carea ocr_par ocr_line ocrx_word" />\n</head>\n<body>\n'
+    )
+    drawn = iter(pictures)
+    number, picture = 0, None
+    for page in document.pages:
+        while number < page.number and (found := next(drawn, None)):
+            number, picture = found
+        if isinstance(page, Page):
+            yield page_hocr(page, picture if number == page.number else None) + "\n"
+        else:
+            yield f"<!-- page {page.number} could not be read -->\n"
+    yield "</body>\n</html>\n"
+
+
+def _title(left: int, top: int, right: int, bottom: int, page: int | None = None) -> str:
+    return f"bbox {left} {top} {right} {bottom}" + ("" if page is None else f"; ppageno {page}")
+
+
+def _around(boxes: Iterable[Box]) -> Box:
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return Box(min(left), min(top), max(right), max(bottom))
+
+
+def _xml(text: str) -> str:
+    """Replace what cannot stand in XML."""
+    text = text.encode("utf-8", "replace").decode()
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", text)
+
+
+def _ink(picture: Image.Image, box: Box, scale: tuple[float, float]) -> Image.Image:
+    """Return what is inside a box, with white for ink and black for paper, and without the rules of tables."""
+    edges = (box.left / scale[0], box.top / scale[1], box.right / scale[0], box.bottom / scale[1])
+    grey = picture.crop((math.floor(edges[0]), math.floor(edges[1]), math.ceil(edges[2]), math.ceil(edges[3])))
+    grey = grey.convert("L")
+    histogram = grey.histogram()
+    paper = Image.new("L", grey.size, histogram.index(max(histogram)))
+    ink = ImageChops.difference(grey, paper).point([0] * INK + [255] * (256 - INK))
+    for down in (True, False):
+        for at, part in enumerate(_profile(ink, down=down)):
+            if part > RULE:
+                ink.paste(0, (at, 0, at + 1, ink.height) if down else (0, at, ink.width, at + 1))
+    return ink
+
+
+def _profile(ink: Image.Image, *, down: bool = False) -> list[float]:
+    """Return which part of each row (or, going down, of each column) is ink."""
+    size = (ink.width, 1) if down else (1, ink.height)
+    means: Any = ink.convert("F").resize(size, Image.Resampling.BOX).get_flattened_data()
+    return [value / 255 for value in means]
+
+
+def _stretches(profile: Sequence[float]) -> list[tuple[int, int]]:
+    """Return where there is ink, as beginnings and ends."""
+    marks = [False, *(part > 0 for part in profile), False]
+    edges = [at for at, (before, after) in enumerate(pairwise(marks)) if before != after]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _rows(ink: Image.Image) -> list[tuple[int, int]]:
+    """Return the upper and lower edges of lines; dots and accents belong to the line that is nearest."""
+    rows = _stretches(_profile(ink))
+    if not rows:
+        return []
+    usual = sorted(bottom - top for top, bottom in rows)[len(rows) // 2]
+    merged: list[tuple[int, int]] = []
+    for index, (top, bottom) in enumerate(rows):
+        above = top - rows[index - 1][1] if index else math.inf
+        below = rows[index + 1][0] - bottom if index + 1 < len(rows) else math.inf
+        if merged and (merged[-1][1] >= top or (bottom - top < usual / 2 and above <= min(below, usual / 2))):
+            merged[-1] = (merged[-1][0], bottom)
+        elif bottom - top < usual / 2 and below <= usual / 2:
+            rows[index + 1] = (top, rows[index + 1][1])
+        else:
+            merged.append((top, bottom))
+    return merged
+
+
+def _spans(band: Image.Image) -> list[tuple[int, int]]:
+    return _stretches(_profile(band, down=True))
+
+
+def _guess(texts: Sequence[Sequence[str]], box: Box) -> int:
+    """Return how many lines a text takes in a box: as many as fill it with letters of usual proportions."""
+    width, height = box.right - box.left, box.bottom - box.top
+    letters = sum(_width(" ".join(line)) for line in texts)
+    return max(1, min(max(len(texts), round(math.sqrt(letters * SQUARE * height / width))), height))
+
+
+def _width(text: str) -> float:
+    """Return about how wide a text is, in letters: signs of East Asia take two, accents none."""
+    return sum(
+        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "WF" else _WIDTHS.get(one, 1.0)
+        for one in text
+    )
+
+
+def _dealt(texts: list[list[str]], spans: Sequence[_Spans]) -> list[list[str]]:
+    """Deal a text's words to the lines that were found, so that each word is about as wide as its letters are."""
+    if len(texts) == len(spans):  # the model broke the lines as the page does
+        return texts
+    words = [word for line in texts for word in line]
+    room = [span[-1][1] - span[0][0] if span else 0 for span in spans]
+    widths = [_width(word) for word in words]
+    before = [0.0, *accumulate(width + 1 for width in widths)]  # letters before each word
+    unit = sum(room) / max(1.0, before[-1] - len(room))  # pixels of a letter
+    if unit < LEAST:  # far more words than there is room for
+        return [words, *([] for _ in room[1:])]
+    filled, slack = 0.0, SLACK * max(room)
+    # The cheapest way to end each line, in squares of pixels by which lines and words are too wide or too narrow.
+    costs, ways = [0.0] + [math.inf] * len(words), []
+    for span, wide in zip(spans, room, strict=True):
+        best, way = [math.inf] * len(costs), [0] * len(costs)
+        for begin, cost in enumerate(costs):
+            if cost == math.inf or abs(before[begin] * unit - filled) > slack:
+                continue
+            for end in range(begin, len(words) + 1):
+                excess = unit * max(0.0, before[end] - before[begin] - 1) - wide
+                if excess > wide / 2 and end > begin + 1:
+                    break
+                total = cost + excess**2
+                if excess > -wide / 2 and total < best[end]:
+                    places = _apart(words[begin:end], span)
+                    total += sum(
+                        (right - left - unit * width) ** 2
+                        for (left, right), width in zip(places, widths[begin:end], strict=True)
+                    )
+                if total < best[end]:
+                    best[end], way[end] = total, begin
+        costs = best
+        filled += wide
+        ways.append(way)
+    end = len(words)
+    if costs[end] == math.inf:
+        return [words, *([] for _ in room[1:])]
+    dealt = []
+    for way in reversed(ways):
+        dealt.append(words[way[end] : end])
+        end = way[end]
+    return dealt[::-1]
+
+
+def _apart(line: Sequence[str], span: _Spans) -> list[tuple[float, float]]:
+    """Return where each word of a line begins and ends: between its widest gaps, else in proportion to its letters."""
+    first, last = (span[0][0], span[-1][1]) if span else (0, 1)
+    gaps = sorted(range(1, len(span)), key=lambda at: span[at - 1][1] - span[at][0])[: max(0, len(line) - 1)]
+    if len(gaps) == len(line) - 1:
+        edges = [0, *sorted(gaps), len(span)]
+        return [(span[begin][0], span[end - 1][1]) for begin, end in pairwise(edges)]
+    letters = sum(map(_width, line)) + len(line) - 1
+    places, at = [], 0.0
+    for word in line:
+        end = at + _width(word)
+        places.append((first + (last - first) * at / letters, first + (last - first) * end / letters))
+        at = end + 1
+    return places
