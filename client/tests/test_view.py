@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ REPORT = Document(
     (
         page_of(1, *CELLS, warnings=("a box was clamped",)),
         FailedPage(2, "AllEnginesFailed", "no engine could read page 2", (ATTEMPT,)),
-        page_of(3, text="Plain text & no layout"),
+        replace(page_of(3, text="Plain text & no layout"), engine="tesseract"),
     ),
 )
 
@@ -176,7 +177,7 @@ def test_a_small_box_inside_a_large_one_can_be_reached(shown: webdriver.Chrome) 
 
 
 def test_the_keyboard_reaches_boxes_in_reading_order_and_their_texts(shown: webdriver.Chrome) -> None:
-    shown.execute_script("document.querySelector('fieldset label:last-of-type input').focus()")
+    shown.execute_script("document.querySelector('nav a:last-of-type').focus()")
     ActionChains(shown).send_keys(Keys.TAB).perform()
     assert shown.switch_to.active_element.get_attribute("id") == "box-1-0"
     assert "v_on" in class_of(shown, "#text-1-0")
@@ -193,11 +194,75 @@ def test_a_category_that_is_switched_off_hides_its_boxes_and_texts(shown: webdri
         names = ("#box-1-0", "#text-1-0", "#box-1-3", "#text-1-3")
         return [find(shown, name).is_displayed() for name in names]
 
+    find(shown, "summary").click()
     choice = find(shown, "fieldset input[data-category=Title]")
     choice.click()
     assert visible() == [False, False, True, True]
     choice.click()
     assert visible() == [True] * 4
+
+
+def pages_shown(browser: webdriver.Chrome) -> list[str]:
+    """The pages that are shown, which must be those of the list of pages."""
+    shown = [page.get_attribute("id") for page in browser.find_elements(By.CSS_SELECTOR, ".v_page:not([hidden])")]
+    listed = [link.text for link in browser.find_elements(By.CSS_SELECTOR, "nav a") if link.is_displayed()]
+    assert [f"page-{number}" for number in listed] == shown
+    return listed
+
+
+def test_search_shows_the_pages_that_say_it_and_marks_where(shown: webdriver.Chrome) -> None:
+    find(shown, "#v_search").send_keys("ANNUAL rep")
+    assert pages_shown(shown) == ["1"]
+    assert find(shown, "#v_count").text == "1 of 3 pages"
+    assert shown.execute_script("return [...CSS.highlights.get('v_found')].map(String)") == ["Annual rep"]
+    find(shown, "#v_search").send_keys(Keys.CONTROL, "a", Keys.DELETE)
+    assert pages_shown(shown) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(("only", "pages"), [("fallback", ["3"]), ("noted", ["1"]), ("failed", ["2"])])
+def test_pages_can_be_chosen_by_what_became_of_them(only: str, pages: list[str], shown: webdriver.Chrome) -> None:
+    find(shown, f"#v_only option[value={only}]").click()
+    assert pages_shown(shown) == pages
+
+
+def test_all_boxes_can_be_switched_off(shown: webdriver.Chrome) -> None:
+    find(shown, "#v_boxes").click()
+    assert [find(shown, name).is_displayed() for name in ("#box-1-0", "#text-1-0", "#page-1 img")] == [
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("width", [390, 800, 1400])
+def test_what_a_link_leads_to_is_not_under_the_bar(width: int, browser: webdriver.Chrome, report_file: Path) -> None:
+    size = {"width": width, "height": 500, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    shown = show(browser, report_file)
+    find(shown, 'nav a[href="#page-3"]').click()
+    top, bar = rectangle(shown, "#page-3 h2")[1], rectangle(shown, ".v_bar")[3]
+    across = shown.execute_script("return document.documentElement.scrollWidth")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert bar <= top < 500
+    assert across <= width
+
+
+def test_boxes_are_drawn_outside_of_what_they_frame(shown: webdriver.Chrome) -> None:
+    style = shown.execute_script("return {...getComputedStyle(document.querySelector('#box-1-0'))}")
+    assert (style["borderTopWidth"], style["outlineStyle"], style["outlineOffset"]) == ("0px", "solid", "2px")
+
+
+def test_pages_out_of_sight_cost_nothing(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    many = Document("long.pdf", tuple(page_of(number, text=f"Page {number}") for number in range(1, 301)))
+    write_view(many, (picture_of(number, 50, 70) for number in range(1, 301)), tmp_path / "view.html")
+    show(browser, tmp_path / "view.html")
+    script = (
+        "return [...document.querySelectorAll('.v_page')].filter(page => "
+        "page.firstElementChild.checkVisibility({contentVisibilityAuto: true})).length"
+    )
+    assert 1 <= browser.execute_script(script) < 10
+    find(browser, 'nav a[href="#page-250"]').click()
+    assert 0 < rectangle(browser, "#page-250 h2")[1] < 900
 
 
 def test_it_needs_no_network_and_meets_its_own_policy(shown: webdriver.Chrome) -> None:
@@ -228,6 +293,7 @@ def hostile(browser: webdriver.Chrome, tmp_path_factory: pytest.TempPathFactory)
     file = tmp_path_factory.mktemp("hostile") / "view.html"
     write_view(Document(everything, (read, plain, failed)), [], file)
     show(browser, file)
+    find(browser, "summary").click()
     for element in browser.find_elements(By.CSS_SELECTOR, "fieldset input")[:4]:
         element.click()
     return browser
@@ -271,9 +337,9 @@ def test_it_is_dark_where_the_reader_wants_it_dark(shown: webdriver.Chrome) -> N
 
 def test_printed_it_has_boxes_and_texts_but_no_switches(shown: webdriver.Chrome) -> None:
     emulate(shown, media="print")
-    visible = [find(shown, name).is_displayed() for name in ("fieldset", "#box-1-0", "#text-1-0")]
+    visible = [find(shown, name).is_displayed() for name in (".v_bar", "nav", "#box-1-0", "#text-1-0")]
     emulate(shown, media="")
-    assert visible == [False, True, True]
+    assert visible == [False, False, True, True]
 
 
 def test_without_pictures_the_boxes_are_on_an_empty_sheet(browser: webdriver.Chrome, tmp_path: Path) -> None:

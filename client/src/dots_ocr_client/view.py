@@ -20,9 +20,12 @@ from PIL import Image
 from .documents import PageImage
 from .progress import count, printable
 from .results import Box, Cell, Document, FailedPage, Page
+from .store import FIRST_ENGINE
 
 LONGEST_SIDE: Final = 1600
 """Of a picture, in pixels: print of a full page is still easy to read (our own choice)."""
+STATES: Final = {"fallback": "read by a fallback", "noted": "with warnings", "failed": "not read"}
+"""What pages can be searched for beside their text: how the file calls it, and in words."""
 QUALITY: Final = 75
 """Of the pictures, as Pillow counts for WebP (our own choice)."""
 
@@ -62,7 +65,7 @@ def _parts(document: Document, pages: Iterable[PageImage]) -> Iterator[str]:
             if picture is None:
                 break
         yield _page(page, picture if picture is not None and picture.number == page.number else None)
-    yield f"</main>\n<script>{_asset('view.js')}</script>\n</html>\n"
+    yield f"</main>\n</div>\n<script>{_asset('view.js')}</script>\n</html>\n"
 
 
 @cache
@@ -80,6 +83,10 @@ def _head(document: Document) -> str:
         f'<i data-category="{escape(category)}"></i>{escape(printable(category))} ({count})</label>\n'
         for category, count in sorted(categories.items())
     )
+    kinds = f"<details>\n<summary>Kinds</summary>\n<fieldset>\n{choices}</fieldset>\n</details>\n" if choices else ""
+    states = Counter(state for page in document.pages for state in _states(page))
+    only = "".join(f'<option value="{state}">{STATES[state]} ({states[state]})</option>' for state in STATES)
+    links = "".join(_link(page) for page in document.pages)
     failed = f", {len(document.failures)} of them could not be read" if document.failures else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -88,8 +95,24 @@ def _head(document: Document) -> str:
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>{escape(name)}</title>\n<style>\n{_asset('view.css')}</style>\n</head>\n<body>\n"
         f'<header>\n<h1>{escape(name)}</h1>\n<p class="v_facts">{count(len(document.pages), "page")}{failed}</p>\n'
-        "</header>\n" + (f"<fieldset>\n<legend>Show</legend>\n{choices}</fieldset>\n" if choices else "") + "<main>\n"
+        '</header>\n<div class="v_bar">\n<label>Search <input type="search" id="v_search"></label>\n'
+        f'<label>Show <select id="v_only"><option value="">all pages</option>{only}</select></label>\n'
+        '<label><input type="checkbox" id="v_boxes" checked>Boxes</label>\n'
+        f'{kinds}<output id="v_count"></output>\n</div>\n'
+        f'<div class="v_columns">\n<nav aria-label="Pages">\n{links}</nav>\n<main>\n'
     )
+
+
+def _states(page: Page | FailedPage) -> list[str]:
+    if isinstance(page, FailedPage):
+        return ["failed"]
+    return ["fallback"] * (page.engine != FIRST_ENGINE) + ["noted"] * bool(page.warnings)
+
+
+def _link(page: Page | FailedPage) -> str:
+    states, number = _states(page), escape(str(page.number))
+    said = f' title="{escape(", ".join(STATES[state] for state in states))}"' if states else ""
+    return f'<a href="#page-{number}" data-states="{" ".join(states)}"{said}>{number}</a>\n'
 
 
 def _page(page: Page | FailedPage, picture: PageImage | None) -> str:
@@ -108,7 +131,7 @@ def _page(page: Page | FailedPage, picture: PageImage | None) -> str:
     number = escape(str(page.number))
     listed = "".join(f"<li>{escape(printable(note))}</li>" for note in notes)
     return (
-        f'<section class="v_page{" v_failed" * isinstance(page, FailedPage)}" id="page-{number}">\n'
+        f'<section class="v_page" data-states="{" ".join(_states(page))}" id="page-{number}">\n'
         f'<h2>Page {number}</h2>\n<p class="v_facts">{escape(printable(facts))}</p>\n'
         + (f'<ul class="v_notes">{listed}</ul>\n' if listed else "")
         + f'<div class="v_sides">\n{sheet}<div class="v_text">\n{text}</div>\n</div>\n</section>\n'
