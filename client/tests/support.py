@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import threading
@@ -36,6 +37,43 @@ def pdf_of(*sizes: tuple[float, float]) -> bytes:
     document.save(buffer)
     document.close()
     return buffer.getvalue()
+
+
+def encrypted_pdf(password: str) -> bytes:
+    """A PDF of one red page, 72 points square, that opens with this password (RC4 of 40 bits: ISO 32000-1, 7.6.3)."""
+    filling = bytes.fromhex("28BF4E5E4E758A4164004E56FFFA01082E2E00B6D0683E802F0CA9FE6453697A")
+    padded = (password.encode("latin-1") + filling)[:32]
+
+    def rc4(key: bytes, data: bytes) -> bytes:
+        state, j = list(range(256)), 0
+        for i in range(256):
+            j = (j + state[i] + key[i % len(key)]) % 256
+            state[i], state[j] = state[j], state[i]
+        i = j = 0
+        result = bytearray()
+        for byte in data:
+            i = (i + 1) % 256
+            j = (j + state[i]) % 256
+            state[i], state[j] = state[j], state[i]
+            result.append(byte ^ state[(state[i] + state[j]) % 256])
+        return bytes(result)
+
+    def digest(data: bytes, size: int) -> bytes:
+        return hashlib.md5(data, usedforsecurity=False).digest()[:size]
+
+    owner = rc4(digest(padded, 5), padded)
+    key = digest(padded + owner + (-4).to_bytes(4, "little", signed=True), 5)
+    red = rc4(digest(key + (4).to_bytes(3, "little") + bytes(2), 10), b"1 0 0 rg 0 0 72 72 re f")
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 72 72] /Contents 4 0 R >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(red), red),
+    ]
+    body = b"".join(b"%d 0 obj\n%s\nendobj\n" % (number, text) for number, text in enumerate(objects, 1))
+    strings = (owner.hex().encode(), rc4(key, filling).hex().encode())
+    entries = b"/Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s>" % strings
+    return b"%%PDF-1.4\n%strailer << /Root 1 0 R /Size 5 /ID [<><>] /Encrypt << %s >> >>\n%%%%EOF" % (body, entries)
 
 
 def jpeg_of_scans(more: int, side: int = 64) -> bytes:

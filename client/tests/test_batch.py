@@ -50,7 +50,7 @@ class FakeClient:
         self.modes: set[Mode] = set()
         self.streams = self.most_streams = 0
 
-    async def open(self, document: Path) -> OpenDocument:
+    async def open(self, document: Path, *, password: str | None = None) -> OpenDocument:
         return open_document(document)
 
     async def stream(
@@ -494,7 +494,7 @@ class Opens(FakeClient):
         super().__init__()
         self.rasterizer = rasterizer.Rasterizer()
 
-    async def open(self, document: Path) -> OpenDocument:
+    async def open(self, document: Path, *, password: str | None = None) -> OpenDocument:
         return await self.rasterizer.open(document)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support import LINES, FakeServer, pdf_of, reply
+from support import LINES, FakeServer, encrypted_pdf, pdf_of, reply
 
 import dots_ocr_client
 from dots_ocr_client.cli import main, read
@@ -220,6 +220,36 @@ def test_wrong_usage_and_bad_input_end_with_2_also_in_json(
     status, output, _ = run(*arguments, "--json")
     error = json.loads(output)["error"]
     assert (status, error["type"] in ("UsageError", "InputError"), bool(error["message"])) == (2, True, True)
+
+
+@pytest.mark.parametrize("content", [b"sesame", b"sesame\n", b"\xef\xbb\xbfsesame\r\n"])
+def test_a_password_comes_out_of_a_file_and_goes_nowhere(
+    server: FakeServer, tmp_path: Path, run: Run, content: bytes
+) -> None:
+    (tmp_path / "a.pdf").write_bytes(encrypted_pdf("sesame"))
+    (tmp_path / "key").write_bytes(content)
+    out, options = tmp_path / "out", ["--password-file", tmp_path / "key"]
+    server.script = [(LAYOUT, "stop")] * 2
+    printed = run("read", tmp_path / "a.pdf", *options)
+    batch = run("read", tmp_path / "a.pdf", "--out", out, *options)
+    viewed = run("view", out / "a.pdf.json", "--source", tmp_path / "a.pdf", *options)
+    assert [printed[0], batch[0], viewed[0], "# Invoice 1047" in printed[1]] == [0, 0, 0, True]
+    written = [file.read_text() for file in out.iterdir()]
+    sent = [request.data.decode() for request in server.requests]
+    assert (len(written), len(sent)) == (5, 2)
+    assert not [text for text in map(str, (*printed, *batch, *viewed, *written, *sent)) if "sesame" in text]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"sesame\nsesame"])
+def test_a_password_file_that_is_none_is_wrong_usage(
+    tmp_path: Path, run: Run, content: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("sesame").write_bytes(content)
+    status, _, messages = run("read", "x.pdf", "--password-file", "sesame")
+    assert (status, "Fix: " in messages, "sesame" in messages) == (2, True, False)
+    assert run("read", "x.pdf", "--password", "sesame")[0] == 2, "it would be in the list of processes"
 
 
 def test_json_and_another_format_exclude_each_other(run: Run) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import pdf_of
+from support import encrypted_pdf, pdf_of
 
 from dots_ocr_client import (
     AllEnginesFailed,
@@ -151,7 +151,7 @@ def test_documents_that_wait_for_being_opened_do_not_stand_before_the_pages_of_o
 ) -> None:
     most, at_once = 0, 0
 
-    async def look(self: Rasterizer, source: Source, pages: None = None) -> OpenDocument:
+    async def look(self: Rasterizer, source: Source, pages: None = None, password: None = None) -> OpenDocument:
         nonlocal most, at_once
         at_once += 1
         most = max(most, at_once)
@@ -166,6 +166,23 @@ def test_documents_that_wait_for_being_opened_do_not_stand_before_the_pages_of_o
 
     monkeypatch.setattr(Rasterizer, "open", look)
     assert asyncio.run(main()) == most
+
+
+def test_every_way_to_read_takes_a_password() -> None:
+    data = encrypted_pdf("sesame")
+    with DotsOCR(engines=[Recorder()]) as ocr:
+        assert ocr.read(data, password="sesame").text == "1: 200 x 200"
+        assert ocr.read_page(data, password="sesame").text == "1: 200 x 200"
+        assert [page.number for page in ocr.stream(data, password="sesame")] == [1]
+        with pytest.raises(InputError, match="needs a password"):
+            ocr.read(data)
+
+    async def main() -> int:
+        async with AsyncDotsOCR(engines=[Recorder()]) as ocr:
+            with await ocr.open(data, password="sesame") as document:
+                return len([page async for page in ocr.stream(document)])
+
+    assert asyncio.run(main()) == 1
 
 
 def test_who_stops_early_stops_the_work() -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import jpeg_of_scans, pdf_of
+from support import encrypted_pdf, jpeg_of_scans, pdf_of
 
 from dots_ocr_client import InputError, documents, images
 from dots_ocr_client.documents import PageImage, Source, draw, open_document
@@ -393,11 +394,36 @@ def test_heic_is_read_with_a_plugin(monkeypatch: pytest.MonkeyPatch, sheet: Imag
 # Bad input
 
 
-def encrypted_pdf() -> bytes:
-    """Encrypted with RC4, 40 bits: enough for PDFium to ask for the password."""
-    entries = b"/Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s>" % (b"41" * 32, b"42" * 32)
-    trailer = b"trailer << /Encrypt << %s >> /ID [<00><00>] " % entries
-    return raw_pdf().replace(b"trailer << ", trailer)
+@pytest.mark.parametrize("password", ["sesame", "Käse", "two words ", "x" * 32])
+def test_an_encrypted_pdf_is_read_with_its_password(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encrypted_pdf(password)
+    with open_document(data, password=password) as document:
+        assert draw(document.reference(1)).image.getpixel((9, 9)) == RED
+        assert password not in repr(document.reference(1))
+    for encoding in ("utf-8", "latin-1"):
+        monkeypatch.setenv("DOTS_OCR_PASSWORD", os.fsdecode(password.encode(encoding)))
+        assert read_all(data)[0].image.getpixel((9, 9)) == RED
+    assert read_all(raw_pdf(), "1")[0].image.getpixel((9, 9)) == WHITE  # what needs none does not mind one
+
+
+def test_without_the_right_password_an_encrypted_pdf_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix = r"Fix: give the right one by --password-file, DOTS_OCR_PASSWORD in the environment, or password=$"
+    for password in (None, ""):
+        with pytest.raises(InputError, match=rf"^<bytes> is encrypted and needs a password\. {fix}"):
+            open_document(encrypted_pdf("sesame"), password=password)
+    monkeypatch.setenv("DOTS_OCR_PASSWORD", "sesame")
+    with pytest.raises(InputError, match=rf"^<bytes> does not open with the password given\. {fix}"):
+        open_document(encrypted_pdf("sesame"), password="open up")
+
+
+def test_whoever_lacks_the_password_gets_no_page_of_a_pdf_that_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "a.pdf"
+    path.write_bytes(encrypted_pdf("sesame"))
+    with open_document(path, password="sesame") as document:
+        reference = document.reference(1)
+        draw(reference)
+        with pytest.raises(InputError, match="does not open with the password given"):
+            draw(replace(reference, password="open up"))
 
 
 NOISE = encode(Image.effect_noise((200, 200), 90), "PNG")
@@ -412,7 +438,6 @@ NOISE = encode(Image.effect_noise((200, 200), 90), "PNG")
         (NOISE[:9000], "cannot be decoded"),
         (b"%PDF-1.7 rubbish", "broken PDF"),
         (raw_pdf().replace(b"/Kids [3 0 R] /Count 1", b"/Kids [] /Count 0"), "no pages"),
-        (encrypted_pdf(), "encrypted and needs a password"),
         (pdf_of((14_400, 20)), "too narrow"),
         (encode(Image.new("L", (2000, 10)), "PNG"), "too narrow"),
         (encode(Image.new("1", (1, 100_000)), "PNG"), "too narrow"),

@@ -12,7 +12,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
@@ -57,7 +57,7 @@ class Client(Protocol):
         """Pages in flight at once, over all documents."""
         ...
 
-    async def open(self, document: Path) -> OpenDocument:
+    async def open(self, document: Path, *, password: str | None = None) -> OpenDocument:
         """Open a document; being cancelled ends that at once."""
         ...
 
@@ -178,6 +178,7 @@ async def run(
     headers: bool = True,
     upgrade: bool = False,
     retry_failed: bool = True,
+    password: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Read documents into a folder, and go on where an earlier run ended.
@@ -196,6 +197,7 @@ async def run(
         headers: With the headers and footers of the pages, in Markdown and HTML.
         upgrade: Read those pages again that another engine than vLLM read. The old page stays where that fails.
         retry_failed: Read those pages again that failed in an earlier run.
+        password: Of encrypted PDFs; the others need none. It is written nowhere.
         progress: Is told what happens.
 
     Raises:
@@ -211,7 +213,8 @@ async def run(
         raise InputError(f"the mode {mode!r} needs a box or a question for each page: read such documents one by one")
     found = await _in_thread(_find, inputs, out)
     with _claimed(out) as root:
-        return await _Batch(client, root, mode, formats, headers, upgrade, retry_failed, progress).read(found)
+        batch = _Batch(client, root, mode, formats, headers, upgrade, retry_failed, password, progress)
+        return await batch.read(found)
 
 
 @dataclass(slots=True)
@@ -223,6 +226,7 @@ class _Batch:
     headers: bool
     upgrade: bool
     retry_failed: bool
+    password: str | None = field(repr=False)
     progress: Progress | None
 
     async def read(self, found: Sequence[_Input]) -> Report:
@@ -305,7 +309,7 @@ class _Batch:
         if store.is_unchanged(self.formats, headers=self.headers, **again):
             return "unchanged"
         # By the client, once: what a file holds up is a process of the client's, no thread of ours.
-        with await self.client.open(document.path) as opened:
+        with await self.client.open(document.path, password=self.password) as opened:
             numbers = opened.numbers
             await _in_thread(store.reopen)
             wanted = [number for number in numbers if store.wants(number, **again)]

@@ -38,7 +38,7 @@ EXIT_OK, EXIT_UNREAD, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 app = typer.Typer(
     name="dots-ocr",
     help="Read documents with dots.ocr on a vLLM server, or with the next engine that can.",
-    epilog="Environment: DOTS_OCR_BASE_URL, DOTS_OCR_API_KEY. "
+    epilog="Environment: DOTS_OCR_BASE_URL, DOTS_OCR_API_KEY, DOTS_OCR_PASSWORD. "
     "Exit status: 0 all went well, 1 something could not be read or does not work, 2 wrong usage or bad input, "
     "130 interrupted.",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -148,6 +148,22 @@ def _seconds(value: float) -> float:
     return value
 
 
+def _password(file: str | None) -> str | None:
+    """Return the only line of a file. Messages say nothing of it, nor of a password in the place of a file."""
+    if file is None:
+        return None
+    from .documents import password_of
+
+    try:
+        lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise typer.BadParameter(f"it cannot be read: {reason}. Fix: name the file with the password") from error
+    if len(lines) != 1:
+        raise typer.BadParameter(f"it has {len(lines)} lines. Fix: write the password into it, and nothing else")
+    return password_of(lines[0])
+
+
 def _numbers(text: str | None) -> str | None:
     """Check a box. It stays text, because typer needs types at once, and `Box` takes long to import."""
     if text is not None:
@@ -176,6 +192,10 @@ Engines = Annotated[
     list[EngineName] | None,
     typer.Option("--engine", help="Which to ask; may be repeated, in their order. Default: all."),
 ]
+Password = Annotated[
+    str | None,
+    typer.Option("--password-file", metavar="FILE", callback=_password, help="With the password of encrypted PDFs."),
+]
 Timeout = Annotated[float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page and all engines.")]
 Languages = Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
@@ -193,6 +213,7 @@ def read(
         typer.Option(help="What to read; web, scene, svg and general need dots.mocr."),
     ] = "layout",
     pages: Annotated[str | None, typer.Option(metavar="1-3,7", help="Which pages; default: all.")] = None,
+    password: Password = None,
     box: Annotated[
         str | None,
         typer.Option(metavar="L,T,R,B", callback=_numbers, help="For --mode grounding: where, in pixels of the page."),
@@ -239,7 +260,7 @@ def read(
     if out is not None:
         chosen = formats or (Format.JSON, Format.MD)
         kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
-        report = _batch(engines, patience, files, out, spoken, kinds, headers, upgrade)
+        report = _batch(engines, patience, files, out, spoken, kinds, headers, upgrade, password)
         return _summarize(report, out, as_json)
 
     from .client import DotsOCR
@@ -248,7 +269,12 @@ def read(
     with DotsOCR(engines=engines, **asdict(patience)) as ocr:
         try:
             document = ocr.read(
-                files[0], mode=spoken, pages=pages, box=None if box is None else _box(box), question=question
+                files[0],
+                mode=spoken,
+                pages=pages,
+                password=password,
+                box=None if box is None else _box(box),
+                question=question,
             )
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
@@ -333,6 +359,7 @@ def _batch(
     formats: frozenset[str],
     headers: bool,
     upgrade: bool,
+    password: str | None,
 ) -> Report:
     async def run() -> Report:
         from . import batch
@@ -352,6 +379,7 @@ def _batch(
                     formats=formats,
                     headers=headers,
                     upgrade=upgrade,
+                    password=password,
                     progress=progress,
                 )
 
@@ -566,6 +594,7 @@ def view(
         Path | None,
         typer.Option(metavar="FILE", help="The document, for its pictures; default: where it was when it was read."),
     ] = None,
+    password: Password = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Default: beside RESULT.json, as RESULT.view.html.")
     ] = None,
@@ -579,7 +608,7 @@ def view(
     if file.resolve() in {path.resolve() for path in (result, source) if path}:
         raise typer.BadParameter("--out would replace what is shown")
     try:
-        pictures = _pictures(document, Path(source or document.source), digest)
+        pictures = _pictures(document, Path(source or document.source), digest, password)
     except InputError as error:
         if source is not None:
             raise
@@ -691,7 +720,7 @@ def _result(file: Path) -> tuple[Document, str | None]:
         raise InputError(f"{file} is no result ({error}): give a file that dots-ocr read wrote as JSON") from error
 
 
-def _pictures(document: Document, source: Path, digest: str | None) -> Iterator[PageImage]:
+def _pictures(document: Document, source: Path, digest: str | None, password: str | None) -> Iterator[PageImage]:
     """Draw the pages that a document has results of, one at a time.
 
     Raises:
@@ -701,7 +730,7 @@ def _pictures(document: Document, source: Path, digest: str | None) -> Iterator[
 
     from .rasterizer import draw, open_document
 
-    opened = open_document(source, [page.number for page in document.pages])
+    opened = open_document(source, [page.number for page in document.pages], password=password)
     if digest is not None:
         with source.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:

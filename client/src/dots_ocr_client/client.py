@@ -85,6 +85,7 @@ class AsyncDotsOCR:
         *,
         mode: Mode = "layout",
         pages: Pages = None,
+        password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
     ) -> Document:
@@ -94,6 +95,7 @@ class AsyncDotsOCR:
             document: A path, the bytes of a file, a file object, a ``data:`` URL, or a PIL image.
             mode: What to read; `dots_ocr_client.prompts.MODES` has them all.
             pages: Which pages; default: all.
+            password: Of an encrypted PDF. Default: ``DOTS_OCR_PASSWORD`` of the environment. It is written nowhere.
             box: For the mode ``grounding``: left, top, right and bottom in pixels of the page (of a PDF: at 200 dpi).
             question: For the mode ``general`` of dots.mocr.
 
@@ -106,7 +108,8 @@ class AsyncDotsOCR:
             AllEnginesFailed: Not one page could be read.
             ValueError: There is no such mode, or it lacks its box or question.
         """
-        async with aclosing(self.stream(document, mode=mode, pages=pages, box=box, question=question)) as stream:
+        reading = self.stream(document, mode=mode, pages=pages, password=password, box=box, question=question)
+        async with aclosing(reading) as stream:
             results = sorted([page async for page in stream], key=lambda page: page.number)
         failures = [page for page in results if isinstance(page, FailedPage)]
         if failures and len(failures) == len(results):
@@ -118,25 +121,26 @@ class AsyncDotsOCR:
         image: Source,
         *,
         mode: Mode = "layout",
+        password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
     ) -> Page:
         """Read an image, or any other document of one page; arguments and errors are those of `read`."""
         task = _task(mode, box, question)
-        with await self._pipeline.open(image) as opened:
+        with await self._pipeline.open(image, password=password) as opened:
             if len(opened.numbers) != 1:
                 raise InputError(f"{opened.name} has {len(opened.numbers)} pages, not one: use read()")
             async with aclosing(self._pipeline.read(opened, task)) as results:
                 page = await anext(results)
         return page if isinstance(page, Page) else _raise(page)
 
-    async def open(self, document: Source) -> OpenDocument:
+    async def open(self, document: Source, *, password: str | None = None) -> OpenDocument:
         """Open a document as soon as a process is free for it; `stream` takes it, once or more. Close it afterwards.
 
         Raises:
             InputError: The document cannot be read by any engine.
         """
-        return await self._pipeline.open(document)
+        return await self._pipeline.open(document, password=password)
 
     async def stream(
         self,
@@ -144,6 +148,7 @@ class AsyncDotsOCR:
         *,
         mode: Mode = "layout",
         pages: Pages = None,
+        password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
     ) -> AsyncGenerator[Page | FailedPage, None]:
@@ -157,7 +162,8 @@ class AsyncDotsOCR:
             if isinstance(document, OpenDocument):
                 numbers = None if pages is None else parse_pages(pages, document.page_count, document.name)
             else:
-                document, numbers = ours.enter_context(await self._pipeline.open(document, pages)), None
+                opened = await self._pipeline.open(document, pages, password=password)
+                document, numbers = ours.enter_context(opened), None
             async with aclosing(self._pipeline.read(document, task, numbers)) as results:
                 async for page in results:
                     yield page
@@ -222,22 +228,26 @@ class DotsOCR:
         *,
         mode: Mode = "layout",
         pages: Pages = None,
+        password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
     ) -> Document:
         """Read a document; see `AsyncDotsOCR.read`."""
-        return self._loop.run(self._client.read(document, mode=mode, pages=pages, box=box, question=question))
+        return self._loop.run(
+            self._client.read(document, mode=mode, pages=pages, password=password, box=box, question=question)
+        )
 
     def read_page(
         self,
         image: Source,
         *,
         mode: Mode = "layout",
+        password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
     ) -> Page:
         """Read an image, or any other document of one page; see `AsyncDotsOCR.read_page`."""
-        return self._loop.run(self._client.read_page(image, mode=mode, box=box, question=question))
+        return self._loop.run(self._client.read_page(image, mode=mode, password=password, box=box, question=question))
 
     def stream(
         self,
@@ -245,11 +255,12 @@ class DotsOCR:
         *,
         mode: Mode = "layout",
         pages: Pages = None,
+        password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
     ) -> Iterator[Page | FailedPage]:
         """Read a document and yield its pages as they finish, in any order; see `AsyncDotsOCR.stream`."""
-        stream = self._client.stream(document, mode=mode, pages=pages, box=box, question=question)
+        stream = self._client.stream(document, mode=mode, pages=pages, password=password, box=box, question=question)
         try:
             while (page := self._loop.run(_next(stream))) is not None:
                 yield page

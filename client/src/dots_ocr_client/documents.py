@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, BinaryIO, Final, Literal, NamedTuple, Self
+from typing import IO, Any, BinaryIO, Final, Literal, Self
 from urllib.parse import unquote_to_bytes
 
 import pypdfium2
@@ -34,6 +34,8 @@ MAX_PDF_BYTES: Final = 4 * 2**30
 """Of a PDF, which is not read into memory. Our own limit: scans of 5,000 pages fit."""
 MAX_PAGE_PIXELS: Final = 89_478_485
 """Of an image. Pillow's threshold for a decompression bomb: 1/4 GiB of RGB, or an A3 page at 680 dpi."""
+PASSWORD_VARIABLE: Final = "DOTS_OCR_PASSWORD"
+"""The environment's variable with the password of encrypted PDFs."""
 KEPT_BYTES: Final = 256 * 2**20
 """How much of a PDF is read before it is closed and opened again, because PDFium keeps all that it has read in memory.
 Our own choice; counted in pages of average size."""
@@ -133,6 +135,7 @@ class PageReference:
         in_process: It belongs into a process of its own, as any file: a decoder can crash, takes as much time and
             memory as the file demands, and holds up all other threads meanwhile. PIL's images are the caller's own.
         warnings: For the page image.
+        password: Of an encrypted PDF.
     """
 
     label: str
@@ -142,6 +145,7 @@ class PageReference:
     stamp: tuple[int, ...] | None
     in_process: bool
     warnings: tuple[str, ...] = ()
+    password: str | None = field(default=None, repr=False)
 
 
 class OpenDocument:
@@ -153,12 +157,14 @@ class OpenDocument:
         numbers: The pages that are wanted, in ascending order, counted from 1.
     """
 
-    def __init__(self, name: str, content: _Content, numbers: tuple[int, ...], temporary: IO[bytes] | None) -> None:
-        """Take over the temporary file."""
-        self.name = name
-        self.page_count = content.page_count
+    def __init__(
+        self, whole: PageReference, page_count: int, numbers: tuple[int, ...], temporary: IO[bytes] | None
+    ) -> None:
+        """Take the reference of the whole document, and over the temporary file."""
+        self.name = whole.label
+        self.page_count = page_count
         self.numbers = numbers
-        self._content = content
+        self._whole = whole
         self._temporary = temporary
 
     def reference(self, number: int) -> PageReference:
@@ -172,14 +178,13 @@ class OpenDocument:
         """
         if not 1 <= number <= self.page_count:
             raise ValueError(f"{self.name} has {self.page_count} pages, and no page {number}")
-        kind, source, stamp, count, warnings = self._content
-        label = self.name if count == 1 else f"page {number} of {self.name}"
-        return PageReference(label, number, kind, source, stamp, _is_file(source), warnings)
+        label = self.name if self.page_count == 1 else f"page {number} of {self.name}"
+        return replace(self._whole, label=label, number=number)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one; pages cannot be drawn any more."""
-        if isinstance(self._content.source, str):
-            forget(self._content.source)
+        if isinstance(self._whole.source, str):
+            forget(self._whole.source)
         if self._temporary is not None:
             self._temporary.close()
 
@@ -211,7 +216,9 @@ def describe(source: Source) -> str:
     return _printable(os.fsdecode(source))
 
 
-def open_document(source: Source, pages: str | Iterable[int] | None = None) -> OpenDocument:
+def open_document(
+    source: Source, pages: str | Iterable[int] | None = None, *, password: str | None = None
+) -> OpenDocument:
     """Find out what a document is and how many pages it has, without drawing any. This reads files, so it blocks.
 
     It decodes in this process; `rasterizer` does the same for files of strangers.
@@ -221,12 +228,13 @@ def open_document(source: Source, pages: str | Iterable[int] | None = None) -> O
             of a MPO (a photograph with previews) the photograph. A file object is read from where it stands to its
             end, into a temporary file, and not closed.
         pages: Which are wanted, such as ``"1-3,7,10-"``, or their numbers; all if ``None``. Counted from 1.
+        password: As for `take`.
 
     Raises:
         InputError: It does not exist, is broken, encrypted, too large, of an unknown kind, or has no such pages.
         TypeError: ``source`` is nothing of what `Source` allows.
     """
-    with take(source) as taken:
+    with take(source, password) as taken:
         return taken.opened(pages, *look_into(taken.reference))
 
 
@@ -253,13 +261,14 @@ class Taken:
         Raises:
             InputError: There are no such pages.
         """
-        name, kind, source, stamp = (getattr(self.reference, field) for field in ("label", "kind", "source", "stamp"))
-        numbers = parse_pages(pages, count, name)
-        if isinstance(source, bytes) and count > 1:  # each page is drawn by itself, and gets all of it
-            self._temporary = _spool(io.BytesIO(source), name)
-            source, stamp = self._temporary.name, _stamp(os.fstat(self._temporary.fileno()))
+        whole = replace(self.reference, warnings=warnings)
+        numbers = parse_pages(pages, count, whole.label)
+        if isinstance(whole.source, bytes) and count > 1:  # each page is drawn by itself, and gets all of it
+            self._temporary = _spool(io.BytesIO(whole.source), whole.label)
+            stamp = _stamp(os.fstat(self._temporary.fileno()))
+            whole = replace(whole, source=self._temporary.name, stamp=stamp)
         temporary, self._temporary = self._temporary, None
-        return OpenDocument(name, _Content(kind, source, stamp, count, warnings), numbers, temporary)
+        return OpenDocument(whole, count, numbers, temporary)
 
     def __enter__(self) -> Self:
         """Return the document itself."""
@@ -273,14 +282,19 @@ class Taken:
             self._temporary.close()
 
 
-def take(source: Source) -> Taken:
+def take(source: Source, password: str | None = None) -> Taken:
     """Find out where a document is, how long, and whether it is a PDF; nothing is decoded. This blocks.
+
+    Args:
+        source: As for `open_document`.
+        password: Of an encrypted PDF; else that of the environment (`PASSWORD_VARIABLE`). Others need none.
 
     Raises:
         InputError: It does not exist, is empty, or is too large.
         TypeError: ``source`` is nothing of what `Source` allows.
     """
     name = describe(source)
+    password = password or password_of(os.environb.get(PASSWORD_VARIABLE.encode(), b""))
     if isinstance(source, Image.Image):
         return Taken(PageReference(name, 0, "image", source, None, False), None)
     data = _decode_data_url(source, name) if _is_data_url(source) else source
@@ -299,11 +313,20 @@ def take(source: Source) -> Taken:
             status = os.fstat(file.fileno())
             _check_bytes(status.st_size, head, name)
         kind: Literal["pdf", "image"] = "pdf" if _is_pdf(head) else "image"
-        return Taken(PageReference(name, 0, kind, str(Path(path).absolute()), _stamp(status), True), temporary)
+        whole = PageReference(name, 0, kind, str(Path(path).absolute()), _stamp(status), True)
+        return Taken(replace(whole, password=password), temporary)
     except BaseException:
         if temporary is not None:
             temporary.close()
         raise
+
+
+def password_of(data: bytes) -> str | None:
+    """Decode a password as UTF-8, or else as Latin-1: PDFium tries both for either; ``None`` if it is empty."""
+    try:
+        return data.decode() or None
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
@@ -410,22 +433,12 @@ def parse_pages(pages: str | Iterable[int] | None, count: int, name: str) -> tup
     return tuple(sorted(wanted))
 
 
-class _Content(NamedTuple):
-    """What a document turned out to be."""
-
-    kind: Literal["pdf", "image"]
-    source: str | bytes | Image.Image
-    stamp: tuple[int, ...] | None
-    page_count: int
-    warnings: tuple[str, ...] = ()
-
-
 @dataclass(slots=True)
 class _Kept:
     """A PDF that is open."""
 
     path: str
-    stamp: tuple[int, ...] | None
+    key: tuple[object, ...]  # with the password: whoever does not have it gets no page
     pdf: Any  # pypdfium2 has no types
     pages_left: int
 
@@ -525,10 +538,6 @@ def _check_stamp(path: str, stamp: tuple[int, ...] | None, label: str, verb: str
         raise InputError(f"cannot read {label}: {_reason(error)}") from error
     if not same:
         raise InputError(f"{label} cannot be {verb}: the file has changed since it was opened")
-
-
-def _is_file(source: str | bytes | Image.Image) -> bool:
-    return not isinstance(source, Image.Image)
 
 
 @contextlib.contextmanager
@@ -651,14 +660,16 @@ def _encode(number: int, rgb: Image.Image, warnings: tuple[str, ...]) -> PageIma
     return PageImage(number, *rgb.size, images.to_png(sent), *sent.size, warnings)
 
 
-def _open_pdf(path: str, label: str) -> Any:
+def _open_pdf(path: str, label: str, password: str | None) -> Any:
     """Open a PDF; the lock must be held."""
     try:
-        pdf = pypdfium2.PdfDocument(Path(path))
+        pdf = pypdfium2.PdfDocument(Path(path), password)
         pdf.init_forms()  # otherwise what was typed into a form is left out
     except pypdfium2.PdfiumError as error:
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
-            raise InputError(f"{label} is encrypted and needs a password: save it without one") from error
+            what = "is encrypted and needs a password" if not password else "does not open with the password given"
+            ways = f"--password-file, {PASSWORD_VARIABLE} in the environment, or password="
+            raise InputError(f"{label} {what}. Fix: give the right one by {ways}") from error
         raise InputError(f"{label} is a broken PDF, or has no pages: repair it ({_reason(error)})") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot read {label}: {_reason(error)}") from error
@@ -704,15 +715,15 @@ def open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, float]
 def _opened_pdf(reference: PageReference, verb: str) -> Iterator[_Kept]:
     """Open a PDF unless it is open already. PDFium is locked meanwhile."""
     global _kept
-    label, path, stamp = reference.label, str(reference.source), reference.stamp
-    _check_stamp(path, stamp, label, verb)
+    label, path, key = reference.label, str(reference.source), (reference.stamp, reference.password)
+    _check_stamp(path, reference.stamp, label, verb)
     with _pdfium:
-        if _kept is None or (_kept.path, _kept.stamp) != (path, stamp) or not _kept.pages_left:
+        if _kept is None or (_kept.path, _kept.key) != (path, key) or not _kept.pages_left:
             if _kept is not None:
                 _kept.pdf.close()
                 _kept = None
-            pdf = _open_pdf(path, label)
-            _kept = _Kept(path, stamp, pdf, max(1, KEPT_BYTES * len(pdf) // Path(path).stat().st_size))
+            pdf = _open_pdf(path, label, reference.password)
+            _kept = _Kept(path, key, pdf, max(1, KEPT_BYTES * len(pdf) // Path(path).stat().st_size))
         yield _kept
 
 

@@ -31,10 +31,12 @@ class Pipeline:
         self._openings = asyncio.Semaphore(self._rasterizer.workers)
         self._turns = asyncio.Semaphore(max(2 * self._rasterizer.workers, round(AHEAD * max_in_flight)))
 
-    async def open(self, source: Source, pages: str | Iterable[int] | None = None) -> OpenDocument:
+    async def open(
+        self, source: Source, pages: str | Iterable[int] | None = None, *, password: str | None = None
+    ) -> OpenDocument:
         """Open a document; see `Rasterizer.open`."""
         async with self._openings:  # the others wait here, not in front of the pages of documents that are open
-            return await self._rasterizer.open(source, pages)
+            return await self._rasterizer.open(source, pages, password=password)
 
     async def read(
         self, document: OpenDocument, task: Task, numbers: Sequence[int] | None = None

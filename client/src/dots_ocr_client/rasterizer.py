@@ -92,20 +92,23 @@ class Rasterizer:
         """For how many seconds all workers have been busy, and none has finished anything."""
         return time.monotonic() - self._changed if self.busy == self.workers else 0.0
 
-    async def open(self, source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60) -> OpenDocument:
+    async def open(
+        self, source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60, password: str | None = None
+    ) -> OpenDocument:
         """Open a document as soon as a worker is free. Cancelling this ends the worker.
 
         Args:
             source: As for `documents.open_document`.
             pages: As for `documents.open_document`.
             seconds: How long the worker may take.
+            password: As for `documents.take`.
 
         Raises:
             InputError: As for `documents.open_document`; or the document crashes the worker, or takes too long.
             ConfigurationError: There is no Python to start workers with, as in a frozen application.
             TypeError: ``source`` is nothing of what `Source` allows.
         """
-        with await asyncio.to_thread(documents.take, source) as taken:
+        with await asyncio.to_thread(documents.take, source, password) as taken:
             found = await self._run(_look_into, taken.reference, seconds, "opened")
             return await asyncio.to_thread(taken.opened, pages, *found)
 
@@ -167,9 +170,11 @@ class Rasterizer:
         self._threads.shutdown()
 
 
-def open_document(source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60) -> OpenDocument:
+def open_document(
+    source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60, password: str | None = None
+) -> OpenDocument:
     """Do what `Rasterizer.open` does, for code that is not asynchronous; any thread may call it."""
-    with documents.take(source) as taken:
+    with documents.take(source, password) as taken:
         return taken.opened(pages, *_block(_look_into, taken.reference, seconds, "opened"))
 
 
