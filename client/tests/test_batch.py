@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,15 +19,18 @@ from typing import Any
 import pypdfium2
 import pytest
 from PIL import Image
+from support import pdf_of
 
 from dots_ocr_client import batch, rasterizer
 from dots_ocr_client.batch import OutputError, Report, Status
-from dots_ocr_client.documents import OpenDocument, PageReference, open_document
+from dots_ocr_client.documents import FORMATS, OpenDocument, PageReference, open_document
 from dots_ocr_client.errors import ConfigurationError, DotsOCRError, InputError
 from dots_ocr_client.prompts import Mode
 from dots_ocr_client.results import Document, FailedPage, Page
 
 ALL = frozenset({"json", "md", "html", "txt"})
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+TIFF_BIG_ENDIAN = b"MM\0*\0\0\0\x08"
 PATIENCE = 20.0
 
 
@@ -174,6 +179,70 @@ def test_any_file_name_works(tmp_path: Path, out: Path, name: str) -> None:
     assert json.loads((out / "report.json").read_bytes())["documents"][0]["source"].endswith(name)
 
 
+def image_of(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(buffer, kind)
+    return buffer.getvalue()
+
+
+IMAGES = [kind for kind in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if kind in FORMATS]
+
+
+@pytest.mark.parametrize("name", ["scan", "No. 5", "scan.001", "Brief vom 3. Mai"])
+@pytest.mark.parametrize(
+    "content",
+    [*map(image_of, IMAGES), pdf_of((72, 72)), b"rubbish\n" + pdf_of((72, 72)), HEIC, TIFF_BIG_ENDIAN],
+    ids=[*IMAGES, "PDF", "PDF behind a line", "HEIC", "TIFF of a Motorola"],
+)
+def test_a_file_without_a_suffix_is_found_by_what_it_holds(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert [found.path.name for found in batch._find([tmp_path], tmp_path, Counter())] == [name]
+
+
+NOTES = [b"", b"Python notes", b"P1 of 2", b"BMW, II and GIF", b"a file of the kind %PDF-1.4", b"MM", b"RIFFx   WAVE"]
+
+
+def test_what_is_passed_over_in_folders_is_counted(tmp_path: Path, out: Path) -> None:
+    docs = tmp_path / "docs"
+    png(docs / "a.png")
+    for name in (".hidden.png", ".git/x.png", "b.docx", "c.DOCX", "d.pdf~", "sub/e.mp3", "sub/f.txt", ".dots-ocr.lock"):
+        png(docs / name)
+    for number, note in enumerate(NOTES):
+        (docs / f"notes {number}").write_bytes(note)
+    os.mkfifo(docs / "pipe")
+    (docs / "nowhere").symlink_to("missing")
+    (docs / "link").symlink_to("sub")
+    report = read(FakeClient(), [docs], out)
+    assert [Path(document.source).name for document in report.documents] == ["a.png"]
+    counts = {"without a suffix": len(NOTES) + 2, "hidden": 3, ".docx": 2, ".pdf~": 1, ".mp3": 1, ".txt": 1}
+    assert report.skipped == {**counts, "link to a folder": 1}
+    assert json.loads((out / "report.json").read_bytes())["skipped"] == report.skipped
+    assert batch.listed({".docx": 2, "hidden": 1}) == "2 x .docx, 1 x hidden"
+    (docs / "a.png").unlink()
+    with pytest.raises(InputError, match=r"no documents in .*docs'; passed over: .*2 x \.docx"):
+        read(FakeClient(), [docs], out)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [("x" * 250, ".pdf"), ("ж" * 125, ".pdf"), ("x" * 239, ""), ("\udce9" * 250, ".pdf")]
+)
+def test_names_of_up_to_255_bytes_are_shortened_and_stay_unique(
+    tmp_path: Path, out: Path, start: str, end: str
+) -> None:
+    documents = {str(pdf(tmp_path / "docs" / (start + letter + end), 1)) for letter in "ab"}
+    assert statuses(read(FakeClient(), [tmp_path / "docs"], out, formats=ALL)) == ["read"] * 2
+    names = {file.removesuffix(".txt") for file in files(out) if file.endswith(".txt")}
+    assert {load(out, name).source for name in names} == documents
+    assert [len(os.fsencode(name)) <= batch.LONGEST_NAME and name.endswith(end) for name in names] == [True] * 2
+    assert statuses(read(FakeClient(), [tmp_path / "docs"], out, formats=ALL)) == ["unchanged"] * 2
+
+
+def test_a_name_that_just_fits_stays_as_it_is(tmp_path: Path, out: Path) -> None:
+    name = "x" * 235 + ".pdf"
+    read(FakeClient(), [pdf(tmp_path / name)], out)
+    assert f"{name}.json" in files(out)
+
+
 BAD_INPUTS: dict[str, Callable[[Path], Sequence[Path]]] = {
     "No such file": lambda folder: [folder / "missing.pdf"],
     "neither a file nor a folder": lambda _: [Path("/dev/null")],
@@ -210,7 +279,8 @@ def test_a_place_for_outputs_that_is_no_folder_is_refused(tmp_path: Path, place:
 def test_outputs_may_go_beside_the_documents(tmp_path: Path) -> None:
     pdf(tmp_path / "a.pdf")
     assert statuses(read(FakeClient(), [tmp_path], tmp_path)) == ["read"]
-    assert statuses(read(FakeClient(), [tmp_path], tmp_path)) == ["unchanged"]
+    again = read(FakeClient(), [tmp_path], tmp_path)
+    assert (statuses(again), again.skipped) == (["unchanged"], {})
 
 
 def test_a_link_to_elsewhere_in_the_folder_of_outputs_is_refused(tmp_path: Path, out: Path) -> None:

@@ -318,6 +318,16 @@ def test_a_folder_of_documents_becomes_a_folder_of_results(
     assert messages.splitlines()[-1].startswith("1 document: 1 read; 1 page: 1 by vllm; 1 now, in ")
 
 
+def test_what_is_passed_over_in_a_folder_is_said(
+    server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run
+) -> None:
+    server.script = [(LAYOUT, "stop")]
+    (sheet_file.parent / "talk.mp3").write_bytes(b"ID3")
+    status, output, messages = run("read", sheet_file.parent, "--out", tmp_path / "out", "--json")
+    assert (status, json.loads(output)["skipped"]) == (0, {".mp3": 1})
+    assert messages.splitlines()[-1].endswith("; passed over: 1 x .mp3")
+
+
 def test_the_second_run_has_nothing_to_do(server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run) -> None:
     server.script = [(LAYOUT, "stop")]
     run("read", sheet_file, "--out", tmp_path / "out")

@@ -8,16 +8,17 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import stat
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
 
-from .documents import OpenDocument
+from .documents import OpenDocument, is_document
 from .errors import ConfigurationError, DotsOCRError, InputError
 from .prompts import MODES, Mode
 from .results import FailedPage, Page
@@ -26,7 +27,7 @@ from .store import FORMATS, JOURNAL, Folder, Store, Summary, to_json
 SUFFIXES: Final = frozenset(
     ".pdf .png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .heic .heif .avif .ppm .pgm".split()  # noqa: SIM905
 )
-"""Of the files that are taken from a folder; upper case counts too."""
+"""Of the files that are taken from a folder; upper case counts too. One without a suffix is looked into."""
 REPORT: Final = "report.json"
 LOCK: Final = ".dots-ocr.lock"
 SYNC_SECONDS: Final = 0.2
@@ -34,6 +35,9 @@ SYNC_SECONDS: Final = 0.2
 the pages of this time. Measured: with a sync for each page, 2,000 pages that cost nothing took five times as long."""
 SPARE: Final = 4
 """Documents that are open beyond the pages in flight, so that opening and finishing keeps no slot empty."""
+
+LONGEST_NAME: Final = 255 - len(f"{JOURNAL}.tmp")
+"""Bytes of a document's name that leave room for what ours end with: Linux takes names of 255 bytes (NAME_MAX)."""
 
 _OURS: Final = (*(f".{suffix}" for suffix in FORMATS), JOURNAL)
 _Stamp = tuple[int, int, int]
@@ -124,6 +128,8 @@ class Report:
         seconds: How long it took.
         documents: The documents that were finished, in the order in which they were given.
         stopped: Why it ended before all documents were finished, if it did.
+        skipped: Files and folders in the given folders that were passed over, by the reason: ``hidden``, ``link to a
+            folder``, ``without a suffix`` (and no document that can be read), or a suffix that is not in `SUFFIXES`.
     """
 
     started: str
@@ -131,6 +137,7 @@ class Report:
     seconds: float
     documents: tuple[DocumentReport, ...]
     stopped: str | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -157,6 +164,7 @@ class Report:
             "finished": self.finished,
             "seconds": self.seconds,
             "stopped": self.stopped,
+            "skipped": self.skipped,
             "totals": self.totals,
             "documents": [asdict(document) for document in self.documents],
         }
@@ -189,9 +197,10 @@ async def run(
     Args:
         client: Reads the pages.
         inputs: Files, which are always taken, and folders, which are searched for documents (see `SUFFIXES`) down to
-            the last folder; hidden files and folders and links to folders are passed over.
+            the last folder; hidden files and folders and links to folders are passed over, and the report counts them.
         out: The folder for the outputs; made if it is not there. That of ``a.pdf`` are ``a.pdf.json`` and so on;
-            those of a folder's files have the same place below `out` as they have in the folder.
+            those of a folder's files have the same place below `out` as they have in the folder. A name of more than
+            `LONGEST_NAME` bytes is cut, and gets a digest of the whole name.
         mode: What to read; not ``grounding`` or ``general``, which need a box or a question.
         formats: Outputs; the JSON is always made, because later runs go on from it.
         headers: With the headers and footers of the pages, in Markdown and HTML.
@@ -211,10 +220,11 @@ async def run(
         raise ValueError(f"there is no mode {mode!r}, or one of the formats {sorted(formats)} is unknown")
     if mode in ("grounding", "general"):
         raise InputError(f"the mode {mode!r} needs a box or a question for each page: read such documents one by one")
-    found = await _in_thread(_find, inputs, out)
+    skipped: Counter[str] = Counter()
+    found = await _in_thread(_find, inputs, out, skipped)
     with _claimed(out) as root:
         batch = _Batch(client, root, mode, formats, headers, upgrade, retry_failed, password, progress)
-        return await batch.read(found)
+        return await batch.read(found, dict((+skipped).most_common()))
 
 
 @dataclass(slots=True)
@@ -229,7 +239,7 @@ class _Batch:
     password: str | None = field(repr=False)
     progress: Progress | None
 
-    async def read(self, found: Sequence[_Input]) -> Report:
+    async def read(self, found: Sequence[_Input], skipped: dict[str, int]) -> Report:
         started, clock = datetime.now(UTC), time.monotonic()
         if self.progress:
             self.progress.documents(len(found))
@@ -255,6 +265,7 @@ class _Batch:
             seconds=round(time.monotonic() - clock, 3),
             documents=tuple(report for _, report in sorted(reports.items())),
             stopped=None if stopped is None else f"{type(stopped).__name__}: {stopped}".removesuffix(": "),
+            skipped=skipped,
         )
         try:
             await _in_thread(self._write, report)
@@ -376,14 +387,15 @@ async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
         raise
 
 
-def _find(inputs: Iterable[Path], out: Path) -> list[_Input]:
-    """List the documents and where their outputs go.
+def _find(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> list[_Input]:
+    """List the documents and where their outputs go, and count what is passed over.
 
     Raises:
         InputError: See `run`.
     """
     found: dict[PurePath, Path] = {}
-    for path, name in _candidates(inputs):
+    for path, name in _candidates(inputs, out, skipped):
+        name = name.with_name(_shortened(name.name))
         if name in found:
             raise InputError(
                 f"{str(found[name])!r} and {str(path)!r} would have the same outputs: read them into different folders"
@@ -394,16 +406,30 @@ def _find(inputs: Iterable[Path], out: Path) -> list[_Input]:
             raise InputError(f"{str(path)!r} is an output of an earlier run: it cannot be an input")
         found[name] = path
     if not found:
-        raise InputError(f"there are no documents in {', '.join(repr(str(path)) for path in inputs) or 'no folder'}")
+        where = ", ".join(repr(str(path)) for path in inputs) or "no folder"
+        raise InputError(f"there are no documents in {where}{f'; passed over: {listed(skipped)}' * bool(+skipped)}")
     return [_Input(path, name) for name, path in found.items()]
 
 
-def _candidates(inputs: Iterable[Path]) -> Iterator[tuple[Path, PurePath]]:
+def listed(skipped: Mapping[str, int]) -> str:
+    """Return what was passed over as one line for people."""
+    return ", ".join(f"{number} x {reason}" for reason, number in skipped.items() if number)
+
+
+def _shortened(name: str) -> str:
+    raw = os.fsencode(name)
+    if len(raw) <= LONGEST_NAME:
+        return name
+    end = f"~{hashlib.sha256(raw).hexdigest()[:16]}{PurePath(name).suffix[:10]}"
+    return raw[: LONGEST_NAME - len(os.fsencode(end))].decode(errors="ignore") + end
+
+
+def _candidates(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> Iterator[tuple[Path, PurePath]]:
     for path in inputs:
         try:
             kind = path.stat().st_mode
             if stat.S_ISDIR(kind):
-                for name in sorted(_walk(path)):
+                for name in sorted(_walk(path, out.resolve(), skipped)):
                     yield path / name, name
             elif stat.S_ISREG(kind):
                 yield path, PurePath(path.name)
@@ -413,15 +439,31 @@ def _candidates(inputs: Iterable[Path]) -> Iterator[tuple[Path, PurePath]]:
             raise InputError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _walk(folder: Path) -> Iterator[PurePath]:
+def _walk(folder: Path, out: Path, skipped: Counter[str]) -> Iterator[PurePath]:
     def fail(error: OSError) -> None:
         raise InputError(f"cannot list {error.filename!r}: {error.strerror}") from error
 
     for place, folders, files in os.walk(folder, onerror=fail):
+        skipped["hidden"] += sum(name.startswith(".") for name in folders)
         folders[:] = [name for name in folders if not name.startswith(".")]
+        skipped["link to a folder"] += sum(Path(place, name).is_symlink() for name in folders)
+        ours = (LOCK, *_OURS) if Path(place).resolve().is_relative_to(out) else ()
         for name in files:
-            if not name.startswith(".") and PurePath(name).suffix.lower() in SUFFIXES:
+            if (reason := _reason_to_skip(Path(place, name))) is None:
                 yield PurePath(place, name).relative_to(folder)
+            elif not name.endswith(ours):
+                skipped[reason] += 1
+
+
+def _reason_to_skip(file: Path) -> str | None:
+    kind = file.suffix.lower()
+    if file.name.startswith("."):
+        return "hidden"
+    if kind in SUFFIXES:
+        return None
+    if re.fullmatch(r"\.[a-z][a-z0-9_~-]{0,9}", kind):  # others are the end of a name, such as "No. 5" or "scan.001"
+        return kind
+    return None if is_document(file) else "without a suffix"
 
 
 @contextlib.contextmanager

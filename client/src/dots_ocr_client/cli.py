@@ -152,16 +152,12 @@ def _password(file: str | None) -> str | None:
     """Return the only line of a file. Messages say nothing of it, nor of a password in the place of a file."""
     if file is None:
         return None
-    from .documents import password_of
-
     try:
-        lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        (password,) = Path(file).read_text("utf-8-sig", "replace").splitlines()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise typer.BadParameter(f"it cannot be read: {reason}. Fix: name the file with the password") from error
-    if len(lines) != 1:
-        raise typer.BadParameter(f"it has {len(lines)} lines. Fix: write the password into it, and nothing else")
-    return password_of(lines[0])
+        reason = getattr(error, "strerror", None) or "it is not one line"
+        raise typer.BadParameter(f"{reason}. Fix: name a file that holds the password, and nothing else") from error
+    return password
 
 
 def _numbers(text: str | None) -> str | None:
@@ -268,14 +264,8 @@ def read(
 
     with DotsOCR(engines=engines, **asdict(patience)) as ocr:
         try:
-            document = ocr.read(
-                files[0],
-                mode=spoken,
-                pages=pages,
-                password=password,
-                box=None if box is None else _box(box),
-                question=question,
-            )
+            place = None if box is None else _box(box)
+            document = ocr.read(files[0], mode=spoken, pages=pages, password=password, box=place, question=question)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
     _print_text(_written(document, Format.JSON if as_json else (formats or [Format.MD])[0], headers))
@@ -391,6 +381,8 @@ def _batch(
 
 
 def _summarize(report: Report, out: Path, as_json: bool) -> int:
+    from .batch import listed
+
     if as_json:
         _print_json(report.to_dict())
     totals = report.totals
@@ -401,9 +393,10 @@ def _summarize(report: Report, out: Path, as_json: bool) -> int:
     documents, pages = count(totals["documents"], "document"), count(totals["pages"], "page")
     said = f"{documents}{': ' * bool(states)}{states}; {pages}{': ' * bool(by)}{by}"
     rate = f"; {totals['pages_read']} now, in {report.seconds:.1f} s ({totals['pages_per_second']:.1f} pages/s)"
+    over = f"; passed over: {listed(report.skipped)}" if report.skipped else ""
     bad = bool(totals["partial"] or totals["failed"])
     why = f"; why: see {out / 'report.json'}" if bad else ""
-    print(printable(f"{said}{rate}{why}"), file=sys.stderr)
+    print(printable(f"{said}{rate}{over}{why}"), file=sys.stderr)
     return EXIT_UNREAD if bad else EXIT_OK
 
 

@@ -59,6 +59,12 @@ _CHUNK = 2**20
 _JPEG_SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
 
+_MAGIC = re.compile(
+    rb"(?:.{0,1000}[\r\n])?%PDF-\d|\x89PNG|\xff\xd8\xff|II[*+]\0|MM\0[*+]|GIF8|BM.{4}\0{4}|RIFF.{4}WEBP"
+    rb"|P[1-6]\s+(?:#|\d+\s+\d+\s)|\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftyp(?:avi|hei|hev|mif|msf)",
+    re.DOTALL,
+)
+
 # PDFium must not be entered by two threads at once, not even for different documents.
 _pdfium = threading.Lock()
 
@@ -294,7 +300,7 @@ def take(source: Source, password: str | None = None) -> Taken:
         TypeError: ``source`` is nothing of what `Source` allows.
     """
     name = describe(source)
-    password = password or password_of(os.environb.get(PASSWORD_VARIABLE.encode(), b""))
+    password = password or os.environ.get(PASSWORD_VARIABLE)
     if isinstance(source, Image.Image):
         return Taken(PageReference(name, 0, "image", source, None, False), None)
     data = _decode_data_url(source, name) if _is_data_url(source) else source
@@ -319,14 +325,6 @@ def take(source: Source, password: str | None = None) -> Taken:
         if temporary is not None:
             temporary.close()
         raise
-
-
-def password_of(data: bytes) -> str | None:
-    """Decode a password as UTF-8, or else as Latin-1: PDFium tries both for either; ``None`` if it is empty."""
-    try:
-        return data.decode() or None
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
 
 
 def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
@@ -476,6 +474,13 @@ def _decode_data_url(url: Source, name: str) -> bytes:
 
 def _is_pdf(head: bytes) -> bool:
     return b"%PDF-" in head
+
+
+def is_document(path: Path) -> bool:
+    """Tell from its first bytes whether a file can be read, and is of a kind that is, whatever its name says."""
+    with contextlib.suppress(InputError, OSError), _open_file(str(path), "") as file:
+        return _MAGIC.match(file.read(_HEAD)) is not None
+    return False
 
 
 def _check_bytes(size: int, head: bytes, name: str) -> None:
@@ -663,7 +668,7 @@ def _encode(number: int, rgb: Image.Image, warnings: tuple[str, ...]) -> PageIma
 def _open_pdf(path: str, label: str, password: str | None) -> Any:
     """Open a PDF; the lock must be held."""
     try:
-        pdf = pypdfium2.PdfDocument(Path(path), password)
+        pdf = pypdfium2.PdfDocument(Path(path), password and password.encode("utf-8", "replace").decode())
         pdf.init_forms()  # otherwise what was typed into a form is left out
     except pypdfium2.PdfiumError as error:
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
