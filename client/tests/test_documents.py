@@ -16,10 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
 
+import pypdfium2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from support import encrypted_pdf, jpeg_of_scans, pdf_of
 
 from dots_ocr_client import InputError, documents, images
@@ -389,6 +390,151 @@ def test_heic_is_read_with_a_plugin(monkeypatch: pytest.MonkeyPatch, sheet: Imag
     (page,) = read_all(HEIC)
     assert page.image.tobytes() == sheet.tobytes()
     assert page.warnings == ("only the first of several frames was read",)
+
+
+# What is there besides pages and text
+
+
+def box(ticked: bool, flags: str = "") -> str:
+    state = "/Yes" if ticked else "/Off"
+    looks = "/AP << /N << /Yes 4 0 R /Off 4 0 R >> >>"
+    return f"/Subtype /Widget /FT /Btn {flags} /T ({random.random()}) /V {state} /AS {state} {looks}"
+
+
+def pdf_with(*annotations: str, catalog: str = "", form: str = "", text: str = "", pages: int = 1) -> bytes:
+    """A PDF whose every page has these annotations, all of them in its form."""
+    numbers = range(6, 6 + len(annotations))
+    listed = " ".join(f"{number} 0 R" for number in numbers)
+    content = f"BT /F 0.5 Tf 9 40 Td ({text}) Tj ET" if text else ""
+    objects = [
+        f"<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [{listed}] {form} >> {catalog} >>",
+        f"<< /Type /Pages /Kids [{'3 0 R ' * pages}] /Count {pages} >>",
+        f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 400 72] /Contents 5 0 R /Annots [{listed}]"
+        " /Resources << /Font << /F << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
+        "<< /Type /XObject /Subtype /Form /BBox [0 0 9 9] /Length 0 >>\nstream\n\nendstream",
+        f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
+        *(f"<< /Type /Annot /Rect [9 9 30 30] {annotation} >>" for annotation in annotations),
+    ]
+    body = "".join(f"{number} 0 obj\n{text}\nendobj\n" for number, text in enumerate(objects, 1))
+    return f"%PDF-1.7\n{body}trailer << /Root 1 0 R /Size {len(objects) + 1} >>\n%%EOF".encode("latin-1")
+
+
+SIGNATURE = "/Subtype /Widget /FT /Sig /T (s)"
+TYPED = "/Subtype /Widget /FT /Tx /T (t) /V (typed)"
+RADIO = 1 << 15  # ISO 32000-1, table 226
+
+
+@pytest.mark.parametrize(
+    ("annotations", "said"),
+    [
+        ([], ""),
+        (["/Subtype /Link", "/Subtype /Highlight", TYPED], ""),
+        (["/Subtype /Stamp", "/Subtype /Stamp"], "stamps: 2"),
+        (["/Subtype /Ink"], "drawings by hand: 1"),
+        (["/Subtype /Text /Contents (pay at once)"], "comments: 1"),
+        (["/Subtype /FileAttachment"], "attached files: 1"),
+        (["/Subtype /Sound", "/Subtype /Movie", "/Subtype /Screen", "/Subtype /RichMedia"], "sounds or films: 4"),
+        ([SIGNATURE], "signature fields: 1"),
+        ([box(True), box(False), box(True)], "check boxes: 3, ticked of these: 2"),
+        ([box(False)], "check boxes: 1"),
+        ([box(True, f"/Ff {RADIO}")], "check boxes: 1, ticked of these: 1"),
+    ],
+)
+def test_what_is_on_a_page_besides_text_is_said(annotations: list[str], said: str) -> None:
+    warnings = [f"the page has more than text, which may be missing here: {said}. Fix: look at the page"]
+    for page in read_all(pdf_with(*annotations, pages=2)):
+        assert [*page.warnings] == warnings * bool(said)
+
+
+def test_files_attached_to_a_pdf_are_named_once() -> None:
+    document = pypdfium2.PdfDocument(pdf_of((72, 72), (72, 72), (72, 72)))
+    for name in ("a.xlsx", "b\n.pdf", *"cdefg"):
+        document.new_attachment(name).set_data(b"x")
+    buffer = io.BytesIO()
+    document.save(buffer)
+    names = r"a.xlsx, b\n.pdf, c, d, e"
+    said = f"attached files were not read: 7 ({names}). Fix: save them with a PDF reader, and read them, too"
+    for pages in (None, "2-"):
+        assert [page.warnings for page in read_all(buffer.getvalue(), pages)][:2] == [(said,), ()]
+
+
+ADOBE = "Please wait... See www.adobe.com"
+GERMAN = "Bitte warten... Siehe www.adobe.com"
+DYNAMIC = "/NeedsRendering true"
+
+
+@pytest.mark.parametrize(
+    ("text", "catalog", "annotations", "pages", "is_notice"),
+    [
+        (ADOBE, DYNAMIC, [], 1, True),
+        (ADOBE, "", [], 1, True),
+        (GERMAN, "", [], 1, True),
+        (GERMAN, "", [SIGNATURE], 1, True),
+        ("", DYNAMIC, [], 1, True),
+        ("Name:", "", [], 1, False),
+        (ADOBE, DYNAMIC, [TYPED], 1, False),
+        (ADOBE + "x" * 1000, DYNAMIC, [], 1, False),
+        ("Page", DYNAMIC, [], 2, False),
+    ],
+)
+def test_the_notice_in_place_of_an_xfa_form_is_no_page(
+    text: str, catalog: str, annotations: list[str], pages: int, is_notice: bool
+) -> None:
+    fix = "Fix: open it with Adobe Acrobat, print it into a PDF, and read that"
+    data = pdf_with(*annotations, catalog=catalog, form="/XFA [(template) 4 0 R]", text=text, pages=pages)
+    if is_notice:
+        with pytest.raises(
+            InputError, match=f"^<bytes> has a notice in place of its page, which is an XFA form. {fix}$"
+        ):
+            open_document(data)
+    else:
+        said = f"this is an XFA form: what it has besides its pages was not read. {fix}"
+        assert [said in page.warnings for page in read_all(data)] == [True, False][:pages]
+    assert not read_all(pdf_with(text=text))[0].warnings  # without a form, it is the page
+
+
+def tiff(*kinds: dict[int, int]) -> bytes:
+    """A TIFF of one frame for each of these sets of tags, each frame a little wider than the one before."""
+    buffer = io.BytesIO()
+    with TiffImagePlugin.AppendingTiffWriter(buffer, new=True) as file:
+        for number, tags in enumerate(kinds, 1):
+            Image.new("1", (60 + number, 60), 1).save(
+                file, "TIFF", tiffinfo={k: v for k, v in tags.items() if k != 262}
+            )
+            file.newFrame()
+    data = buffer.getvalue()
+    with Image.open(io.BytesIO(data)) as image:
+        for number, tags in enumerate(kinds):
+            if 262 in tags:
+                image.seek(number)
+                at = data.index(b"\x06\x01\x03\x00", image.tag_v2._offset) + 8  # type: ignore[attr-defined]
+                data = data[:at] + bytes([tags[262]]) + data[at + 1 :]
+    return data
+
+
+PAGE: dict[int, int] = {}
+OF_SEVERAL, SMALLER, OLD_SMALLER, MASK, OLD_MASK = {254: 2}, {254: 1}, {255: 2}, {254: 4}, {262: 4}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "widths"),
+    [
+        ([PAGE], [61]),
+        ([PAGE, PAGE], [61, 62]),
+        ([OF_SEVERAL, OF_SEVERAL], [61, 62]),
+        ([PAGE, MASK], [61]),
+        ([PAGE, OLD_MASK, PAGE], [61, 63]),
+        ([SMALLER, PAGE, {254: 3}, OF_SEVERAL, {254: 6}, OLD_SMALLER, {255: 1}], [62, 64, 67]),
+        ([SMALLER], [61]),
+        ([SMALLER, SMALLER], [61, 62]),
+    ],
+)
+def test_smaller_copies_and_masks_in_a_tiff_are_no_pages(kinds: list[dict[int, int]], widths: list[int]) -> None:
+    pages = read_all(tiff(*kinds))
+    assert [page.width for page in pages] == widths
+    left_out = len(kinds) - len(widths)
+    said = f"smaller copies and masks in the file are no pages, and were not read: {left_out}"
+    assert [page.warnings for page in pages] == [(said,) * bool(left_out), *[()] * (len(pages) - 1)]
 
 
 # Bad input

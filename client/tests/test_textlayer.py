@@ -398,3 +398,11 @@ def test_far_too_much_text_is_an_error_of_the_engine() -> None:
 
 def test_a_blank_page_is_for_another_engine() -> None:
     assert refusal(pdf_of((200, 200))) == "the page has no text layer"
+
+
+def test_what_is_beside_the_text_is_said_once() -> None:
+    stamp = b"<< /Type /Annot /Subtype /Stamp /Rect [9 9 30 30] >>"
+    said = "the page has more than text, which may be missing here: stamps: 1. Fix: look at the page"
+    with page_of(pdf(LETTER, b"/Annots [7 0 R]", more=(stamp,))) as page:
+        assert (*page.warnings, *ask(page).warnings) == (said,)
+        assert ask(replace(page, warnings=())).warnings == (said,)

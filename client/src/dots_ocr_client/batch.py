@@ -12,7 +12,7 @@ import re
 import stat
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -407,13 +407,8 @@ def _find(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> list[_Inp
         found[name] = path
     if not found:
         where = ", ".join(repr(str(path)) for path in inputs) or "no folder"
-        raise InputError(f"there are no documents in {where}{f'; passed over: {listed(skipped)}' * bool(+skipped)}")
+        raise InputError(f"there are no documents in {where}{f'; passed over: {dict(+skipped)}' * bool(+skipped)}")
     return [_Input(path, name) for name, path in found.items()]
-
-
-def listed(skipped: Mapping[str, int]) -> str:
-    """Return what was passed over as one line for people."""
-    return ", ".join(f"{number} x {reason}" for reason, number in skipped.items() if number)
 
 
 def _shortened(name: str) -> str:

@@ -381,8 +381,6 @@ def _batch(
 
 
 def _summarize(report: Report, out: Path, as_json: bool) -> int:
-    from .batch import listed
-
     if as_json:
         _print_json(report.to_dict())
     totals = report.totals
@@ -393,10 +391,10 @@ def _summarize(report: Report, out: Path, as_json: bool) -> int:
     documents, pages = count(totals["documents"], "document"), count(totals["pages"], "page")
     said = f"{documents}{': ' * bool(states)}{states}; {pages}{': ' * bool(by)}{by}"
     rate = f"; {totals['pages_read']} now, in {report.seconds:.1f} s ({totals['pages_per_second']:.1f} pages/s)"
-    over = f"; passed over: {listed(report.skipped)}" if report.skipped else ""
+    over = ", ".join(f"{number} x {reason}" for reason, number in report.skipped.items())
     bad = bool(totals["partial"] or totals["failed"])
     why = f"; why: see {out / 'report.json'}" if bad else ""
-    print(printable(f"{said}{rate}{over}{why}"), file=sys.stderr)
+    print(printable(f"{said}{rate}{'; passed over: ' * bool(over)}{over}{why}"), file=sys.stderr)
     return EXIT_UNREAD if bad else EXIT_OK
 
 

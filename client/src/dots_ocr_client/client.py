@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, aclosing
 from types import TracebackType
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn
 
 from .documents import OpenDocument, Source, describe, parse_pages
 from .engines.base import Engine, Task
@@ -25,7 +25,7 @@ Pages = str | Iterable[int] | None
 """Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all."""
 
 
-class AsyncDotsOCR:
+class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
     """Reads documents: with dots.ocr on a vLLM server, or with the next engine that can.
 
     It belongs to one event loop, and may do any number of things at once there: they share its limits. Close it, or use
@@ -173,10 +173,6 @@ class AsyncDotsOCR:
         await self._pipeline.aclose()
         await self._chain.aclose()
 
-    async def __aenter__(self) -> Self:
-        """Return the client itself."""
-        return self
-
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -184,7 +180,7 @@ class AsyncDotsOCR:
         await self.aclose()
 
 
-class DotsOCR:
+class DotsOCR(AbstractContextManager["DotsOCR"]):
     """`AsyncDotsOCR` for code that is not asynchronous.
 
     It may be used by several threads, and inside a running event loop (which it blocks). Close it, or use it in a
@@ -271,10 +267,6 @@ class DotsOCR:
     def close(self) -> None:
         """Close connections and stop the thread behind this client; a second call does nothing."""
         self._loop.close(self._client.aclose())
-
-    def __enter__(self) -> Self:
-        """Return the client itself."""
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

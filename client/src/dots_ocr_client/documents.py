@@ -13,15 +13,17 @@ import re
 import stat
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, BinaryIO, Final, Literal, Self
+from typing import IO, Any, BinaryIO, Final, Literal
 from urllib.parse import unquote_to_bytes
 
 import pypdfium2
 from PIL import Image, UnidentifiedImageError
+from pypdfium2 import raw
 
 from . import images
 from .errors import InputError
@@ -64,6 +66,18 @@ _MAGIC = re.compile(
     rb"|P[1-6]\s+(?:#|\d+\s+\d+\s)|\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftyp(?:avi|hei|hev|mif|msf)",
     re.DOTALL,
 )
+
+_MARKS = {
+    raw.FPDF_ANNOT_STAMP: "stamps",
+    raw.FPDF_ANNOT_INK: "drawings by hand",
+    raw.FPDF_ANNOT_TEXT: "comments",
+    raw.FPDF_ANNOT_FILEATTACHMENT: "attached files",
+    **dict.fromkeys((raw.FPDF_ANNOT_SOUND, raw.FPDF_ANNOT_MOVIE, raw.FPDF_ANNOT_SCREEN), "sounds or films"),
+    raw.FPDF_ANNOT_RICHMEDIA: "sounds or films",
+    **dict.fromkeys((-raw.FPDF_FORMFIELD_CHECKBOX, -raw.FPDF_FORMFIELD_RADIOBUTTON), "check boxes"),
+    -raw.FPDF_FORMFIELD_SIGNATURE: "signature fields",
+}
+_NOTICE = 1_000  # characters; that in place of an XFA form has some 700
 
 # PDFium must not be entered by two threads at once, not even for different documents.
 _pdfium = threading.Lock()
@@ -154,7 +168,7 @@ class PageReference:
     password: str | None = field(default=None, repr=False)
 
 
-class OpenDocument:
+class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
     """A document whose pages can be drawn; made by `open_document`. Use it in a ``with`` statement, or `close` it.
 
     Attributes:
@@ -185,7 +199,8 @@ class OpenDocument:
         if not 1 <= number <= self.page_count:
             raise ValueError(f"{self.name} has {self.page_count} pages, and no page {number}")
         label = self.name if self.page_count == 1 else f"page {number} of {self.name}"
-        return replace(self._whole, label=label, number=number)
+        said = self._whole.warnings if number == self.numbers[0] else ()  # they are of the whole document
+        return replace(self._whole, label=label, number=number, warnings=said)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one; pages cannot be drawn any more."""
@@ -193,10 +208,6 @@ class OpenDocument:
             forget(self._whole.source)
         if self._temporary is not None:
             self._temporary.close()
-
-    def __enter__(self) -> Self:
-        """Return the document itself."""
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -244,7 +255,7 @@ def open_document(
         return taken.opened(pages, *look_into(taken.reference))
 
 
-class Taken:
+class Taken(contextlib.AbstractContextManager["Taken"]):
     """A document that nobody has looked into; made by `take`. Leaving its ``with`` statement removes what is left over.
 
     Attributes:
@@ -275,10 +286,6 @@ class Taken:
             whole = replace(whole, source=self._temporary.name, stamp=stamp)
         temporary, self._temporary = self._temporary, None
         return OpenDocument(whole, count, numbers, temporary)
-
-    def __enter__(self) -> Self:
-        """Return the document itself."""
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -319,8 +326,8 @@ def take(source: Source, password: str | None = None) -> Taken:
             status = os.fstat(file.fileno())
             _check_bytes(status.st_size, head, name)
         kind: Literal["pdf", "image"] = "pdf" if _is_pdf(head) else "image"
-        whole = PageReference(name, 0, kind, str(Path(path).absolute()), _stamp(status), True)
-        return Taken(replace(whole, password=password), temporary)
+        place = str(Path(path).absolute())
+        return Taken(PageReference(name, 0, kind, place, _stamp(status), True, password=password), temporary)
     except BaseException:
         if temporary is not None:
             temporary.close()
@@ -343,10 +350,12 @@ def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
         return 1, ()
     if reference.kind == "pdf":
         with _opened_pdf(reference, "opened") as kept:
-            return len(kept.pdf), ()
+            return len(kept.pdf), tuple(_beside_pages(kept.pdf, reference.label))
     with _opened_image(reference, "opened") as image:
         if image.format == "TIFF":
-            return _count_tiff_pages(image, reference.label), ()
+            pages, frames = _tiff_pages(image, reference.label)
+            left_out = f"smaller copies and masks in the file are no pages, and were not read: {frames - len(pages)}"
+            return len(pages), (left_out,) * (len(pages) < frames)
         return 1, ("only the first of several frames was read",) if _is_animated(image) else ()
 
 
@@ -363,9 +372,11 @@ def draw(reference: PageReference) -> PageImage:
     if isinstance(reference.source, Image.Image):
         return _page_of(reference.number, reference.source, reference.warnings, reference.label)
     with _opened_image(reference, "drawn") as image:
-        if reference.number > 1:
+        if image.format == "TIFF":
             try:
-                image.seek(reference.number - 1)
+                frame = _tiff_pages(image, reference.label, reference.number)[0][reference.number - 1]
+                image.seek(0)  # or else a frame that has been reached would pass, though it is broken
+                image.seek(frame)
             except Exception as error:  # see _page_of
                 raise InputError(f"{reference.label} cannot be decoded: {_reason(error)}") from error
         return _page_of(reference.number, image, reference.warnings, reference.label)
@@ -569,21 +580,30 @@ def _is_animated(image: Image.Image) -> bool:
         return True
 
 
-def _count_tiff_pages(image: Image.Image, name: str) -> int:
-    """Count the pages, including those whose header is broken: they fail when they are drawn, the others do not."""
-    count, failed = 1, False
-    while count <= MAX_TIFF_PAGES:
+def _tiff_pages(image: Any, name: str, wanted: int = MAX_TIFF_PAGES + 1) -> tuple[list[int], int]:
+    """Find the first so many frames that are pages, and count all up to there; those with a broken header count.
+
+    Smaller copies and masks are pages only where there is nothing else (tags 254, 255 and 262 of TIFF 6.0).
+    """
+    pages: list[int] = []
+    frame, failed = 0, False
+    while len(pages) < wanted:
+        if frame > MAX_TIFF_PAGES:
+            raise InputError(f"{name} has more than {MAX_TIFF_PAGES} pages: split it")
         try:
-            image.seek(count)
+            image.seek(frame)
             failed = False
         except EOFError:
-            return count
+            break
         except Exception:  # see _page_of
             if failed:  # nothing can be found behind the broken page
-                return count
+                break
             failed = True
-        count += 1
-    raise InputError(f"{name} has more than {MAX_TIFF_PAGES} pages: split it")
+        tags = image.tag_v2
+        if not (tags.get(254) in (1, 3, 4, 5, 6, 7) or tags.get(255) == 2 or tags.get(262) == 4):
+            pages.append(frame)
+        frame += 1
+    return pages or list(range(frame)), frame
 
 
 def _open_image(file: BinaryIO, label: str) -> Image.Image:
@@ -681,10 +701,49 @@ def _open_pdf(path: str, label: str, password: str | None) -> Any:
     return pdf
 
 
+def annotations(page: Any) -> Iterator[tuple[Any, int]]:
+    """Yield those of a `pypdfium2.PdfPage`, each with its kind; for a form field, that is minus the field's kind."""
+    for index in range(raw.FPDFPage_GetAnnotCount(page)):
+        if annotation := raw.FPDFPage_GetAnnot(page, index):
+            kind = raw.FPDFAnnot_GetSubtype(annotation)
+            if kind == raw.FPDF_ANNOT_WIDGET and page.formenv is not None:
+                kind = -raw.FPDFAnnot_GetFormFieldType(page.formenv, annotation)
+            yield annotation, kind
+            raw.FPDFPage_CloseAnnot(annotation)
+
+
+def beside_text(page: Any) -> tuple[str, ...]:
+    """Say what a `pypdfium2.PdfPage` has that is no text, or no text of the page itself. PDFium must be locked."""
+    found: Counter[str] = Counter()
+    for annotation, kind in annotations(page):
+        if name := _MARKS.get(kind):
+            found[name] += 1
+            if name == "check boxes" and raw.FPDFAnnot_IsChecked(page.formenv, annotation):
+                found["ticked of these"] += 1
+    listed = ", ".join(f"{name}: {number}" for name, number in found.items())
+    return (f"the page has more than text, which may be missing here: {listed}. Fix: look at the page",) * bool(found)
+
+
+def _beside_pages(pdf: Any, label: str) -> Iterator[str]:
+    """Say what a PDF has that is on none of its pages; `InputError` if these are no more than a notice."""
+    if count := pdf.count_attachments():
+        names = ", ".join(_printable(pdf.get_attachment(index).get_name()[:80]) for index in range(min(count, 5)))
+        yield f"attached files were not read: {count} ({names}). Fix: save them with a PDF reader, and read them, too"
+    if (form := pdf.get_formtype()) in (raw.FORMTYPE_XFA_FULL, raw.FORMTYPE_XFA_FOREGROUND):
+        fix = "Fix: open it with Adobe Acrobat, print it into a PDF, and read that"
+        page = pdf[0]
+        text = page.get_textpage().get_text_bounded()
+        filled = any(kind < 0 and kind != -raw.FPDF_FORMFIELD_SIGNATURE for _, kind in annotations(page))
+        known = form == raw.FORMTYPE_XFA_FULL or re.search("adobe|please wait", text, re.IGNORECASE)
+        if known and len(pdf) == 1 and len(text) < _NOTICE and not filled:
+            raise InputError(f"{label} has a notice in place of its page, which is an XFA form. {fix}")
+        yield f"this is an XFA form: what it has besides its pages was not read. {fix}"
+
+
 def _draw_pdf(reference: PageReference) -> PageImage:
     with open_page(reference, "drawn") as (page, scale):
         rgb = page.render(scale=scale).to_pil().convert("RGB")
-    warnings = reference.warnings
+        warnings = reference.warnings + beside_text(page)
     if (dpi := round(scale * 72)) < PDF_DPI:
         warnings += (f"the page was drawn at {dpi} dpi instead of {PDF_DPI}, to keep the model's limits",)
     return replace(_encode(reference.number, rgb, warnings), origin=reference)

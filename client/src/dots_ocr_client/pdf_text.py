@@ -85,6 +85,7 @@ class TextLayer:
         slanted: Characters that run neither along nor across the page; they are in no run.
         unread: Part of the patches with anything on them that have no text of the layer, from 0 to 1.
         fields: Form fields with something typed in, and text notes: what they say is not in the layer.
+        beside: What else is on the page, as `documents.beside_text` says it.
     """
 
     runs: tuple[Run, ...]
@@ -94,12 +95,13 @@ class TextLayer:
     slanted: int
     unread: float
     fields: int
+    beside: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the text layer of which `dataclasses.asdict` made these values, also if they went through JSON."""
         runs = tuple(Run(run["text"], Area(*run["ink"]), Area(*run["line"]), run["turn"]) for run in values["runs"])
-        return cls(**{**values, "runs": runs})
+        return cls(**{**values, "runs": runs, "beside": tuple(map(str, values["beside"]))})
 
 
 class _Glyph(NamedTuple):
@@ -139,7 +141,7 @@ def read(reference: PageReference) -> TextLayer:
             glyphs = list(_glyphs(page, textpage, scale))
         finally:
             textpage.close()
-        fields = _count_fields(page)
+        fields, beside = _count_fields(page), documents.beside_text(page)
         with_text = _draw(page, scale)
         for text in page.get_objects(filter=[raw.FPDF_PAGEOBJ_TEXT]):
             raw.FPDFTextObj_SetTextRenderMode(text, raw.FPDF_TEXTRENDERMODE_INVISIBLE)
@@ -166,6 +168,7 @@ def read(reference: PageReference) -> TextLayer:
         slanted=slanted,
         unread=_unread(seen, without),
         fields=fields,
+        beside=beside,
     )
 
 
@@ -297,21 +300,10 @@ def _patches(mask: Image.Image) -> Image.Image:
 
 def _count_fields(page: Any) -> int:
     found = 0
-    for index in range(raw.FPDFPage_GetAnnotCount(page)):
-        annotation = raw.FPDFPage_GetAnnot(page, index)
-        if not annotation:
-            continue
-        try:
-            kind = raw.FPDFAnnot_GetSubtype(annotation)
-            if kind == raw.FPDF_ANNOT_FREETEXT:
-                found += 1
-            elif kind == raw.FPDF_ANNOT_WIDGET and page.formenv is not None:
-                form = page.formenv
-                text_field = raw.FPDFAnnot_GetFormFieldType(form, annotation) in _TEXT_FIELDS
-                # The length is in bytes of UTF-16, with a NUL behind it.
-                found += text_field and raw.FPDFAnnot_GetFormFieldValue(form, annotation, None, 0) > 2
-        finally:
-            raw.FPDFPage_CloseAnnot(annotation)
+    for annotation, kind in documents.annotations(page):
+        if -kind in _TEXT_FIELDS:  # the length is in bytes of UTF-16, with a NUL behind it
+            found += raw.FPDFAnnot_GetFormFieldValue(page.formenv, annotation, None, 0) > 2
+        found += kind == raw.FPDF_ANNOT_FREETEXT
     return found
 
 

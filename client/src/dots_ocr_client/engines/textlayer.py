@@ -95,7 +95,7 @@ class TextLayerEngine:
             text="\n\n".join(cell.text for cell in cells),
             model=BUILD,
             cells=cells if task.mode == "layout" else (),
-            warnings=tuple(_warnings(layer)),
+            warnings=(*_warnings(layer), *(said for said in layer.beside if said not in page.warnings)),
         )
 
     async def aclose(self) -> None:
