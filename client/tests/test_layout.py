@@ -100,6 +100,34 @@ def test_whatever_is_wrong_around_the_cells_costs_no_cell(answer: str, repairs: 
     assert read(answer) == Layout((HELLO_CELL, WORLD_CELL), repairs)
 
 
+@pytest.mark.parametrize(
+    ("cell", "missing"),
+    [
+        ('{"bbox": [1 2 30, 40], "category": "Text", "text": "hello"}', 2),
+        ('{"bbox": [1, 2, 30\n40], "category": "Text", "text": "hello"}', 1),
+        ('{"bbox": [1, 2, 30, 40] "category": "Text", "text": "hello"}', 1),
+        ('{"bbox": [1, 2, 30, 40], "category": "Text"\n"text": "hello"}', 1),
+        ('{"bbox": [1 2 30 40]"category": "Text""text": "hello"}', 5),
+        ('{"category": "Text", "text": "hello" "bbox": [1, 2, 30, 40]}', 1),
+    ],
+)
+@pytest.mark.parametrize("around", ["[{cell}]", "[{cell}, {other}]", "[{other}, {cell}"])
+def test_a_missing_comma_in_a_cell_costs_neither_text_nor_box(cell: str, missing: int, around: str) -> None:
+    layout = read(around.format(cell=cell, other=WORLD))
+    assert HELLO_CELL in layout.cells
+    assert (WORLD_CELL in layout.cells) == ("{other}" in around)
+    assert f"missing commas inside cells added: {missing}" in layout.repairs
+
+
+@pytest.mark.parametrize(
+    ("text", "read_as"),
+    [(r"a \frac, [1 2] \"text\": \"x\" y", r'a \frac, [1 2] "text": "x" y'), ('a "b" c [1 2]', 'a "b" c [1 2]')],
+)
+def test_a_missing_comma_beside_another_fault_costs_neither_text_nor_box(text: str, read_as: str) -> None:
+    layout = read(f'[{{"bbox": [1, 2 30, 40] "category": "Text" "text": "{text}"}}]')
+    assert layout.cells == (Cell("Text", Box(1, 2, 30, 40), read_as),)
+
+
 def test_a_single_cell_counts_as_a_list() -> None:
     assert read(HELLO) == Layout((HELLO_CELL,), ("single cell taken for a list",))
 
@@ -439,13 +467,21 @@ def test_plain_text_joins_the_texts_in_order() -> None:
         ("<table><tr><td>a<script>x</script></td></tr></table>", "a"),
         ("a | b", "a | b"),
         ("<table></table>", ""),
+        ("<tr><td rowspan=2>a</td><td>b</td></tr><tr><td>c</td></tr><tr><td>d</td></tr>", "a\tb\n\tc\nd"),
+        ("<tr><td>a</td><td rowspan='2'>b</td><td>c</td></tr><tr><td>d</td><td>e</td></tr>", "a\tb\tc\nd\t\te"),
+        ("<tr><td colspan=2>a</td><td>b</td></tr><tr><td>c</td><td>d</td><td>e</td></tr>", "a\t\tb\nc\td\te"),
+        ("<tr><td colspan=2 rowspan=3>a</td><td>b</td></tr><tr></tr><tr><td>c</td></tr>", "a\t\tb\n\t\tc"),
+        ("<tr><th colspan=3>a</th></tr><tr><td>b</td></tr>", "a\nb"),
+        ("<tr><td rowspan=0>a</td><td rowspan=x colspan=>b</td></tr><tr><td>c</td></tr>", "a\tb\nc"),
     ],
 )
 def test_plain_text_of_a_table_has_a_line_for_each_row(table: str, text: str) -> None:
     assert plain_text([Cell("Table", None, table)]) == text
 
 
-@pytest.mark.parametrize("piece", ["<!--", "<a ", "<a href=", "<table>", "<b><p>", "<"])
+@pytest.mark.parametrize(
+    "piece", ["<!--", "<a ", "<a href=", "<table>", "<b><p>", "<", "<tr><td colspan=9999 rowspan=9999>"]
+)
 def test_no_table_takes_long(piece: str) -> None:
     began = time.monotonic()
     plain_text([Cell("Table", None, piece * 30_000)])
