@@ -625,6 +625,7 @@ def test_the_report_counts_pages_and_engines(tmp_path: Path, out: Path) -> None:
         "unchanged": 0,
         "pages": 4,
         "failed_pages": 1,
+        "blank_pages": 0,
         "engines": {"vllm": 3},
         "pages_read": 3,
     }

@@ -5,6 +5,7 @@ import json
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,16 @@ def test_loading_is_told_from_reading() -> None:
     assert (result.first_seconds or 0) >= 3.1
     assert 1.8 < (result.load_seconds or 0) < (result.first_seconds or 0)
     assert (result.loads[0].p95 or 3) < 2.5  # the page that waited for loading is in no other number
+
+
+def test_the_engines_that_read_behind_a_server_are_named() -> None:
+    class Behind(Scripted):
+        async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
+            answer = await super().read(page, task, seconds)
+            blank = replace(answer, text="", model="nobody")
+            return (answer, replace(answer, engine="tesseract", model="eng"), blank)[page.number - 1]
+
+    assert measured(Behind(name="vllm"), sheets(3)).model == "made up, tesseract (eng)"
 
 
 def test_every_reading_has_an_image_of_its_own() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from support import LINES, FakeServer, encrypted_pdf, pdf_of, reply
+from werkzeug import Response
 
 import dots_ocr_client
 from dots_ocr_client.cli import main, read
@@ -326,6 +327,32 @@ def test_what_is_passed_over_in_a_folder_is_said(
     status, output, messages = run("read", sheet_file.parent, "--out", tmp_path / "out", "--json")
     assert (status, json.loads(output)["skipped"]) == (0, {".mp3": 1})
     assert messages.splitlines()[-1].endswith("; passed over: 1 x .mp3")
+
+
+def test_a_blank_page_is_reported_as_such(server: FakeServer, blank_pages: Path, tmp_path: Path, run: Run) -> None:
+    server.text = ""
+    status, _, messages = run("read", blank_pages, "--out", tmp_path / "out")
+    assert (status, "3 pages: 3 blank; 3 now, in " in messages) == (0, True)
+    status, _, messages = run("read", blank_pages, "--pages", "2")
+    assert (status, messages.startswith("page 2: blank, found in ")) == (0, True)
+    assert run("view", tmp_path / "out" / "three.pdf.json")[0] == 0
+    assert "blank, mode layout, " in (tmp_path / "out" / "three.pdf.view.html").read_text()
+
+
+def test_an_upgrade_reads_again_what_another_engine_read_behind_the_server(
+    server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run
+) -> None:
+    def answer() -> Response:
+        message = {"role": "assistant", "content": LAYOUT}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return reply({"id": "1", "model": "dots.ocr", "choices": [choice], "dots_ocr": {"engine": "tesseract"}})
+
+    server.answer = answer
+    out = tmp_path / "out"
+    assert "1 page: 1 by tesseract; 1 now" in run("read", sheet_file, "--out", out)[2]
+    server.answer, server.script = None, [(LAYOUT, "stop")]
+    assert "1 page: 1 by vllm; 1 now" in run("read", sheet_file, "--out", out, "--upgrade")[2]
+    assert "1 unchanged" in run("read", sheet_file, "--out", out, "--upgrade")[2]
 
 
 def test_the_second_run_has_nothing_to_do(server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run) -> None:

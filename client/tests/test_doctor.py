@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import FakeServer, reply
+from support import FakeServer, card, reply
 
 from dots_ocr_client import doctor
 from dots_ocr_client.doctor import ANSWER_TOKENS, QWEN_PACKAGES, SAMPLE, Check, examine
+from dots_ocr_client.engines.server import SERVICE
 from dots_ocr_client.engines.vllm import VLLMEngine
 
 SERVER = ["server", "version", "model", "key", "context", "page"]
@@ -241,6 +242,25 @@ def test_a_context_too_short_for_an_a4_page_names_the_length_that_is_enough(heal
 def test_a_server_that_does_not_tell_its_context_is_not_blamed(healthy: FakeServer) -> None:
     healthy.models = {"dots.ocr": None}
     assert checks_of(healthy.base_url)["context"].status == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("root", "reader", "amiss"),
+    [("tesseract", "tesseract", ["model", "page"]), ("vllm,tesseract", "tesseract", ["page"]), ("vllm", "vllm", [])],
+)
+def test_it_says_who_reads_behind_a_service(root: str, reader: str, amiss: list[str], healthy: FakeServer) -> None:
+    service = {**card("dots.ocr", 131_072, root), "owned_by": SERVICE}
+    attempt = {"engine": "vllm", "outcome": "failed", "error": "E", "reason": "it is gone", "seconds": 1.5}
+    about = {"engine": reader, "model": "eng", "attempts": [attempt] * (reader != "vllm")}
+    choice = {"index": 0, "message": {"role": "assistant", "content": SAMPLE}, "finish_reason": "stop"}
+    healthy.models_answer = lambda: reply({"data": [service]})
+    healthy.answer = lambda: reply({"id": "1", "model": "dots.ocr", "choices": [choice], "dots_ocr": about})
+    checks = checks_of(healthy.base_url)
+    assert by_status(checks, "warning") == amiss
+    assert checks["version"].detail == "dots-ocr serve 0.25.1"
+    assert "model" not in amiss or "read by tesseract, not by dots.ocr" in checks["model"].detail
+    if "page" in amiss:
+        assert "by tesseract (eng): vllm failed after 1.50 s: E: it is gone" in checks["page"].detail
 
 
 def test_a_server_that_does_not_tell_its_version_is_not_blamed(healthy: FakeServer) -> None:

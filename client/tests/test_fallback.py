@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from PIL import Image
 from support import LINES, FakeServer
 
 from dots_ocr_client import (
@@ -227,6 +228,32 @@ def test_engines_behind_the_first_that_delivers_are_not_asked(page: PageImage) -
     second = Scripted("second", "unused")
     assert read([Scripted("first", "text"), second], page).text == "text"
     assert second.seconds == []
+
+
+@pytest.mark.parametrize("text", ["", "[]"])
+def test_a_blank_page_is_nobodys_work(text: str, server: FakeServer) -> None:
+    server.script = [(text, "stop")]
+    blank = PageImage.of(1, Image.new("RGB", (560, 560), "white"))
+    for engine in (VLLMEngine(server.base_url), TesseractEngine(), Scripted("careless", "")):
+        result = read([engine], blank, "layout")
+        assert (result.text, result.cells, result.engine, result.model) == ("", (), "", "")
+        assert Page.from_dict(result.to_dict()) == result
+
+
+def test_a_page_without_text_that_is_not_blank_has_a_reader(page: PageImage) -> None:
+    picture = Answer("layout_only", "", "model", (Cell("Picture", Box(0, 0, 9, 9)),))
+    for answer in ("", picture):
+        assert read([Scripted("first", answer)], page).engine == "first"
+    blank = PageImage.of(1, Image.new("RGB", (560, 560), "white"))
+    assert read([Scripted("first", "a faint word")], blank).engine == "first"
+
+
+def test_the_engine_behind_a_server_has_read_the_page(page: PageImage) -> None:
+    inner = Attempt("vllm", "failed", "ServerUnavailable", "cannot reach it", 1.0)
+    answer = Answer("text", "text", "rus", engine="tesseract", attempts=(inner,))
+    result = read([Scripted("first", UnusableAnswer("no")), Scripted("second", answer)], page)
+    assert (result.engine, result.model) == ("tesseract", "rus")
+    assert [attempt.engine for attempt in result.attempts] == ["first", "vllm"]
 
 
 # Time

@@ -28,7 +28,9 @@ from dots_ocr_client import (
 )
 from dots_ocr_client.engines import server as transport
 from dots_ocr_client.engines import vllm
+from dots_ocr_client.engines.server import ENGINE_HEADER
 from dots_ocr_client.errors import UnusableAnswer
+from dots_ocr_client.results import Attempt
 
 GRAY = PageImage.of(1, Image.new("RGB", (280, 280), "gray"))
 JSON, STREAM = "application/json", "text/event-stream"
@@ -103,6 +105,57 @@ def outcome(body: str | bytes, kind: str = JSON, mode: Mode = "text", **more: An
 @pytest.mark.attack("an answer that is nested, typed wrongly, huge, cut or no text", "one page's failure")
 def test_an_answer_of_any_kind_is_one_page_s_failure(body: str | bytes, kind: str, expected: str) -> None:
     assert outcome(body, kind, stream=kind == STREAM) in expected.split("|")
+
+
+KEY = "sesame-open"
+ATTEMPT: dict[str, Any] = {"engine": "vllm", "outcome": "failed", "error": "E", "reason": "gone", "seconds": 1.5}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("header", "about", "engine", "model", "attempts"),
+    [
+        (None, None, None, "dots.ocr", ()),
+        ("vllm", None, "vllm", "dots.ocr", ()),
+        ("cpu", None, "cpu", "dots.ocr", ()),
+        ("cpu", {"engine": "tesseract", "model": "rus"}, "tesseract", "rus", ()),
+        (
+            None,
+            {"engine": "textlayer", "model": "pdfium 1", "attempts": [ATTEMPT]},
+            "textlayer",
+            "pdfium 1",
+            (ATTEMPT,),
+        ),
+        (None, {"engine": "e" * 65, "attempts": [{**ATTEMPT, "seconds": -1}]}, None, "dots.ocr", ()),
+        (None, {"engine": "a\u0439", "attempts": [7]}, None, "dots.ocr", ()),
+        (None, {"engine": f"key {KEY}", "attempts": {"a": 1}}, None, "dots.ocr", ()),
+        (None, {"engine": "", "model": ""}, None, "dots.ocr", ()),
+        (None, {"attempts": [{**ATTEMPT, "more": 1}]}, None, "dots.ocr", ()),
+        ("tesseract\xe9", [], None, "dots.ocr", ()),
+    ],
+)
+def test_a_server_is_believed_who_read_the_page_if_that_can_be(
+    header: str | None, about: Any, engine: str | None, model: str, attempts: tuple[Any, ...], stream: bool
+) -> None:
+    headers = {} if header is None else {ENGINE_HEADER: header.encode("latin-1")}
+    if stream:
+        body = events(piece("te"), {**piece("xt", "stop"), "dots_ocr": about})
+        answer = httpx2.Response(200, content=body, headers={"Content-Type": STREAM, **headers})
+    else:
+        answer = httpx2.Response(200, json=completion(dots_ocr=about), headers=headers)
+    found = ask(answering(answer), GRAY, api_key=KEY, stream=stream)
+    assert (found.engine, found.model) == (engine, model)
+    assert found.attempts == tuple(Attempt(**one) for one in attempts)
+    told = engine not in (None, "vllm")
+    assert found.warnings == ((f"the server had {engine} ({model}) read the page",) if told else ())
+
+
+def test_attempts_of_a_server_hold_no_key_and_no_half_characters() -> None:
+    about = {"engine": "tesseract", "attempts": [{**ATTEMPT, "reason": f"a\ud800\n{KEY}" + "x" * 9_999}] * 999}
+    found = ask(answering(httpx2.Response(200, content=json.dumps(completion(dots_ocr=about)))), GRAY, api_key=KEY)
+    assert len(found.attempts) == transport.WARNINGS
+    assert found.attempts[0].reason.startswith("a\ufffd ***xxx")
+    assert len(found.attempts[0].reason) <= 2_000
 
 
 @pytest.mark.parametrize(

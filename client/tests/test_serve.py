@@ -47,7 +47,7 @@ from dots_ocr_client import (
     serve_http,
 )
 from dots_ocr_client.cli import main
-from dots_ocr_client.errors import ConfigurationError, EngineError, RequestRejected, ServerUnavailable
+from dots_ocr_client.errors import ConfigurationError, EngineError, RequestRejected, ServerUnavailable, UnusableAnswer
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
 from dots_ocr_client.serve_api import Refused
 
@@ -222,7 +222,29 @@ def test_this_projects_own_client_reads_text_and_layout(start: Serve, sheet: Ima
             assert page.mode == mode
             assert [line for line in page.text.splitlines() if line] == list(LINES)
             assert page.warnings == ("the server had tesseract (eng) read the page",)
+            assert (page.engine, page.model, page.attempts) == ("tesseract", "eng", ())
     assert page.cells
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_engine_that_read_the_page_is_known_behind_two_services(
+    stream: bool, start: Serve, engine: ScriptedEngine
+) -> None:
+    engine.name, engine.error = "qwen", UnusableAnswer("nonsense")
+    inner = start(engine, ScriptedEngine("tesseract"))
+    outer = start(VLLMEngine(f"{inner}/v1", stream=stream))
+    with DotsOCR(engines=[VLLMEngine(f"{outer}/v1", stream=stream)]) as ocr:
+        page = ocr.read_page(Image.new("RGB", (1000, 333), "black"), mode="text")
+    assert (page.engine, page.model, page.text) == ("tesseract", "script", "read")
+    assert [(attempt.engine, attempt.error) for attempt in page.attempts] == [("qwen", "UnusableAnswer")]
+    assert metric(outer, 'dots_ocr_engine_pages_total{engine="tesseract",outcome="read"}') == 1
+
+
+def test_names_of_engines_that_are_not_known_do_not_fill_the_metrics(start: Serve, engine: ScriptedEngine) -> None:
+    engine.name = "made-up"
+    outer = start(VLLMEngine(f"{start(engine)}/v1"))
+    assert post(outer, ask(picture(), TEXT)).headers["X-Dots-OCR-Engine"] == "made-up"
+    assert metric(outer, 'dots_ocr_engine_pages_total{engine="other",outcome="read"}') == 1
 
 
 @pytest.mark.parametrize("size", [(1000, 333), (20, 90), (4000, 3500)])
@@ -269,6 +291,8 @@ def test_a_blank_page_has_an_empty_layout(url: str, engine: ScriptedEngine) -> N
     with DotsOCR(engines=[VLLMEngine(f"{url}/v1")]) as ocr:
         page = ocr.read_page(Image.new("RGB", (560, 560), "white"))
     assert (page.mode, page.text, page.cells) == ("layout", "", ())
+    assert (page.engine, page.model, page.warnings) == ("", "", ("as told",))
+    assert metric(url, 'dots_ocr_engine_pages_total{engine="none",outcome="read"}') == 1
 
 
 # What is asked for

@@ -33,6 +33,9 @@ def page(number: int, engine: str = "vllm", text: str = "Grüße,\nÖl & <Wasser
     return Page(number, 1000, 1400, "layout", text, cells, engine, "dots.ocr", 1.5)
 
 
+BLANK = Page(1, 100, 100, "layout", "", (), "", "", 0.1)
+
+
 def failed(number: int) -> FailedPage:
     return FailedPage(number, "AllEnginesFailed", "no engine could read it -->")
 
@@ -261,3 +264,16 @@ def test_an_output_that_cannot_be_finished_leaves_nothing_and_the_old_one_stays(
         file.writelines([b"new", None])  # type: ignore[list-item]
     assert names(tmp_path) == {"a.json"}
     assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_blank_page_is_final_and_nobodys(tmp_path: Path) -> None:
+    finish(tmp_path, [BLANK, page(2, "tesseract")])
+    with opened(tmp_path) as store:
+        assert store.summary() == Summary(2, 0, {"tesseract": 1})
+        store.reopen()
+        assert wanted(store, range(1, 3), **ALWAYS) == [2]
+        store.record(page(2))
+        store.assemble(FORMATS, headers=True)
+    with opened(tmp_path) as store:
+        assert store.is_unchanged(FORMATS, headers=True, **ALWAYS)
+        assert store.summary() == Summary(2, 0, {"vllm": 1})

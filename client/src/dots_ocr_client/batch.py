@@ -102,7 +102,7 @@ class DocumentReport:
             ``unchanged`` (nothing was left to do).
         pages: All pages that are in the outputs, those that failed included.
         failed_pages: Those that could not be read.
-        engines: Pages by the name of the engine that read them.
+        engines: Pages by the name of the engine that read them; blank ones are nobody's.
         pages_read: Pages that this run read.
         seconds: How long it took.
         error: Why it failed, or why the first of its pages did.
@@ -146,12 +146,14 @@ class Report:
         engines: Counter[str] = Counter()
         for document in self.documents:
             engines.update(document.engines)
+        pages = sum(document.pages for document in self.documents)
         pages_read = sum(document.pages_read for document in self.documents)
         return {
             "documents": len(self.documents),
             **{name: status[name] for name in ("read", "partial", "failed", "unchanged")},
-            "pages": sum(document.pages for document in self.documents),
-            "failed_pages": sum(document.failed_pages for document in self.documents),
+            "pages": pages,
+            "failed_pages": (failed := sum(document.failed_pages for document in self.documents)),
+            "blank_pages": pages - failed - engines.total(),
             "engines": dict(sorted(engines.items())),
             "pages_read": pages_read,
             "pages_per_second": round(pages_read / self.seconds, 3) if self.seconds else 0.0,

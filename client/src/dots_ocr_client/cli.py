@@ -330,7 +330,8 @@ def _written(document: Document, form: Format, headers: bool) -> str:
 
 
 def _provenance(page: Page) -> str:
-    notes = [f"page {page.number}: {page.engine} ({page.model}) answered in {page.seconds:.2f} s"]
+    reader = f"{page.engine} ({page.model}) answered" if page.engine else "blank, found"
+    notes = [f"page {page.number}: {reader} in {page.seconds:.2f} s"]
     notes += [str(attempt) for attempt in page.attempts]
     notes += page.warnings
     return " ".join("; ".join(notes).split())
@@ -388,6 +389,7 @@ def _summarize(report: Report, out: Path, as_json: bool) -> int:
         f"{totals[state]} {state}" for state in ("read", "unchanged", "partial", "failed") if totals[state]
     )
     by = ", ".join(f"{number} by {name}" for name, number in totals["engines"].items())
+    by += f"{', ' * bool(by)}{totals['blank_pages']} blank" * bool(totals["blank_pages"])
     documents, pages = count(totals["documents"], "document"), count(totals["pages"], "page")
     said = f"{documents}{': ' * bool(states)}{states}; {pages}{': ' * bool(by)}{by}"
     rate = f"; {totals['pages_read']} now, in {report.seconds:.1f} s ({totals['pages_per_second']:.1f} pages/s)"

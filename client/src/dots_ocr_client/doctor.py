@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +22,10 @@ from PIL import Image, ImageDraw, ImageFont
 from . import images
 from .documents import PageImage
 from .engines.base import Engine, Task
+from .engines.server import SERVICE
 from .errors import NAMES, DotsOCRError, EngineMissing, NotApplicable, Unauthorized, UnusableAnswer
 from .prompts import MODES
+from .store import FIRST_ENGINE
 
 if TYPE_CHECKING:
     from .engines.vllm import VLLMEngine
@@ -122,7 +124,7 @@ async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
     reached = Check("server", "ok", f"{engine.base_url} answers", seconds=time.monotonic() - started)
     served = {str(card.get("id")): card for card in cards}
     accepted = Check("key", "ok", "the server lists its models to us")
-    checks = [reached, await _version(engine, seconds), _model(engine.model, list(served)), accepted]
+    checks = [reached, await _version(engine, seconds, cards), _model(engine.model, served), accepted]
     if engine.model not in served:
         why, fix = "the model is not served", "choose a model that is served first"
         return [*checks, _skipped("context", why, fix), _skipped("page", why, fix)]
@@ -141,19 +143,24 @@ def _skipped(name: str, why: str, fix: str) -> Check:
     return Check(name, "skipped", why, fix)
 
 
-async def _version(engine: VLLMEngine, seconds: float) -> Check:
+async def _version(engine: VLLMEngine, seconds: float, cards: Sequence[Mapping[str, Any]] = ()) -> Check:
     try:
         said = await _within(seconds, engine.version(seconds))
     except (DotsOCRError, TimeoutError):
         said = None
     if said is None:
         return _skipped("version", "the server does not tell its version", "none needed: some gateways hide it")
-    return Check("version", "ok", f"vLLM {said}")
+    service = any(card.get("owned_by") == SERVICE for card in cards)
+    return Check("version", "ok", f"{'dots-ocr serve' if service else 'vLLM'} {said}")
 
 
-def _model(model: str, served: list[str]) -> Check:
+def _model(model: str, served: Mapping[str, Mapping[str, Any]]) -> Check:
     more = f" and {len(served) - NAMES} more" * (len(served) > NAMES)
-    names = (", ".join(repr(name[:200]) for name in served[:NAMES]) or "none") + more
+    names = (", ".join(repr(name[:200]) for name in [*served][:NAMES]) or "none") + more
+    card = served.get(model, {})
+    if card.get("owned_by") == SERVICE and FIRST_ENGINE not in str(card.get("root")).split(","):
+        detail = f"dots-ocr serve answers to {model!r}, and has pages read by {card.get('root')}, not by dots.ocr"
+        return Check("model", "warning", detail, "none if this is meant; else give the address of a host with a GPU")
     if model in served:
         return Check("model", "ok", f"{model!r} is served, of: {names}")
     fix = f"ask for one of these with --model, or start the server with --served-model-name {model}"
@@ -257,6 +264,10 @@ async def _read(name: str, engine: Engine, seconds: float, fix: str) -> Check:
     else:
         if _alike(answer.text) < ALIKE:
             detail = f"a test page that says {SAMPLE!r} was read as {answer.text[:200]!r}"
+        elif answer.engine not in (None, engine.name):
+            detail = f"a test page was read as it is, but by {answer.engine} ({answer.model}): "
+            detail += "; ".join(map(str, answer.attempts)) or "the server does not say why"
+            fix = "none if this is meant; else see why dots.ocr did not read it"
     took = time.monotonic() - started
     if detail:
         return Check(name, "warning", detail, fix, took)

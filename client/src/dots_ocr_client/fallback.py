@@ -11,7 +11,7 @@ from typing import Final, Literal, get_args
 
 from .breaker import Breaker
 from .documents import PageImage
-from .engines.base import Answer, Engine, Task
+from .engines.base import Answer, Engine, Task, is_blank
 from .errors import (
     AllEnginesFailed,
     CircuitOpen,
@@ -123,6 +123,8 @@ class Chain:
                 except EngineError as error:
                     failure = error
                 else:
+                    if not (answer.text or answer.cells) and await asyncio.to_thread(is_blank, page):
+                        answer = replace(answer, engine="", model="")
                     return _page(page, engine, answer, before - clock.left, tuple(clock.attempts.values()))
                 _note(clock, engine, failure, before - clock.left)
                 if not _is_absence(failure, breaker) or self._on_unavailable == "fallback":
@@ -277,12 +279,12 @@ def _page(page: PageImage, engine: Engine, answer: Answer, seconds: float, attem
             cell if cell.box is None else replace(cell, box=Box(*cell.box).within(page.width, page.height))
             for cell in answer.cells
         ),
-        engine=engine.name,
+        engine=engine.name if answer.engine is None else answer.engine,
         model=answer.model,
         seconds=round(seconds, 3),
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,
         finish_reason=answer.finish_reason,
-        attempts=attempts,
+        attempts=(*attempts, *answer.attempts),
         warnings=(*page.warnings, *answer.warnings),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
@@ -92,13 +92,14 @@ class Page:
         mode: How it was read; not the mode that was asked for where that failed, see `warnings`.
         text: Plain text in reading order; empty for a blank page. From a layout, the texts of its cells.
         cells: The layout; empty for a blank page, and in modes and engines that have none.
-        engine: Name of the engine that delivered it, such as ``vllm`` or ``tesseract``.
-        model: The model as the server names it; for Tesseract its languages.
+        engine: Name of the engine that read it, such as ``vllm`` or ``tesseract``: behind a server that tells, the one
+            that the server had read it. Empty for a blank page, which is nobody's work.
+        model: The model as the server names it; for Tesseract its languages. Empty for a blank page.
         seconds: Time that this engine took, without earlier attempts.
         prompt_tokens: Tokens of the image and the prompt, as the server counted them, if it did.
         completion_tokens: Tokens of the answer, as above.
         finish_reason: Why the model stopped; ``None`` for an engine that has no such thing.
-        attempts: The engines that were tried or skipped before this one.
+        attempts: The engines that were tried or skipped before this one, those of the server included.
         warnings: What a reader of the text should know: every repair of the answer, a smaller image, another mode.
     """
 
@@ -334,6 +335,14 @@ def _cell(values: Any, width: int, height: int) -> Cell:
 
 def _tuples(read: Mapping[str, Any]) -> dict[str, Any]:
     """Return the lists that both kinds of page have, as they have them."""
-    attempts = tuple(Attempt(**_checked("an attempt", one, _ATTEMPT)) for one in read.get("attempts", ()))
     warnings = {"warnings": tuple(read["warnings"])} if "warnings" in read else {}
-    return {"attempts": attempts, **warnings}
+    return {"attempts": attempts_of(read.get("attempts", ())), **warnings}
+
+
+def attempts_of(values: Iterable[Any]) -> tuple[Attempt, ...]:
+    """Return attempts of their fields.
+
+    Raises:
+        ValueError: One of them is none; the message names the field.
+    """
+    return tuple(Attempt(**_checked("an attempt", one, _ATTEMPT)) for one in values)

@@ -32,6 +32,7 @@ from . import __version__, serve_http
 from .credentials import bare
 from .documents import PageImage
 from .engines.base import Engine
+from .engines.defaults import ENGINES
 from .engines.server import SERVICE
 from .errors import (
     AllEnginesFailed,
@@ -86,7 +87,8 @@ _Handler = Callable[[Request], Awaitable[Response]]
 class _Metrics:
     """What ``/metrics`` tells, apart from other services in the same process."""
 
-    def __init__(self, waiting: Callable[[], int], in_flight: Callable[[], int]) -> None:
+    def __init__(self, waiting: Callable[[], int], in_flight: Callable[[], int], engines: Iterable[str]) -> None:
+        self._engines = frozenset((*ENGINES, *engines))
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
         self.requests = prometheus_client.Counter(
@@ -94,7 +96,7 @@ class _Metrics:
         )
         self.engine_pages = prometheus_client.Counter(
             "dots_ocr_engine_pages",
-            "Pages that an engine was asked for, by what became of it: read, failed or skipped",
+            "Pages that an engine was asked for, by what became of it: read, failed or skipped; blank ones are by none",
             ["engine", "outcome"],
             registry=self.registry,
         )
@@ -119,8 +121,15 @@ class _Metrics:
             prometheus_client.Gauge(f"dots_ocr_pages_{name}", text, registry=self.registry).set_function(count)
 
     def note(self, page: Page) -> None:
-        self.engine_pages.labels(page.engine, "read").inc()
-        self.engine_seconds.labels(page.engine).observe(page.seconds)
+        self.count(page.engine, "read")
+        self.engine_seconds.labels(self._label(page.engine)).observe(page.seconds)
+
+    def count(self, engine: str, outcome: str) -> None:
+        self.engine_pages.labels(self._label(engine), outcome).inc()
+
+    def _label(self, engine: str) -> str:
+        """Take no name from another server that is not known: each would stay in memory."""
+        return engine if engine in self._engines else "other" if engine else "none"
 
 
 class Service:
@@ -164,7 +173,7 @@ class Service:
         # Pages that are drawn and wait for an engine take up to 34 MB each.
         self._turns = asyncio.Semaphore(2 * self._rasterizer.workers)
         self._body_bytes, self._most_body_bytes = 0, max(MAX_BODY_BYTES, int(BODY_SHARE * memory()))
-        self._metrics = _Metrics(self._waiting, self._in_flight)
+        self._metrics = _Metrics(self._waiting, self._in_flight, (engine.name for engine in engines))
         self._probing = asyncio.Lock()
         self._health: tuple[float, dict[str, str]] = float("-inf"), {}
 
@@ -330,7 +339,7 @@ class Service:
 
     def _note(self, attempts: Sequence[Attempt]) -> None:
         for attempt in attempts:
-            self._metrics.engine_pages.labels(attempt.engine, attempt.outcome).inc()
+            self._metrics.count(attempt.engine, attempt.outcome)
 
     def _failed(self, error: AllEnginesFailed) -> Refused:
         more: dict[str, Any] = {"dots_ocr": {"attempts": [asdict(attempt) for attempt in error.attempts]}}

@@ -17,12 +17,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from . import images, layout
 from .documents import PageImage
 from .engines.base import Task
+from .engines.server import ENGINE_HEADER
 from .errors import InputError
 from .prompts import MODES, PLACEHOLDER, Mode
 from .results import Box, Page
-
-ENGINE_HEADER: Final = "X-Dots-OCR-Engine"
-"""Of every answer: the engine that read the page."""
 
 MAX_PARTS: Final = 100_000
 """Commas and brackets of a request (our own choice: there are some 20, and those of the prompt)."""

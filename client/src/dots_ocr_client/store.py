@@ -149,7 +149,7 @@ class Summary:
     Attributes:
         pages: All pages, those that failed included.
         failed_pages: Those that could not be read.
-        engines: Pages by the name of the engine that read them.
+        engines: Pages by the name of the engine that read them; blank ones are nobody's.
     """
 
     pages: int
@@ -160,7 +160,7 @@ class Summary:
 class _Entry(NamedTuple):
     offset: int
     length: int
-    engine: str | None  # None: the page failed
+    engine: str | None  # None: the page failed; empty: it is blank
 
 
 class Store:
@@ -241,7 +241,7 @@ class Store:
         entry = self._entries.get(number)
         if entry is None:
             return True
-        return retry_failed if entry.engine is None else upgrade and entry.engine != FIRST_ENGINE
+        return retry_failed if entry.engine is None else upgrade and entry.engine not in (FIRST_ENGINE, "")
 
     def record(self, page: Page | FailedPage) -> bool:
         """Append a page, so that the death of this process does not lose it.
@@ -277,8 +277,9 @@ class Store:
         """Count the pages that are there."""
         if self.finished is not None and not self._entries:
             return Summary(self.finished["pages"], self.finished["failed_pages"], dict(self.finished["engines"]))
-        engines = Counter(entry.engine for entry in self._entries.values() if entry.engine is not None)
-        return Summary(len(self._entries), len(self._entries) - engines.total(), dict(sorted(engines.items())))
+        readers = [entry.engine for entry in self._entries.values()]
+        engines = Counter(reader for reader in sorted(filter(None, readers)))
+        return Summary(len(readers), readers.count(None), dict(engines))
 
     def assemble(self, formats: frozenset[str], *, headers: bool) -> None:
         """Make the outputs, one page in memory at a time, and delete the journal.

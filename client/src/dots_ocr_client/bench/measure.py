@@ -68,7 +68,7 @@ class Measurement:
     Attributes:
         engine: Its name.
         unavailable: Why it was not measured; everything below is empty then.
-        model: What exactly read the pages.
+        model: What exactly read the pages; behind a server that tells, the engines that it had read them.
         first_seconds: How long the first page took, with everything that is loaded for it; ``None`` if it failed.
         load_seconds: How much longer that was than the same page once more.
         loads: By pages at once, ascending.
@@ -190,9 +190,14 @@ async def measure(
         whole = whole or readings[: len(pages)]
     errors, compared = await asyncio.to_thread(_character_errors, whole)
     answers = [reading.answer for reading in (first, *whole) if reading.answer is not None]
+    readers = dict.fromkeys(
+        f"{one.engine} ({one.model})" if one.engine not in (None, engine.name) else one.model
+        for one in answers
+        if one.text or one.cells
+    )
     return Measurement(
         engine=engine.name,
-        model=answers[0].model if answers else None,
+        model=", ".join(readers) or None,
         first_seconds=first.seconds if first.answer else None,
         load_seconds=max(0.0, first.seconds - again.seconds) if first.answer and again.answer else None,
         loads=tuple(loads),

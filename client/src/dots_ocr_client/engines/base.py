@@ -8,11 +8,12 @@ from typing import Protocol
 
 from PIL import Image
 
+from .. import images
 from ..documents import PageImage
 from ..errors import RequestRejected
 from ..limiter import Limiter
 from ..prompts import Mode
-from ..results import Box, Cell
+from ..results import Attempt, Box, Cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Answer:
         completion_tokens: As above.
         finish_reason: Why the model stopped; ``None`` for an engine that has no such thing.
         warnings: What a reader of the text should know.
+        engine: Who read it, if that was not the engine itself: a server says that another one did.
+        attempts: What that server tried before.
     """
 
     mode: Mode
@@ -53,6 +56,8 @@ class Answer:
     completion_tokens: int | None = None
     finish_reason: str | None = None
     warnings: tuple[str, ...] = ()
+    engine: str | None = None
+    attempts: tuple[Attempt, ...] = ()
 
 
 class Engine(Protocol):
@@ -107,6 +112,11 @@ class Engine(Protocol):
     async def aclose(self) -> None:
         """Let go of connections and the like."""
         ...
+
+
+def is_blank(page: PageImage) -> bool:
+    """Tell whether a page shows nothing at all; that takes a moment."""
+    return images.is_blank(page.image)
 
 
 def cut_out(page: PageImage, box: Box) -> Image.Image:

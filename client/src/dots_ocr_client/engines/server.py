@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import math
 import re
 import time
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -29,6 +31,7 @@ from ..errors import (
     Unauthorized,
     UnusableAnswer,
 )
+from ..results import Attempt, attempts_of
 
 if TYPE_CHECKING:  # openai takes half a second to import, so it waits until it is needed
     import httpx2
@@ -59,9 +62,14 @@ LOOP_CHUNKS: Final = 64
 
 SERVICE: Final = "dots-ocr-client"
 """What ``dots-ocr serve`` says that its models are owned by; it never loops, so its answers need not be streamed."""
+ENGINE_HEADER: Final = "X-Dots-OCR-Engine"
+"""Names the engine that read the page, in every answer of ``dots-ocr serve`` and of this project's gateway."""
 PICTURE: Final = "data:image/png;base64,"
 """The URL of the picture in a request, which is put in behind it."""
 
+_ENGINE = re.compile(r"[a-z][\w.:/+ -]{0,63}", re.ASCII | re.IGNORECASE)
+# Of the answer that this task got last: the SDK hands over no headers beside what it makes of an answer.
+_engine: ContextVar[str | None] = ContextVar("engine", default=None)
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LENGTH = re.compile(r"context length|max(imum)?[ _-]model[ _-]len|max_(completion_)?tokens", re.IGNORECASE)
 
@@ -76,6 +84,8 @@ class Completion:
         prompt_tokens: As the server counted them, if it did.
         completion_tokens: As above.
         warnings: Of ``dots-ocr serve``, which engine read the page first of all.
+        engine: That engine, if the server tells.
+        attempts: Those that it tried before, as above.
     """
 
     text: str
@@ -83,6 +93,8 @@ class Completion:
     prompt_tokens: int | None
     completion_tokens: int | None
     warnings: tuple[str, ...] = ()
+    engine: str | None = None
+    attempts: tuple[Attempt, ...] = ()
 
 
 class Server:
@@ -324,16 +336,22 @@ class Server:
         if not isinstance(text, str):
             raise UnusableAnswer("the answer has no text: look at the server's log")
         tokens = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
-        return Completion(text, self._quote(model), *tokens, (*hidden, *self._warnings(about)))
-
-    def _warnings(self, about: Any) -> tuple[str, ...]:
-        """Take over what ``dots-ocr serve`` says beside its answer; other servers say nothing."""
-        if not isinstance(about, dict):
-            return ()
+        # dots-ocr serve says beside its answer who read the page, a gateway in a header, and other servers not at all.
+        about = about if isinstance(about, dict) else {}
+        engine = self._quote(about.get("engine", _engine.get()) or "")
+        model = self._quote(about.get("model") or model)
         warnings = about.get("warnings")
-        said = warnings[:WARNINGS] if isinstance(warnings, list) else ()
-        reader = f"{self._quote(about.get('engine'))} ({self._quote(about.get('model'))})"
-        return (f"the server had {reader} read the page", *(self._quote(one, 2_000) for one in said))
+        said = [self._quote(one, 2_000) for one in (warnings[:WARNINGS] if isinstance(warnings, list) else ())]
+        attempts: tuple[Attempt, ...] = ()
+        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
+            attempts = attempts_of(
+                {name: self._quote(value, 2_000) if isinstance(value, str) else value for name, value in one.items()}
+                for one in about["attempts"][:WARNINGS]
+            )
+        if not _ENGINE.fullmatch(engine):
+            return Completion(text, model, *tokens, (*hidden, *said), attempts=attempts)
+        by = (f"the server had {engine} ({model}) read the page",) if engine != "vllm" else ()
+        return Completion(text, model, *tokens, (*hidden, *by, *said), engine, attempts)
 
     def _quote(self, said: object, length: int = 300) -> str:
         """Return what a server said in one line, without the secrets, and cut off only then."""
@@ -468,6 +486,7 @@ async def _bound(response: httpx2.Response) -> None:
     """Bound the length of a response that is about to be read."""
     import httpx2
 
+    _engine.set(response.headers.get(ENGINE_HEADER))
     streamed = response.headers.get("content-type", "").partition(";")[0].strip() == "text/event-stream"
     longest = MAX_BODY_BYTES if streamed else min(MAX_ANSWER_BYTES, MAX_BODY_BYTES)
 

@@ -17,7 +17,7 @@ from ..errors import EngineError, EngineMissing
 from ..limiter import Limiter
 from ..prompts import Mode
 from ..results import Box, Cell
-from .base import Answer, Task, cut_out
+from .base import Answer, Task, cut_out, is_blank
 
 PAGE_LAYOUT, ONE_BLOCK = "3", "6"
 """Tesseract's page segmentation modes: find columns and blocks by itself (its default), or take all as one block."""
@@ -77,7 +77,7 @@ class TesseractEngine:
         cells = _cells(output, page) if task.mode == "layout" else ()
         text = "\n\n".join(cell.text for cell in cells) if task.mode == "layout" else output.rstrip()
         warnings = []
-        if not text and task.box is None and not await asyncio.to_thread(_is_blank, page):
+        if not text and task.box is None and not await asyncio.to_thread(is_blank, page):
             warnings.append("the page is not blank, but no text was found on it")
         return Answer(mode=task.mode, text=text, model=self.languages, cells=cells, warnings=tuple(warnings))
 
@@ -172,7 +172,3 @@ def _box(sent: Sequence[int], page: PageImage) -> Box:
 
 def _cut_out(page: PageImage, box: Box) -> bytes:
     return images.to_png(ImageOps.expand(cut_out(page, box), MARGIN, "white"))
-
-
-def _is_blank(page: PageImage) -> bool:
-    return images.is_blank(page.image)

@@ -30,7 +30,7 @@ from ..errors import (
 )
 from ..limiter import Limiter
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
-from .base import Answer, Task
+from .base import Answer, Task, is_blank
 from .server import MAX_COUNT, PICTURE, SERVICE, Completion, Server, is_about_length
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"
@@ -220,9 +220,11 @@ class VLLMEngine:
             completion_tokens=completion.completion_tokens,
             finish_reason="stop",
             warnings=completion.warnings,
+            engine=completion.engine,
+            attempts=completion.attempts,
         )
         if not completion.text.strip():
-            if await asyncio.to_thread(_is_blank, page):
+            if await asyncio.to_thread(is_blank, page):
                 return replace(answer, text="")
             raise UnusableAnswer("the answer is empty, but the page is not blank")
         if spec.answer == "text":
@@ -230,7 +232,7 @@ class VLLMEngine:
         seen, warnings = await self._seen(page, task.mode, completion.prompt_tokens, deadline)
         own = (page.width, page.height)
         found = await asyncio.to_thread(layout.parse, completion.text, seen, own, texts=spec.answer == "cells")
-        if not found.cells and not await asyncio.to_thread(_is_blank, page):
+        if not found.cells and not await asyncio.to_thread(is_blank, page):
             raise UnusableAnswer("the layout is empty, but the page is not blank")
         return replace(
             answer,
@@ -399,10 +401,6 @@ def _what_happened(error: UnusableAnswer, what: str) -> str:
     if isinstance(error, CutOff):
         return f"the {what} was cut off"
     return f"the {what} was of no use ({error})"
-
-
-def _is_blank(page: PageImage) -> bool:
-    return images.is_blank(page.image)
 
 
 def _left(deadline: float) -> float:
