@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import math
+import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageChops
 
 from dots_ocr_client import images
 
@@ -126,9 +128,79 @@ def test_metadata_is_not_sent() -> None:
     assert images.to_rgb(image).info == {}
 
 
-def test_a_png_holds_the_very_pixels(sheet: Image.Image) -> None:
+def photograph(width: int, height: int) -> Image.Image:
+    """Something smooth in colours, with grain."""
+    shades = (Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90))
+    grain = Image.effect_noise((width, height), 6)
+    return Image.merge("RGB", [ImageChops.add(shade.resize((width, height)), grain, 1, -128) for shade in shades])
+
+
+def pillows(image: Image.Image) -> int:
+    """The bytes of Pillow's own PNG at level 1, as RGB."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return len(buffer.getvalue())
+
+
+@pytest.fixture(params=["isal", "zlib"])
+def deflate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each of the two that may compress."""
+    images._deflate.cache_clear()
+    if request.param == "zlib":
+        monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)
+    yield request.param
+    images._deflate.cache_clear()
+
+
+def test_isal_compresses_where_it_is_installed(deflate: str) -> None:
+    assert images._deflate().__name__ == {"isal": "isal.isal_zlib", "zlib": "zlib"}[deflate]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (29, 127), (31, 128), (200, 129), (97, 385)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.usefixtures("deflate")
+def test_a_png_holds_the_very_pixels(size: tuple[int, int], mode: str) -> None:
+    image = photograph(*size)
+    image.paste((255, 0, 0), (0, 0, size[0] // 2, size[1] // 2 + 1))  # where each filter meets an edge
+    image = image.convert(mode)
+    with Image.open(io.BytesIO(images.to_png(image))) as decoded:
+        assert (decoded.format, decoded.mode) == ("PNG", mode)
+        assert (decoded.size, decoded.tobytes()) == (size, image.tobytes())
+
+
+@pytest.mark.parametrize("kind", images.FILTERS[3])
+@pytest.mark.usefixtures("deflate")
+def test_each_filter_is_the_one_that_decoders_know(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(images.FILTERS, 3, (kind,))
+    image = photograph(67, 200)
+    with Image.open(io.BytesIO(images.to_png(image))) as decoded:
+        assert decoded.tobytes() == image.tobytes()
+
+
+@pytest.mark.usefixtures("deflate")
+def test_a_page_without_colour_is_sent_as_grey_and_smaller(sheet: Image.Image) -> None:
+    png = images.to_png(sheet)
+    with Image.open(io.BytesIO(png)) as decoded:
+        assert (decoded.mode, decoded.convert("RGB").tobytes()) == ("L", sheet.tobytes())
+    assert len(png) < 0.75 * pillows(sheet)
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_one_pixel_with_the_least_colour_is_enough_to_be_sent_in_colour(sheet: Image.Image, channel: int) -> None:
+    sheet.putpixel((5, 7), tuple(254 if band == channel else 255 for band in range(3)))
     with Image.open(io.BytesIO(images.to_png(sheet))) as decoded:
-        assert (decoded.format, decoded.tobytes()) == ("PNG", sheet.tobytes())
+        assert (decoded.mode, decoded.tobytes()) == ("RGB", sheet.tobytes())
+
+
+@pytest.mark.usefixtures("deflate")
+def test_photographs_and_pages_with_one_do_not_grow(sheet: Image.Image) -> None:
+    picture = photograph(784, 512)
+    page = Image.new("RGB", (784, 1120), "white")
+    for top, part in ((0, sheet), (224, picture), (736, sheet)):
+        page.paste(part, (0, top))
+    grey = picture.convert("L").convert("RGB")
+    for image, limit in ((picture, 1.05), (page, 1.05), (grey, 0.8)):
+        assert len(images.to_png(image)) < limit * pillows(image)
 
 
 def test_only_an_empty_page_is_blank(sheet: Image.Image) -> None:

@@ -118,7 +118,7 @@ def test_a_box_is_sent_in_pixels_of_what_the_model_sees(engine: VLLMEngine, serv
 
 def test_the_page_is_sent_as_it_is(engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
     read(engine, page, "text")
-    assert sent_image(server.bodies[0]).tobytes() == page.image.tobytes()
+    assert sent_image(server.bodies[0]).convert("RGB").tobytes() == page.image.tobytes()
 
 
 def test_upstreams_sampling_and_the_loop_detector_are_sent(

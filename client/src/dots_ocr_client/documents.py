@@ -104,7 +104,7 @@ class PageImage:
         width: Of the page's own image in pixels, which boxes refer to: an image upright at its own size, a PDF's page
             as it was drawn, at 200 dpi or less.
         height: As above.
-        png: The page within the model's limits, as an upright 8-bit RGB PNG without metadata.
+        png: The page within the model's limits, as an upright 8-bit PNG, grey or RGB, without metadata.
         sent_width: Of ``png``, in pixels.
         sent_height: As above.
         warnings: What a reader of the results should know.

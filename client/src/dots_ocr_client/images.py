@@ -6,11 +6,15 @@ The numbers are those of dots.ocr's preprocessor: patches of 14 px, merged 2 x 2
 from __future__ import annotations
 
 import bisect
-import io
+import contextlib
+import functools
+import importlib
 import math
-from typing import Final
+import struct
+import zlib
+from typing import Any, Final
 
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 FACTOR: Final = 28
 """Both sides of what the model sees are multiples of this, in pixels."""
@@ -24,6 +28,17 @@ MAX_ASPECT: Final = 200
 BLANK_SPREAD: Final = 48
 """Grey levels (of 255) between the darkest and the lightest spot below which a page counts as blank. Our own choice:
 above the noise and shading of a scanned white sheet, below the faintest print that can be read."""
+
+AVERAGE: Final = 3
+FILTERS: Final[dict[int, tuple[int, ...]]] = {1: (0, 2), 3: (0, 2, AVERAGE)}
+"""Of rows in a PNG, by the bytes of a pixel: none, the difference from the row above, or from the mean of that and the
+pixel to the left (PNG specification, 9.2); Pillow computes these quickly."""
+BAND: Final = {1: 128, 3: 64}
+TRIED: Final = 8
+"""Rows that share a filter, by the bytes of a pixel, and those in their middle that it is tried on. Our own choice:
+shorter bands and more rows made pages smaller by 2 % at most."""
+LEVEL: Final = 2
+"""Of compression: ISA-L's default, which is 1 % smaller than its level 1 in the same time."""
 
 
 def smart_resize(width: int, height: int, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -119,10 +134,58 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_png(image: Image.Image) -> bytes:
-    """Encode without loss. Level 1 is about five times faster on scans than Pillow's default, and no larger."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    """Encode without loss: an image without colour as 8-bit grey, any other as 8-bit RGB.
+
+    Most of Pillow's time goes into a choice of filters for each row. Text compresses best without any, photographs with
+    one: here the rows of a band share the filter that makes some of them smallest.
+
+    Args:
+        image: Of mode ``RGB`` or ``L``; it is not changed.
+    """
+    deflate = _deflate()
+    samples, step = _samples(image)
+    rows = []
+    for top in range(0, image.height, BAND[step]):
+        bottom = min(top + BAND[step], image.height)
+        start = (top + max(top, bottom - TRIED)) // 2
+        tried = {kind: _filtered(samples, step, kind, start, min(start + TRIED, bottom)) for kind in FILTERS[step]}
+        kind = min(tried, key=lambda kind: len(deflate.compress(tried[kind], deflate.Z_BEST_SPEED)))
+        rows.append(_filtered(samples, step, kind, top, bottom))
+    header = struct.pack(">IIBBBBB", *image.size, 8, 0 if step == 1 else 2, 0, 0, 0)  # 8 bits; grey or RGB
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in ((b"IHDR", header), (b"IDAT", deflate.compress(b"".join(rows), LEVEL)), (b"IEND", b"")):
+        parts += struct.pack(">I", len(data)), name, data, struct.pack(">I", deflate.crc32(data, deflate.crc32(name)))
+    return b"".join(parts)
+
+
+@functools.cache
+def _deflate() -> Any:
+    """Return ISA-L, which compresses some five times faster than zlib; zlib where it is not installed."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("isal.isal_zlib")
+    return zlib
+
+
+def _samples(image: Image.Image) -> tuple[Image.Image, int]:
+    """Return the bytes of the rows as an image of mode ``L``, and how many make a pixel."""
+    first, *others = image.split()
+    if all(ImageChops.difference(first, other).getbbox() is None for other in others):
+        return first, 1
+    return Image.frombuffer("L", (3 * image.width, image.height), image.tobytes(), "raw", "L", 0, 1), 3
+
+
+def _filtered(samples: Image.Image, step: int, kind: int, top: int, bottom: int) -> bytes:
+    """Return rows as a PNG holds them: each behind the number of its filter, one of `FILTERS`."""
+    width = samples.width
+    rows = samples.crop((0, top, width, bottom))
+    if kind:
+        guess = samples.crop((0, top - 1, width, bottom - 1))  # the row above; black above the first
+        if kind == AVERAGE:
+            guess = Image.blend(samples.crop((-step, top, width - step, bottom)), guess, 0.5)
+        rows = ImageChops.subtract_modulo(rows, guess)
+    numbered = Image.new("L", (width + 1, bottom - top), kind)
+    numbered.paste(rows, (1, 0))
+    return numbered.tobytes()
 
 
 def is_blank(image: Image.Image) -> bool:

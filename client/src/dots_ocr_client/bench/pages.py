@@ -85,7 +85,7 @@ class BenchmarkPage:
         picture = self.image.image
         place = number % picture.width, number // picture.width % picture.height
         red, green, blue = picture.getpixel(place)  # type: ignore[misc]  # three numbers for mode RGB
-        picture.putpixel(place, (red, green, blue ^ 1))
+        picture.putpixel(place, (red ^ 1, green ^ 1, blue ^ 1))  # grey stays grey
         return replace(self.image, png=images.to_png(picture))
 
 
