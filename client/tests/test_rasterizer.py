@@ -333,6 +333,25 @@ def test_a_worker_may_not_take_all_memory_nor_leave_copies_of_documents_behind(d
     assert re.search(r"Max core file size +0 ", limits)
 
 
+def test_a_worker_keeps_the_memory_of_a_page_for_the_next_one() -> None:
+    async def run() -> list[int]:
+        rasterizer, taken = Rasterizer(1), []
+        with open_document(pdf_of((595, 842))) as document:
+            for _ in range(4):
+                await rasterizer.draw(document.reference(1))
+                (worker,) = rasterizer._idle
+                status = Path(f"/proc/{worker._process.pid}/stat").read_text()
+                taken.append(
+                    int(status.rpartition(")")[2].split()[7])
+                )  # pages of memory that the kernel gave it so far
+        rasterizer.close()
+        return taken
+
+    taken = asyncio.run(run())
+    assert taken[0] > 4000  # 16 MB, which the bitmap alone takes
+    assert taken[-1] - taken[-2] < 400
+
+
 def test_a_loop_in_a_thread_whose_tasks_are_cancelled_leaves_nothing_behind(document: OpenDocument) -> None:
     rasterizer = Rasterizer(1)
     started = threading.Event()
