@@ -68,6 +68,19 @@ def test_the_limit_grows_by_one_with_each_success_up_to_the_cap() -> None:
     asyncio.run(run())
 
 
+def test_a_client_that_knows_nothing_of_its_server_has_all_slots_after_one_round() -> None:
+    async def run() -> None:
+        slots = Limiter()
+        async with crowd(slots, 65):
+            first = slots.in_flight
+            for _ in range(first):
+                slots.succeeded()
+            await settle()
+            assert (first, slots.in_flight) == (16, limiter.CAP)
+
+    asyncio.run(run())
+
+
 def test_the_limit_does_not_grow_while_it_keeps_nobody_waiting() -> None:
     async def run() -> None:
         slots = Limiter(start=4, cap=8)
