@@ -13,7 +13,7 @@ from docling_core.types.doc.document import DoclingDocument, ProvenanceItem, Tab
 from docling_core.types.doc.labels import DocItemLabel
 
 from dots_ocr_client import Cell, Document, DotsOCR, Page
-from dots_ocr_client.layout import plain_text
+from dots_ocr_client.layout import table_rows
 
 LABELS = {
     "Caption": DocItemLabel.CAPTION,
@@ -58,7 +58,7 @@ def add(document: DoclingDocument, page: Page, cell: Cell) -> None:
 
 def table(cell: Cell) -> TableData:
     """Return a table's rows; a cell over several rows or columns stands in its first."""
-    rows = [line.split("\t") for line in plain_text([cell]).splitlines()]
+    rows = table_rows(cell.text)
     cells = [
         TableCell(
             text=text,

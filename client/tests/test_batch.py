@@ -344,6 +344,24 @@ def test_another_format_is_made_without_reading(tmp_path: Path, out: Path) -> No
     assert (out / "a.pdf.txt").read_text() == load(out).text + "\n"
 
 
+def test_pages_can_be_chosen_and_the_rest_read_later(tmp_path: Path, out: Path) -> None:
+    document, client = pdf(tmp_path / "a.pdf", 5), FakeClient()
+    read(client, [document], out, pages="2,4-")
+    assert [page.number for page in load(out).pages] == [2, 4, 5]
+    assert statuses(read(client, [document], out, pages="2,4-")) == ["unchanged"]
+    assert statuses(read(client, [document], out)) == ["read"]
+    assert [page.number for page in load(out).pages] == [1, 2, 3, 4, 5]
+    read(client, [document], out, pages="1")
+    assert [page.number for page in load(out).pages] == [1, 2, 3, 4, 5]  # what was read stays
+    assert Counter(number for _, number in client.asked) == Counter([1, 2, 3, 4, 5])
+
+
+def test_pages_that_a_document_lacks_are_its_failure_alone(tmp_path: Path, out: Path) -> None:
+    report = read(FakeClient(), [pdf(tmp_path / "a.pdf", 5), pdf(tmp_path / "b.pdf", 1)], out, pages="3")
+    assert statuses(report) == ["read", "failed"]
+    assert "has 1 page" in str(report.documents[1].error)
+
+
 def test_failed_pages_are_read_again_and_only_those(tmp_path: Path, out: Path) -> None:
     document = pdf(tmp_path / "a.pdf")
     first = read(FakeClient(fails={2}), [document], out)

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from dots_ocr_client import Box, Cell, Document, FailedPage, Page, hocr
+from dots_ocr_client import Box, Cell, FailedPage, Page, hocr
 
 FONT = ImageFont.truetype("DejaVuSans.ttf", 26)
 TEXT = "Three crates of apples were counted twice, and entered under number 4071. Это было в тумане, — сказал он."
@@ -108,7 +108,7 @@ def test_box_without_an_area_has_no_place_for_words(box: Box) -> None:
 def test_document_is_xml_with_every_page_in_its_place() -> None:
     cell = Cell("Page-header", Box(1, 2, 300, 40), "a < b & \x01\ud800 c")
     pages = (page_of(cell), FailedPage(2, "InputError", "why"), page_of(text="of a page without boxes"))
-    written = "".join(hocr.document_hocr(Document("<name>\udc80.pdf", pages), [(1, Image.new("L", (10, 10)))]))
+    written = "".join(hocr.document_hocr("<name>\udc80.pdf", pages, {1: Image.new("L", (10, 10))}.get))
     root = ElementTree.fromstring(written)
     texts = [
         ["".join(word.itertext()) for word in page.findall(".//{*}span") if word.get("class") == "ocrx_word"]

@@ -11,7 +11,9 @@ from typing import TypedDict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from dots_ocr_client.documents import PageImage
 from dots_ocr_client.errors import InputError
 from dots_ocr_client.prompts import Mode
 from dots_ocr_client.results import Box, Cell, Document, FailedPage, Page
@@ -31,6 +33,10 @@ NEVER: Again = {"retry_failed": False, "upgrade": False}
 def page(number: int, engine: str = "vllm", text: str = "Grüße,\nÖl & <Wasser>") -> Page:
     cells = (Cell("Page-header", None, "Header"), Cell("Text", Box(1, 2, 30, 40), text))
     return Page(number, 1000, 1400, "layout", text, cells, engine, "dots.ocr", 1.5)
+
+
+def no_page(number: int) -> PageImage:
+    raise InputError("it cannot be drawn again")
 
 
 BLANK = Page(1, 100, 100, "layout", "", (), "", "", 0.1)
@@ -54,7 +60,7 @@ def finish(out: Path, pages: Sequence[Page | FailedPage] = PAGES, formats: froze
     with opened(out) as store:
         for one in reversed(pages):
             store.record(one)
-        store.assemble(formats, headers=True)
+        store.assemble(formats, headers=True, draw=no_page)
 
 
 def wanted(
@@ -88,7 +94,7 @@ def test_the_other_outputs_are_those_of_the_document(
     with opened(tmp_path) as store:
         for one in reversed(pages):
             store.record(one)
-        store.assemble(FORMATS, headers=headers)
+        store.assemble(FORMATS, headers=headers, draw=no_page)
     document = Document("a.pdf", pages)
     assert (tmp_path / "a.pdf.html").read_text("utf-8") == document.html(headers=headers)
     assert (tmp_path / "a.pdf.md").read_text("utf-8") == document.markdown(headers=headers) + "\n"
@@ -103,7 +109,7 @@ def test_only_the_outputs_that_were_asked_for_and_the_json_are_left(tmp_path: Pa
 def test_bytes_of_a_name_that_is_no_utf8_survive(tmp_path: Path) -> None:
     with opened(tmp_path, name="caf\udce9.pdf") as store:
         store.record(page(1))
-        store.assemble(FORMATS, headers=True)
+        store.assemble(FORMATS, headers=True, draw=no_page)
     document = json.loads((tmp_path / "caf\udce9.pdf.json").read_bytes())
     assert document["source"] == "caf\udce9.pdf"
 
@@ -124,7 +130,7 @@ def test_a_journal_that_was_cut_anywhere_keeps_its_whole_lines_and_goes_on(cut: 
             assert wanted(store) == [1, 2, 3, 4][kept:]
             for one in PAGES[kept:]:
                 store.record(one)
-            store.assemble(FORMATS, headers=True)
+            store.assemble(FORMATS, headers=True, draw=no_page)
         assert Document.from_dict(json.loads((out / "a.pdf.json").read_bytes())) == Document("a.pdf", PAGES)
 
 
@@ -177,7 +183,7 @@ def test_a_page_is_replaced_only_by_a_better_one(
         assert store.record(old)
         assert store.record(new) == taken
     with opened(tmp_path) as store:
-        store.assemble(FORMATS, headers=True)
+        store.assemble(FORMATS, headers=True, draw=no_page)
     document = Document.from_dict(json.loads((tmp_path / "a.pdf.json").read_bytes()))
     assert document.pages == (new if taken else old,)
 
@@ -191,7 +197,7 @@ def test_other_formats_or_headers_are_made_without_reading(tmp_path: Path) -> No
         assert not is_unchanged(store, frozenset({"txt"}))
         store.reopen()
         assert wanted(store) == []
-        store.assemble(frozenset({"txt"}), headers=True)
+        store.assemble(frozenset({"txt"}), headers=True, draw=no_page)
     assert (tmp_path / "a.pdf.txt").read_text("utf-8").startswith("Grüße")
 
 
@@ -273,7 +279,66 @@ def test_a_blank_page_is_final_and_nobodys(tmp_path: Path) -> None:
         store.reopen()
         assert wanted(store, range(1, 3), **ALWAYS) == [2]
         store.record(page(2))
-        store.assemble(FORMATS, headers=True)
+        store.assemble(FORMATS, headers=True, draw=no_page)
     with opened(tmp_path) as store:
         assert store.is_unchanged(FORMATS, headers=True, **ALWAYS)
         assert store.summary() == Summary(2, 0, {"vllm": 1})
+
+
+TABLE = '<table><tr><td rowspan="2">a, b</td><td>=1+1</td></tr><tr><td>-5,50 €</td></tr></table>'
+SCENE = (
+    Cell("Picture", Box(100, 200, 300, 400)),
+    Cell("Table", Box(0, 500, 900, 600), TABLE),
+    Cell("Picture", Box(500, 500, 500, 500)),
+    Cell("Picture", None),
+)
+
+
+def scene(number: int, cells: tuple[Cell, ...] = SCENE) -> Page:
+    return Page(number, 1000, 1400, "layout", "", cells, "vllm", "dots.ocr", 1.5)
+
+
+def drawn(number: int) -> PageImage:
+    image = Image.new("RGB", (1000, 1400), "white")
+    image.paste("red", (100, 200, 300, 400))
+    return PageImage.of(number, image)
+
+
+def test_pictures_are_cut_out_and_the_markdown_links_them(tmp_path: Path) -> None:
+    with opened(tmp_path, name="a <b>.pdf") as store:
+        store.record(scene(1))
+        store.record(scene(12))
+        store.assemble(FORMATS, headers=True, draw=lambda number: drawn(number) if number == 1 else no_page(number))
+    assert names(tmp_path / "a <b>.pdf.pictures") == {"page-1-1.png"}
+    with Image.open(tmp_path / "a <b>.pdf.pictures/page-1-1.png") as cut:
+        assert (cut.size, cut.convert("RGB").getcolors()) == ((200, 200), [(40_000, (255, 0, 0))])
+    written = (tmp_path / "a <b>.pdf.md").read_text("utf-8").split("\n\n")
+    assert written[0] == "![picture](<a%20%3Cb%3E.pdf.pictures/page-1-1.png>)"
+    assert written[2:5] == ["<!-- picture 500 500 500 500 -->", "<!-- picture -->", "<!-- picture 100 200 300 400 -->"]
+
+
+def test_tables_become_csv_in_which_nothing_can_be_a_formula(tmp_path: Path) -> None:
+    finish(tmp_path, (scene(3),))
+    assert names(tmp_path / "a.pdf.csv") == {"page-3-2.csv"}
+    text = (tmp_path / "a.pdf.csv/page-3-2.csv").read_bytes()
+    assert text.decode("utf-8-sig") == '"a, b",\'=1+1\r\n,"-5,50 €"\r\n'
+    assert text.startswith(b"\xef\xbb\xbf")  # a spreadsheet takes it for another encoding without
+
+
+def test_parts_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+    finish(tmp_path, (scene(3),))
+    (tmp_path / "a.pdf.csv/mine.csv").touch()
+    with opened(tmp_path) as store:
+        assert store.is_unchanged(FORMATS, headers=True, **NEVER)
+        store.discard()
+        store.record(scene(3, SCENE[:1]))
+        store.assemble(FORMATS, headers=True, draw=drawn)
+    assert names(tmp_path / "a.pdf.csv") == {"mine.csv"}
+    assert names(tmp_path / "a.pdf.pictures") == {"page-3-1.png"}
+
+
+def test_words_in_hocr_have_the_places_that_the_picture_shows(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.record(scene(1, (Cell("Text", Box(50, 150, 400, 450), "square"),)))
+        store.assemble(frozenset({"hocr"}), headers=True, draw=drawn)
+    assert '<span class="ocrx_word" title="bbox 100 200 300 400">square</span>' in (tmp_path / "a.pdf.hocr").read_text()

@@ -18,9 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
 
-from .documents import OpenDocument, is_document
+from .documents import OpenDocument, PageImage, is_document, parse_pages
 from .errors import ConfigurationError, DotsOCRError, InputError
 from .prompts import MODES, Mode
+from .rasterizer import draw
 from .results import FailedPage, Page
 from .store import FORMATS, JOURNAL, Folder, Store, Summary, to_json
 
@@ -188,6 +189,7 @@ async def run(
     headers: bool = True,
     upgrade: bool = False,
     retry_failed: bool = True,
+    pages: str | None = None,
     password: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -204,10 +206,11 @@ async def run(
             those of a folder's files have the same place below `out` as they have in the folder. A name of more than
             `LONGEST_NAME` bytes is cut, and gets a digest of the whole name.
         mode: What to read; not ``grounding`` or ``general``, which need a box or a question.
-        formats: Outputs; the JSON is always made, because later runs go on from it.
+        formats: Outputs, see `store.FORMATS`; the JSON is always made, because later runs go on from it.
         headers: With the headers and footers of the pages, in Markdown and HTML.
         upgrade: Read those pages again that another engine than vLLM read. The old page stays where that fails.
         retry_failed: Read those pages again that failed in an earlier run.
+        pages: Of each document, such as ``1-3,7``; default: all. Pages that an earlier run read stay in the outputs.
         password: Of encrypted PDFs; the others need none. It is written nowhere.
         progress: Is told what happens.
 
@@ -225,7 +228,7 @@ async def run(
     skipped: Counter[str] = Counter()
     found = await _in_thread(_find, inputs, out, skipped)
     with _claimed(out) as root:
-        batch = _Batch(client, root, mode, formats, headers, upgrade, retry_failed, password, progress)
+        batch = _Batch(client, root, mode, formats, headers, upgrade, retry_failed, pages, password, progress)
         return await batch.read(found, dict((+skipped).most_common()))
 
 
@@ -238,6 +241,7 @@ class _Batch:
     headers: bool
     upgrade: bool
     retry_failed: bool
+    pages: str | None
     password: str | None = field(repr=False)
     progress: Progress | None
 
@@ -292,7 +296,7 @@ class _Batch:
         summary = Summary(0, 0, {})
         try:
             sha256, stamp = await _in_thread(_digest, document.path)
-            store = Store(self.root, document.name, source, sha256, self.mode)
+            store = Store(self.root, document.name, source, sha256, self.mode, self.pages)
             try:
                 await _in_thread(store.open)
                 status = await self._fill(store, document, stamp, count)
@@ -324,19 +328,25 @@ class _Batch:
         # By the client, once: what a file holds up is a process of the client's, no thread of ours.
         with await self.client.open(document.path, password=self.password) as opened:
             numbers = opened.numbers
+            if self.pages is not None:
+                numbers = parse_pages(self.pages, opened.page_count, opened.name)
             await _in_thread(store.reopen)
             wanted = [number for number in numbers if store.wants(number, **again)]
             if self.progress:
                 self.progress.opened(str(document.path), len(wanted))
             if wanted:
-                await self._record(store, document, opened, wanted if len(wanted) < len(numbers) else None, count)
-        if await _in_thread(_stamp, document.path) != stamp:
-            await _in_thread(store.discard)
-            raise InputError(f"{str(document.path)!r} changed while it was read: run the same again")
-        missing = [number for number in numbers if store.wants(number, retry_failed=False, upgrade=False)]
-        if missing:
-            raise DotsOCRError(f"the client did not deliver {len(missing)} pages, the first of them {missing[0]}")
-        await _in_thread(store.assemble, self.formats, headers=self.headers)
+                await self._record(store, document, opened, wanted if wanted != list(opened.numbers) else None, count)
+            if await _in_thread(_stamp, document.path) != stamp:
+                await _in_thread(store.discard)
+                raise InputError(f"{str(document.path)!r} changed while it was read: run the same again")
+            missing = [number for number in numbers if store.wants(number, retry_failed=False, upgrade=False)]
+            if missing:
+                raise DotsOCRError(f"the client did not deliver {len(missing)} pages, the first of them {missing[0]}")
+
+            def draw_page(number: int) -> PageImage:
+                return draw(opened.reference(number))
+
+            await _in_thread(store.assemble, self.formats, headers=self.headers, draw=draw_page)
         summary = store.summary()
         if summary.failed_pages == 0:
             return "read"

@@ -59,16 +59,22 @@ th, td { padding: 0.2rem 0.5rem; border: 1px solid #999; vertical-align: top; }
 """
 
 
-def markdown(page: Page, *, headers: bool) -> str:
+def markdown(page: Page, *, headers: bool, picture: Callable[[int, Cell], str | None] | None = None) -> str:
     """Return a page as Markdown: its cells with an empty line between them, or its text if it has none.
 
     Args:
         page: The page.
         headers: With its headers and footers.
+        picture: Gives the address of a picture's file, by the place of its cell among the page's cells; ``None`` or no
+            address leaves a comment with the box in its place.
     """
     if not page.cells:
         return page.text.strip()
-    blocks = (_markdown(cell) for cell in _wanted(page, headers))
+    blocks = []
+    for index, cell in enumerate(page.cells):
+        if headers or cell.category not in _HEADERS:
+            address = picture(index, cell) if picture and cell.category == "Picture" else None
+            blocks.append(f"![picture](<{address}>)" if address else _markdown(cell))
     return "\n\n".join(block for block in blocks if block)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import accumulate, pairwise
 from typing import Any, Final, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from PIL import Image, ImageChops
 
 from . import layout
-from .results import Box, Cell, Document, Page
+from .results import Box, Cell, FailedPage, Page
 
 INK: Final = 48
 """Grey levels (of 255) by which ink differs from the paper around it (our own choice: print on a grey ground does)."""
@@ -104,27 +104,26 @@ def page_hocr(page: Page, picture: Image.Image | None = None) -> str:
     return "\n".join([*parts, "</div>"])
 
 
-def document_hocr(document: Document, pictures: Iterable[tuple[int, Image.Image]] = ()) -> Iterator[str]:
+def document_hocr(
+    source: str, pages: Iterable[Page | FailedPage], draw: Callable[[int], Image.Image | None]
+) -> Iterator[str]:
     """Yield a document as hOCR, a page at a time; a page that failed is left out, with a comment in its place.
 
     Args:
-        document: What was read.
-        pictures: Numbers of pages and their images, in the order of the pages; some may be missing.
+        source: The document's name.
+        pages: What was read.
+        draw: Gives the image of a page, if there is one, by the page's number.
     """
     yield (
         '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml">\n<head>'
-        f"<title>{escape(_xml(document.source))}</title>\n"
+        f"<title>{escape(_xml(source))}</title>\n"
         '<meta http-equiv="Content-Type" content="text/html; charset=utf-8" />\n'
         '<meta name="ocr-system" content="dots-ocr" />\n'
         '<meta name="ocr-capabilities" content="ocr_page ocr_carea ocr_par ocr_line ocrx_word" />\n</head>\n<body>\n'
     )
-    drawn = iter(pictures)
-    number, picture = 0, None
-    for page in document.pages:
-        while number < page.number and (found := next(drawn, None)):
-            number, picture = found
+    for page in pages:
         if isinstance(page, Page):
-            yield page_hocr(page, picture if number == page.number else None) + "\n"
+            yield page_hocr(page, draw(page.number)) + "\n"
         else:
             yield f"<!-- page {page.number} could not be read -->\n"
     yield "</body>\n</html>\n"

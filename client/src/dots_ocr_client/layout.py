@@ -416,10 +416,15 @@ def _span(value: str | None) -> int:
     return int(value) if value and _SPAN.fullmatch(value) else 1
 
 
-def _table_text(text: str) -> str:
+def table_rows(text: str) -> list[list[str]]:
+    """Return the rows of a table that the model wrote as HTML; of any other text, its lines."""
     if "<" not in text:
-        return text.strip()
+        return [[line] for line in text.strip().splitlines()]
     parser = _TableText()
     parser.feed(clean_table(text))  # on tags that never end, the parser by itself takes time with the square of them
     parser.close()
-    return "\n".join("\t".join(" ".join(cell.split()) for cell in row) for row in parser.rows if any(row))
+    return [[" ".join(cell.split()) for cell in row] for row in parser.rows if any(row)]
+
+
+def _table_text(text: str) -> str:
+    return "\n".join("\t".join(row) for row in table_rows(text))

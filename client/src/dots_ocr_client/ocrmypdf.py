@@ -21,7 +21,6 @@ from . import __version__, hocr
 from .client import DotsOCR
 from .engines.defaults import make_engines
 from .errors import DotsOCRError
-from .results import Document
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -71,8 +70,8 @@ class DotsOcrEngine(TesseractOcrEngine):  # type: ignore[misc]
         for note in (*map(str, page.attempts), *page.warnings):
             _log.warning(note)
         with Image.open(input_file) as picture:
-            document = Document(input_file.name, (page,))
-            output_hocr.write_text("".join(hocr.document_hocr(document, [(page.number, picture)])), "utf-8")
+            written = hocr.document_hocr(input_file.name, [page], lambda _: picture)
+            output_hocr.write_text("".join(written), "utf-8")
         output_text.write_text(page.text, "utf-8")
 
 

@@ -8,28 +8,41 @@ made last; its first line says what it was made from, so that a later run knows 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from typing import IO, Any, Final, NamedTuple
+from urllib.parse import quote
 
-from . import __version__
+from PIL import Image
+
+from . import __version__, export, hocr, images
+from .documents import PageImage
 from .errors import InputError
+from .layout import table_rows
 from .prompts import Mode
-from .results import Document, FailedPage, Page, page_of
+from .results import Cell, Document, FailedPage, Page, page_of
 
-FORMATS: Final = frozenset({"json", "md", "html", "txt"})
-"""What outputs there are, by what their names end with."""
+FORMATS: Final = frozenset({"json", "md", "html", "txt", "hocr", "csv", "pictures"})
+"""What outputs there are, by what their names end with; ``csv`` and ``pictures`` are folders, with a file for each
+table and each picture."""
 JOURNAL: Final = ".pages.jsonl"
 """What the name of a journal ends with."""
 FIRST_ENGINE: Final = "vllm"
 """The engine whose pages are final; those of any other can be read again (``upgrade``)."""
 _FORMAT_VERSION: Final = 1
 """Of journals and outputs: those of other versions are not gone on with."""
+_FOLDERS: Final = frozenset({"csv", "pictures"})
+_PART: Final = re.compile(r"page-\d+-\d+\.(csv|png)")
+_NUMBER: Final = re.compile(r"[-+]?[\d\s.,]+ ?([%€$£₽]|\w{0,3})")
 _PAGES: Final = b'"pages": [\n'
 _END_OF_PAGES: Final = b"\n],\n"
 _HEAD: Final = {"headers": bool, "formats": list, "pages": int, "failed_pages": int, "engines": dict}
@@ -106,6 +119,10 @@ class Folder:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._fd)
 
+    def names(self) -> list[str]:
+        """Return the names of all that is in it."""
+        return os.listdir(self._fd)  # noqa: PTH208  # Path knows no descriptors
+
     def exists(self, name: str) -> bool:
         """Tell whether there is a regular file of that name."""
         try:
@@ -171,7 +188,9 @@ class Store:
             there is a journal to go on with.
     """
 
-    def __init__(self, root: Folder, name: PurePath, source: str, sha256: str, mode: Mode) -> None:
+    def __init__(
+        self, root: Folder, name: PurePath, source: str, sha256: str, mode: Mode, selection: str | None = None
+    ) -> None:
         """Name a document; nothing is looked for yet.
 
         Args:
@@ -180,11 +199,12 @@ class Store:
             source: The document's name in results.
             sha256: Of the document's file, in hexadecimal.
             mode: How it is read.
+            selection: The pages that are asked for, as they were named; ``None``: all.
         """
         self.finished: dict[str, Any] | None = None
         self._root = root
         self._place, self._name = name.parent.parts, name.name
-        self._source = source
+        self._source, self._selection = source, selection
         self._origin: dict[str, Any] = {"format": _FORMAT_VERSION, "sha256": sha256, "mode": mode}
         self._opened: Folder | None = None
         self._entries: dict[int, _Entry] = {}
@@ -214,8 +234,10 @@ class Store:
             return False
         could_retry = retry_failed and head["failed_pages"] > 0
         could_upgrade = upgrade and any(engine != FIRST_ENGINE for engine in head["engines"])
-        written = formats <= set(head["formats"]) and all(self._folder.exists(f"{self._name}.{f}") for f in formats)
-        return written and head["headers"] == headers and not could_retry and not could_upgrade
+        files = formats - _FOLDERS
+        written = formats <= set(head["formats"]) and all(self._folder.exists(f"{self._name}.{f}") for f in files)
+        same = head["headers"] == headers and head.get("selection") == self._selection
+        return written and same and not could_retry and not could_upgrade
 
     def reopen(self) -> None:
         """Make the pages of the finished output the beginning of a journal."""
@@ -281,26 +303,32 @@ class Store:
         engines = Counter(reader for reader in sorted(filter(None, readers)))
         return Summary(len(readers), readers.count(None), dict(engines))
 
-    def assemble(self, formats: frozenset[str], *, headers: bool) -> None:
+    def assemble(self, formats: frozenset[str], *, headers: bool, draw: Callable[[int], PageImage]) -> None:
         """Make the outputs, one page in memory at a time, and delete the journal.
 
         Args:
             formats: Which; the JSON is always made, because later runs go on from it.
             headers: With the headers and footers of the pages, in Markdown and HTML.
+            draw: Draws a page, by its number, for its pictures and the places of its words; may raise `InputError`.
 
         Raises:
             OSError: The disk says no; there is no unfinished output, and the journal remains.
         """
+        if "csv" in formats:
+            self._write_parts("csv", self._tables())
+        if "pictures" in formats:
+            self._write_parts("pictures", self._pictures(draw))
         with contextlib.ExitStack() as outputs:  # all are written before the first takes its name, the JSON last
             files = {
                 suffix: outputs.enter_context(self._folder.replacing(f"{self._name}.{suffix}"))
-                for suffix in ("json", *sorted(formats - {"json"}))
+                for suffix in ("json", *sorted(formats - {"json"} - _FOLDERS))
             }
             for suffix, file in files.items():
                 if suffix == "json":
                     self._write_json(file, formats, headers)
                 else:
-                    file.writelines(part.encode("utf-8", "backslashreplace") for part in self._render(suffix, headers))
+                    parts = self._render(suffix, formats, headers, draw)
+                    file.writelines(part.encode("utf-8", "backslashreplace") for part in parts)
                 file.flush()
         self._folder.sync()
         self._delete_journal()
@@ -397,22 +425,80 @@ class Store:
             assert self._journal is not None  # where there are pages, there is a journal
             yield os.pread(self._journal, entry.length, entry.offset)
 
+    def _results(self) -> Iterator[Page | FailedPage]:
+        """The pages in order."""
+        for raw in self._raw():
+            yield _page(raw + b"\n")
+
     def _documents(self) -> Iterator[Document]:
         """A document of one page for each page, in order."""
-        for raw in self._raw():
-            yield Document(self._source, (_page(raw + b"\n"),))
+        for page in self._results():
+            yield Document(self._source, (page,))
 
-    def _render(self, suffix: str, headers: bool) -> Iterator[str]:
+    def _write_parts(self, kind: str, parts: Iterator[tuple[str, bytes]]) -> None:
+        """Write files into a folder of their own, in place of those of an earlier run."""
+        with contextlib.closing(self._folder.inner([f"{self._name}.{kind}"])) as folder:
+            names = set()
+            for name, data in parts:
+                with folder.replacing(name) as file:
+                    file.write(data)
+                names.add(name)
+            for name in folder.names():
+                if _PART.fullmatch(name) and name not in names:
+                    folder.remove(name)
+
+    def _tables(self) -> Iterator[tuple[str, bytes]]:
+        for page, index, cell in self._cells("Table"):
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([map(_for_spreadsheet, row) for row in table_rows(cell.text)])
+            yield _part(page, index, "csv"), text.getvalue().encode("utf-8-sig", "backslashreplace")
+
+    def _pictures(self, draw: Callable[[int], PageImage]) -> Iterator[tuple[str, bytes]]:
+        number, image = 0, None
+        for page, index, cell in self._cells("Picture"):
+            if number != page.number:
+                number, image = page.number, _drawn(draw, page.number)
+            if image is not None and cell.box is not None:
+                across, down = image.width / page.width, image.height / page.height
+                box = [round(edge * (across, down)[side % 2]) for side, edge in enumerate(cell.box)]
+                if box[0] < box[2] and box[1] < box[3]:
+                    yield _part(page, index, "png"), images.to_png(image.crop((box[0], box[1], box[2], box[3])))
+
+    def _cells(self, category: str) -> Iterator[tuple[Page, int, Cell]]:
+        """The cells of a kind, with their pages and places."""
+        for page in self._results():
+            if isinstance(page, Page):
+                yield from ((page, index, cell) for index, cell in enumerate(page.cells) if cell.category == category)
+
+    def _markdown(self, page: Page | FailedPage, headers: bool, pictures: set[str]) -> str:
+        if isinstance(page, FailedPage):
+            return Document(self._source, (page,)).markdown()
+
+        def address(index: int, cell: Cell) -> str | None:
+            name = _part(page, index, "png")
+            return f"{quote(self._name, errors='surrogateescape')}.pictures/{name}" if name in pictures else None
+
+        return export.markdown(page, headers=headers, picture=address)
+
+    def _render(
+        self, suffix: str, formats: frozenset[str], headers: bool, draw: Callable[[int], PageImage]
+    ) -> Iterator[str]:
         """The parts of an output other than the JSON."""
         if suffix == "html":
             yield from self._html(headers)
+        elif suffix == "hocr":
+            yield from hocr.document_hocr(self._source, self._results(), partial(_drawn, draw))
         elif suffix == "txt":
             yield from self._text()
             yield "\n"
         else:
+            pictures: set[str] = set()
+            if "pictures" in formats:
+                with contextlib.closing(self._folder.inner([f"{self._name}.pictures"])) as folder:
+                    pictures.update(folder.names())
             between = ""
-            for document in self._documents():
-                if block := document.markdown(headers=headers):  # as in the whole document, nothing for an empty page
+            for page in self._results():
+                if block := self._markdown(page, headers, pictures):  # as in the whole document, none of an empty page
                     yield between + block
                     between = "\n\n"
             yield "\n"
@@ -440,6 +526,7 @@ class Store:
             **self._origin,
             "version": __version__,
             "headers": headers,
+            "selection": self._selection,
             "formats": sorted(formats | {"json"}),
             **asdict(self.summary()),
         }
@@ -450,6 +537,22 @@ class Store:
         for part in self._text():
             file.write(to_json(part)[1:-1])
         file.write(b'"}\n')
+
+
+def _part(page: Page, index: int, suffix: str) -> str:
+    return f"page-{page.number}-{index + 1}.{suffix}"
+
+
+def _drawn(draw: Callable[[int], PageImage], number: int) -> Image.Image | None:
+    try:
+        return draw(number).image
+    except InputError:  # it was read, and now it cannot be drawn: the outputs go without its picture
+        return None
+
+
+def _for_spreadsheet(text: str) -> str:
+    """Keep a cell from being taken for a formula, which a document's author could have written; numbers stay."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") and not _NUMBER.fullmatch(text) else text
 
 
 def _page(line: bytes) -> Page | FailedPage:

@@ -106,7 +106,7 @@ def _head(document: Document) -> str:
 def _states(page: Page | FailedPage) -> list[str]:
     if isinstance(page, FailedPage):
         return ["failed"]
-    return ["fallback"] * (page.engine != FIRST_ENGINE) + ["noted"] * bool(page.warnings)
+    return ["fallback"] * (page.engine not in (FIRST_ENGINE, "")) + ["noted"] * bool(page.warnings)
 
 
 def _link(page: Page | FailedPage) -> str:
