@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support import LINES, FakeServer, encrypted_pdf, pdf_of, reply
+from support import LINES, FakeServer, encrypted_pdf, pdf_of, reply, sent_image
 from werkzeug import Response
 
 import dots_ocr_client
@@ -89,7 +90,7 @@ def test_text_goes_to_stdout_and_its_origin_to_stderr(server: FakeServer, sheet_
 def test_a_fallback_says_why_in_one_line(server: FakeServer, sheet_file: Path, run: Run) -> None:
     server.fail_with(400, "two\nlines")
     status, output, messages = run("read", sheet_file, "--format", "text")
-    assert (status, [line for line in output.splitlines() if line]) == (0, list(LINES))
+    assert (status, [line for line in output.splitlines() if line]) == (3, list(LINES))
     assert messages.startswith("page 1: tesseract (eng) answered in ")
     assert "vllm failed after" in messages
     assert "400" in messages
@@ -180,16 +181,23 @@ def test_a_failed_page_does_not_hide_the_others_and_ends_with_1(
         "read", blank_pages, "--engine", "vllm", "--mode", "text", "--format", "text", "--max-in-flight", "1"
     )
     assert (status, output.count("good"), output.count("could not be read")) == (1, 2, 1)
-    assert "failed: AllEnginesFailed" in messages
-    assert messages.count("\n") == 3
+    assert re.search(r"^pages \d[-,] ?\d: vllm \(dots.ocr\) answered in ", messages, re.MULTILINE)
+    assert re.search(r"^page \d: failed: AllEnginesFailed", messages, re.MULTILINE)
+    assert messages.count("\n") == 2
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ["read", "missing.png"],
-        ["read"],
-        [],
+        ["read", "*.png"],
+        ["read", "https://example.com/a.pdf"],
+        ["read", "."],
+        ["read", "x.png", "--format", "csv"],
+        ["read", "x.png", "--pictures"],
+        ["read", "x.png", "-o", "."],
+        ["read", "x.png", "-o", "a.md", "--out", "results"],
+        ["read", "-", "--out", "results"],
         ["other"],
         ["read", "x.png", "--timeout", "0"],
         ["read", "x.png", "--timeout", "nan"],
@@ -206,7 +214,7 @@ def test_a_failed_page_does_not_hide_the_others_and_ends_with_1(
         ["read", "x.png", "--mode", "grounding", "--box", "1,2,1,2"],
         ["read", "x.png", "--mode", "general"],
         ["read", "x.png", "--question", "Why?"],
-        ["read", "x.png", "--out", "results", "--pages", "1"],
+        ["read", "x.png", "--out", "results", "--box", "1,2,3,4"],
         ["read", "x.png", "--out", "results"],
         ["view", "missing.json"],
     ],
@@ -221,6 +229,109 @@ def test_wrong_usage_and_bad_input_end_with_2_also_in_json(
     status, output, _ = run(*arguments, "--json")
     error = json.loads(output)["error"]
     assert (status, error["type"] in ("UsageError", "InputError"), bool(error["message"])) == (2, True, True)
+
+
+@pytest.mark.parametrize("arguments", [[], ["read"], ["view"], ["--help"]])
+def test_bare_commands_explain_themselves(arguments: list[str], run: Run) -> None:
+    status, output, messages = run(*arguments)
+    assert (status, messages, "Usage: dots-ocr" in output) == (0, "", True)
+
+
+@pytest.mark.parametrize("command", ["read", "doctor", "bench", "models", "view", "serve"])
+def test_every_help_has_examples_that_are_commands(command: str, run: Run) -> None:
+    output = run(command, "--help")[1]
+    examples = output.partition("Examples:")[2].partition("\u256d")[0].strip().splitlines()
+    assert examples
+    assert all(f"dots-ocr {command}" in example for example in examples)
+
+
+def test_address_on_the_web_is_refused_with_the_way_to_do_it(run: Run) -> None:
+    status, _, messages = run("read", "https://example.com/a%20b.pdf")
+    assert (status, "Fix: curl -LO https://example.com/a%20b.pdf" in messages) == (2, True)
+
+
+def test_document_from_standard_input_into_a_file(server: FakeServer, sheet_file: Path, tmp_path: Path) -> None:
+    server.script = [(LAYOUT, "stop")]
+    target = tmp_path / "out.html"
+    with sheet_file.open("rb") as file:
+        command = [str(PROGRAM), "read", "-", "-o", str(target), "--base-url", server.base_url]
+        done = subprocess.run(command, stdin=file, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert target.read_text("utf-8").lower().startswith("<!doctype html>")
+    assert "Invoice 1047" in target.read_text("utf-8")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("a.md", "Page 1"), ("a.txt", "Page 1"), ("a.json", "{"), ("a.hocr", "<?xml"), ("a", "Page 1")]
+)
+def test_format_of_a_file_is_that_of_its_name(
+    name: str, begins: str, server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run
+) -> None:
+    server.script = [(LAYOUT, "stop")]
+    assert run("read", sheet_file, "-o", tmp_path / name)[:2] == (0, "")
+    assert (tmp_path / name).read_text("utf-8").startswith(begins)
+
+
+def test_output_that_cannot_be_written_is_a_message(server: FakeServer, sheet_file: Path, run: Run) -> None:
+    status, _, messages = run("read", sheet_file, "-o", sheet_file.parent / "missing" / "a.md", "--mode", "text")
+    assert (status, "cannot write" in messages) == (1, True)
+
+
+def test_patterns_that_the_shell_left_are_files(server: FakeServer, tmp_path: Path, run: Run) -> None:
+    for name in ("a.png", "b.png", "[c].png"):
+        Image.new("RGB", (56, 56), "white").save(tmp_path / name)
+    assert "2 documents" in run("read", tmp_path / "?.png", "--out", tmp_path / "one")[2]
+    assert "1 document:" in run("read", tmp_path / "[c].png", "--out", tmp_path / "two")[2]
+
+
+def test_pages_are_printed_in_order_while_others_are_read(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, last = tmp_path / "three.pdf", threading.Event()
+    document.write_bytes(pdf_of((72, 72), (72, 36), (72, 18)))
+
+    def text(body: dict[str, Any]) -> str:
+        said = {200: "first", 100: "second"}.get(sent_image(body).height, "third")
+        if said == "third":
+            last.wait(20)
+        return said
+
+    monkeypatch.setattr(server, "_wrap", text)
+    command = [str(PROGRAM), "read", str(document), "--mode", "text", "--base-url", server.base_url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.read(len("first\n\nsecond"))
+        assert process.poll() is None
+        last.set()
+        said += process.stdout.read()
+    assert (process.returncode, said) == (0, "first\n\nsecond\n\nthird\n")
+
+
+def test_one_document_shows_a_bar_on_a_terminal_which_goes(server: FakeServer, sheet_file: Path) -> None:
+    status, seen = on_a_terminal("stderr", "read", sheet_file, "--mode", "text", "--base-url", server.base_url)
+    assert status == 0
+    assert "0 of 1 documents" in seen
+    assert seen.rstrip().splitlines()[-1].endswith(" s")  # what read the page is the last to be seen
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [([], 3), (["--on-unavailable", "fallback"], 0), (["--engine", "tesseract"], 0), (["--on-unavailable", "fail"], 1)],
+)
+def test_fallback_that_nobody_asked_for_ends_with_3(
+    options: list[str], status: int, sheet_file: Path, tmp_path: Path, run: Run
+) -> None:
+    mistyped = ("--base-url", "http://127.0.0.1:9/v1", *options)
+    assert run("read", sheet_file, *mistyped)[0] == status
+    assert run("read", sheet_file, "--out", tmp_path / "out", *mistyped)[0] == status
+
+
+def test_a_line_is_said_for_each_kind_of_fallback(blank_pages: Path, run: Run) -> None:
+    status, _, messages = run("read", blank_pages, "--base-url", "http://127.0.0.1:9/v1", "--mode", "text")
+    assert status == 0  # blank pages are nobody's
+    assert messages.startswith("pages 1-3: blank, found in ")
+    assert messages.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [b"sesame", b"sesame\n", b"\xef\xbb\xbfsesame\r\n"])

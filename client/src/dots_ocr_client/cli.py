@@ -9,17 +9,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
 from .errors import DotsOCRError, InputError
-from .progress import count, printable, shown
+from .progress import count, printable, shown, shown_on_terminals
 
 if TYPE_CHECKING:  # what takes long to import waits until a command needs it
     from .batch import Report
@@ -31,16 +31,18 @@ if TYPE_CHECKING:  # what takes long to import waits until a command needs it
     from .engines.defaults import Name
     from .engines.vllm import VLLMEngine
     from .prompts import Mode
-    from .results import Box, Document, FailedPage, Page
+    from .results import Box, Document
 
-EXIT_OK, EXIT_UNREAD, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+T = TypeVar("T")
+
+EXIT_OK, EXIT_UNREAD, EXIT_USAGE, EXIT_FALLBACK, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 app = typer.Typer(
     name="dots-ocr",
     help="Read documents with dots.ocr on a vLLM server, or with the next engine that can.",
     epilog="Environment: DOTS_OCR_BASE_URL, DOTS_OCR_API_KEY, DOTS_OCR_PASSWORD. "
     "Exit status: 0 all went well, 1 something could not be read or does not work, 2 wrong usage or bad input, "
-    "130 interrupted.",
+    "3 all was read, but some of it by a fallback that was not asked for, 130 interrupted.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -53,6 +55,8 @@ class Format(StrEnum):  # typer knows no lists of Literal
     TEXT = "text"
     JSON = "json"
     HTML = "html"
+    HOCR = "hocr"
+    CSV = "csv"
 
 
 class EngineName(StrEnum):
@@ -80,10 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; default: those of this process.
 
     Returns:
-        The exit status: 0; 1 if something could not be read or does not work; 2 for wrong usage or bad input; 130 if
-        it was interrupted (Ctrl-C or SIGTERM).
+        The exit status: 0; 1 if something could not be read or does not work; 2 for wrong usage or bad input; 3 if
+        everything was read, but some of it by another engine than the first, and nobody asked for that; 130 if it was
+        interrupted (Ctrl-C or SIGTERM).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments in ([], ["read"], ["view"]):  # which do nothing by themselves
+        arguments.append("--help")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that are no UTF-8, and terminals that are not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -199,10 +206,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 
 @app.command()
 def read(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="PDFs and images; folders with --out.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="PDFs and images, - for standard input; with --out also folders."),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write one set of files per document here; a second run goes on."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the document here, in the format that the name ends with."
+        ),
     ] = None,
     mode: Annotated[
         Literal["layout", "layout-only", "text", "grounding", "web", "scene", "svg", "general"],
@@ -219,6 +235,9 @@ def read(
         list[Format] | None,
         typer.Option("--format", help="Default: md, with --out also json. With --out it may be repeated."),
     ] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="With --out: cut pictures out as files, linked from the md.")
+    ] = False,
     headers: Annotated[
         bool, typer.Option("--headers/--no-headers", help="Page headers and footers in md and html.")
     ] = True,
@@ -226,9 +245,12 @@ def read(
     model: Model = "dots.ocr",
     engine: Engines = None,
     on_unavailable: Annotated[
-        Literal["fallback", "wait", "fail"],
-        typer.Option(help="If an engine is not there: ask the next one, wait for it, or give the page up."),
-    ] = "fallback",
+        Literal["fallback", "wait", "fail"] | None,
+        typer.Option(
+            help="If an engine is not there: ask the next one, wait for it, or give the page up. "
+            "Default: fallback, and exit status 3 if it was needed."
+        ),
+    ] = None,
     max_wait: Annotated[
         float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page, with --on-unavailable wait.")
     ] = 1800.0,
@@ -244,44 +266,59 @@ def read(
 ) -> int:
     """Read documents: one to standard output, or any number of them into a folder with --out.
 
-    Which engine read a page, and why others did not, goes to standard error.
-    """
-    _check_usage(files, out, mode, pages, box, question, formats, upgrade, as_json)
+    Which engine read which pages, and why others did not, goes to standard error.
+
+    \b
+    Examples:
+      dots-ocr read invoice.pdf                      Markdown, on the screen
+      dots-ocr read scan.png -o scan.html            one document, into a file
+      curl -s URL | dots-ocr read - --format text    from standard input
+      dots-ocr read 'in/*.pdf' more/ --out read/     a later run goes on
+      dots-ocr read a.pdf --out read/ --pictures --format md --format csv
+    """  # noqa: D301  # typer keeps the lines of a paragraph that begins with this character
+    from .reading import expanded
+
+    files = list(expanded(files))
+    if output is not None and not formats:
+        suffix = output.suffix.lower().lstrip(".").replace("txt", "text")
+        formats = [Format(suffix)] if suffix in set(Format) else None
+    _check_usage(files, out, output, mode, box, question, formats, pictures, upgrade, as_json)
     spoken = cast("Mode", mode.replace("-", "_"))
     from .engines.defaults import ENGINES, make_engines
 
-    names: Iterable[Name] = [one.value for one in engine] if engine else ENGINES
+    names: Sequence[Name] = [one.value for one in engine] if engine else ENGINES
     engines = make_engines(names, base_url=base_url, model=model, max_in_flight=max_in_flight, languages=languages)
-    patience = _Patience(timeout, max_in_flight, on_unavailable, max_wait)
+    patience = _Patience(timeout, max_in_flight, on_unavailable or "fallback", max_wait)
+    first = None if on_unavailable == "fallback" else names[0]
     if out is not None:
         chosen = formats or (Format.JSON, Format.MD)
         kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
-        report = _batch(engines, patience, files, out, spoken, kinds, headers, upgrade, password)
-        return _summarize(report, out, as_json)
+        kinds |= frozenset({"pictures"} if pictures else ())
+        report = _batch(engines, patience, files, out, spoken, kinds, headers, upgrade, pages, password)
+        return _summarize(report, out, as_json, first)
+    form = Format.JSON if as_json else (formats or [Format.MD])[0]
+    options = {"mode": spoken, "box": None if box is None else _box(box), "question": question}
+    document = _one(engines, patience, files[0], form, headers, output, pages, password, options)
+    from .reading import notes
+    from .results import Page
 
-    from .client import DotsOCR
-    from .results import FailedPage
-
-    with DotsOCR(engines=engines, **asdict(patience)) as ocr:
-        try:
-            place = None if box is None else _box(box)
-            document = ocr.read(files[0], mode=spoken, pages=pages, password=password, box=place, question=question)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
-    _print_text(_written(document, Format.JSON if as_json else (formats or [Format.MD])[0], headers))
-    for page in document.pages:
-        print(printable(_failure(page) if isinstance(page, FailedPage) else _provenance(page)), file=sys.stderr)
-    return EXIT_UNREAD if document.failures else EXIT_OK
+    for note in notes(document):
+        print(printable(note), file=sys.stderr)
+    if document.failures:
+        return EXIT_UNREAD
+    readers = {page.engine for page in document.pages if isinstance(page, Page)} - {"", first}
+    return EXIT_FALLBACK if first and readers else EXIT_OK
 
 
 def _check_usage(
     files: list[Path],
     out: Path | None,
+    output: Path | None,
     mode: str,
-    pages: str | None,
     box: str | None,
     question: str | None,
     formats: Sequence[Format] | None,
+    pictures: bool,
     upgrade: bool,
     as_json: bool,
 ) -> None:
@@ -295,8 +332,18 @@ def _check_usage(
         wrong = "--mode grounding needs --box, and only that mode takes one"
     elif (mode == "general") != bool(question):
         wrong = "--mode general needs --question, and only that mode takes one"
-    elif out is not None and (pages, box, question) != (None, None, None):
-        wrong = "--pages, --box and --question are for one document, without --out"
+    elif out is not None and (box, question, output) != (None, None, None):
+        wrong = "--box, --question and --output are for one document, without --out"
+    elif out is not None and Path("-") in files:
+        wrong = "standard input is one document, for --output or standard output: give --out files"
+    elif files == [Path("-")] and sys.stdin.isatty():
+        wrong = "- is for a document that comes from a pipe or a file: dots-ocr read - < FILE"
+    elif output is not None and output.is_dir():
+        wrong = f"{output} is a folder: use --out {output}, or name a file"
+    elif out is None and (pictures or Format.CSV in (formats or ())):
+        wrong = "--pictures and --format csv make several files: they need --out DIR"
+    elif out is None and len(files) == 1 and files[0].is_dir():
+        wrong = f"{files[0]} is a folder: add --out DIR"
     elif out is None and len(files) != 1:
         wrong = "several documents need --out DIR"
     elif out is None and upgrade:
@@ -317,7 +364,10 @@ class _Patience:
     max_wait: float
 
 
-def _written(document: Document, form: Format, headers: bool) -> str:
+def _written(
+    document: Document, form: Format, headers: bool, file: Path | None = None, password: str | None = None
+) -> str:
+    """Return a document in a format; the file is for those that need the pictures of its pages."""
     match form:
         case Format.JSON:
             return json.dumps(document.to_dict(), ensure_ascii=False, indent=2)
@@ -325,20 +375,12 @@ def _written(document: Document, form: Format, headers: bool) -> str:
             return document.text
         case Format.HTML:
             return document.html(headers=headers)
-        case Format.MD:
+        case Format.HOCR:
+            from .reading import as_hocr
+
+            return as_hocr(document, None if file == Path("-") else file, password)
+        case Format.MD | Format.CSV:
             return document.markdown(headers=headers)
-
-
-def _provenance(page: Page) -> str:
-    reader = f"{page.engine} ({page.model}) answered" if page.engine else "blank, found"
-    notes = [f"page {page.number}: {reader} in {page.seconds:.2f} s"]
-    notes += [str(attempt) for attempt in page.attempts]
-    notes += page.warnings
-    return " ".join("; ".join(notes).split())
-
-
-def _failure(page: FailedPage) -> str:
-    return " ".join(f"page {page.number}: failed: {page.error}: {page.reason}".split())
 
 
 def _batch(
@@ -350,16 +392,13 @@ def _batch(
     formats: frozenset[str],
     headers: bool,
     upgrade: bool,
+    pages: str | None,
     password: str | None,
 ) -> Report:
     async def run() -> Report:
         from . import batch
         from .client import AsyncDotsOCR
 
-        # Not an exception out of whatever runs at the moment, so that it ends as cleanly as with Ctrl-C.
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with shown() as progress:
             async with AsyncDotsOCR(engines=engines, **asdict(patience)) as client:
                 return await batch.run(
@@ -370,18 +409,90 @@ def _batch(
                     formats=formats,
                     headers=headers,
                     upgrade=upgrade,
+                    pages=pages,
                     password=password,
                     progress=progress,
                 )
 
+    return _finish(run(), "stopped; what is finished is safe: run the same command again to go on")
+
+
+def _finish(work: Coroutine[Any, Any, T], message: str) -> T:
+    """Do work that Ctrl-C and SIGTERM end in order, after which the message is said."""
+
+    async def run() -> T:
+        # Not an exception out of whatever runs at the moment, so that it ends as cleanly as with Ctrl-C.
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
+
     try:
         return asyncio.run(run())
     except (KeyboardInterrupt, asyncio.CancelledError):
-        message = "stopped; what is finished is safe: run the same command again to go on"
         raise _Ended("Interrupted", message, EXIT_INTERRUPTED) from None
 
 
-def _summarize(report: Report, out: Path, as_json: bool) -> int:
+def _one(
+    engines: Sequence[Engine],
+    patience: _Patience,
+    file: Path,
+    form: Format,
+    headers: bool,
+    output: Path | None,
+    pages: str | None,
+    password: str | None,
+    options: dict[str, Any],
+) -> Document:
+    """Read one document, and print it, or write it into a file."""
+    from .client import AsyncDotsOCR
+    from .reading import InOrder, read_one
+
+    source = sys.stdin.buffer if file == Path("-") else file
+    streamed = output is None and form in (Format.MD, Format.TEXT)
+
+    def writer(numbers: Sequence[int]) -> InOrder:
+        return InOrder(numbers, lambda document: _written(document, form, headers), _print_part)
+
+    async def run() -> Document:
+        with shown_on_terminals() as progress:
+            async with AsyncDotsOCR(engines=engines, **asdict(patience)) as client:
+                try:
+                    return await read_one(
+                        client,
+                        source,
+                        progress,
+                        pages=pages,
+                        password=password,
+                        write=writer if streamed else None,
+                        **options,
+                    )
+                except ValueError as error:
+                    raise typer.BadParameter(str(error)) from error
+
+    document = _finish(run(), "interrupted")
+    if streamed:
+        print()
+    elif output is None:
+        _print_text(_written(document, form, headers, file, password))
+    else:
+        _write_file(output, _written(document, form, headers, file, password) + "\n")
+    return document
+
+
+def _write_file(file: Path, text: str) -> None:
+    """Write a file that takes its name when it is whole."""
+    unfinished = file.with_name(f".dots-ocr-{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(text, "utf-8", "backslashreplace")
+        unfinished.replace(file)
+    except OSError as error:
+        raise _Ended("OutputError", f"cannot write {file}: {error.strerror or error}", EXIT_UNREAD) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _summarize(report: Report, out: Path, as_json: bool, first: str | None) -> int:
     if as_json:
         _print_json(report.to_dict())
     totals = report.totals
@@ -397,7 +508,9 @@ def _summarize(report: Report, out: Path, as_json: bool) -> int:
     bad = bool(totals["partial"] or totals["failed"])
     why = f"; why: see {out / 'report.json'}" if bad else ""
     print(printable(f"{said}{rate}{'; passed over: ' * bool(over)}{over}{why}"), file=sys.stderr)
-    return EXIT_UNREAD if bad else EXIT_OK
+    if bad:
+        return EXIT_UNREAD
+    return EXIT_FALLBACK if first and totals["engines"].keys() - {first} else EXIT_OK
 
 
 @app.command()
@@ -409,7 +522,13 @@ def doctor(
     timeout: Timeout = 120.0,
     as_json: AsJson = False,
 ) -> int:
-    """Check the server, its model, the other engines and the installation, and say what to do about what is amiss."""
+    """Check the server, its model, the other engines and the installation, and say what to do about what is amiss.
+
+    \b
+    Examples:
+      dots-ocr doctor
+      dots-ocr doctor --ocr --languages eng+rus     every engine reads a page
+    """  # noqa: D301
     from .engines.vllm import VLLMEngine
 
     engine = VLLMEngine(base_url, model=model)
@@ -479,7 +598,13 @@ def bench(
     timeout: Annotated[float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page.")] = 120.0,
     as_json: AsJson = False,
 ) -> int:
-    """Measure engines side by side on the same pages: time, pages per second, characters that are wrong, memory."""
+    """Measure engines side by side on the same pages: time, pages per second, characters that are wrong, memory.
+
+    \b
+    Examples:
+      dots-ocr bench --engine vllm --engine tesseract
+      dots-ocr bench scans/*.png --out measured/     with NAME.txt beside each
+    """  # noqa: D301
     from .bench.report import EXTRA
 
     levels = _concurrency(concurrency)
@@ -552,7 +677,12 @@ def _is_missing(package: str) -> bool:
 
 @app.command()
 def models(base_url: BaseUrl = None, timeout: Timeout = 10.0, as_json: AsJson = False) -> int:
-    """List the models that the server serves."""
+    """List the models that the server serves.
+
+    \b
+    Examples:
+      dots-ocr models --base-url http://192.168.1.5:8000/v1
+    """  # noqa: D301
     from .engines.vllm import VLLMEngine
 
     engine = VLLMEngine(base_url)
@@ -593,7 +723,13 @@ def view(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Write one HTML file that shows pages, boxes and texts side by side, for any browser."""
+    """Write one HTML file that shows pages, boxes and texts side by side, for any browser.
+
+    \b
+    Examples:
+      dots-ocr view read/thesis.pdf.json
+      dots-ocr view thesis.json --source thesis.pdf --out thesis.html
+    """  # noqa: D301
     from .view import write_view
 
     document, digest = _result(result)
@@ -655,7 +791,13 @@ def serve(
         float, typer.Option(metavar="SECONDS", min=0, help="For pages in flight when it is told to end.")
     ] = 10.0,
 ) -> int:
-    """Serve the OpenAI API as vLLM does, with Tesseract or any chain of engines behind it, until SIGTERM or Ctrl-C."""
+    """Serve the OpenAI API as vLLM does, with Tesseract or any chain of engines behind it, until SIGTERM or Ctrl-C.
+
+    \b
+    Examples:
+      dots-ocr serve --languages eng+rus
+      dots-ocr serve --engine vllm --base-url http://gpu:8000/v1 --port 8001
+    """  # noqa: D301
     try:
         from . import serve as service
     except ModuleNotFoundError as error:
@@ -745,9 +887,13 @@ def _warn(message: str) -> None:
 
 
 def _print_text(text: str) -> None:
+    _print_part(text + "\n")
+
+
+def _print_part(text: str) -> None:
     if sys.stdout.isatty():  # a page can say what a terminal would obey
         text = "".join(one if one in "\n\t" or not _is_control(one) else " " for one in text)
-    print(text)
+    print(text, end="", flush=True)
 
 
 def _is_control(one: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -19,7 +21,16 @@ EVERY_SECONDS: Final = 10.0
 
 def shown() -> Bar | Lines:
     """Return a bar for a terminal that can draw one, or else lines."""
-    return Bar() if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") else Lines()
+    return Bar() if _is_terminal() else Lines()
+
+
+def shown_on_terminals() -> Bar | Silent:
+    """Return a bar for a terminal that can draw one, which goes when all is done, or else nothing that is seen."""
+    return Bar(transient=True) if _is_terminal() else Silent()
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 class _Counts:
@@ -66,15 +77,9 @@ class _Counts:
     def _rate(self) -> float:
         return self._finished / max(time.monotonic() - self._started, 1e-3)
 
-    def _say(self, line: str) -> None:
-        raise NotImplementedError
-
-    def _show(self) -> None:
-        raise NotImplementedError
-
-
-class Lines(_Counts):
-    """A line for each finished document, and in between one about pages from time to time."""
+    def aside(self) -> AbstractContextManager[object]:
+        """Leave the terminal to others for a moment."""
+        return nullcontext()
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -84,6 +89,20 @@ class Lines(_Counts):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Nothing is open."""
+
+    def _say(self, line: str) -> None:
+        """Tell what became of a document."""
+
+    def _show(self) -> None:
+        """Show how far it has come."""
+
+
+class Silent(_Counts):
+    """Shows nothing."""
+
+
+class Lines(_Counts):
+    """A line for each finished document, and in between one about pages from time to time."""
 
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()
@@ -97,8 +116,8 @@ class Lines(_Counts):
 class Bar(_Counts):
     """A bar of pages with their rate and the time that is left; documents that failed are listed above it."""
 
-    def __init__(self) -> None:
-        """Prepare the bar; it appears when the number of documents is known."""
+    def __init__(self, *, transient: bool = False) -> None:
+        """Prepare the bar; it appears when the number of documents is known, and may vanish in the end."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -111,17 +130,21 @@ class Bar(_Counts):
             TimeRemainingColumn(),
             console=Console(stderr=True),
             redirect_stdout=False,
+            transient=transient,
         )
         self._task = self._bar.add_task("", total=None, rate=0.0)
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the bar off the terminal for a moment."""
+        self._bar.stop()
+        yield
+        self._bar.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the last state of the bar on the screen."""
+        """End the drawing."""
         self._bar.stop()
 
     def documents(self, total: int) -> None:

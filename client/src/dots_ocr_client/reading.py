@@ -1,0 +1,162 @@
+"""What ``dots-ocr read`` does with a single document: pages are written as soon as those before them are there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image
+
+from .client import AsyncDotsOCR
+from .documents import Source, describe, parse_pages
+from .errors import AllEnginesFailed, InputError
+from .hocr import document_hocr
+from .progress import Bar, Silent
+from .rasterizer import draw, open_document
+from .results import Document, FailedPage, Page
+
+_DIGITS: Final = re.compile(r"\d+")
+
+
+class InOrder:
+    """Writes pages in the order of their numbers, in whichever order they come.
+
+    Pages that failed wait for one that did not: a document of which nothing could be read leaves no output.
+    """
+
+    def __init__(self, numbers: Iterable[int], render: Callable[[Document], str], write: Callable[[str], None]) -> None:
+        """Take the numbers of all pages, what makes the text of a document of one page, and what writes it."""
+        self._numbers = list(numbers)
+        self._render, self._write = render, write
+        self._there: dict[int, Page | FailedPage] = {}
+        self._begun = self._good = False
+
+    def add(self, page: Page | FailedPage) -> None:
+        """Take a page, and write all that need not wait any longer."""
+        self._there[page.number] = page
+        self._good = self._good or isinstance(page, Page)
+        while self._good and self._numbers and self._numbers[0] in self._there:
+            text = self._render(Document("", (self._there.pop(self._numbers.pop(0)),)))
+            if text:
+                self._write("\n\n" * self._begun + text)
+                self._begun = True
+
+
+async def read_one(
+    client: AsyncDotsOCR,
+    source: Source,
+    progress: Bar | Silent,
+    *,
+    pages: str | None = None,
+    password: str | None = None,
+    write: InOrderWriter | None = None,
+    **options: Any,
+) -> Document:
+    """Read a document, with progress.
+
+    Args:
+        client: Reads the pages.
+        source: The document.
+        progress: Is told of each page.
+        pages: Which; default: all.
+        password: Of an encrypted PDF.
+        write: Makes the writer of pages from their numbers; default: nothing is written.
+        options: Of `AsyncDotsOCR.stream`.
+
+    Raises:
+        InputError: It cannot be opened, or drawn.
+        AllEnginesFailed: Not one page could be read.
+    """
+    with await client.open(source, password=password) as opened:
+        numbers = opened.numbers if pages is None else parse_pages(pages, opened.page_count, opened.name)
+        writer = write(numbers) if write else None
+        progress.documents(1)
+        progress.opened(opened.name, len(numbers))
+        results: list[Page | FailedPage] = []
+        async with aclosing(client.stream(opened, pages=numbers, **options)) as stream:
+            async for page in stream:
+                results.append(page)
+                progress.page(opened.name, page)
+                if writer:
+                    with progress.aside():
+                        writer.add(page)
+    results.sort(key=lambda page: page.number)
+    failures = [page for page in results if isinstance(page, FailedPage)]
+    if failures and len(failures) == len(results):
+        if failures[0].error == InputError.__name__:
+            raise InputError(failures[0].reason)
+        raise AllEnginesFailed(failures[0].number, failures[0].attempts)
+    return Document(describe(source), tuple(results))
+
+
+InOrderWriter = Callable[[Sequence[int]], InOrder]
+
+
+def notes(document: Document) -> Iterator[str]:
+    """Yield what is to be known about the pages, a line for all that were read, or failed, in the same way."""
+    kinds: dict[tuple[str, ...], list[Page | FailedPage]] = {}
+    for page in document.pages:
+        if isinstance(page, Page):
+            said = [f"{attempt.engine} {attempt.outcome} {attempt.error}" for attempt in page.attempts]
+            said += [_DIGITS.sub("#", warning) for warning in page.warnings]
+            kinds.setdefault((page.engine, page.model, *said), []).append(page)
+        else:
+            kinds.setdefault(("", "", page.error, _DIGITS.sub("#", page.reason)), []).append(page)
+    for alike in kinds.values():
+        first, many = alike[0], len(alike) > 1
+        if isinstance(first, FailedPage):
+            said = [f"failed: {first.error}: {first.reason}"]
+        else:
+            seconds = sum(page.seconds for page in alike if isinstance(page, Page)) / len(alike)
+            reader = f"{first.engine} ({first.model}) answered" if first.engine else "blank, found"
+            said = [f"{reader} in {seconds:.2f} s{' each' * many}", *map(str, first.attempts), *first.warnings]
+        yield " ".join(f"page{'s' * many} {_ranges([page.number for page in alike])}: {'; '.join(said)}".split())
+
+
+def as_hocr(document: Document, file: Path | None, password: str | None) -> str:
+    """Return a document as hOCR; its words are found in the pages of the file, if there is one."""
+    if file is None:
+        return "".join(document_hocr(document.source, document.pages, lambda _: None))
+    with open_document(file, password=password) as opened:
+
+        def image(number: int) -> Image.Image | None:
+            with suppress(InputError):  # it was read, and now it cannot be drawn
+                return draw(opened.reference(number)).image
+            return None
+
+        return "".join(document_hocr(document.source, document.pages, image))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers as 1-3, 7."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][-1] == number - 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ", ".join("-".join(map(str, one)) for one in ranges)
+
+
+def expanded(files: Iterable[Path]) -> Iterator[Path]:
+    """Yield files and folders, with what patterns stand for that the shell has left as they are.
+
+    Raises:
+        InputError: A pattern stands for nothing, or what is named is an address on the web.
+    """
+    for file in files:
+        name = str(file)
+        if re.match(r"https?:/", name, re.IGNORECASE):  # Path has made one slash of two
+            url = re.sub(":/+", "://", name, count=1)
+            raise InputError(f"{url} is on the web, and nothing is fetched from there. Fix: curl -LO {url}")
+        if not re.search(r"[*?\[]", name) or file.exists():
+            yield file
+            continue
+        base = Path(file.anchor or ".")
+        found = sorted(base.glob(str(file.relative_to(file.anchor)) if file.anchor else name))
+        if not found:
+            raise InputError(f"no file is called {name!r}: correct the pattern")
+        yield from found
