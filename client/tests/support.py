@@ -97,6 +97,7 @@ class FakeServer:
         answer, models_answer: What is sent instead.
         retry_after: Sent with errors.
         max_pixels: Pages are shrunk to this.
+        strict: What does not fit into the context of the model is refused, as vLLM does.
         counts: Whether answers say how many tokens they took.
         seconds: How long each answer takes; each chunk of it, if it is streamed.
         cut: A streamed answer breaks off after so many chunks; the connection does so without a word.
@@ -119,6 +120,7 @@ class FakeServer:
         self.models_answer: Callable[[], Response] | None = None
         self.retry_after: str | None = None
         self.max_pixels = images.MAX_PIXELS
+        self.strict = False
         self.counts = True
         self.seconds = 0.0
         self.cut: int | None = None
@@ -170,6 +172,9 @@ class FakeServer:
         if self.answer is not None:
             return self.answer()
         body = json.loads(request.data)
+        context, prompt = self.models.get(body["model"]), self._usage(body, "")["prompt_tokens"]
+        if self.strict and context is not None and prompt + body.get("max_completion_tokens", 1) > context:
+            return reply({"error": {"message": f"This model's maximum context length is {context} tokens."}}, 400)
         text, finish_reason = self.script.pop(0) if self.script else (self._wrap(body), self.finish_reason)
         if body.get("stream"):
             return Response(self._stream(body, text or "", finish_reason), content_type="text/event-stream")

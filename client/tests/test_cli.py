@@ -537,6 +537,19 @@ def test_an_interruption_ends_with_130_and_says_how_to_go_on(
     assert ("run the same command again to go on" if batch else "interrupted") in messages
 
 
+def test_another_resolution_reads_everything_again(
+    server: FakeServer, blank_pages: Path, tmp_path: Path, run: Run
+) -> None:
+    out, seen = tmp_path / "out", []
+    for options in (["--dpi", "100"], ["--dpi", "100"], [], ["--dpi", "144"]):
+        assert run("read", blank_pages, "--out", out, "--mode", "text", *options)[0] == 0
+        pages = json.loads((out / "three.pdf.json").read_bytes())["pages"]
+        seen.append((len(server.requests), {(page["width"], page["dpi"]) for page in pages}))
+    assert seen == [(3, {(139, 100)}), (3, {(139, 100)}), (6, {(278, 200)}), (9, {(200, 144)})]
+    status, output, _ = run("read", blank_pages, "--pages", "1", "--dpi", "50", "--json")
+    assert (status, json.loads(output)["pages"][0]["width"]) == (0, 70)
+
+
 # doctor, models, view
 
 

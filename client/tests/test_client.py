@@ -89,6 +89,21 @@ def test_only_the_pages_that_were_asked_for_are_read() -> None:
     assert [page.number for page in document.pages] == [1, 3]
 
 
+def test_pages_are_drawn_at_the_resolution_that_is_asked_for() -> None:
+    document = pdf_of(SHEET)
+    with DotsOCR(engines=[Recorder()]) as ocr:
+        read = [
+            ocr.read(document, dpi=100).pages[0],
+            ocr.read_page(document, dpi=100),
+            *ocr.stream(document, dpi=100),
+            ocr.read_page(document),
+        ]
+        with pytest.raises(ValueError, match="dpi must be at least 1"):
+            ocr.read(document, dpi=0)
+    sizes = [(page.width, page.height, page.dpi) for page in read if isinstance(page, Page)]
+    assert sizes == [(278, 139, 100)] * 3 + [(556, 278, 200)]
+
+
 def test_a_page_that_fails_does_not_lose_the_others() -> None:
     with DotsOCR(engines=[Recorder(broken=lambda number: number == 2)]) as ocr:
         document = ocr.read(pdf_of(SHEET, SHEET, SHEET))

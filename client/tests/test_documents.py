@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 from support import encrypted_pdf, jpeg_of_scans, pdf_of
 
-from dots_ocr_client import InputError, documents, images
+from dots_ocr_client import InputError, documents, images, pdf_resolution
 from dots_ocr_client.documents import PageImage, Source, draw, open_document
 
 FORMATS = documents.FORMATS
@@ -44,13 +44,18 @@ def frames(format: str, count: int = 3) -> bytes:
     return encode(all_frames[0], format, save_all=True, append_images=all_frames[1:])
 
 
-def raw_pdf(content: str = "", *, size: tuple[int, int] = (72, 72), image: str = "", data: bytes = b"") -> bytes:
+HELVETICA = b"/Type /Font /Subtype /Type1 /BaseFont /Helvetica"
+
+
+def raw_pdf(
+    content: str = "", *, size: tuple[int, int] = (72, 72), image: str = "", data: bytes = b"", page: str = ""
+) -> bytes:
     """A PDF of one page written by hand; PDFium finds the objects without a table of them."""
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
         b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 %d %d] /Contents 4 0 R" % size
-        + b" /Resources << /XObject << /I 5 0 R >> >> >>",
+        + b" /Resources << /XObject << /I 5 0 R >> /Font << /F << %s >> >> >> %s >>" % (HELVETICA, page.encode()),
         b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content.encode()),
         b"<< /Type /XObject /Subtype /Image %s /Length %d >>\nstream\n" % (image.encode(), len(data))
         + data
@@ -58,6 +63,17 @@ def raw_pdf(content: str = "", *, size: tuple[int, int] = (72, 72), image: str =
     ]
     body = b"".join(b"%d 0 obj\n%s\nendobj\n" % (number, text) for number, text in enumerate(objects, 1))
     return b"%PDF-1.4\n" + body + b"trailer << /Root 1 0 R /Size 6 >>\n%%EOF"
+
+
+def scan_pdf(width: int, height: int, size: tuple[int, int], more: str = "", place: str = "") -> bytes:
+    """A page with a black picture of so many pixels, by default all over it."""
+    values = f"/Width {width} /Height {height} /ColorSpace /DeviceGray /BitsPerComponent 8 /Filter /FlateDecode"
+    content = f"q {place or f'{size[0]} 0 0 {size[1]} 0 0'} cm /I Do Q {more}"
+    return raw_pdf(content, size=size, image=values, data=zlib.compress(bytes(width * height), 1))
+
+
+def typed(size: float, matrix: str = "1 0 0 1 72 72", text: str = "Total due: 241.85 euros") -> str:
+    return f"BT /F {size} Tf {matrix} Tm ({text}) Tj ET "
 
 
 def read_all(source: Source, pages: str | None = None) -> list[PageImage]:
@@ -239,11 +255,79 @@ def test_a_large_pdf_page_is_drawn_smaller_at_once_with_a_warning(side: int, dpi
 @given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6))
 def test_no_pdf_page_is_drawn_larger_than_the_model_accepts(width: float, height: float) -> None:
     try:
-        scale = documents._scale(width, height)
+        scale = pdf_resolution.limited(width, height, 200 / 72)
     except ValueError:
         assert max(width, height) > 190 * min(width, height)
     else:
         assert math.ceil(width * scale) * math.ceil(height * scale) <= images.MAX_PIXELS
+
+
+A4 = (595, 842)
+NORMAL = typed(11, "1 0 0 1 72 500")
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "dpi"),
+    [
+        (scan_pdf(2480, 3508, A4), (2480, 3510), 300),
+        (scan_pdf(4960, 7016, A4), (2522, 3569), 305),  # finer than OCR has use for
+        (scan_pdf(1240, 1754, A4), (1653, 2339), 200),
+        (scan_pdf(2480, 3508, A4, typed(40)), (2480, 3509), 300),
+        (scan_pdf(4960, 7016, A4, typed(40)), (2480, 3509), 300),
+        (scan_pdf(2480, 3508, (144, 204)), (2480, 3514), 1240),  # its program wrote a wrong resolution
+        (scan_pdf(2480, 3508, (144, 204), typed(1).replace("Tm", "Tm 3 Tr")), (2480, 3514), 1240),  # searchable
+        (scan_pdf(2480, 3508, (2480, 3508)), (2480, 3508), 72),  # a pixel, a point
+        (scan_pdf(1728, 1100, (612, 792)), (1728, 2237), 203),  # a fax: its pixels are no squares
+        (scan_pdf(2480, 3508, (842, 595), place="0 595 -842 0 842 0"), (3510, 2480), 300),
+        (scan_pdf(600, 600, A4, place="50 0 0 50 0 0"), (1653, 2339), 200),  # a logo
+        (raw_pdf(typed(5) + NORMAL, size=A4), (1653, 2339), 200),
+        (raw_pdf(typed(4) + NORMAL, size=A4), (2066, 2924), 250),
+        (raw_pdf(typed(1, "4 0 0 4 72 72") + NORMAL, size=A4), (2066, 2924), 250),
+        (raw_pdf(typed(4, "0 1 -1 0 72 72") + NORMAL, size=A4), (2066, 2924), 250),
+        (raw_pdf(f"q 0.25 0 0 0.25 0 0 cm {typed(16)} Q {NORMAL}", size=A4), (2066, 2924), 250),
+        (raw_pdf(typed(3, text="1") + NORMAL, size=A4), (1653, 2339), 200),  # the mark of a footnote
+        (raw_pdf(typed(0.01) + NORMAL, size=A4), (1653, 2339), 200),  # nothing that anybody could read
+        (raw_pdf(typed(2), size=(100, 140), page="/UserUnit 6"), (1667, 2334), 200),
+        (raw_pdf(typed(1), size=(100, 140), page="/UserUnit 4.5"), (1389, 1945), 222),
+    ],
+)
+def test_a_pdf_page_is_drawn_as_large_as_what_it_holds_needs(data: bytes, size: tuple[int, int], dpi: int) -> None:
+    (page,) = read_all(data)
+    assert (page.width, page.height, page.dpi) == (*size, dpi)
+    assert (page.image.size, page.warnings) == (size, ())
+
+
+def test_small_type_in_a_group_within_a_group_is_found() -> None:
+    values = "/Type /XObject /Subtype /Form /BBox [0 0 600 850] /Matrix [0.5 0 0 0.5 0 0]"
+    font = f"/Resources << /Font << /F << {HELVETICA.decode()} >> >> >>"
+    data = raw_pdf("q 0.5 0 0 0.5 0 0 cm /I Do Q", size=A4, image=f"{values} {font}", data=typed(16).encode())
+    (page,) = read_all(data.replace(b"/Subtype /Image", b""))
+    assert page.dpi == 250
+
+
+def test_type_that_would_need_more_than_the_model_accepts_is_said() -> None:
+    (page,) = read_all(raw_pdf(typed(2), size=A4))
+    assert 0.998 * images.MAX_PIXELS < page.width * page.height <= images.MAX_PIXELS
+    assert page.warnings == ("the page was drawn at 342 dpi instead of 500, to keep the model's limits",)
+
+
+@pytest.mark.parametrize(("wanted", "dpi", "size"), [(100, 100, (827, 1170)), (250, 250, (2066, 2924)), (600, 342, ())])
+def test_a_resolution_that_is_asked_for_is_kept_up_to_the_models_limit(
+    wanted: int, dpi: int, size: tuple[int, ...]
+) -> None:
+    with open_document(scan_pdf(1240, 1754, A4, typed(4))) as document:
+        document.dpi = wanted
+        page = draw(document.reference(1))
+    assert page.dpi == dpi
+    if size:
+        assert ((page.width, page.height), page.warnings) == (size, ())
+    else:
+        assert page.warnings == (f"the page was drawn at {dpi} dpi instead of {wanted}, to keep the model's limits",)
+
+
+def test_a_page_of_which_a_box_lies_outside_the_other_is_read_as_a_whole() -> None:
+    (page,) = read_all(raw_pdf("1 0 0 rg 0 0 72 72 re f", page="/CropBox [100 100 200 200]"))
+    assert (page.width, page.height, page.image.getpixel((99, 99))) == (200, 200, RED)
 
 
 def test_a_pdf_of_50_000_pages_opens_in_no_more_time_than_it_takes_to_make(tmp_path: Path) -> None:
@@ -432,8 +516,10 @@ RADIO = 1 << 15  # ISO 32000-1, table 226
         (["/Subtype /Stamp", "/Subtype /Stamp"], "stamps: 2"),
         (["/Subtype /Ink"], "drawings by hand: 1"),
         (["/Subtype /Text /Contents (pay at once)"], "comments: 1"),
+        (["/Subtype /Highlight /Contents (?)", "/Subtype /Caret /Contents (x)", "/Subtype /Square"], "comments: 2"),
+        (["/Subtype /Link /Contents (x)", "/Subtype /Popup /Contents (x)", "/Subtype /FreeText /Contents (x)"], ""),
         (["/Subtype /FileAttachment"], "attached files: 1"),
-        (["/Subtype /Sound", "/Subtype /Movie", "/Subtype /Screen", "/Subtype /RichMedia"], "sounds or films: 4"),
+        ([f"/Subtype /{kind}" for kind in ("Sound", "Movie", "Screen", "RichMedia", "3D")], "media: 5"),
         ([SIGNATURE], "signature fields: 1"),
         ([box(True), box(False), box(True)], "check boxes: 3, ticked of these: 2"),
         ([box(False)], "check boxes: 1"),
@@ -468,6 +554,7 @@ DYNAMIC = "/NeedsRendering true"
     [
         (ADOBE, DYNAMIC, [], 1, True),
         (ADOBE, "", [], 1, True),
+        ("Please wait...", "", [], 1, True),
         (GERMAN, "", [], 1, True),
         (GERMAN, "", [SIGNATURE], 1, True),
         ("", DYNAMIC, [], 1, True),
@@ -490,7 +577,7 @@ def test_the_notice_in_place_of_an_xfa_form_is_no_page(
     else:
         said = f"this is an XFA form: what it has besides its pages was not read. {fix}"
         assert [said in page.warnings for page in read_all(data)] == [True, False][:pages]
-    assert not read_all(pdf_with(text=text))[0].warnings  # without a form, it is the page
+    assert "XFA" not in str(read_all(pdf_with(text=text))[0].warnings)  # without a form, it is the page
 
 
 def tiff(*kinds: dict[int, int]) -> bytes:
@@ -512,29 +599,36 @@ def tiff(*kinds: dict[int, int]) -> bytes:
     return data
 
 
+def test_an_xfa_form_with_a_broken_page_is_bad_input() -> None:
+    broken = pdf_with(form="/XFA 4 0 R", text=ADOBE).replace(b"/Kids [3 0 R ]", b"/Kids [99 0 R]")
+    with pytest.raises(InputError, match=r"^<bytes> cannot be opened: Failed to load page"):
+        open_document(broken)
+
+
 PAGE: dict[int, int] = {}
 OF_SEVERAL, SMALLER, OLD_SMALLER, MASK, OLD_MASK = {254: 2}, {254: 1}, {255: 2}, {254: 4}, {262: 4}
 
 
 @pytest.mark.parametrize(
-    ("kinds", "widths"),
+    ("kinds", "widths", "found"),
     [
-        ([PAGE], [61]),
-        ([PAGE, PAGE], [61, 62]),
-        ([OF_SEVERAL, OF_SEVERAL], [61, 62]),
-        ([PAGE, MASK], [61]),
-        ([PAGE, OLD_MASK, PAGE], [61, 63]),
-        ([SMALLER, PAGE, {254: 3}, OF_SEVERAL, {254: 6}, OLD_SMALLER, {255: 1}], [62, 64, 67]),
-        ([SMALLER], [61]),
-        ([SMALLER, SMALLER], [61, 62]),
+        ([PAGE], [61], 0),
+        ([PAGE, PAGE], [61, 62], 0),
+        ([OF_SEVERAL, OF_SEVERAL], [61, 62], 0),
+        ([PAGE, MASK], [61], 1),
+        ([PAGE, OLD_MASK, PAGE], [61, 63], 1),
+        ([SMALLER, PAGE, {254: 3}, OF_SEVERAL, {254: 6}, OLD_SMALLER, {255: 1}], [62, 64, 67], 4),
+        ([SMALLER], [61], 1),
+        ([SMALLER, SMALLER], [61, 62], 2),
     ],
 )
-def test_smaller_copies_and_masks_in_a_tiff_are_no_pages(kinds: list[dict[int, int]], widths: list[int]) -> None:
+def test_smaller_copies_and_masks_in_a_tiff_are_no_pages_unless_there_is_nothing_else(
+    kinds: list[dict[int, int]], widths: list[int], found: int
+) -> None:
     pages = read_all(tiff(*kinds))
     assert [page.width for page in pages] == widths
-    left_out = len(kinds) - len(widths)
-    said = f"smaller copies and masks in the file are no pages, and were not read: {left_out}"
-    assert [page.warnings for page in pages] == [(said,) * bool(left_out), *[()] * (len(pages) - 1)]
+    said = "the file has smaller copies or masks of its pages, which are read only if there is nothing else"
+    assert [page.warnings for page in pages] == [(f"{said}: {found}",) * bool(found), *[()] * (len(pages) - 1)]
 
 
 # Bad input
@@ -593,6 +687,19 @@ NOISE = encode(Image.effect_noise((200, 200), 90), "PNG")
 def test_bad_documents_say_what_is_wrong(data: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_all(data)
+
+
+def locked_pdf() -> bytes:
+    """With what a bookshop's program locks a document by."""
+    return raw_pdf().replace(b"trailer << ", b"trailer << /Encrypt << /Filter /EBX_HANDLER /V 4 >> /ID [<00><00>] ")
+
+
+def test_the_reason_of_one_pdf_is_not_that_of_the_one_before() -> None:
+    for before, message in ((encrypted_pdf("sesame"), "encrypted and needs"), (locked_pdf(), r"\(DRM\).*Fix: ")):
+        with pytest.raises(InputError, match=message):
+            open_document(before)
+        with pytest.raises(InputError, match="broken PDF, or has no pages"):
+            open_document(raw_pdf().replace(b"/Kids [3 0 R] /Count 1", b"/Kids [] /Count 0"))
 
 
 @pytest.mark.parametrize(

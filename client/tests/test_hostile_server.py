@@ -137,7 +137,7 @@ ATTEMPT: dict[str, Any] = {"engine": "vllm", "outcome": "failed", "error": "E", 
 def test_a_server_is_believed_who_read_the_page_if_that_can_be(
     header: str | None, about: Any, engine: str | None, model: str, attempts: tuple[Any, ...], stream: bool
 ) -> None:
-    headers = {} if header is None else {ENGINE_HEADER: header.encode("latin-1")}
+    headers: dict[str, Any] = {} if header is None else {ENGINE_HEADER: header.encode("latin-1")}
     if stream:
         body = events(piece("te"), {**piece("xt", "stop"), "dots_ocr": about})
         answer = httpx2.Response(200, content=body, headers={"Content-Type": STREAM, **headers})

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -42,7 +42,9 @@ from dots_ocr_client import (
     UnusableAnswer,
     VLLMEngine,
     images,
+    layout,
 )
+from dots_ocr_client.documents import PageReference
 from dots_ocr_client.engines import server as transport
 from dots_ocr_client.engines import vllm
 from dots_ocr_client.prompts import MODES
@@ -116,6 +118,12 @@ def test_a_box_is_sent_in_pixels_of_what_the_model_sees(engine: VLLMEngine, serv
     assert prompt_of(server.bodies[0]).endswith("Bounding Box:\n[0, 0, 1008, 252]")
 
 
+def test_a_box_outside_the_page_is_not_sent(engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
+    with pytest.raises(RequestRejected, match=r"outside the page of 784 x 224 px\. Fix: "):
+        read(engine, page, Task("grounding", box=Box(784, 0, 900, 100)))
+    assert server.requests == []
+
+
 def test_the_page_is_sent_as_it_is(engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
     read(engine, page, "text")
     assert sent_image(server.bodies[0]).convert("RGB").tobytes() == page.image.tobytes()
@@ -143,27 +151,69 @@ def test_the_answer_may_take_what_the_image_and_the_prompt_leave(
     assert len(prompt_of(body)) / 2 < left < len(prompt_of(body)) / 2 + 65
 
 
-def test_a_page_that_leaves_no_room_for_an_answer_is_not_sent(
-    engine: VLLMEngine, server: FakeServer, page: PageImage
+A4_AT_300 = (2_480, 3_508)  # 11,125 tokens
+
+
+@pytest.fixture(scope="module")
+def large_page() -> PageImage:
+    return PageImage.of(1, Image.new("RGB", A4_AT_300, "gray"))
+
+
+@pytest.mark.parametrize(
+    ("max_pixels", "context"),
+    [(1_000_000, 2_048), (1_000_000, 4_096), (5_000_000, 8_192), (5_000_000, 7_000), (images.MAX_PIXELS, 11_600)],
+)
+def test_what_a_server_that_shrinks_pages_accepts_is_never_refused(
+    max_pixels: int, context: int, large_page: PageImage, engine: VLLMEngine, server: FakeServer
 ) -> None:
-    read(engine, page, "text")
-    needed = 16_384 - server.bodies[0]["max_completion_tokens"] + vllm.MIN_OUTPUT_TOKENS
-    server.models = {"dots.ocr": needed - 1}
-    with pytest.raises(RequestRejected, match="--max-model-len"):
-        read(VLLMEngine(server.base_url), page, "text")
-    assert len(server.requests) == 1
-    server.models = {"dots.ocr": needed}
-    read(VLLMEngine(server.base_url), page, "text")
-    assert server.bodies[1]["max_completion_tokens"] == vllm.MIN_OUTPUT_TOKENS
+    server.max_pixels, server.models, server.strict = max_pixels, {"dots.ocr": context}, True
+    answers = read(engine, large_page, "text", "layout", "layout", "text")
+    assert {sent_image(body).size for body in server.bodies} - {(56, 56)} == {A4_AT_300}
+    box = layout.to_page(Box(0, 0, 28, 28), images.smart_resize(*A4_AT_300, max_pixels=max_pixels), A4_AT_300)
+    assert [[cell.box for cell in answer.cells] for answer in answers] == [[], [box], [box], []]
 
 
-def test_a_prompt_that_takes_more_tokens_than_expected_leaves_less_for_the_answer(
+def test_the_answer_gets_what_a_server_that_shrinks_pages_has_left(
+    large_page: PageImage, engine: VLLMEngine, server: FakeServer
+) -> None:
+    server.max_pixels, server.strict = 1_000_000, True
+    read(engine, large_page, "layout", "layout")
+    first, _, second = server.bodies
+    assert "max_completion_tokens" not in first  # the server's own default is all that is left
+    assert 14_000 < second["max_completion_tokens"] < 16_384 - 1_200
+
+
+def test_a_page_that_does_not_fit_is_refused_by_the_server_with_a_fix(
+    large_page: PageImage, engine: VLLMEngine, server: FakeServer
+) -> None:
+    server.models, server.strict = {"dots.ocr": 8_192}, True
+    with pytest.raises(RequestRejected, match="larger --max-model-len, or give a smaller image"):
+        read(engine, large_page, "text")
+
+
+@pytest.mark.parametrize(("context", "tokens"), [(16_384, 11_125), (12_000, 7_904), (8_192, 4_956), (4_096, 2_730)])
+def test_a_page_of_a_pdf_is_shrunk_to_leave_room_for_its_answer(
+    context: int, tokens: int, large_page: PageImage, engine: VLLMEngine, server: FakeServer
+) -> None:
+    origin = PageReference("a.pdf", 1, "pdf", "a.pdf", None, False)
+    page = replace(large_page, origin=origin)
+    server.models, server.strict = {"dots.ocr": context}, True
+    (answer,) = read(engine, page, "layout")
+    sent = sent_image(server.bodies[0]).size
+    assert 0.97 * tokens < images.image_tokens(*sent) <= tokens
+    assert answer.cells[0].box == layout.to_page(Box(0, 0, 28, 28), images.smart_resize(*sent), A4_AT_300)
+    shrunk = f"sent as {sent[0]} x {sent[1]} px, to leave its answer room in a context of {context} tokens"
+    assert [warning for warning in answer.warnings if shrunk in warning] == list(answer.warnings)
+    assert bool(answer.warnings) == (context < 16_384)
+
+
+def test_a_prompt_that_takes_more_tokens_than_expected_leaves_the_length_to_the_server(
     engine: VLLMEngine, server: FakeServer, page: PageImage
 ) -> None:
     server.fail_with(400, "This model's maximum context length is 16384 tokens. However, you requested", times=1)
     (answer,) = read(engine, page, "text")
-    first, second = (body["max_completion_tokens"] for body in server.bodies)
-    assert (answer.text, first - second) == ("read by the server", len(prompt_of(server.bodies[0])))
+    assert answer.text == "read by the server"
+    assert ["max_completion_tokens" in body for body in server.bodies] == [True, False]
 
 
 def test_a_page_refused_for_its_length_again_is_given_up_with_a_fix(

@@ -190,6 +190,7 @@ async def run(
     upgrade: bool = False,
     retry_failed: bool = True,
     pages: str | None = None,
+    dpi: int | None = None,
     password: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -211,6 +212,7 @@ async def run(
         upgrade: Read those pages again that another engine than vLLM read. The old page stays where that fails.
         retry_failed: Read those pages again that failed in an earlier run.
         pages: Of each document, such as ``1-3,7``; default: all. Pages that an earlier run read stay in the outputs.
+        dpi: At which pages of PDFs are drawn; see `AsyncDotsOCR.read`. Another one has them all read again.
         password: Of encrypted PDFs; the others need none. It is written nowhere.
         progress: Is told what happens.
 
@@ -228,8 +230,8 @@ async def run(
     skipped: Counter[str] = Counter()
     found = await _in_thread(_find, inputs, out, skipped)
     with _claimed(out) as root:
-        batch = _Batch(client, root, mode, formats, headers, upgrade, retry_failed, pages, password, progress)
-        return await batch.read(found, dict((+skipped).most_common()))
+        options = (mode, formats, headers, upgrade, retry_failed, pages, dpi, password, progress)
+        return await _Batch(client, root, *options).read(found, dict((+skipped).most_common()))
 
 
 @dataclass(slots=True)
@@ -242,6 +244,7 @@ class _Batch:
     upgrade: bool
     retry_failed: bool
     pages: str | None
+    dpi: int | None
     password: str | None = field(repr=False)
     progress: Progress | None
 
@@ -296,7 +299,7 @@ class _Batch:
         summary = Summary(0, 0, {})
         try:
             sha256, stamp = await _in_thread(_digest, document.path)
-            store = Store(self.root, document.name, source, sha256, self.mode, self.pages)
+            store = Store(self.root, document.name, source, sha256, self.mode, self.pages, self.dpi)
             try:
                 await _in_thread(store.open)
                 status = await self._fill(store, document, stamp, count)
@@ -327,6 +330,7 @@ class _Batch:
             return "unchanged"
         # By the client, once: what a file holds up is a process of the client's, no thread of ours.
         with await self.client.open(document.path, password=self.password) as opened:
+            opened.dpi = self.dpi
             numbers = opened.numbers
             if self.pages is not None:
                 numbers = parse_pages(self.pages, opened.page_count, opened.name)
@@ -466,11 +470,10 @@ def _reason_to_skip(file: Path) -> str | None:
     kind = file.suffix.lower()
     if file.name.startswith("."):
         return "hidden"
-    if kind in SUFFIXES:
+    named = re.fullmatch(r"\.[a-z][a-z0-9_~-]{0,9}", kind)  # others end a name, such as "No. 5" or "scan.001"
+    if kind in SUFFIXES or (not named and is_document(file)):
         return None
-    if re.fullmatch(r"\.[a-z][a-z0-9_~-]{0,9}", kind):  # others are the end of a name, such as "No. 5" or "scan.001"
-        return kind
-    return None if is_document(file) else "without a suffix"
+    return kind if named else "without a suffix"
 
 
 @contextlib.contextmanager

@@ -231,6 +231,9 @@ def read(
         typer.Option(metavar="L,T,R,B", callback=_numbers, help="For --mode grounding: where, in pixels of the page."),
     ] = None,
     question: Annotated[str | None, typer.Option(metavar="TEXT", help="For --mode general.")] = None,
+    dpi: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Draw pages of PDFs at N; default: 200, or more if needed.")
+    ] = None,
     formats: Annotated[
         list[Format] | None,
         typer.Option("--format", help="Default: md, with --out also json. With --out it may be repeated."),
@@ -294,10 +297,10 @@ def read(
         chosen = formats or (Format.JSON, Format.MD)
         kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
         kinds |= frozenset({"pictures"} if pictures else ())
-        report = _batch(engines, patience, files, out, spoken, kinds, headers, upgrade, pages, password)
+        report = _batch(engines, patience, files, out, spoken, kinds, headers, upgrade, pages, dpi, password)
         return _summarize(report, out, as_json, first)
     form = Format.JSON if as_json else (formats or [Format.MD])[0]
-    options = {"mode": spoken, "box": None if box is None else _box(box), "question": question}
+    options = {"mode": spoken, "box": None if box is None else _box(box), "question": question, "dpi": dpi}
     document = _one(engines, patience, files[0], form, headers, output, pages, password, options)
     from .reading import notes
     from .results import Page
@@ -365,9 +368,14 @@ class _Patience:
 
 
 def _written(
-    document: Document, form: Format, headers: bool, file: Path | None = None, password: str | None = None
+    document: Document,
+    form: Format,
+    headers: bool,
+    file: Path | None = None,
+    password: str | None = None,
+    dpi: int | None = None,
 ) -> str:
-    """Return a document in a format; the file is for those that need the pictures of its pages."""
+    """Return a document in a format; the file is for hOCR, which needs the pictures of its pages."""
     match form:
         case Format.JSON:
             return json.dumps(document.to_dict(), ensure_ascii=False, indent=2)
@@ -378,7 +386,7 @@ def _written(
         case Format.HOCR:
             from .reading import as_hocr
 
-            return as_hocr(document, None if file == Path("-") else file, password)
+            return as_hocr(document, None if file == Path("-") else file, password, dpi)
         case Format.MD | Format.CSV:
             return document.markdown(headers=headers)
 
@@ -393,6 +401,7 @@ def _batch(
     headers: bool,
     upgrade: bool,
     pages: str | None,
+    dpi: int | None,
     password: str | None,
 ) -> Report:
     async def run() -> Report:
@@ -410,6 +419,7 @@ def _batch(
                     headers=headers,
                     upgrade=upgrade,
                     pages=pages,
+                    dpi=dpi,
                     password=password,
                     progress=progress,
                 )
@@ -474,9 +484,9 @@ def _one(
     if streamed:
         print()
     elif output is None:
-        _print_text(_written(document, form, headers, file, password))
+        _print_text(_written(document, form, headers, file, password, options["dpi"]))
     else:
-        _write_file(output, _written(document, form, headers, file, password) + "\n")
+        _write_file(output, _written(document, form, headers, file, password, options["dpi"]) + "\n")
     return document
 
 

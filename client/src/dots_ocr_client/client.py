@@ -88,6 +88,7 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
+        dpi: int | None = None,
     ) -> Document:
         """Read a document.
 
@@ -96,8 +97,10 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
             mode: What to read; `dots_ocr_client.prompts.MODES` has them all.
             pages: Which pages; default: all.
             password: Of an encrypted PDF. Default: ``DOTS_OCR_PASSWORD`` of the environment. It is written nowhere.
-            box: For the mode ``grounding``: left, top, right and bottom in pixels of the page (of a PDF: at 200 dpi).
+            box: For the mode ``grounding``: left, top, right and bottom in pixels of the page, as the boxes of results.
             question: For the mode ``general`` of dots.mocr.
+            dpi: At which pages of a PDF are drawn, up to the model's limit. Default: 200, or more for a page whose
+                images or smallest type need it.
 
         Returns:
             The pages in order. One that failed is a `FailedPage` among them; look at ``failures``.
@@ -106,10 +109,10 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
             InputError: The document cannot be read by any engine.
             ConfigurationError: Wrong base URL, model or API key; no other engine is asked.
             AllEnginesFailed: Not one page could be read.
-            ValueError: There is no such mode, or it lacks its box or question.
+            ValueError: There is no such mode, or it lacks its box or question; or `dpi` is not positive.
         """
-        reading = self.stream(document, mode=mode, pages=pages, password=password, box=box, question=question)
-        async with aclosing(reading) as stream:
+        stream = self.stream(document, mode=mode, pages=pages, password=password, box=box, question=question, dpi=dpi)
+        async with aclosing(stream):
             results = sorted([page async for page in stream], key=lambda page: page.number)
         failures = [page for page in results if isinstance(page, FailedPage)]
         if failures and len(failures) == len(results):
@@ -124,10 +127,12 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
+        dpi: int | None = None,
     ) -> Page:
         """Read an image, or any other document of one page; arguments and errors are those of `read`."""
-        task = _task(mode, box, question)
+        task = _task(mode, box, question, dpi)
         with await self._pipeline.open(image, password=password) as opened:
+            opened.dpi = dpi
             if len(opened.numbers) != 1:
                 raise InputError(f"{opened.name} has {len(opened.numbers)} pages, not one: use read()")
             async with aclosing(self._pipeline.read(opened, task)) as results:
@@ -151,19 +156,20 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
+        dpi: int | None = None,
     ) -> AsyncGenerator[Page | FailedPage, None]:
         """Read a document and yield its pages as they finish, in any order.
 
         Close the generator if you stop early (``contextlib.aclosing``); that cancels what is still at the server.
         Arguments and errors are those of `read`, but a page that fails never raises. What `open` returned stays open.
         """
-        task = _task(mode, box, question)
+        task = _task(mode, box, question, dpi)
         with ExitStack() as ours:
             if isinstance(document, OpenDocument):
                 numbers = None if pages is None else parse_pages(pages, document.page_count, document.name)
             else:
-                opened = await self._pipeline.open(document, pages, password=password)
-                document, numbers = ours.enter_context(opened), None
+                document, numbers = ours.enter_context(await self._pipeline.open(document, pages, password)), None
+            document.dpi = dpi or document.dpi
             async with aclosing(self._pipeline.read(document, task, numbers)) as results:
                 async for page in results:
                     yield page
@@ -227,10 +233,11 @@ class DotsOCR(AbstractContextManager["DotsOCR"]):
         password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
+        dpi: int | None = None,
     ) -> Document:
         """Read a document; see `AsyncDotsOCR.read`."""
         return self._loop.run(
-            self._client.read(document, mode=mode, pages=pages, password=password, box=box, question=question)
+            self._client.read(document, mode=mode, pages=pages, password=password, box=box, question=question, dpi=dpi)
         )
 
     def read_page(
@@ -241,9 +248,12 @@ class DotsOCR(AbstractContextManager["DotsOCR"]):
         password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
+        dpi: int | None = None,
     ) -> Page:
         """Read an image, or any other document of one page; see `AsyncDotsOCR.read_page`."""
-        return self._loop.run(self._client.read_page(image, mode=mode, password=password, box=box, question=question))
+        return self._loop.run(
+            self._client.read_page(image, mode=mode, password=password, box=box, question=question, dpi=dpi)
+        )
 
     def stream(
         self,
@@ -254,9 +264,12 @@ class DotsOCR(AbstractContextManager["DotsOCR"]):
         password: str | None = None,
         box: Box | tuple[int, int, int, int] | None = None,
         question: str | None = None,
+        dpi: int | None = None,
     ) -> Iterator[Page | FailedPage]:
         """Read a document and yield its pages as they finish, in any order; see `AsyncDotsOCR.stream`."""
-        stream = self._client.stream(document, mode=mode, pages=pages, password=password, box=box, question=question)
+        stream = self._client.stream(
+            document, mode=mode, pages=pages, password=password, box=box, question=question, dpi=dpi
+        )
         try:
             while (page := self._loop.run(_next(stream))) is not None:
                 yield page
@@ -279,7 +292,9 @@ async def _next(stream: AsyncGenerator[Page | FailedPage, None]) -> Page | Faile
     return await anext(stream, None)
 
 
-def _task(mode: Mode, box: Box | tuple[int, int, int, int] | None, question: str | None) -> Task:
+def _task(mode: Mode, box: Box | tuple[int, int, int, int] | None, question: str | None, dpi: int | None) -> Task:
+    if dpi is not None and dpi < 1:
+        raise ValueError(f"dpi must be at least 1, not {dpi!r}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
     if (mode == "grounding") != (box is not None):

@@ -25,11 +25,9 @@ import pypdfium2
 from PIL import Image, UnidentifiedImageError
 from pypdfium2 import raw
 
-from . import images
+from . import images, pdf_resolution
 from .errors import InputError
 
-PDF_DPI: Final = 200
-"""Resolution at which PDF pages are drawn, as in dots.ocr's own client."""
 MAX_FILE_BYTES: Final = 256 * 2**20
 """Of an image. Our own limit: an uncompressed page of `MAX_PAGE_PIXELS` in RGB takes just this much."""
 MAX_PDF_BYTES: Final = 4 * 2**30
@@ -66,18 +64,16 @@ _MAGIC = re.compile(
     rb"|P[1-6]\s+(?:#|\d+\s+\d+\s)|\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftyp(?:avi|hei|hev|mif|msf)",
     re.DOTALL,
 )
-
 _MARKS = {
     raw.FPDF_ANNOT_STAMP: "stamps",
     raw.FPDF_ANNOT_INK: "drawings by hand",
     raw.FPDF_ANNOT_TEXT: "comments",
     raw.FPDF_ANNOT_FILEATTACHMENT: "attached files",
-    **dict.fromkeys((raw.FPDF_ANNOT_SOUND, raw.FPDF_ANNOT_MOVIE, raw.FPDF_ANNOT_SCREEN), "sounds or films"),
-    raw.FPDF_ANNOT_RICHMEDIA: "sounds or films",
+    **{getattr(raw, f"FPDF_ANNOT_{kind}"): "media" for kind in ("SOUND", "MOVIE", "SCREEN", "RICHMEDIA", "THREED")},
     **dict.fromkeys((-raw.FPDF_FORMFIELD_CHECKBOX, -raw.FPDF_FORMFIELD_RADIOBUTTON), "check boxes"),
     -raw.FPDF_FORMFIELD_SIGNATURE: "signature fields",
 }
-_NOTICE = 1_000  # characters; that in place of an XFA form has some 700
+_NOTICE = re.compile("adobe|please wait", re.IGNORECASE)  # in place of an XFA form; of some 700 characters
 
 # PDFium must not be entered by two threads at once, not even for different documents.
 _pdfium = threading.Lock()
@@ -102,13 +98,14 @@ class PageImage:
     Attributes:
         number: Counted from 1.
         width: Of the page's own image in pixels, which boxes refer to: an image upright at its own size, a PDF's page
-            as it was drawn, at 200 dpi or less.
+            as it was drawn.
         height: As above.
         png: The page within the model's limits, as an upright 8-bit PNG, grey or RGB, without metadata.
         sent_width: Of ``png``, in pixels.
         sent_height: As above.
         warnings: What a reader of the results should know.
         origin: Where the page of a PDF comes from, for engines that read more than pixels; ``None`` for images.
+        dpi: Pixels of ``width`` per inch of a PDF's page; ``None`` for images.
     """
 
     number: int
@@ -119,6 +116,7 @@ class PageImage:
     sent_height: int
     warnings: tuple[str, ...] = ()
     origin: PageReference | None = None
+    dpi: int | None = None
 
     @property
     def image(self) -> Image.Image:
@@ -155,6 +153,7 @@ class PageReference:
         in_process: It belongs into a process of its own, as any file: a decoder can crash, takes as much time and
             memory as the file demands, and holds up all other threads meanwhile. PIL's images are the caller's own.
         warnings: For the page image.
+        dpi: At which the page of a PDF is drawn; ``None``: as it needs.
         password: Of an encrypted PDF.
     """
 
@@ -165,6 +164,7 @@ class PageReference:
     stamp: tuple[int, ...] | None
     in_process: bool
     warnings: tuple[str, ...] = ()
+    dpi: int | None = None
     password: str | None = field(default=None, repr=False)
 
 
@@ -175,7 +175,10 @@ class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
         name: As `describe` gives it.
         page_count: Pages of the whole document.
         numbers: The pages that are wanted, in ascending order, counted from 1.
+        dpi: At which pages of a PDF are drawn; ``None``: as each of them needs. Set it before they are.
     """
+
+    dpi: int | None = None
 
     def __init__(
         self, whole: PageReference, page_count: int, numbers: tuple[int, ...], temporary: IO[bytes] | None
@@ -200,7 +203,7 @@ class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
             raise ValueError(f"{self.name} has {self.page_count} pages, and no page {number}")
         label = self.name if self.page_count == 1 else f"page {number} of {self.name}"
         said = self._whole.warnings if number == self.numbers[0] else ()  # they are of the whole document
-        return replace(self._whole, label=label, number=number, warnings=said)
+        return replace(self._whole, label=label, number=number, warnings=said, dpi=self.dpi)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one; pages cannot be drawn any more."""
@@ -341,7 +344,7 @@ def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
         reference: Of `take`.
 
     Returns:
-        How many pages there are, and warnings for each of them.
+        How many pages there are, and warnings about the whole document.
 
     Raises:
         InputError: It is broken, encrypted, of an unknown kind, has too many pages, or has changed.
@@ -354,8 +357,8 @@ def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
     with _opened_image(reference, "opened") as image:
         if image.format == "TIFF":
             pages, frames = _tiff_pages(image, reference.label)
-            left_out = f"smaller copies and masks in the file are no pages, and were not read: {frames - len(pages)}"
-            return len(pages), (left_out,) * (len(pages) < frames)
+            said = "the file has smaller copies or masks of its pages, which are read only if there is nothing else"
+            return len(pages) or frames, (f"{said}: {frames - len(pages)}",) * (len(pages) < frames)
         return 1, ("only the first of several frames was read",) if _is_animated(image) else ()
 
 
@@ -374,9 +377,9 @@ def draw(reference: PageReference) -> PageImage:
     with _opened_image(reference, "drawn") as image:
         if image.format == "TIFF":
             try:
-                frame = _tiff_pages(image, reference.label, reference.number)[0][reference.number - 1]
+                pages, frames = _tiff_pages(image, reference.label, reference.number)
                 image.seek(0)  # or else a frame that has been reached would pass, though it is broken
-                image.seek(frame)
+                image.seek((pages or range(frames))[reference.number - 1])
             except Exception as error:  # see _page_of
                 raise InputError(f"{reference.label} cannot be decoded: {_reason(error)}") from error
         return _page_of(reference.number, image, reference.warnings, reference.label)
@@ -581,10 +584,7 @@ def _is_animated(image: Image.Image) -> bool:
 
 
 def _tiff_pages(image: Any, name: str, wanted: int = MAX_TIFF_PAGES + 1) -> tuple[list[int], int]:
-    """Find the first so many frames that are pages, and count all up to there; those with a broken header count.
-
-    Smaller copies and masks are pages only where there is nothing else (tags 254, 255 and 262 of TIFF 6.0).
-    """
+    """Find the first so many frames that are pages (TIFF 6.0: tags 254, 255, 262), and count all frames up to there."""
     pages: list[int] = []
     frame, failed = 0, False
     while len(pages) < wanted:
@@ -603,7 +603,7 @@ def _tiff_pages(image: Any, name: str, wanted: int = MAX_TIFF_PAGES + 1) -> tupl
         if not (tags.get(254) in (1, 3, 4, 5, 6, 7) or tags.get(255) == 2 or tags.get(262) == 4):
             pages.append(frame)
         frame += 1
-    return pages or list(range(frame)), frame
+    return pages, frame
 
 
 def _open_image(file: BinaryIO, label: str) -> Image.Image:
@@ -688,6 +688,7 @@ def _encode(number: int, rgb: Image.Image, warnings: tuple[str, ...]) -> PageIma
 def _open_pdf(path: str, label: str, password: str | None) -> Any:
     """Open a PDF; the lock must be held."""
     try:
+        pypdfium2.raw.FPDF_LoadMemDocument64(b"", 0, None)  # its error stays where a PDF without pages sets none
         pdf = pypdfium2.PdfDocument(Path(path), password and password.encode("utf-8", "replace").decode())
         pdf.init_forms()  # otherwise what was typed into a form is left out
     except pypdfium2.PdfiumError as error:
@@ -695,28 +696,36 @@ def _open_pdf(path: str, label: str, password: str | None) -> Any:
             what = "is encrypted and needs a password" if not password else "does not open with the password given"
             ways = f"--password-file, {PASSWORD_VARIABLE} in the environment, or password="
             raise InputError(f"{label} {what}. Fix: give the right one by {ways}") from error
+        if error.err_code == pypdfium2.raw.FPDF_ERR_SECURITY:
+            raise InputError(
+                f"{label} is locked by a certificate or by digital rights management (DRM), not by a password. Fix: "
+                "open it with the program that may, and save or print it to a new PDF"
+            ) from error
         raise InputError(f"{label} is a broken PDF, or has no pages: repair it ({_reason(error)})") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot read {label}: {_reason(error)}") from error
     return pdf
 
 
-def annotations(page: Any) -> Iterator[tuple[Any, int]]:
+def annotations_of(page: Any) -> Iterator[tuple[Any, int]]:
     """Yield those of a `pypdfium2.PdfPage`, each with its kind; for a form field, that is minus the field's kind."""
     for index in range(raw.FPDFPage_GetAnnotCount(page)):
         if annotation := raw.FPDFPage_GetAnnot(page, index):
             kind = raw.FPDFAnnot_GetSubtype(annotation)
             if kind == raw.FPDF_ANNOT_WIDGET and page.formenv is not None:
-                kind = -raw.FPDFAnnot_GetFormFieldType(page.formenv, annotation)
-            yield annotation, kind
-            raw.FPDFPage_CloseAnnot(annotation)
+                kind = -max(0, raw.FPDFAnnot_GetFormFieldType(page.formenv, annotation))
+            try:
+                yield annotation, kind
+            finally:
+                raw.FPDFPage_CloseAnnot(annotation)
 
 
 def beside_text(page: Any) -> tuple[str, ...]:
     """Say what a `pypdfium2.PdfPage` has that is no text, or no text of the page itself. PDFium must be locked."""
     found: Counter[str] = Counter()
-    for annotation, kind in annotations(page):
-        if name := _MARKS.get(kind):
+    for annotation, kind in annotations_of(page):
+        remark = raw.FPDFAnnot_GetStringValue(annotation, b"Contents", None, 0) > 2  # bytes of UTF-16, with a NUL
+        if name := _MARKS.get(kind, "comments" * (remark and raw.FPDF_ANNOT_LINE <= kind <= raw.FPDF_ANNOT_CARET)):
             found[name] += 1
             if name == "check boxes" and raw.FPDFAnnot_IsChecked(page.formenv, annotation):
                 found["ticked of these"] += 1
@@ -727,26 +736,29 @@ def beside_text(page: Any) -> tuple[str, ...]:
 def _beside_pages(pdf: Any, label: str) -> Iterator[str]:
     """Say what a PDF has that is on none of its pages; `InputError` if these are no more than a notice."""
     if count := pdf.count_attachments():
-        names = ", ".join(_printable(pdf.get_attachment(index).get_name()[:80]) for index in range(min(count, 5)))
-        yield f"attached files were not read: {count} ({names}). Fix: save them with a PDF reader, and read them, too"
+        names: list[str] = []
+        with contextlib.suppress(pypdfium2.PdfiumError):  # as much as can be found of a broken list
+            names.extend(_printable(pdf.get_attachment(index).get_name()[:80]) for index in range(min(count, 5)))
+        listed = ", ".join(names)
+        yield f"attached files were not read: {count} ({listed}). Fix: save them with a PDF reader, and read them, too"
     if (form := pdf.get_formtype()) in (raw.FORMTYPE_XFA_FULL, raw.FORMTYPE_XFA_FOREGROUND):
         fix = "Fix: open it with Adobe Acrobat, print it into a PDF, and read that"
-        page = pdf[0]
-        text = page.get_textpage().get_text_bounded()
-        filled = any(kind < 0 and kind != -raw.FPDF_FORMFIELD_SIGNATURE for _, kind in annotations(page))
-        known = form == raw.FORMTYPE_XFA_FULL or re.search("adobe|please wait", text, re.IGNORECASE)
-        if known and len(pdf) == 1 and len(text) < _NOTICE and not filled:
-            raise InputError(f"{label} has a notice in place of its page, which is an XFA form. {fix}")
+        if len(pdf) == 1:
+            with contextlib.closing(pdf[0]) as page, contextlib.closing(page.get_textpage()) as textpage:
+                text = textpage.get_text_bounded()
+                filled = any(kind < 0 and kind != -raw.FPDF_FORMFIELD_SIGNATURE for _, kind in annotations_of(page))
+            if not filled and len(text) < 1_000 and (form == raw.FORMTYPE_XFA_FULL or _NOTICE.search(text)):
+                raise InputError(f"{label} has a notice in place of its page, which is an XFA form. {fix}")
         yield f"this is an XFA form: what it has besides its pages was not read. {fix}"
 
 
 def _draw_pdf(reference: PageReference) -> PageImage:
-    with open_page(reference, "drawn") as (page, scale):
-        rgb = page.render(scale=scale).to_pil().convert("RGB")
+    with _open_page(reference, "drawn") as (page, drawn):
+        rgb = page.render(scale=drawn.scale).to_pil().convert("RGB")
         warnings = reference.warnings + beside_text(page)
-    if (dpi := round(scale * 72)) < PDF_DPI:
-        warnings += (f"the page was drawn at {dpi} dpi instead of {PDF_DPI}, to keep the model's limits",)
-    return replace(_encode(reference.number, rgb, warnings), origin=reference)
+    if drawn.dpi < drawn.wanted:
+        warnings += (f"the page was drawn at {drawn.dpi} dpi instead of {drawn.wanted}, to keep the model's limits",)
+    return replace(_encode(reference.number, rgb, warnings), origin=reference, dpi=drawn.dpi)
 
 
 @contextlib.contextmanager
@@ -763,12 +775,24 @@ def open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, float]
     Raises:
         InputError: The page is broken, too large or too narrow, also if PDFium says so inside the ``with`` statement.
     """
+    with _open_page(reference, verb) as (page, drawn):
+        yield page, drawn.scale
+
+
+@contextlib.contextmanager
+def _open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, pdf_resolution.Resolution]]:
+    assert reference.stamp is not None
+    file_bytes = reference.stamp[2]
     with _opened_pdf(reference, verb) as kept:
         kept.pages_left -= 1
         try:
             page = kept.pdf[reference.number - 1]
+            if not all(page.get_size()):  # its CropBox lies outside its MediaBox, and other readers show all of that
+                page.set_cropbox(*page.get_mediabox())
+                page.close()
+                page = kept.pdf[reference.number - 1]
             try:
-                yield page, _scale(*page.get_size())
+                yield page, pdf_resolution.choose(page, reference.number, file_bytes, reference.dpi)
             finally:
                 page.close()
         except (pypdfium2.PdfiumError, ValueError, MemoryError) as error:
@@ -788,27 +812,7 @@ def _opened_pdf(reference: PageReference, verb: str) -> Iterator[_Kept]:
                 _kept = None
             pdf = _open_pdf(path, label, reference.password)
             _kept = _Kept(path, key, pdf, max(1, KEPT_BYTES * len(pdf) // Path(path).stat().st_size))
-        yield _kept
-
-
-def _scale(width: float, height: float) -> float:
-    """Return pixels per point: those of 200 dpi, or fewer for a page that would be larger than the model accepts.
-
-    Args:
-        width: In points.
-        height: In points.
-
-    Raises:
-        ValueError: No area, or too narrow.
-    """
-    if not (0 < width < math.inf and 0 < height < math.inf):
-        raise ValueError(f"a page of {width} x {height} points has no area")
-    # PDFium stores sizes in single precision and pypdfium2 rounds up, so 784.0000001 would become 785 pixels.
-    scale = PDF_DPI / 72 * (1 - 1e-6)
-    if math.ceil(width * scale) * math.ceil(height * scale) > images.MAX_PIXELS:
-        # Rounded up, the sides are less than (width * scale + 1) and (height * scale + 1): solve for their product.
-        half = (width + height) / 2
-        area = width * height
-        scale = (math.sqrt(half**2 + area * (images.MAX_PIXELS - 1)) - half) / area
-    images.smart_resize(math.ceil(width * scale), math.ceil(height * scale))
-    return scale
+        try:
+            yield _kept
+        except pypdfium2.PdfiumError as error:
+            raise InputError(f"{label} cannot be {verb}: {_reason(error)}") from error

@@ -287,4 +287,5 @@ def _page(page: PageImage, engine: Engine, answer: Answer, seconds: float, attem
         finish_reason=answer.finish_reason,
         attempts=(*attempts, *answer.attempts),
         warnings=(*page.warnings, *answer.warnings),
+        dpi=page.dpi,
     )

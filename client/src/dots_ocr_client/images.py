@@ -69,9 +69,9 @@ def smart_resize(width: int, height: int, *, max_pixels: int = MAX_PIXELS) -> tu
     return sides[0], sides[1]
 
 
-def image_tokens(width: int, height: int) -> int:
-    """Count the tokens of context that an image of this size, in pixels, takes up."""
-    return math.prod(smart_resize(width, height)) // FACTOR**2
+def image_tokens(width: int, height: int, *, max_pixels: int = MAX_PIXELS) -> int:
+    """Count the tokens of context that an image of this size, in pixels, takes up; ``max_pixels`` as above."""
+    return math.prod(smart_resize(width, height, max_pixels=max_pixels)) // FACTOR**2
 
 
 def server_limit(width: int, height: int, tokens: int) -> int | None:
@@ -90,7 +90,7 @@ def server_limit(width: int, height: int, tokens: int) -> int | None:
     limits = range(1, math.prod(smart_resize(width, height)) + 1)
 
     def count(limit: int) -> int:
-        return math.prod(smart_resize(width, height, max_pixels=limit)) // FACTOR**2
+        return image_tokens(width, height, max_pixels=limit)
 
     index = bisect.bisect_left(limits, tokens, key=count)
     return limits[index] if index < len(limits) and count(limits[index]) == tokens else None

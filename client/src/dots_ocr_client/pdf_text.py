@@ -300,7 +300,7 @@ def _patches(mask: Image.Image) -> Image.Image:
 
 def _count_fields(page: Any) -> int:
     found = 0
-    for annotation, kind in documents.annotations(page):
+    for annotation, kind in documents.annotations_of(page):
         if -kind in _TEXT_FIELDS:  # the length is in bytes of UTF-16, with a NUL behind it
             found += raw.FPDFAnnot_GetFormFieldValue(page.formenv, annotation, None, 0) > 2
         found += kind == raw.FPDF_ANNOT_FREETEXT

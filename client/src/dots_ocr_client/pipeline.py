@@ -32,7 +32,7 @@ class Pipeline:
         self._turns = asyncio.Semaphore(max(2 * self._rasterizer.workers, round(AHEAD * max_in_flight)))
 
     async def open(
-        self, source: Source, pages: str | Iterable[int] | None = None, *, password: str | None = None
+        self, source: Source, pages: str | Iterable[int] | None = None, password: str | None = None
     ) -> OpenDocument:
         """Open a document; see `Rasterizer.open`."""
         async with self._openings:  # the others wait here, not in front of the pages of documents that are open

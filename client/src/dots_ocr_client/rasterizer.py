@@ -338,7 +338,7 @@ def _draw(worker: _Worker | None, reference: PageReference, seconds: float) -> P
     origin = reference if reference.kind == "pdf" else None
 
     def make(fields: dict[str, Any], png: bytes) -> PageImage:
-        _check_numbers(fields, "number", "width", "height", "sent_width", "sent_height")
+        _check_numbers(fields, "number", "width", "height", "sent_width", "sent_height", *["dpi"] * bool(origin))
         return PageImage(**{**fields, "png": png, "warnings": tuple(map(str, fields["warnings"])), "origin": origin})
 
     return worker.ask("drawn", reference, seconds, make)

@@ -116,11 +116,12 @@ def notes(document: Document) -> Iterator[str]:
         yield " ".join(f"page{'s' * many} {_ranges([page.number for page in alike])}: {'; '.join(said)}".split())
 
 
-def as_hocr(document: Document, file: Path | None, password: str | None) -> str:
+def as_hocr(document: Document, file: Path | None, password: str | None, dpi: int | None) -> str:
     """Return a document as hOCR; its words are found in the pages of the file, if there is one."""
     if file is None:
         return "".join(document_hocr(document.source, document.pages, lambda _: None))
     with open_document(file, password=password) as opened:
+        opened.dpi = dpi
 
         def image(number: int) -> Image.Image | None:
             with suppress(InputError):  # it was read, and now it cannot be drawn

@@ -101,6 +101,7 @@ class Page:
         finish_reason: Why the model stopped; ``None`` for an engine that has no such thing.
         attempts: The engines that were tried or skipped before this one, those of the server included.
         warnings: What a reader of the text should know: every repair of the answer, a smaller image, another mode.
+        dpi: Of a PDF's page: pixels of its image per inch, that is, per 72 points; ``None`` for images.
     """
 
     number: int
@@ -117,6 +118,7 @@ class Page:
     finish_reason: str | None = None
     attempts: tuple[Attempt, ...] = ()
     warnings: tuple[str, ...] = ()
+    dpi: int | None = None
 
     def markdown(self, *, headers: bool = True) -> str:
         """Return the page as Markdown.
@@ -297,10 +299,11 @@ _PAGE: Final = {
     "finish_reason": _Kind("a text, or null", lambda value: value is None or isinstance(value, str)),
     "attempts": _LIST,
     "warnings": _Kind("a list of texts", lambda value: _LIST.fits(value) and all(map(_TEXT.fits, value))),
+    "dpi": _Kind("null or a whole number from 1", lambda value: value is None or _FROM_ONE.fits(value)),
 }
 _FAILED_PAGE: Final = {"number": _FROM_ONE, "error": _TEXT, "reason": _TEXT, "attempts": _LIST}
 _DOCUMENT: Final = {"source": _TEXT, "pages": _LIST}
-_LATER: Final = frozenset({"prompt_tokens", "completion_tokens", "finish_reason", "attempts", "warnings"})
+_LATER: Final = frozenset({"prompt_tokens", "completion_tokens", "finish_reason", "attempts", "warnings", "dpi"})
 """Fields of pages that have a default."""
 
 

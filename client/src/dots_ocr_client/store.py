@@ -189,7 +189,14 @@ class Store:
     """
 
     def __init__(
-        self, root: Folder, name: PurePath, source: str, sha256: str, mode: Mode, selection: str | None = None
+        self,
+        root: Folder,
+        name: PurePath,
+        source: str,
+        sha256: str,
+        mode: Mode,
+        selection: str | None = None,
+        dpi: int | None = None,
     ) -> None:
         """Name a document; nothing is looked for yet.
 
@@ -200,12 +207,15 @@ class Store:
             sha256: Of the document's file, in hexadecimal.
             mode: How it is read.
             selection: The pages that are asked for, as they were named; ``None``: all.
+            dpi: At which its pages are drawn; ``None``: as each of them needs.
         """
         self.finished: dict[str, Any] | None = None
         self._root = root
         self._place, self._name = name.parent.parts, name.name
         self._source, self._selection = source, selection
         self._origin: dict[str, Any] = {"format": _FORMAT_VERSION, "sha256": sha256, "mode": mode}
+        if dpi is not None:
+            self._origin["dpi"] = dpi
         self._opened: Folder | None = None
         self._entries: dict[int, _Entry] = {}
         self._journal: int | None = None
@@ -407,6 +417,7 @@ class Store:
             ours = all(head[key] == value for key, value in self._origin.items()) and all(
                 isinstance(head[key], kind) for key, kind in _HEAD.items()
             )
+            ours = ours and ("dpi" in head) == ("dpi" in self._origin)
         except _UNREADABLE:
             ours = False
         return head if ours else None

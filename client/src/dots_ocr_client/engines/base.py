@@ -120,7 +120,12 @@ def is_blank(page: PageImage) -> bool:
 
 
 def cut_out(page: PageImage, box: Box) -> Image.Image:
-    """Return the part of a page that a box shows.
+    """Return the part of a page that a box shows; see `place`."""
+    return page.image.crop(place(page, box))
+
+
+def place(page: PageImage, box: Box) -> tuple[int, int, int, int]:
+    """Return where on a page, as it is sent, a box is: left, top, right and bottom in pixels.
 
     Args:
         page: The page.
@@ -134,5 +139,8 @@ def cut_out(page: PageImage, box: Box) -> Image.Image:
     right = min(page.sent_width, math.ceil(box.right * across))
     bottom = min(page.sent_height, math.ceil(box.bottom * down))
     if left >= right or top >= bottom:
-        raise RequestRejected(f"the box {list(box)} lies outside the page of {page.width} x {page.height} px")
-    return page.image.crop((left, top, right, bottom))
+        raise RequestRejected(
+            f"the box {list(box)} lies outside the page of {page.width} x {page.height} px. Fix: give it in these "
+            "pixels, as results have them"
+        )
+    return left, top, right, bottom

@@ -341,7 +341,7 @@ class Server:
         engine = self._quote(about.get("engine", _engine.get()) or "")
         model = self._quote(about.get("model") or model)
         warnings = about.get("warnings")
-        said = [self._quote(one, 2_000) for one in (warnings[:WARNINGS] if isinstance(warnings, list) else ())]
+        told = [self._quote(one, 2_000) for one in (warnings[:WARNINGS] if isinstance(warnings, list) else ())]
         attempts: tuple[Attempt, ...] = ()
         with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
             attempts = attempts_of(
@@ -349,9 +349,9 @@ class Server:
                 for one in about["attempts"][:WARNINGS]
             )
         if not _ENGINE.fullmatch(engine):
-            return Completion(text, model, *tokens, (*hidden, *said), attempts=attempts)
+            return Completion(text, model, *tokens, (*hidden, *told), attempts=attempts)
         by = (f"the server had {engine} ({model}) read the page",) if engine != "vllm" else ()
-        return Completion(text, model, *tokens, (*hidden, *by, *said), engine, attempts)
+        return Completion(text, model, *tokens, (*hidden, *by, *told), engine, attempts)
 
     def _quote(self, said: object, length: int = 300) -> str:
         """Return what a server said in one line, without the secrets, and cut off only then."""

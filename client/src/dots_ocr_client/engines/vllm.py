@@ -30,13 +30,15 @@ from ..errors import (
 )
 from ..limiter import Limiter
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
-from .base import Answer, Task, is_blank
+from .base import Answer, Task, is_blank, place
 from .server import MAX_COUNT, PICTURE, SERVICE, Completion, Server, is_about_length
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"
 """Where the server of this project listens."""
-MIN_OUTPUT_TOKENS: Final = 256
-"""A page is not sent if the context leaves less than this for the answer (our own choice: a short paragraph or two)."""
+ANSWER_TOKENS: Final = 4_096
+"""A PDF's page is shrunk to leave so much of the context for its answer (our own choice: a dense page takes it)."""
+PAGE_TOKENS: Final = 4_956
+"""To no less than this: A4 at 200 dpi."""
 REPETITION: Final = {"max_pattern_size": 32, "min_pattern_size": 1, "min_count": 64}
 """Asks vLLM to stop an answer that ends in 64 equal runs of 1 to 32 tokens. Loops are the model's most frequent fault.
 The count is high because dot leaders and ruled lines repeat too, a few tokens at a time."""
@@ -75,6 +77,10 @@ class _Served:
     context: int | None
     stops_loops: bool
     root: str
+
+
+_Read = tuple[Completion, PageImage, tuple[str, ...]]
+"""An answer, the page as it was sent, and what was done to it."""
 
 
 class VLLMEngine:
@@ -211,7 +217,7 @@ class VLLMEngine:
     async def _ask(self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float) -> Answer:
         """Read a page in just one way."""
         spec = MODES[task.mode]
-        completion = await self._complete(page, picture, task, temperature, deadline)
+        completion, page, made = await self._complete(page, picture, task, temperature, deadline)
         answer = Answer(
             mode=task.mode,
             text=completion.text,
@@ -219,7 +225,7 @@ class VLLMEngine:
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,
             finish_reason="stop",
-            warnings=completion.warnings,
+            warnings=(*made, *completion.warnings),
             engine=completion.engine,
             attempts=completion.attempts,
         )
@@ -243,7 +249,7 @@ class VLLMEngine:
 
     async def _complete(
         self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float
-    ) -> Completion:
+    ) -> _Read:
         """Send one request until the server answers it."""
         for attempt in range(max(TRIES, OVERLOAD_TRIES)):
             try:
@@ -273,11 +279,12 @@ class VLLMEngine:
 
     async def _complete_once(
         self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float
-    ) -> Completion:
+    ) -> _Read:
         served = await self._know(deadline)
         spec = MODES[task.mode]
         if spec.mocr and _DOTS_OCR.search(served.root):
             raise ModeNotSupported(f"{served.root} is dots.ocr, and only dots.mocr knows the mode {task.mode!r}")
+        page, picture, made = await self._with_room(page, picture, served.context)
         prompt = self._render(spec, page, task)
         request: dict[str, Any] = {
             "model": self.model,
@@ -288,17 +295,31 @@ class VLLMEngine:
         if served.stops_loops:
             request["repetition_detection"] = REPETITION
         # Without a length (not vLLM, or a gateway that hides it) the server fills what is left by itself.
-        limit = None if served.context is None else self._output_limit(served.context, prompt, page)
-        if limit is not None:
-            request["max_completion_tokens"] = limit
-        try:
-            return await self._send(request, picture, served, deadline)
-        except RequestRejected as error:
-            # A tokenizer may need more for the prompt than was kept free, but never more than one token for each byte.
-            if limit is None or not is_about_length(error) or limit - _bytes(prompt) < MIN_OUTPUT_TOKENS:
-                raise
-            shorter = {**request, "max_completion_tokens": limit - _bytes(prompt)}
-            return await self._send(shorter, picture, served, deadline)
+        # So it has to where a page seems to take the better part: it may shrink pages more than is known here.
+        needed = self._needed(page, prompt)
+        if (limit := (served.context or 0) - needed) >= needed:
+            try:
+                limited = {**request, "max_completion_tokens": limit}
+                return await self._send(limited, picture, served, deadline), page, made
+            except RequestRejected as error:  # a tokenizer may need more for the prompt, or the server shrinks less now
+                if not is_about_length(error):
+                    raise
+        return await self._send(request, picture, served, deadline), page, made
+
+    async def _with_room(
+        self, page: PageImage, picture: bytes, context: int | None
+    ) -> tuple[PageImage, bytes, tuple[str, ...]]:
+        """Shrink a page of a PDF beside which the context would have no room for its answer."""
+        if page.origin is None or context is None:
+            return page, picture, ()
+        sent = (page.sent_width, page.sent_height)
+        room = max(context - ANSWER_TOKENS, min(PAGE_TOKENS, context * 2 // 3))
+        if images.image_tokens(*sent, max_pixels=self._max_pixels) <= room:
+            return page, picture, ()
+        width, height = size = images.smart_resize(*sent, max_pixels=room * images.FACTOR**2)
+        png = await asyncio.to_thread(lambda: images.to_png(page.image.resize(size, Image.Resampling.BICUBIC)))
+        note = f"the page was sent as {width} x {height} px, to leave its answer room in a context of {context} tokens"
+        return replace(page, png=png, sent_width=width, sent_height=height), base64.b64encode(png), (note,)
 
     async def _send(self, request: dict[str, Any], picture: bytes, served: _Served, deadline: float) -> Completion:
         stream = not served.stops_loops if self._stream is None else self._stream
@@ -324,6 +345,7 @@ class VLLMEngine:
     def _render(self, spec: ModeSpec, page: PageImage, task: Task) -> str:
         box: list[int] = []
         if task.box is not None:
+            place(page, task.box)
             seen = images.smart_resize(page.sent_width, page.sent_height, max_pixels=self._max_pixels)
             box = list(layout.to_seen(task.box, seen, (page.width, page.height)))
         question = (task.question or "").replace(PLACEHOLDER, "")
@@ -331,15 +353,9 @@ class VLLMEngine:
             box=box, width=page.sent_width, height=page.sent_height, question=question
         )
 
-    def _output_limit(self, context: int, prompt: str, page: PageImage) -> int:
-        # Twice what real tokenizers take, and the markers of the chat template.
-        needed = images.image_tokens(page.sent_width, page.sent_height) + _bytes(prompt) // 2 + 64
-        if context - needed < MIN_OUTPUT_TOKENS:
-            raise RequestRejected(
-                f"a page of {page.sent_width} x {page.sent_height} px takes {needed} tokens, too many for a context of "
-                f"{context}: start it with --max-model-len {needed + 4096} or more, or give a smaller image"
-            )
-        return context - needed
+    def _needed(self, page: PageImage, prompt: str) -> int:
+        image = images.image_tokens(page.sent_width, page.sent_height, max_pixels=self._max_pixels)
+        return image + len(prompt.encode(errors="replace")) // 2 + 64  # twice what tokenizers take, and the template
 
     async def _seen(
         self, page: PageImage, mode: Mode, prompt_tokens: int | None, deadline: float
@@ -389,10 +405,6 @@ def _messages(spec: ModeSpec, prompt: str) -> list[dict[str, Any]]:
     parts = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": prompt}]
     system = [] if spec.system is None else [{"role": "system", "content": spec.system}]
     return [*system, {"role": "user", "content": parts}]
-
-
-def _bytes(prompt: str) -> int:
-    return len(prompt.encode(errors="replace"))
 
 
 def _what_happened(error: UnusableAnswer, what: str) -> str:

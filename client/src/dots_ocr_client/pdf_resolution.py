@@ -1,0 +1,166 @@
+"""At which resolution a page of a PDF loses nothing: its images, its smallest type and its unit say so."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import pypdfium2
+from pypdfium2 import raw
+
+from . import images
+
+PDF_DPI: Final = 200
+"""Resolution at which pages are drawn that hold nothing finer, as in dots.ocr's own client."""
+SCAN_DPI: Final = 300
+"""The finest at which a page is drawn for its images (our own choice: at more, OCR reads no better)."""
+SCAN_PIXELS: Final = 9_000_000
+"""So large a page without text is drawn at more, because a scan can stand on a page of any size (our own choice: a
+little more than A4 at `SCAN_DPI`)."""
+TYPE_POINTS: Final = 5
+"""Type of this size can be read at `PDF_DPI` (our own choice: an x has 7 pixels); smaller type is drawn as large."""
+TYPE_LENGTH: Final = 10
+"""Length from which on small type counts, as a multiple of its size (our own choice: some 20 letters, not the mark of
+a footnote)."""
+MAX_OBJECTS: Final = 5_000
+"""Of a page that are looked at. Our own limit: drawings have millions."""
+MAX_UNIT_BYTES: Final = 16 * 2**20
+"""Of a PDF whose pages are asked for their unit. Our own limit: it takes a copy of all that a page refers to."""
+
+_HIDDEN_MODES: Final = (raw.FPDF_TEXTRENDERMODE_INVISIBLE, raw.FPDF_TEXTRENDERMODE_CLIP)
+_Matrix = tuple[float, float, float, float]
+_Weighed = list[tuple[float, float]]
+
+
+class Resolution(NamedTuple):
+    """How large a page is drawn: in pixels per unit of the page, per inch, and per inch without the model's limit."""
+
+    scale: float
+    dpi: int
+    wanted: int
+
+
+def choose(page: Any, number: int, file_bytes: int, dpi: int | None = None) -> Resolution:
+    """Choose how large a page, of type `pypdfium2.PdfPage`, is drawn.
+
+    Args:
+        page: The page.
+        number: Counted from 1.
+        file_bytes: Size of its file.
+        dpi: What the caller wants, instead of what the page holds.
+
+    Raises:
+        ValueError: It has no area, or is too narrow.
+    """
+    width, height = page.get_size()
+    unit = _unit(page, number) if file_bytes <= MAX_UNIT_BYTES else 1.0
+    usual = PDF_DPI / 72 * unit
+    wanted = usual if dpi is None else dpi / 72 * unit
+    scale = limited(width, height, wanted)
+    if dpi is None:
+        area = width * height
+        pictures, small, shows_text, only_images = _look(page, TYPE_POINTS / unit)
+        most = SCAN_DPI / 72 * unit
+        if not shows_text:
+            most = max(most, math.sqrt(SCAN_PIXELS / area))
+        wanted = max(usual, min(_first(sorted(pictures, reverse=True), area / 2), most))
+        if smallest := _first(sorted(small), TYPE_LENGTH):
+            wanted = max(wanted, PDF_DPI / 72 * TYPE_POINTS / smallest)
+        if only_images and max(pictures)[0] < scale < usual * 0.999:
+            wanted = max(pictures)[0]  # more pixels would show no more
+        scale = limited(width, height, wanted)
+    return Resolution(scale, round(scale * 72 / unit), round(wanted * 72 / unit))
+
+
+def limited(width: float, height: float, scale: float) -> float:
+    """Return pixels per unit: as many as are wanted, or fewer for a page that would be larger than the model accepts.
+
+    Raises:
+        ValueError: No area, or too narrow.
+    """
+    if not (0 < width < math.inf and 0 < height < math.inf):
+        raise ValueError(f"a page of {width} x {height} points has no area")
+    # PDFium stores sizes in single precision and pypdfium2 rounds up, so 784.0000001 would become 785 pixels.
+    scale *= 1 - 1e-6
+    if math.ceil(width * scale) * math.ceil(height * scale) > images.MAX_PIXELS:
+        # Rounded up, the sides are less than (width * scale + 1) and (height * scale + 1): solve for their product.
+        half = (width + height) / 2
+        area = width * height
+        scale = (math.sqrt(half**2 + area * (images.MAX_PIXELS - 1)) - half) / area
+    images.smart_resize(math.ceil(width * scale), math.ceil(height * scale))
+    return scale
+
+
+def _unit(page: Any, number: int) -> float:
+    """Return the size of a page's unit in points: its UserUnit, which PDFium neither heeds nor tells, but copies."""
+    copy, buffer = pypdfium2.PdfDocument.new(), io.BytesIO()
+    try:
+        copy.import_pages(page.pdf, [number - 1])
+        copy.save(buffer)
+    finally:
+        copy.close()
+    found = re.search(rb"/UserUnit\s+(\d{1,9}\.?\d{0,9})", buffer.getvalue())
+    return float(found[1]) if found and float(found[1]) else 1.0
+
+
+def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool, bool]:
+    """Find out what a page holds; type below ``small``, in units, is small.
+
+    Returns:
+        Of images the pixels per unit and the area; of small type the size and the length as a multiple of it; whether
+        there is text to be seen; whether there are only images.
+    """
+    pictures, types, text, others = [], [], False, raw.FPDFPage_GetAnnotCount(page) > 0
+    size, left, bottom, right, top = (ctypes.c_float() for _ in range(5))
+    wide, high = ctypes.c_uint(), ctypes.c_uint()
+    objects = _objects(raw.FPDFPage_CountObjects(page), partial(raw.FPDFPage_GetObject, page), (1, 0, 0, 1))
+    for one, kind, grow, (a, b, c, d) in itertools.islice(objects, MAX_OBJECTS):
+        across, up = math.hypot(a, b), math.hypot(c, d)
+        if kind == raw.FPDF_PAGEOBJ_IMAGE:
+            raw.FPDFImageObj_GetImagePixelSize(one, wide, high)
+            if across and up:
+                pictures.append((max(wide.value / across, high.value / up), abs(a * d - b * c)))
+            continue
+        if kind != raw.FPDF_PAGEOBJ_TEXT:
+            others = True
+            continue
+        raw.FPDFTextObj_GetFontSize(one, size)
+        is_small = size.value * up < small
+        if (is_small or not text) and raw.FPDFTextObj_GetTextRenderMode(one) not in _HIDDEN_MODES:
+            text = True
+            if is_small and raw.FPDFPageObj_GetBounds(one, left, bottom, right, top):
+                sides = (right.value - left.value) * grow, (top.value - bottom.value) * grow
+                length, height = sides if abs(a) >= abs(b) else sides[::-1]
+                # A font may say that its size is 1 and have large letters.
+                if small / 50 < (real := max(size.value * up, height)) < small:
+                    types.append((real, length / real))
+    return pictures, types, text, bool(pictures) and not (text or others)
+
+
+def _objects(count: int, get: Callable[[int], Any], outer: _Matrix) -> Iterator[tuple[Any, int, float, _Matrix]]:
+    """Yield what is drawn, also in groups: the object, its kind, how much its group is enlarged, its matrix."""
+    a, b, c, d = outer
+    own, grow = raw.FS_MATRIX(), math.sqrt(abs(a * d - b * c))
+    for index in range(count):
+        one = get(index)
+        raw.FPDFPageObj_GetMatrix(one, own)
+        inner = own.a * a + own.b * c, own.a * b + own.b * d, own.c * a + own.d * c, own.c * b + own.d * d
+        if (kind := raw.FPDFPageObj_GetType(one)) == raw.FPDF_PAGEOBJ_FORM:
+            yield from _objects(raw.FPDFFormObj_CountObjects(one), partial(raw.FPDFFormObj_GetObject, one), inner)
+        else:
+            yield one, kind, grow, inner
+
+
+def _first(found: _Weighed, enough: float) -> float:
+    """Return the first value for which its weight and those before it are enough; 0 if they never are."""
+    for value, weight in found:
+        enough -= weight
+        if enough <= 0:
+            return value
+    return 0.0
