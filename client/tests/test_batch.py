@@ -171,6 +171,14 @@ def test_folders_are_searched_and_keep_their_shape(tmp_path: Path, out: Path) ->
     }
 
 
+def test_every_usual_suffix_is_taken_from_a_folder(tmp_path: Path, out: Path) -> None:
+    suffixes = "avif bmp gif heic heif j2k jfif jp2 jpe jpeg jpg pbm pdf pgm png pnm ppm tif tiff webp"
+    for suffix in suffixes.split():
+        png(tmp_path / "docs" / f"a.{suffix}")
+    report = read(FakeClient(), [tmp_path / "docs"], out)
+    assert statuses(report) == ["read"] * 20
+
+
 @pytest.mark.parametrize("name", ["-rf.png", "two\nlines.png", "caf\udce9.png", "a b;$(c).png", "Ω.png"])
 def test_any_file_name_works(tmp_path: Path, out: Path, name: str) -> None:
     report = read(FakeClient(), [png(tmp_path / "docs" / name).parent], out, formats=ALL)

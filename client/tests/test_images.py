@@ -4,6 +4,7 @@ import io
 import math
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -102,7 +103,7 @@ def test_cmyk_becomes_rgb() -> None:
     assert images.to_rgb(Image.new("CMYK", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (0, 255, 255)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I"])
+@pytest.mark.parametrize("mode", ["I;16", "I", "I;16B"])
 def test_sixteen_bits_become_eight_without_clipping(mode: str) -> None:
     image = Image.new(mode, (4, 1))
     for column, value in enumerate((0, 128 * 257, 254 * 257, 65535)):
@@ -110,6 +111,38 @@ def test_sixteen_bits_become_eight_without_clipping(mode: str) -> None:
     assert [images.to_rgb(image).getpixel((column, 0)) for column in range(4)] == [
         (v, v, v) for v in (0, 128, 254, 255)
     ]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_twelve_of_sixteen_bits_become_eight(mode: str) -> None:
+    image = Image.new(mode, (3, 1))
+    for column, value in enumerate((0, 2_048, 4_095)):
+        image.putpixel((column, 0), value)
+    assert [images.to_rgb(image).getpixel((column, 0))[0] for column in range(3)] == [0, 128, 255]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("info", "size"),
+    [
+        ({}, (1_728, 1_100)),
+        ({"dpi": (204, 98)}, (1_728, 2_290)),
+        ({"dpi": (204, 196)}, (1_728, 1_145)),
+        ({"dpi": (98, 204)}, (3_597, 1_100)),
+        ({"resolution": (8.04, 3.85)}, (1_728, 2_297)),  # a TIFF without a unit
+        ({"aspect": (2, 1)}, (1_728, 2_200)),  # a PNG without one
+        ({"jfif_density": (1, 2)}, (3_456, 1_100)),
+        ({"dpi": (300.5, 300)}, (1_728, 1_100)),
+        ({"dpi": (300, 1)}, (1_728, 1_100)),
+        ({"dpi": (0, 0)}, (1_728, 1_100)),
+        ({"dpi": (float("nan"), 96)}, (1_728, 1_100)),
+    ],
+)
+def test_a_page_has_square_pixels(info: dict[str, Any], size: tuple[int, int]) -> None:
+    image = Image.new("1", (1_728, 1_100))
+    image.info.update(info)
+    assert images.upright_size(image) == size
+    image.getexif()[0x0112] = 6
+    assert images.upright_size(image) == size[::-1]
 
 
 def test_exif_orientation_is_applied_and_the_original_left_alone() -> None:

@@ -44,7 +44,6 @@ from dots_ocr_client import (
     images,
     layout,
 )
-from dots_ocr_client.documents import PageReference
 from dots_ocr_client.engines import server as transport
 from dots_ocr_client.engines import vllm
 from dots_ocr_client.prompts import MODES
@@ -195,8 +194,7 @@ def test_a_page_that_does_not_fit_is_refused_by_the_server_with_a_fix(
 def test_a_page_of_a_pdf_is_shrunk_to_leave_room_for_its_answer(
     context: int, tokens: int, large_page: PageImage, engine: VLLMEngine, server: FakeServer
 ) -> None:
-    origin = PageReference("a.pdf", 1, "pdf", "a.pdf", None, False)
-    page = replace(large_page, origin=origin)
+    page = replace(large_page, dpi=300)
     server.models, server.strict = {"dots.ocr": context}, True
     (answer,) = read(engine, page, "layout")
     sent = sent_image(server.bodies[0]).size

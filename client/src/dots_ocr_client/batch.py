@@ -26,7 +26,7 @@ from .results import FailedPage, Page
 from .store import FORMATS, JOURNAL, Folder, Store, Summary, to_json
 
 SUFFIXES: Final = frozenset(
-    ".pdf .png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .heic .heif .avif .ppm .pgm".split()  # noqa: SIM905
+    ".pdf .png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .heic .heif .avif .ppm .pgm .pbm .pnm .jfif .jpe .j2k".split()  # noqa: SIM905
 )
 """Of the files that are taken from a folder; upper case counts too. One without a suffix is looked into."""
 REPORT: Final = "report.json"

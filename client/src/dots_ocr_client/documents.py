@@ -22,7 +22,7 @@ from typing import IO, Any, BinaryIO, Final, Literal
 from urllib.parse import unquote_to_bytes
 
 import pypdfium2
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 from pypdfium2 import raw
 
 from . import images, pdf_resolution
@@ -51,6 +51,16 @@ FORMATS: Final = (
     *("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"),
 )
 """What Pillow may open, and HEIF with a plugin. Its other readers are rarely used, and one starts Ghostscript."""
+
+MAX_LOST: Final = 32
+"""Rows of pixels that may be missing at the end of a file that is cut off, or 2 % of all (our own choice: two rows of a
+JPEG's blocks, less than a margin)."""
+SHARP_SCANS: Final = 6
+"""With so many scans begun, libjpeg's progressive pictures have all that makes letters legible."""
+REDUCED: Final = ("JPEG", "MPO", "JPEG2000", "TIFF")
+"""Formats of which a picture of more than `MAX_PAGE_PIXELS` is decoded smaller."""
+MAX_DECODED_BYTES: Final = 8 * MAX_PAGE_PIXELS
+"""Of such a picture, at its full size if it is a TIFF. Our own limit: A0 in black and white at 600 dpi."""
 
 _HEAD = 1024  # PDF readers accept this much rubbish in front of a PDF
 _CHUNK = 2**20
@@ -637,20 +647,66 @@ def _register_heif() -> bool:
 
 
 def _page_of(number: int, image: Image.Image, warnings: tuple[str, ...], label: str) -> PageImage:
-    width, height = image.size
-    if width * height > MAX_PAGE_PIXELS:
-        raise InputError(
-            f"{label} has {width} x {height} px, more than {MAX_PAGE_PIXELS} in all: "
-            "scan it at a lower resolution, or cut it into pieces"
-        )
     try:
+        own = images.upright_size(image)
+        images.smart_resize(*own)
         _check_scans(image, label)
-        images.smart_resize(width, height)
-        return _encode(number, images.to_rgb(image), warnings)
+        if math.prod(image.size) > MAX_PAGE_PIXELS:
+            image = _reduced(image, label)
+        try:
+            rgb = images.to_rgb(image)
+        except OSError:
+            rgb = images.to_rgb(_without_end(image, label))
+            warnings += ("the file is cut off: the last few rows of pixels may be missing, or finer details",)
+        return _encode(number, rgb, warnings, own)
     except InputError:
         raise
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
         raise InputError(f"{label} cannot be decoded: {_reason(error)}") from error
+
+
+def _without_end(image: Image.Image, label: str) -> Image.Image:
+    """Return a JPEG of which hardly more than the end mark is missing, after Pillow refused it."""
+    file = getattr(image, "fp", None)
+    if image.format not in ("JPEG", "MPO") or file is None:
+        raise
+    file.seek(0)
+    data = file.read()
+    whole = Image.open(io.BytesIO(data + b"\xff\xd9"), formats=("JPEG",))
+    whole.draft(None, image.size)
+    if image.info.get("progressive"):  # each scan makes all of it finer
+        lost = 0 if _count_scans(data) >= SHARP_SCANS else whole.height
+    else:
+        image.tile = []  # type: ignore[attr-defined]  # keeps what Pillow has decoded
+        differs = ImageChops.difference(whole.convert("L"), image.convert("L")).getbbox()
+        lost = whole.height - differs[1] if differs else 0
+    if lost > max(MAX_LOST, whole.height // 50):
+        raise InputError(f"{label} is cut off: {lost / whole.height:.0%} of it are missing. Fix: copy or scan it anew")
+    return whole
+
+
+def _reduced(image: Image.Image, label: str) -> Image.Image:
+    """Return an image that is too large for its full size, large enough for the model."""
+    width, height = image.size
+    factor = math.isqrt(width * height // images.MAX_PIXELS)
+    wide = image.format == "TIFF" and image.mode not in ("1", "L", "P")
+    if image.format not in REDUCED or width * height * (4 if wide else 1) > MAX_DECODED_BYTES:
+        shrink = math.sqrt(MAX_PAGE_PIXELS / (width * height))
+        raise InputError(
+            f"{label} has {width} x {height} px, more than {MAX_PAGE_PIXELS} in all. Fix: scan it at a lower "
+            f"resolution, or save it at {math.floor(width * shrink)} x {math.floor(height * shrink)} px"
+        )
+    if image.format == "JPEG2000":
+        image.reduce = factor.bit_length() - 1  # type: ignore[method-assign,assignment]
+    elif image.format != "TIFF":
+        image.draft(None, (width // factor, height // factor))
+    else:
+        small = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+        for top in range(0, height, 256 * factor):  # a copy of all of it would take as much memory again
+            band = image.crop((0, top, width, min(height, top + 256 * factor)))
+            small.paste(images.to_rgb(band).reduce(factor), (0, top // factor))
+        image = small
+    return image
 
 
 def _check_scans(image: Image.Image, label: str) -> None:
@@ -677,12 +733,12 @@ def _count_scans(data: bytes) -> int:
     return scans
 
 
-def _encode(number: int, rgb: Image.Image, warnings: tuple[str, ...]) -> PageImage:
-    sent = images.fit(rgb)
-    if sent.size != rgb.size:
-        own, new = (f"{width} x {height} px" for width, height in (rgb.size, sent.size))
-        warnings += (f"the image of {own} was sent as {new}, to keep the model's limits",)
-    return PageImage(number, *rgb.size, images.to_png(sent), *sent.size, warnings)
+def _encode(number: int, rgb: Image.Image, warnings: tuple[str, ...], own: tuple[int, int]) -> PageImage:
+    sent = images.fit(rgb, own)
+    if sent.size != own:
+        old, new = (f"{width} x {height} px" for width, height in (own, sent.size))
+        warnings += (f"the image of {old} was sent as {new}, to keep the model's limits",)
+    return PageImage(number, *own, images.to_png(sent), *sent.size, warnings)
 
 
 def _open_pdf(path: str, label: str, password: str | None) -> Any:
@@ -758,7 +814,7 @@ def _draw_pdf(reference: PageReference) -> PageImage:
         warnings = reference.warnings + beside_text(page)
     if drawn.dpi < drawn.wanted:
         warnings += (f"the page was drawn at {drawn.dpi} dpi instead of {drawn.wanted}, to keep the model's limits",)
-    return replace(_encode(reference.number, rgb, warnings), origin=reference, dpi=drawn.dpi)
+    return replace(_encode(reference.number, rgb, warnings, rgb.size), origin=reference, dpi=drawn.dpi)
 
 
 @contextlib.contextmanager

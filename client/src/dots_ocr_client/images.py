@@ -25,6 +25,10 @@ MAX_PIXELS: Final = 11_289_600
 MAX_ASPECT: Final = 200
 """The longer side must be less than this many times the shorter one."""
 
+MAX_STRETCH: Final = 4
+"""Pixels that claim to be longer than this many times their other side do not; those of a coarse fax are 2.1 or 4.2
+times as high as wide, but nobody sends the latter (our own choice)."""
+
 BLANK_SPREAD: Final = 48
 """Grey levels (of 255) between the darkest and the lightest spot below which a page counts as blank. Our own choice:
 above the noise and shading of a scanned white sheet, below the faintest print that can be read."""
@@ -96,14 +100,30 @@ def server_limit(width: int, height: int, tokens: int) -> int | None:
     return limits[index] if index < len(limits) and count(limits[index]) == tokens else None
 
 
-def fit(image: Image.Image) -> Image.Image:
+def fit(image: Image.Image, own: tuple[int, int] | None = None) -> Image.Image:
     """Resize an image that the model would not accept; return any other one untouched, for the server to round.
 
-    Sides below `FACTOR` count as not accepted, because older preprocessors refuse them.
+    Sides below `FACTOR` count as not accepted, because older preprocessors refuse them. With a size of its ``own`` that
+    it lacks, it is given that first.
     """
-    if min(image.size) >= FACTOR and MIN_PIXELS <= image.width * image.height <= MAX_PIXELS:
-        return image
-    return image.resize(smart_resize(*image.size), Image.Resampling.BICUBIC)
+    size = own or image.size
+    if min(size) < FACTOR or not MIN_PIXELS <= math.prod(size) <= MAX_PIXELS:
+        size = smart_resize(*size)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the size of an image that is upright (EXIF) and whose pixels are squares, which those of a fax are not."""
+    width, height = image.size
+    names = ("dpi", "resolution", "aspect", "jfif_density")
+    across, down = map(float, next(filter(None, map(image.info.get, names)), (1, 1)))
+    if image.getexif().get(0x0112, 1) > 4:
+        across, down = down, across
+        if image.format != "TIFF":  # which Pillow turns by itself
+            width, height = height, width
+    if across > 0 and down > 0 and 1.02 < (stretch := max(across / down, down / across)) <= MAX_STRETCH:
+        return (round(width * stretch), height) if down > across else (width, round(height * stretch))
+    return width, height
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -122,8 +142,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no agreed black and white: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        # 65535 / 255 = 257. Pillow's own conversion cuts everything above 255 off, which turns a page white.
-        image = image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        image = image.convert("I")
+        # Some scanners use 12 of 16 bits. Pillow's own conversion cuts everything above 255 off: the page turns white.
+        bits = max(8, int(image.getextrema()[1]).bit_length())  # type: ignore[arg-type]  # a pair of numbers
+        image = image.point(lambda value: value * (255 / (2**bits - 1)) + 0.5).convert("L")
     if image.has_transparency_data:
         overlay = image.convert("RGBA")
         image = Image.new("RGBA", overlay.size, "white")

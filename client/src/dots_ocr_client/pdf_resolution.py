@@ -21,13 +21,11 @@ PDF_DPI: Final = 200
 SCAN_DPI: Final = 300
 """The finest at which a page is drawn for its images (our own choice: at more, OCR reads no better)."""
 SCAN_PIXELS: Final = 9_000_000
-"""So large a page without text is drawn at more, because a scan can stand on a page of any size (our own choice: a
-little more than A4 at `SCAN_DPI`)."""
+"""Up to here a page without text is drawn finer, as a scan can be on a page of any size (our own choice: A4 at 300)."""
 TYPE_POINTS: Final = 5
 """Type of this size can be read at `PDF_DPI` (our own choice: an x has 7 pixels); smaller type is drawn as large."""
 TYPE_LENGTH: Final = 10
-"""Length from which on small type counts, as a multiple of its size (our own choice: some 20 letters, not the mark of
-a footnote)."""
+"""Small type counts from this length, as a multiple of its size (our own choice: 20 letters, not a footnote's mark)."""
 MAX_OBJECTS: Final = 5_000
 """Of a page that are looked at. Our own limit: drawings have millions."""
 MAX_UNIT_BYTES: Final = 16 * 2**20
@@ -47,13 +45,7 @@ class Resolution(NamedTuple):
 
 
 def choose(page: Any, number: int, file_bytes: int, dpi: int | None = None) -> Resolution:
-    """Choose how large a page, of type `pypdfium2.PdfPage`, is drawn.
-
-    Args:
-        page: The page.
-        number: Counted from 1.
-        file_bytes: Size of its file.
-        dpi: What the caller wants, instead of what the page holds.
+    """Choose how large a page, of type `pypdfium2.PdfPage`, is drawn: at ``dpi``, or as what it holds needs.
 
     Raises:
         ValueError: It has no area, or is too narrow.
@@ -103,18 +95,20 @@ def _unit(page: Any, number: int) -> float:
     try:
         copy.import_pages(page.pdf, [number - 1])
         copy.save(buffer)
+    except pypdfium2.PdfiumError:  # which need not keep it from being drawn
+        return 1.0
     finally:
         copy.close()
     found = re.search(rb"/UserUnit\s+(\d{1,9}\.?\d{0,9})", buffer.getvalue())
-    return float(found[1]) if found and float(found[1]) else 1.0
+    return max(1.0, float(found[1])) if found else 1.0
 
 
 def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool, bool]:
-    """Find out what a page holds; type below ``small``, in units, is small.
+    """Find out what a page holds.
 
     Returns:
-        Of images the pixels per unit and the area; of small type the size and the length as a multiple of it; whether
-        there is text to be seen; whether there are only images.
+        Of images the pixels per unit and the area; of type below ``small`` units the size and the length as a multiple
+        of it; whether there is text to be seen; whether there are only images.
     """
     pictures, types, text, others = [], [], False, raw.FPDFPage_GetAnnotCount(page) > 0
     size, left, bottom, right, top = (ctypes.c_float() for _ in range(5))

@@ -30,6 +30,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from PIL import Image
+
 from . import documents, pdf_text
 from .documents import OpenDocument, PageImage, PageReference, Source
 from .errors import ConfigurationError, InputError
@@ -437,6 +439,7 @@ def _serve() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = WORKER_MEMORY if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    Image.MAX_IMAGE_PIXELS = None  # `documents` reads larger ones, and has limits of its own
     while True:
         if not select.select([requests], [], [], IDLE_SECONDS)[0]:
             documents.forget()

@@ -310,7 +310,7 @@ class VLLMEngine:
         self, page: PageImage, picture: bytes, context: int | None
     ) -> tuple[PageImage, bytes, tuple[str, ...]]:
         """Shrink a page of a PDF beside which the context would have no room for its answer."""
-        if page.origin is None or context is None:
+        if page.dpi is None or context is None:
             return page, picture, ()
         sent = (page.sent_width, page.sent_height)
         room = max(context - ANSWER_TOKENS, min(PAGE_TOKENS, context * 2 // 3))
