@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pytest_httpserver import HTTPServer
 from support import LINES, FakeServer, MakeClient
 
-from dots_ocr_client import DotsOCR, Engine, PageImage, TesseractEngine, VLLMEngine, rasterizer
+from dots_ocr_client import DotsOCR, Engine, PageImage, TesseractEngine, VLLMEngine, fallback, rasterizer
 from dots_ocr_client.documents import PageReference
 from dots_ocr_client.engines import vllm
 
@@ -105,8 +105,9 @@ def make_httpserver() -> Iterator[HTTPServer]:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the tries of a request."""
+    """Between the tries of a request, and none for a server that is away."""
     monkeypatch.setattr(vllm, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(fallback, "PATIENCE", 0.0)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
-from dots_ocr_client.breaker import FAILURES, MAX_PAUSE, PAUSE, Breaker
+from dots_ocr_client.breaker import FAILURES, MAX_PAUSE, PATIENCE, PAUSE, Breaker
 
 
 class Clock:
@@ -76,13 +77,43 @@ def test_pauses_double_up_to_the_longest_and_start_anew_after_it_closed(breaker:
         clock.now += breaker.seconds_left
         assert breaker.begin_probe()
         breaker.open("still gone")
-    assert pauses == [2.0, 4.0, 8.0, MAX_PAUSE, MAX_PAUSE, MAX_PAUSE]
+    assert pauses == [1.0, 2.0, 4.0, 8.0, MAX_PAUSE, MAX_PAUSE]
     clock.now += breaker.seconds_left
     assert breaker.begin_probe()
     breaker.close()
     assert (breaker.state, breaker.seconds_left) == ("closed", 0.0)
     fail(breaker)
     assert breaker.seconds_left == PAUSE
+
+
+def test_pauses_grow_only_once_an_engine_that_went_away_is_known_to_be_down(breaker: Breaker, clock: Clock) -> None:
+    for _ in range(FAILURES):
+        clock.now += 0.5
+        breaker.failed(breaker.age, "gone", gone=True)
+    pauses = []
+    while breaker.gone_for < PATIENCE + 6:
+        pauses.append(breaker.seconds_left)
+        clock.now += breaker.seconds_left
+        assert breaker.begin_probe()
+        breaker.open("still gone")
+    assert pauses == [PAUSE] * 9 + [PAUSE, 2.0, 4.0]
+
+
+def test_it_knows_for_how_long_an_engine_has_been_away(breaker: Breaker, clock: Clock) -> None:
+    breaker.failed(breaker.age, "hangs")
+    assert breaker.gone_for == math.inf
+    breaker.failed(breaker.age, "gone", gone=True)
+    clock.now += 3
+    assert breaker.gone_for == 3.0
+    breaker.succeeded()
+    assert breaker.gone_for == math.inf
+    for _ in range(FAILURES):
+        breaker.failed(breaker.age, "gone", gone=True)
+        clock.now += 1
+    breaker.succeeded()  # a page that was sent before
+    assert (breaker.state, breaker.gone_for) == ("open", 3.0)
+    breaker.close()
+    assert breaker.gone_for == math.inf
 
 
 def test_pauses_are_shortened_at_random(clock: Clock) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pytest_httpserver import HTTPServer
 from support import LINES, FakeServer
 
 from dots_ocr_client import (
@@ -520,6 +521,114 @@ def test_waiting_ends_with_the_reason(page: PageImage) -> None:
         asyncio.run(Chain([first, second], 9.0, "wait", max_wait=0.5).read(page, Task("text")))
     assert 0.3 < time.monotonic() - started < 5.0
     assert second.seconds == []
+
+
+def unavailable(message: str, status: int | None = None, *, passing: bool = True) -> ServerUnavailable:
+    error = ServerUnavailable(message)
+    error.status, error.passing = status, passing
+    return error
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("gone", [GONE, unavailable("bad gateway", 502)], ids=str)
+def test_an_engine_that_is_away_for_a_moment_loses_no_page(gone: ServerUnavailable, page: PageImage) -> None:
+    first, second = Scripted("first", gone, slots=2), Scripted("second", "worse text")
+    first.probe_result = GONE
+    chain = Chain([first, second], 9.0, max_wait=10.0)
+
+    async def run() -> list[Page]:
+        reading = [asyncio.create_task(chain.read(page, Task("text"))) for _ in range(10)]
+        await asyncio.sleep(0.4)
+        reading += [asyncio.create_task(chain.read(page, Task("text"))) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in reading)
+        first.result, first.probe_result = "text", None
+        return await asyncio.gather(*reading)
+
+    pages = asyncio.run(run())
+    assert [page.engine for page in pages] == ["first"] * 15
+    assert second.seconds == []
+    assert first.seconds[-1] == 9.0 * SHARE  # the time anew
+
+
+def test_a_server_that_starts_while_a_page_waits_reads_it(page: PageImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "PAUSE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+    async def run() -> Page:
+        chain = Chain([VLLMEngine(f"http://127.0.0.1:{port}/v1"), TesseractEngine()], 20.0, max_wait=20.0)
+        reading = asyncio.create_task(chain.read(page, Task("text")))
+        await asyncio.sleep(0.3)
+        with HTTPServer(port=port, threaded=True) as late:
+            FakeServer(late)
+            result = await reading
+            await chain.aclose()
+        return result
+
+    result = asyncio.run(run())
+    assert (result.engine, result.text) == ("vllm", "read by the server")
+    assert [attempt.error for attempt in result.attempts] == ["ServerUnavailable"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_that_is_known_to_be_down_is_not_waited_for_again(page: PageImage) -> None:
+    first, second = Scripted("first", GONE), Scripted("second", "text")
+    first.probe_result = GONE
+    chain = Chain([first, second], 9.0, max_wait=0.5)
+
+    async def timed(count: int) -> float:
+        started = time.monotonic()
+        assert {page.engine for page in await read_all(chain, page, count)} == {"second"}
+        return time.monotonic() - started
+
+    async def run() -> None:
+        assert 0.3 < await timed(1) < 5.0
+        assert await timed(10) < 0.3  # for one page alone it is not worth while to wait twice
+        first.result, first.probe_result = "text", None
+        await asyncio.sleep(0.12)
+        assert (await chain.read(page, Task("text"))).engine == "first"
+        first.result = first.probe_result = GONE
+        assert 0.3 < await timed(1) < 5.0
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("failure", "most"),
+    [
+        (GONE, fallback.RETURNS + breaker.FAILURES),
+        (unavailable("internal error", 500), 1),
+        (unavailable("no memory", passing=False), 1),
+        (Overloaded("full"), 1),
+        (DeadlineExceeded("too slow"), 1),
+    ],
+    ids=str,
+)
+def test_a_page_that_an_engine_cannot_take_does_not_wait_for_it(failure: Exception, most: int, page: PageImage) -> None:
+    first, second = Scripted("first", failure), Scripted("second", "text")
+    started = time.monotonic()
+    assert asyncio.run(Chain([first, second], 9.0, max_wait=30.0).read(page, Task("text"))).engine == "second"
+    assert 1 <= len(first.seconds) <= most
+    assert time.monotonic() - started < 10.0
+
+
+def test_a_gateway_with_nobody_behind_it_is_away_and_not_full(server: FakeServer, page: PageImage) -> None:
+    server.fail_with(503)
+    server.health = 503
+    engine = VLLMEngine(server.base_url)
+
+    async def run() -> list[Page]:
+        chain = Chain([engine, Scripted("second", "text")], 20.0)
+        pages = await read_all(chain, page, breaker.FAILURES + 2)
+        await chain.aclose()
+        return pages
+
+    pages = asyncio.run(run())
+    assert [page.attempts[0].error for page in pages] == ["ServerUnavailable"] * breaker.FAILURES + ["CircuitOpen"] * 2
+    assert "/health answered 503" in pages[0].attempts[0].reason
+    assert len(server.requests) == breaker.FAILURES
 
 
 @pytest.mark.parametrize("on_unavailable", ["wait", "fail"])

@@ -193,7 +193,7 @@ def test_no_page_is_lost_while_the_server_is_stopped_replaced_restarted_frozen_a
         over.set()
 
     async def run() -> None:
-        async with chain() as ocr, chain(on_unavailable="wait") as patient, asyncio.TaskGroup() as group:
+        async with chain(max_wait=1.0) as ocr, chain(on_unavailable="wait") as patient, asyncio.TaskGroup() as group:
             for _ in range(2):
                 group.create_task(read(ocr))
             group.create_task(watch(ocr))

@@ -7,6 +7,7 @@ next pause is twice as long. Then it closes, and the pages follow.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -14,8 +15,11 @@ from typing import Final, Literal
 
 FAILURES: Final = 3
 """In a row, until it opens (our own choice: one may be the page's fault, three are not)."""
-PAUSE: Final = 2.0
-"""Seconds until the first probe (our own choice: longer than the pauses between the tries of one request)."""
+PATIENCE: Final = 10.0
+"""Seconds for which an engine that went away counts as one that will be back: a restart without loading a model (our
+own choice)."""
+PAUSE: Final = 1.0
+"""Seconds between two probes while patience lasts (our own choice: pages wait, and a probe costs little)."""
 MAX_PAUSE: Final = 10.0
 """Seconds between two probes at most: how late the return of an engine is noticed. A vLLM server takes minutes to
 start."""
@@ -41,6 +45,7 @@ class Breaker:
         self._probing = False
         self._age = 0
         self._reason = ""
+        self._gone_at: float | None = None
 
     @property
     def state(self) -> Literal["closed", "open", "half-open"]:
@@ -58,6 +63,11 @@ class Breaker:
     def seconds_left(self) -> float:
         """Until the next probe may begin; 0 if it may now, or the breaker is closed."""
         return 0.0 if self._probe_at is None else max(0.0, self._probe_at - self._clock())
+
+    @property
+    def gone_for(self) -> float:
+        """Seconds since the engine was first found away; endless if it never was, or is there but hangs or fails."""
+        return math.inf if self._gone_at is None else self._clock() - self._gone_at
 
     @property
     def reason(self) -> str:
@@ -78,23 +88,28 @@ class Breaker:
     def succeeded(self) -> None:
         """Note that the engine did its part, whatever came of the page."""
         self._failures = 0
+        if self.state == "closed":  # otherwise a page that was sent before the engine went away
+            self._gone_at = None
 
-    def failed(self, age: int, reason: str) -> None:
+    def failed(self, age: int, reason: str, *, gone: bool = False) -> None:
         """Note that the engine was not there, and open after `FAILURES` of these in a row.
 
         Args:
             age: What `age` was when the page was let through.
             reason: For those that are turned away.
+            gone: It could not be reached, or broke its answer off.
         """
         if self.state != "closed" or age != self._age:
             return
+        if gone and (self._gone_at is None or not self._failures):
+            self._gone_at = self._clock()
         self._failures += 1
         if self._failures >= FAILURES:
             self._pause = PAUSE
             self.open(reason)
 
     def open(self, reason: str) -> None:
-        """Refuse pages for a pause: after failures, or after a probe that failed, with a longer pause each time.
+        """Refuse pages for a pause: after failures, or after a probe that failed, then longer each time.
 
         Args:
             reason: For those that are turned away.
@@ -102,11 +117,12 @@ class Breaker:
         self._reason = reason
         self._probing = False
         self._probe_at = self._clock() + self._pause * (1 - JITTER * random.random())
-        self._pause = min(MAX_PAUSE, 2 * self._pause)
+        if self.gone_for >= PATIENCE:
+            self._pause = min(MAX_PAUSE, 2 * self._pause)
 
     def close(self) -> None:
         """Let pages through again."""
         self._probing = False
         self._probe_at = None
-        self._failures = 0
+        self.succeeded()
         self._age += 1

@@ -149,8 +149,8 @@ def _everywhere(
 ) -> None: ...
 
 
-def _seconds(value: float) -> float:
-    if not 0 < value < float("inf"):
+def _seconds(value: float | None) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
         raise typer.BadParameter(f"{value:g} is not a positive number of seconds")
     return value
 
@@ -255,8 +255,9 @@ def read(
         ),
     ] = None,
     max_wait: Annotated[
-        float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page, with --on-unavailable wait.")
-    ] = 1800.0,
+        float | None,
+        typer.Option(metavar="S", callback=_seconds, help="Seconds to wait for an engine. Default: 10; wait: 1800."),
+    ] = None,
     languages: Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")] = "eng",
     timeout: Timeout = 120.0,
     max_in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="Pages at the server at once, at most.")] = 32,
@@ -364,7 +365,7 @@ class _Patience:
     timeout: float
     max_in_flight: int
     on_unavailable: Literal["fallback", "wait", "fail"]
-    max_wait: float
+    max_wait: float | None
 
 
 def _written(

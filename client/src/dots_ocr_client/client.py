@@ -11,7 +11,7 @@ from .documents import OpenDocument, Source, describe, parse_pages
 from .engines.base import Engine, Task
 from .engines.defaults import make_engines
 from .errors import AllEnginesFailed, InputError
-from .fallback import MAX_WAIT, Chain, OnUnavailable
+from .fallback import Chain, OnUnavailable
 from .limiter import CAP
 from .loop_thread import LoopThread
 from .pipeline import Pipeline
@@ -48,7 +48,7 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         timeout: float = DEFAULT_TIMEOUT,
         max_in_flight: int = CAP,
         on_unavailable: OnUnavailable = "fallback",
-        max_wait: float = MAX_WAIT,
+        max_wait: float | None = None,
     ) -> None:
         """Choose server, engines and patience; nothing is sent yet.
 
@@ -64,7 +64,8 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
             max_in_flight: Pages at the server at once, at most; how many it really takes is found out.
             on_unavailable: What to do with a page whose engine is not there: ask the next one (``fallback``), wait
                 until it is back (``wait``; a restart of vLLM takes minutes), or give the page up (``fail``).
-            max_wait: With ``wait``: for each page at most, in seconds; after that it fails.
+            max_wait: How long a page waits for an engine that went away, in seconds. With ``fallback`` 10 by default,
+                counted from when it went away; with ``wait`` 1,800 for each page, which then fails.
 
         Raises:
             ConfigurationError: The base URL is not an http or https URL.
@@ -209,7 +210,7 @@ class DotsOCR(AbstractContextManager["DotsOCR"]):
         timeout: float = DEFAULT_TIMEOUT,
         max_in_flight: int = CAP,
         on_unavailable: OnUnavailable = "fallback",
-        max_wait: float = MAX_WAIT,
+        max_wait: float | None = None,
     ) -> None:
         """Take the arguments of `AsyncDotsOCR`; nothing is sent yet."""
         self._client = AsyncDotsOCR(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
-from .breaker import Breaker
+from .breaker import PATIENCE, Breaker
 from .documents import PageImage
 from .engines.base import Answer, Engine, Task, is_blank
 from .errors import (
@@ -35,8 +35,11 @@ PROBE_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 0.25
 """How long a page that waits for an engine leaves it alone at least."""
 MAX_WAIT: Final = 1800.0
-"""How long a page waits for an engine to come back at most, in seconds: as long as this project's servers may take to
-start (``dots_ocr_server_ready_timeout``)."""
+"""How long a page waits for an engine to come back with ``wait`` at most, in seconds: as long as this project's servers
+may take to start (``dots_ocr_server_ready_timeout``)."""
+RETURNS: Final = 3
+"""How often a page may fail with ``fallback`` because its engine went away, though that is there (our own choice: after
+that the page itself is to blame)."""
 
 OnUnavailable = Literal["wait", "fallback", "fail"]
 """What to do with a page whose engine is not there: wait for it, ask the next engine, or give the page up."""
@@ -48,8 +51,9 @@ class _Clock:
 
     limit: float
     left: float
-    wait_until: float
     started: Callable[[], None]
+    wait_until: float = math.inf
+    returns: int = 0
     attempts: dict[str, Attempt] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -71,7 +75,7 @@ class Chain:
         engines: Sequence[Engine],
         timeout: float,
         on_unavailable: OnUnavailable = "fallback",
-        max_wait: float = MAX_WAIT,
+        max_wait: float | None = None,
     ) -> None:
         """Choose engines and patience.
 
@@ -81,16 +85,21 @@ class Chain:
                 cancelled. Waiting for a slot, or for an engine to come back, does not count.
             on_unavailable: What to do with a page whose engine is not there. ``wait`` starts its time anew when the
                 engine is back. It is about engines, not about pages: an answer of no use always leads to the next one.
-            max_wait: With ``wait``: for each page in all, in seconds; after that it fails.
+            max_wait: How long a page waits for an engine to come back, in seconds: with ``wait`` each page in all,
+                until it fails (default: `MAX_WAIT`); with ``fallback`` counted from when the engine went away, and then
+                no page waits any more until it is back (default: `breaker.PATIENCE`; 0 for not at all).
 
         Raises:
-            ValueError: There are no engines, a time is not positive, or there is no such `OnUnavailable`.
+            ValueError: There are no engines, a time is none, or there is no such `OnUnavailable`.
         """
         if not engines:
             raise ValueError("engines is empty: give at least one, or None for the default chain")
-        for name, seconds in (("timeout", timeout), ("max_wait", max_wait)):
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(f"{name} must be a positive number of seconds, not {seconds!r}")
+        if max_wait is None:
+            max_wait = MAX_WAIT if on_unavailable == "wait" else PATIENCE
+        if not (math.isfinite(timeout) and timeout > 0):
+            raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        if not (math.isfinite(max_wait) and max_wait >= 0):
+            raise ValueError(f"max_wait must be a number of seconds, not {max_wait!r}")
         if on_unavailable not in get_args(OnUnavailable):
             known = ", ".join(map(repr, get_args(OnUnavailable)))
             raise ValueError(f"on_unavailable must be one of {known}, not {on_unavailable!r}")
@@ -112,7 +121,7 @@ class Chain:
             AllEnginesFailed: No engine could, or none was to be asked any more.
             ConfigurationError: The settings of one are wrong; those behind it are not tried.
         """
-        clock = _Clock(self._timeout, self._timeout, time.monotonic() + self._max_wait, started)
+        clock = _Clock(self._timeout, self._timeout, started)
         for position, (engine, breaker) in enumerate(zip(self.engines, self._breakers, strict=True), start=1):
             others = any(task.mode in other.modes for other in self.engines[position:])
             while True:
@@ -127,9 +136,12 @@ class Chain:
                         answer = replace(answer, engine="", model="")
                     return _page(page, engine, answer, before - clock.left, tuple(clock.attempts.values()))
                 _note(clock, engine, failure, before - clock.left)
-                if not _is_absence(failure, breaker) or self._on_unavailable == "fallback":
+                if not _is_absence(failure, breaker):
                     break
-                if self._on_unavailable == "fail" or not await _back(breaker, clock):
+                waits = self._on_unavailable != "fail" and self._may_wait(failure, breaker, clock)
+                if not (waits and await _back(breaker, clock)):
+                    if self._on_unavailable == "fallback":
+                        break
                     raise AllEnginesFailed(page.number, tuple(clock.attempts.values())) from failure
                 clock.left = self._timeout
         raise AllEnginesFailed(page.number, tuple(clock.attempts.values()))
@@ -138,6 +150,19 @@ class Chain:
         """Close the engines."""
         for engine in self.engines:
             await engine.aclose()
+
+    def _may_wait(self, failure: EngineError, breaker: Breaker, clock: _Clock) -> bool:
+        """Tell whether a page waits for its engine, and set how long."""
+        patience = self._max_wait
+        if self._on_unavailable == "fallback":
+            if breaker.state == "closed":
+                clock.returns += 1
+            else:
+                patience -= breaker.gone_for
+            if not _is_gone(failure) or clock.returns > RETURNS:
+                return False
+        clock.wait_until = min(clock.wait_until, time.monotonic() + patience)
+        return True
 
     async def _ask(
         self, engine: Engine, breaker: Breaker, page: PageImage, task: Task, clock: _Clock, *, others: bool
@@ -175,7 +200,7 @@ class Chain:
                 except Overloaded:
                     raise
                 except (ServerUnavailable, DeadlineExceeded) as error:
-                    breaker.failed(age, str(error))
+                    breaker.failed(age, str(error), gone=_is_gone(error))
                     raise
                 except EngineError:
                     breaker.succeeded()
@@ -240,6 +265,12 @@ def _is_absence(failure: EngineError, breaker: Breaker) -> bool:
     return isinstance(failure, ServerUnavailable) or (
         isinstance(failure, DeadlineExceeded) and breaker.state != "closed"
     )
+
+
+def _is_gone(failure: EngineError) -> bool:
+    """Tell whether the engine is away and may soon be back: it is not full, and does not fail over the page."""
+    there = isinstance(failure, Overloaded) or failure.status not in (None, 502, 503)
+    return isinstance(failure, ServerUnavailable) and failure.passing and not there
 
 
 async def _back(breaker: Breaker, clock: _Clock) -> bool:

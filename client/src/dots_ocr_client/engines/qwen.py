@@ -374,9 +374,11 @@ class QwenEngine:
             or type(error).__name__ == "OutOfMemoryError"  # torch's, which may not be imported yet
             or "can't allocate memory" in str(error)  # torch's for the CPU
         ):
-            return ServerUnavailable(
+            full = ServerUnavailable(
                 f"the memory does not suffice for {self.model}: free some, or choose a smaller max_pixels= or model"
             )
+            full.passing = False
+            return full
         return EngineError(f"{self.model} failed with {type(error).__name__}: {_short(error)}")
 
     def _unload(self) -> None:

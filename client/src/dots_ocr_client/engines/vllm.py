@@ -266,6 +266,8 @@ class VLLMEngine:
                 wait = WAIT_SECONDS * 2**attempt * (1 - JITTER * random.random())
                 tries = TRIES
                 if isinstance(error, Overloaded):
+                    if error.status == 503:  # also what a gateway says when there is nobody behind it
+                        await self._server.health(_left(deadline))
                     tries = OVERLOAD_TRIES
                     self.limiter.overloaded()
                     wait = max(wait, error.retry_after or 0.0)
