@@ -605,6 +605,13 @@ def test_view_shows_what_was_printed_too(server: FakeServer, blank_pages: Path, 
     assert (tmp_path / "x.html").read_text().count("data:image/webp") == 2
 
 
+def test_view_draws_pages_as_they_were_read(server: FakeServer, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "a.pdf").write_bytes(pdf_of((100, 61)))
+    run("read", tmp_path / "a.pdf", "--dpi", "10", "--out", tmp_path / "out")
+    assert run("view", tmp_path / "out/a.pdf.json")[0] == 0
+    assert "other proportions" not in (tmp_path / "out/a.pdf.view.html").read_text()
+
+
 def test_view_does_not_replace_what_it_shows(result: Path, sheet_file: Path, run: Run) -> None:
     assert run("view", result, "--out", result)[0] == 2
     assert run("view", result, "--source", sheet_file, "--out", sheet_file)[0] == 2

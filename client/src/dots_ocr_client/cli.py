@@ -882,9 +882,12 @@ def _pictures(document: Document, source: Path, digest: str | None, password: st
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 _warn(f"{source} is no longer what was read: boxes may be misplaced")
 
+    resolutions = {page.number: getattr(page, "dpi", None) for page in document.pages}
+
     def drawn() -> Iterator[PageImage]:
         with opened:
             for number in opened.numbers:
+                opened.dpi = resolutions[number]
                 try:
                     yield draw(opened.reference(number))
                 except InputError as error:
