@@ -431,6 +431,7 @@ asyncio.run(leave())
 
 def test_a_worker_is_ended_by_its_timers_whatever_its_parent_blocks_and_ignores(document: OpenDocument) -> None:
     signals = (signal.SIGALRM, signal.SIGPROF, signal.SIGIO)
+    rasterizer._end_blocking()  # of an earlier test
     before = children()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in signals]
@@ -452,6 +453,7 @@ def test_a_blocking_call_ends_a_worker_whose_timers_do_not(
     document: OpenDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rasterizer, "PATIENCE", 0.0, raising=False)
+    rasterizer._end_blocking()  # of an earlier test
     before = children()
     rasterizer.draw(document.reference(1))
     (worker,) = children() - before
@@ -514,7 +516,9 @@ def test_a_worker_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOTS_OCR_API_KEY", "sk-secret")
     monkeypatch.setenv("ANOTHER", "is kept")
     worker = rasterizer._Worker()
-    environment = Path(f"/proc/{worker._process.pid}/environ").read_bytes().split(b"\0")
+    environment = [b""]
+    while environment == [b""]:  # it is there a moment after the program
+        environment = Path(f"/proc/{worker._process.pid}/environ").read_bytes().split(b"\0")
     worker.end()
     assert b"ANOTHER=is kept" in environment
     assert not [setting for setting in environment if setting.startswith(b"DOTS_OCR_")]
