@@ -43,7 +43,7 @@ test: .venv/ready
 	@$(SUDO) $(BIN)/python -m tests
 
 bench-client: .venv/ready
-	@cd client && $(CURDIR)/$(BIN)/python -m benchmarks
+	@cd client && $(CURDIR)/$(BIN)/python -m benchmarks $(OPTIONS)
 
 bench-host: .venv/ready
 	@$(SUDO) $(BIN)/python -m benchmarks.host

@@ -30,6 +30,7 @@ from typing import Any
 import httpx2
 
 from benchmarks.figures import BenchmarkError, spread
+from client.benchmarks.machine import LIMIT, BusyError, Watch, refuse_if_busy
 from tests.gateway.conftest import known, make_certificate
 from tests.gateway.support import HAPROXY, PAGE, PATIENCE, SERVER_KEY, Gateway, free_ports, wait_until
 from tests.gateway.templates import render
@@ -679,10 +680,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__)
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all but attacks")
     parser.add_argument("--rounds", type=int, default=FULL.rounds, help=f"of everything; default: {FULL.rounds}")
+    parser.add_argument("--others", type=float, default=LIMIT, help=f"share of CPU they may take; default: {LIMIT}")
     options = parser.parse_args(words)
     try:
+        refuse_if_busy(options.others)
+        watch = Watch()
         tables = [measure(part, replace(FULL, rounds=options.rounds)) for part in options.part or PERFORMANCE]
-    except BenchmarkError as error:
+        tables.append(watch.record(options.others))
+    except (BenchmarkError, BusyError) as error:
         print(f"nothing was measured: {error}.", file=sys.stderr)
         return 1
     print("\n\n".join(tables))

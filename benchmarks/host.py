@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import BenchmarkError, spread
+from client.benchmarks.machine import LIMIT, BusyError, refuse_if_busy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOST_PART, FACTS = "playbooks/host.yml", "benchmarks/facts.yml"
@@ -154,21 +155,25 @@ def main() -> int:
     parser.add_argument("--limit", default="ocr_servers", help="hosts; default: all")
     parser.add_argument("--runs", type=int, default=5, help="of each; default: 5")
     parser.add_argument("--ask-become-pass", action="store_true", help="let Ansible ask for sudo's password, each time")
+    parser.add_argument("--others", type=float, default=LIMIT, help=f"share of CPU they may take; default: {LIMIT}")
     known = parser.parse_args()
     options = ["--inventory", known.inventory, "--limit", known.limit]
     options += ["--ask-become-pass"] if known.ask_become_pass else []
     host, facts = [], []
     try:
+        # Before and after: what a host beside this process does for the measurement would count as that of others.
+        before = refuse_if_busy(known.others)
         # Changes nothing, in case that there is something to do.
         play(HOST_PART, [*options, "--check"])
         for number in range(known.runs):
             print(f"run {number + 1} of {known.runs}", file=sys.stderr, flush=True)
             facts.append(play(FACTS, options))
             host.append(play(HOST_PART, options))
-    except BenchmarkError as error:
+        after = refuse_if_busy(known.others)
+    except (BenchmarkError, BusyError) as error:
         print(f"nothing was measured: {error}.", file=sys.stderr)
         return 1
-    print(tables(host, facts))
+    print(f"{tables(host, facts)}\n\nBefore: {before} After: {after}")
     return 0
 
 

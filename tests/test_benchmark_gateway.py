@@ -30,6 +30,7 @@ from benchmarks.gateway import (
     pages_per_second,
     scaling_tables,
 )
+from client.benchmarks import machine
 from tests.gateway.support import Backend, free_ports, wait_until
 
 TINY = Load(
@@ -99,7 +100,9 @@ def test_scaling_tables_compare_with_what_is_possible_and_with_one_server() -> N
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure little."""
+    """Measure little, on however busy a machine."""
+    monkeypatch.setattr(machine, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(benchmark, "LIMIT", 99.0)
     monkeypatch.setattr(benchmark, "FULL", TINY)
     monkeypatch.setattr(benchmark, "PAUSE", 0.5)
     monkeypatch.setattr(benchmark, "ATTACKS", [replace(attack, count=3) for attack in benchmark.ATTACKS])
@@ -118,6 +121,7 @@ def test_pages_through_a_real_gateway_become_figures(capsys: pytest.CaptureFixtu
     assert fleet
     # So short a time says no more than that the order is right, least of all where other things run.
     assert 0.1 < float(fleet[2]) < 2
+    assert re.search(r"^Others took \d+% of \d+ processors; load average at the beginning [\d.]+", output, re.MULTILINE)
     shares = re.findall(rf"^\| \d \| (?:33.3|66.7) \| {FIGURE} \| {FIGURE} \|$", output, re.MULTILINE)
     assert [round(sum(map(float, column))) for column in zip(*shares, strict=True)] == [100, 100]
 
@@ -147,6 +151,15 @@ def test_no_figure_where_a_page_failed(monkeypatch: pytest.MonkeyPatch, capsys: 
         printed = capsys.readouterr()
         assert printed.out == ""
         assert "nothing was measured: a page was refused with 500: " in printed.err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_no_figure_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(benchmark, "measure", lambda part, load: pytest.fail("it was measured"))
+    assert benchmark.main(["--others", "-1"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "nothing was measured: others took" in printed.err
 
 
 def test_page_that_is_not_read_is_an_error(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
 
+from benchmarks import host
 from benchmarks.figures import BenchmarkError
 from benchmarks.host import Run, read, tables
+from client.benchmarks import machine
 
 
 def report(*tasks: tuple[str, float, float, dict[str, Any]], **stats: int) -> str:
@@ -78,3 +81,15 @@ def test_tables_give_medians_ratios_and_the_slowest() -> None:
     assert lines[4] == "| ratio |  | 6.0 (5.0 to 10.0) | 0.60 (0.50 to 1.00) | 3.5 (3.0 to 5.5) |"
     assert [line.split(" | ")[0] for line in lines[8:]] == ["| slow", "| middle", "| quick"]
     assert lines[8] == "| slow | 3.00 (3.00 to 3.00) | 50 |"
+
+
+def test_nothing_is_measured_on_a_busy_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(host, "play", lambda *words: pytest.fail("it was measured"))
+    monkeypatch.setattr(sys, "argv", ["host", "--others", "-1"])
+    assert host.main() == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "nothing was measured: others took" in printed.err

@@ -44,6 +44,17 @@ def write_scan_pdf(file: Path, pages: int) -> None:
     )
 
 
+def write_images(folder: Path, count: int) -> None:
+    """Write small PNG files, each a few printed lines with its number."""
+    folder.mkdir()
+    for number in range(count):
+        image = Image.new("RGB", (784, 224), "white")
+        draw = ImageDraw.Draw(image)
+        for line in range(4):
+            draw.text((20, 15 + 50 * line), _sentence(number, line), "black", font=ImageFont.load_default(18))
+        image.save(folder / f"{number:04d}.png")
+
+
 def _sentence(page: int, line: int) -> str:
     return (
         f"{page:5d}.{line:02d}  The quick brown fox jumps over the lazy dog, {page * 7919 + line * 104729:09d} times."

@@ -22,6 +22,8 @@ from typing import Final
 
 from PIL import Image
 
+from .machine import BusyError, refuse_if_busy
+
 PICTURES: Final = 16
 SIDE: Final = 9400
 """Of a picture in pixels: the largest that is taken."""
@@ -78,6 +80,10 @@ def ask(url: str, picture: bytes) -> str:
 
 def main() -> None:
     """Print a row for each kind of picture."""
+    try:
+        print(refuse_if_busy(), end="\n\n")
+    except BusyError as error:
+        sys.exit(f"nothing was measured: {error}")
     print("| 16 at once | answers | peak of all processes, MiB | seconds | `/health` beside them, s at most |")
     print("|---|---|---|---|---|")
     for name, picture in pictures().items():

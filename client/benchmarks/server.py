@@ -2,8 +2,9 @@
 
 python -m benchmarks.server SLOTS SECONDS
 
-Prints its port. A request waits for a slot, holds it for SECONDS, and is answered with the layout of a full page. GET
-/first tells when the first one came, in seconds of the wall clock.
+Prints its port. A request waits for a slot, holds it for SECONDS, and is answered with the layout of a full page; one
+for the model olmocr as that model answers. GET /times tells when the first one came and the last was answered, in
+seconds of the wall clock.
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ CELLS = [
     for row in range(1, 31)
 ]
 
+OLMOCR = """---
+primary_language: en
+is_rotation_valid: True
+rotation_correction: 0
+is_table: False
+is_diagram: False
+---
+"""
+
 
 class Server:
     """Answers what the client asks a vLLM server."""
@@ -27,15 +37,9 @@ class Server:
         """Take the number of slots, and how long a request holds one."""
         self._slots = asyncio.Semaphore(slots)
         self._seconds = seconds
-        self._first: float | None = None
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": json.dumps(CELLS)},
-            "finish_reason": "stop",
-        }
-        usage = {"prompt_tokens": 6000, "completion_tokens": 1500, "total_tokens": 7500}
-        self._page = {"id": "1", "object": "chat.completion", "created": 1, "model": "dots.ocr", "choices": [choice]}
-        self._page["usage"] = usage
+        self._times: list[float] = []
+        self._page = _page("dots.ocr", json.dumps(CELLS))
+        self._page_of_olmocr = _page("olmocr", OLMOCR + "".join(str(cell["text"]) for cell in CELLS))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until the other side closes it."""
@@ -43,8 +47,8 @@ class Server:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 request, *headers = head.decode().split("\r\n")
                 lengths = [line.split(":")[1] for line in headers if line.lower().startswith("content-length:")]
-                await reader.readexactly(int(lengths[0]) if lengths else 0)
-                body = json.dumps(await self._answer(request.split()[1])).encode()
+                asked = await reader.readexactly(int(lengths[0]) if lengths else 0)
+                body = json.dumps(await self._answer(request.split()[1], asked)).encode()
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
                 writer.write(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
                 await writer.drain()
@@ -53,18 +57,26 @@ class Server:
         finally:
             writer.close()
 
-    async def _answer(self, path: str) -> Any:
+    async def _answer(self, path: str, body: bytes) -> Any:
         match path:
             case "/version":
                 return {"version": "0.32.0"}
             case "/v1/models":
                 return {"object": "list", "data": [{"id": "dots.ocr", "object": "model", "max_model_len": 32768}]}
-            case "/first":
-                return self._first
-        self._first = self._first or time.time()
+            case "/times":
+                return self._times
+        if not self._times:
+            self._times = [time.time()] * 2
         async with self._slots:
             await asyncio.sleep(self._seconds)
-        return self._page
+        self._times[1] = time.time()
+        return self._page_of_olmocr if b'"olmocr"' in body else self._page
+
+
+def _page(model: str, text: str) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 6000, "completion_tokens": 1500, "total_tokens": 7500}
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": model, "choices": [choice], "usage": usage}
 
 
 async def main(slots: int, seconds: float) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -27,15 +28,19 @@ ANSWER_TOKENS: Final = 256
 """An answer of the tiny model has 225."""
 
 
-def compare_with_vllm(folder: Path) -> None:
-    """Print both rates; needs the host of `make rehearse`."""
+def compare_with_vllm(folder: Path, rounds: int) -> tuple[list[str], float]:
+    """Return a table of both rates, and the ratio of ours to theirs; needs the host of `make rehearse`."""
     key = _on_host("cat", "/etc/dots-ocr/api-key").strip()
     golden = folder / "golden.png"
     golden.write_bytes(_run(*HOST, "cat", "/usr/local/lib/dots-ocr/golden/page.png"))
-    client = _client(golden, folder / "pages.tif", key)
-    theirs = _vllm_bench(golden.read_bytes(), key)
-    print("\n| on vLLM's CPU build, pages/s | `vllm bench serve` | the client | ratio |\n|---|---|---|---|")
-    print(f"| {PAGES} pages, {AT_ONCE} at once | {theirs:.2f} | {client:.2f} | {client / theirs:.3f} |", flush=True)
+    found = [(_client(golden, folder / "pages.tif", key), _vllm_bench(golden.read_bytes(), key)) for _ in range(rounds)]
+    client, theirs = (statistics.median(column) for column in zip(*found, strict=True))
+    ratio = statistics.median(one / other for one, other in found)
+    return [
+        "| on vLLM's CPU build, pages/s | `vllm bench serve` | the client | ratio |",
+        "|---|---|---|---|",
+        f"| {PAGES} pages, {AT_ONCE} at once | {theirs:.2f} | {client:.2f} | {ratio:.3f} |",
+    ], ratio
 
 
 def _client(golden: Path, document: Path, key: str) -> float:

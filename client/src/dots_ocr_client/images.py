@@ -33,8 +33,7 @@ BLANK_SPREAD: Final = 48
 """Grey levels (of 255) between the darkest and the lightest spot below which a page counts as blank. Our own choice:
 above the noise and shading of a scanned white sheet, below the faintest print that can be read."""
 
-AVERAGE: Final = 3
-FILTERS: Final[dict[int, tuple[int, ...]]] = {1: (0, 2), 3: (0, 2, AVERAGE)}
+FILTERS: Final[dict[int, tuple[int, ...]]] = {1: (0, 2), 3: (0, 2, 3)}
 """Of rows in a PNG, by the bytes of a pixel: none, the difference from the row above, or from the mean of that and the
 pixel to the left (PNG specification, 9.2); Pillow computes these quickly."""
 BAND: Final = {1: 128, 3: 64}
@@ -171,9 +170,9 @@ def to_png(image: Image.Image) -> bytes:
         bottom = min(top + BAND[step], image.height)
         start = (top + max(top, bottom - TRIED)) // 2
         tried = {kind: _filtered(samples, step, kind, start, min(start + TRIED, bottom)) for kind in FILTERS[step]}
-        kind = min(tried, key=lambda kind: len(deflate.compress(tried[kind], deflate.Z_BEST_SPEED)))
-        rows.append(_filtered(samples, step, kind, top, bottom))
-    header = struct.pack(">IIBBBBB", *image.size, 8, 0 if step == 1 else 2, 0, 0, 0)  # 8 bits; grey or RGB
+        best = min(tried, key=lambda kind: len(deflate.compress(tried[kind], deflate.Z_BEST_SPEED)))
+        rows.append(_filtered(samples, step, best, top, bottom))
+    header = struct.pack(">IIBBBBB", *image.size, 8, step - 1, 0, 0, 0)  # 8 bits; colour type 0 (grey) or 2 (RGB)
     parts = [b"\x89PNG\r\n\x1a\n"]
     for name, data in ((b"IHDR", header), (b"IDAT", deflate.compress(b"".join(rows), LEVEL)), (b"IEND", b"")):
         parts += struct.pack(">I", len(data)), name, data, struct.pack(">I", deflate.crc32(data, deflate.crc32(name)))
@@ -202,7 +201,7 @@ def _filtered(samples: Image.Image, step: int, kind: int, top: int, bottom: int)
     rows = samples.crop((0, top, width, bottom))
     if kind:
         guess = samples.crop((0, top - 1, width, bottom - 1))  # the row above; black above the first
-        if kind == AVERAGE:
+        if kind == 3:
             guess = Image.blend(samples.crop((-step, top, width - step, bottom)), guess, 0.5)
         rows = ImageChops.subtract_modulo(rows, guess)
     numbered = Image.new("L", (width + 1, bottom - top), kind)

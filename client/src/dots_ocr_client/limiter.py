@@ -1,8 +1,9 @@
 """How many pages an engine may be given at once: found out by trying, as TCP does for a connection.
 
-The limit starts at half of its cap, grows with each page that is read (slow start: it doubles about once per round
-trip), and is halved when the server says that it is overloaded; from then on it grows by one per round. A larger burst
-would be worse than useless: a vLLM server spends seconds on preparing the images of pages that it then turns away.
+The limit starts at what any server of this project takes in, and is halved when the server says that it is overloaded;
+from then on it grows by one per round. A larger burst would be worse than useless: a vLLM server spends seconds on
+preparing the images of pages that it then turns away. A server that was away and is back begins with few pages, and the
+limit grows with each page that is read (slow start, as TCP: it doubles about once per round trip).
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections import deque
 from types import TracebackType
 from typing import Final, Self
 
-START: Final = 16
+START: Final = 32
 """Pages at once in the beginning. Our own choice: the smallest GPU server of this project takes 40 before it turns any
-away. With 4, the first pages of a document kept 28 of 32 places of a server empty."""
+away. Whoever starts with less loses a whole round of the server's time in finding out."""
+AGAIN: Final = 4
+"""The same for a server that is back: it may have gone under its load (our own choice)."""
 CAP: Final = 32
 """Pages at once at most; upstream advises 32 to 128, and a single GPU gains little beyond."""
 PATIENCE: Final = 1.0
@@ -76,7 +79,7 @@ class Limiter:
 
     def restart(self) -> None:
         """Begin anew with few slots: whatever was found out, was found out about another state of the engine."""
-        self._limit = float(min(self._start, self._limit))
+        self._limit = float(min(AGAIN, self._start, self._limit))
         self._slow_start = True
 
     async def __aenter__(self) -> Self:
