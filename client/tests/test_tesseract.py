@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from dots_ocr_client import (
     RequestRejected,
     Task,
     TesseractEngine,
+    UnusableAnswer,
 )
 from dots_ocr_client.fallback import Chain
 from dots_ocr_client.prompts import MODES, Mode
@@ -187,7 +189,7 @@ def test_a_probe_finds_what_is_installed() -> None:
 
 
 def test_a_probe_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(EngineMissing, match=r"language data for 'tlh': apt-get install .*tesseract-ocr-tlh"):
+    with pytest.raises(EngineMissing, match=r"language data for 'tlh'\. Fix: apt-get install tesseract-ocr-tlh"):
         probe("eng+tlh")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EngineMissing, match="no tesseract on the PATH"):
@@ -212,3 +214,122 @@ def test_no_text_on_a_page_that_is_not_blank_is_a_warning(fake_tesseract: FakeTe
     fake_tesseract("cat > /dev/null")
     assert read(page).warnings == ("the page is not blank, but no text was found on it",)
     assert read(PageImage.of(1, Image.new("RGB", (100, 100), "white"))).warnings == ()
+
+
+# Whether it is sure
+
+
+WRITTEN = {
+    "en": "The quick brown fox jumps over the lazy dog while seven wise men count.",
+    "ru": "Съешь же ещё этих мягких французских булок, да выпей чаю.",
+    "el": "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία, και το τιμολόγιο πληρώθηκε.",
+    "ar": "نص حكيم له سر قاطع وذو شأن عظيم مكتوب على ثوب أخضر",
+}
+
+
+def written(*lines: str) -> Image.Image:
+    image = Image.new("RGB", (1240, 100 + 48 * max(12, len(lines))), "white")
+    font = ImageFont.truetype("DejaVuSans.ttf", 28)
+    for row, language in enumerate(lines):
+        words = WRITTEN[language].split()
+        words = words[row % 5 :] + words[: row % 5]  # equal lines look like columns
+        ImageDraw.Draw(image).text((60, 50 + 48 * row), " ".join(words), "black", font=font)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("language", "languages", "script", "fix"),
+    [
+        ("ru", "eng", "Cyrillic", "read with --languages eng+rus (languages=)"),
+        ("en", "rus", "Latin", "read with --languages rus+eng (languages=)"),
+        ("el", "rus+eng", "Greek", "apt-get install tesseract-ocr-ell, and read with --languages rus+eng+ell"),
+        ("ar", "eng", "Arabic", "apt-get install tesseract-ocr-ara (or fas, urd), and read with --languages eng+ara"),
+    ],
+)
+def test_a_page_in_a_script_that_it_does_not_know_is_not_read_and_the_package_named(
+    language: str, languages: str, script: str, fix: str
+) -> None:
+    with pytest.raises(UnusableAnswer) as caught:
+        read(PageImage.of(1, written(*[language] * 4)), languages=languages)
+    assert re.fullmatch(
+        rf"tesseract is not sure of \d+ of \d+ letters, which seem to be {script}\. Fix: {re.escape(fix)}.*",
+        str(caught.value),
+    )
+
+
+def test_some_lines_in_another_script_are_named_and_the_others_read() -> None:
+    answer = read(PageImage.of(1, written(*["en"] * 6, "ru")), "layout")
+    assert answer.text.count("seven wise") == 6
+    (warning,) = answer.warnings
+    assert "which seem to be Cyrillic. Fix: read with --languages eng+rus" in warning
+    both = read(PageImage.of(1, written("ru", "en")), languages="rus+eng")
+    assert (lines(both.text)[0], both.warnings) == (WRITTEN["ru"], ())
+
+
+def test_a_page_upside_down_is_not_read_and_says_so() -> None:
+    with pytest.raises(UnusableAnswer, match=r"side or head\. Fix: turn it by 180 degrees clockwise"):
+        read(PageImage.of(1, written(*["en"] * 3).rotate(180)))
+
+
+def table(*words: tuple[str, float]) -> str:
+    rows = [f"5\t1\t1\t1\t1\t{number}\t9\t9\t9\t9\t{sure}\t{word}" for number, (word, sure) in enumerate(words)]
+    return "\n".join(["level\t" * 11 + "text", *rows, " ".join(word for word, _ in words)])
+
+
+@pytest.mark.parametrize(
+    ("words", "outcome"),
+    [
+        ([("sure", 96.0), ("surely", 60.0)], ""),
+        ([("s" * 98, 96.0), ("no", 10.0)], ""),
+        ([("s" * 97, 96.0), ("not", 10.0)], "warning"),
+        ([("sure", 90.0), ("unsure", 40.1)], "warning"),
+        ([("sure", 90.0), ("unsure", 39.9)], "failure"),
+        ([("x", 99.0), ("garbage", 50.0)], "failure"),
+    ],
+)
+@pytest.mark.parametrize("directions", ["exit 1", "exec sleep 60", "echo 'Script: Klingon'", "echo 'Rotate: 0'"])
+def test_words_that_it_is_not_sure_of_decide(
+    words: list[tuple[str, float]], outcome: str, directions: str, fake_tesseract: FakeTesseract, page: PageImage
+) -> None:
+    fake_tesseract(f'case "$*" in *osd*) {directions};; esac; cat > /dev/null; cat <<"END"\n{table(*words)}\nEND')
+    said = ". Fix: name the page's languages (--languages, languages=), or scan it with 300 dpi"
+    if outcome == "failure":
+        with pytest.raises(UnusableAnswer, match="not sure of [67] of (8|10) letters" + re.escape(said)):
+            read(page, seconds=1.0)
+    else:
+        answer = read(page, seconds=1.0)
+        assert answer.text == " ".join(word for word, _ in words)
+        assert [warning.endswith(f"letters{said}") for warning in answer.warnings] == [True] * (outcome == "warning")
+
+
+# Names of languages
+
+
+@pytest.mark.parametrize(
+    ("given", "languages"),
+    [
+        ("russian", "rus"),
+        ("Russian+English", "rus+eng"),
+        ("rus, eng", "rus+eng"),
+        ("german french+CHINESE", "deu+fra+chi_sim"),
+        ("chi-sim", "chi_sim"),
+        ("rus+eng", "rus+eng"),
+        ("eng_best", "eng_best"),
+    ],
+)
+def test_names_of_languages_are_understood(given: str, languages: str) -> None:
+    assert TesseractEngine(given).languages == languages
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("rusian", "write rus for rusian"),
+        ("ukrainian", "apt-get install tesseract-ocr-ukr"),
+        ("eng+germann+chi_sim_vert", "apt-get install tesseract-ocr-chi-sim-vert; write deu for germann"),
+    ],
+)
+def test_a_name_that_is_none_is_answered_with_the_right_one(given: str, fix: str) -> None:
+    with pytest.raises(EngineMissing) as caught:
+        probe(given)
+    assert str(caught.value).endswith(f". Fix: {fix}")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import importlib.util
 import json
 import platform
 import re
-import shutil
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from PIL import Image, ImageDraw, ImageFont
@@ -23,14 +23,14 @@ from . import images
 from .documents import PageImage
 from .engines.base import Engine, Task
 from .engines.server import SERVICE
-from .errors import NAMES, DotsOCRError, EngineMissing, NotApplicable, Unauthorized, UnusableAnswer
+from .errors import NAMES, DotsOCRError, EngineError, EngineMissing, NotApplicable, Unauthorized, UnusableAnswer
 from .prompts import MODES
 from .store import FIRST_ENGINE
 
 if TYPE_CHECKING:
+    from .engines.tesseract import TesseractEngine
     from .engines.vllm import VLLMEngine
 
-T = TypeVar("T")
 Status = Literal["ok", "warning", "failed", "skipped"]
 
 A4_PIXELS: Final = (1654, 2339)
@@ -88,9 +88,14 @@ async def examine(
         the packages. That a server of this very host only starts with a remedy, or found another KV cache on its card
         than planned, is a check of its own, where it is so.
     """
-    checks = [*await _server(engine, seconds, ocr), *_adapted(engine.base_url), await _tesseract(languages)]
+    from .engines.tesseract import TesseractEngine
+
+    tesseract = TesseractEngine(languages)
+    checks = [*await _server(engine, seconds, ocr), *_adapted(engine.base_url), await _tesseract(tesseract)]
     if ocr:
-        checks.append(await _page_by_tesseract(languages, seconds))
+        wrong = "put eng among the --languages, because the page is in English; else install tesseract-ocr-eng anew"
+        fix = "allow more time (--timeout), or install it anew"
+        checks.append(await _page("page by tesseract", tesseract, seconds, wrong, fix))
     checks.append(_qwen())
     if ocr:
         checks.append(await _page_by_qwen(seconds))
@@ -100,19 +105,15 @@ async def examine(
 async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
     started = time.monotonic()
     try:
-        cards = await _within(seconds, engine.models(seconds))
+        cards = await asyncio.wait_for(engine.models(seconds), seconds)
     except Unauthorized as error:
         reached = Check("server", "ok", f"{engine.base_url} answers", seconds=time.monotonic() - started)
         refused = Check("key", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
-        why = "the server wants another key"
-        return [
-            reached,
-            await _version(engine, seconds),
-            _skipped("model", why, "correct the key first"),
-            refused,
-            _skipped("context", why, "correct the key first"),
-            _skipped("page", why, "correct the key first"),
-        ]
+        model, context, page = (
+            _skipped(name, "the server wants another key", "correct the key first")
+            for name in ("model", "context", "page")
+        )
+        return [reached, await _version(engine, seconds), model, refused, context, page]
     except (DotsOCRError, TimeoutError) as error:
         fix = "start the server and wait until it has loaded the model, or correct --base-url (DOTS_OCR_BASE_URL)"
         detail = str(error) or f"{engine.base_url} did not answer within {seconds:g} s"
@@ -131,12 +132,9 @@ async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
     context = _context(served[engine.model])
     if not ocr:
         return [*checks, context, _skipped("page", "none was read: --ocr has every engine read one", "add --ocr")]
-    return [*checks, context, await _page(engine, seconds)]
-
-
-async def _within(seconds: float, work: Awaitable[T]) -> T:
-    async with asyncio.timeout(seconds):
-        return await work
+    wrong = "see whether the server runs the right model, with --chat-template-content-format string"
+    fix = "look at the server's log and its load, or allow more time (--timeout)"
+    return [*checks, context, await _page("page", engine, seconds, wrong, fix)]
 
 
 def _skipped(name: str, why: str, fix: str) -> Check:
@@ -145,7 +143,7 @@ def _skipped(name: str, why: str, fix: str) -> Check:
 
 async def _version(engine: VLLMEngine, seconds: float, cards: Sequence[Mapping[str, Any]] = ()) -> Check:
     try:
-        said = await _within(seconds, engine.version(seconds))
+        said = await asyncio.wait_for(engine.version(seconds), seconds)
     except (DotsOCRError, TimeoutError):
         said = None
     if said is None:
@@ -203,48 +201,25 @@ def _adapted(base_url: str) -> list[Check]:
     return found
 
 
-async def _page(engine: VLLMEngine, seconds: float) -> Check:
-    fix = "see whether the server runs the right model, with --chat-template-content-format string"
+async def _page(name: str, engine: Engine, seconds: float, wrong: str, fix: str) -> Check:
+    """Have an engine read a page; `wrong` says what to do if it reads something else, and `fix` if nothing."""
     try:
-        return await _read("page", engine, seconds, fix)
+        return await _read(name, engine, seconds, wrong)
     except Unauthorized as error:
-        return Check("page", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
+        return Check(name, "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
+    except (EngineMissing, NotApplicable) as error:
+        return _skipped(name, str(error), "install what is missing first, if pages are to be read by this engine")
     except (DotsOCRError, TimeoutError) as error:
-        fix = "look at the server's log and its load, or allow more time (--timeout)"
-        return Check("page", "failed", _unread(error, seconds), fix)
-
-
-async def _page_by_tesseract(languages: str, seconds: float) -> Check:
-    from .engines.tesseract import TesseractEngine
-
-    name = "page by tesseract"
-    if shutil.which("tesseract") is None:
-        return _skipped(name, "tesseract is not installed", "install it first")
-    fix = "put eng among the --languages, because the page is in English; else install tesseract-ocr-eng anew"
-    try:
-        return await _read(name, TesseractEngine(languages), seconds, fix)
-    except EngineMissing as error:
-        return _skipped(name, str(error), "install the languages first")
-    except (DotsOCRError, TimeoutError) as error:
-        return Check(name, "warning", _unread(error, seconds), "allow more time (--timeout), or install it anew")
+        detail = f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
+        return Check(name, "failed" if name == "page" else "warning", detail, fix)
 
 
 async def _page_by_qwen(seconds: float) -> Check:
-    name = "page by qwen"
-    if _lacking(QWEN_PACKAGES):
-        return _skipped(name, "the packages for Qwen are not installed", "install them first")
     from .engines.qwen import QwenEngine
 
-    engine = QwenEngine()
-    try:
-        return await _read(name, engine, seconds, "leave this engine out, or give it another model")
-    except (EngineMissing, NotApplicable) as error:
-        return _skipped(name, str(error), "none needed unless pages are to be read by Qwen")
-    except (DotsOCRError, TimeoutError) as error:
-        fix = "allow more time (--timeout), or leave this engine out"
-        return Check(name, "warning", _unread(error, seconds), fix)
-    finally:
-        await engine.aclose()
+    fix = "allow more time (--timeout), or leave this engine out"
+    async with contextlib.aclosing(QwenEngine()) as engine:
+        return await _page("page by qwen", engine, seconds, "leave this engine out, or give it another model", fix)
 
 
 async def _read(name: str, engine: Engine, seconds: float, fix: str) -> Check:
@@ -258,7 +233,7 @@ async def _read(name: str, engine: Engine, seconds: float, fix: str) -> Check:
     detail = ""
     try:
         async with engine.limiter:
-            answer = await _within(seconds, engine.read(page, Task("text"), seconds))
+            answer = await asyncio.wait_for(engine.read(page, Task("text"), seconds), seconds)
     except UnusableAnswer as error:
         detail = f"a test page that says {SAMPLE!r} got no useful answer: {error}"
     else:
@@ -274,10 +249,6 @@ async def _read(name: str, engine: Engine, seconds: float, fix: str) -> Check:
     return Check(name, "ok", "a test page was read as it is", seconds=took)
 
 
-def _unread(error: Exception, seconds: float) -> str:
-    return f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
-
-
 def _sample() -> Image.Image:
     image = Image.new("RGB", (1120, 140), "white")
     ImageDraw.Draw(image).text((28, 42), SAMPLE, "black", font=ImageFont.load_default(36))
@@ -289,41 +260,16 @@ def _alike(text: str) -> float:
     return difflib.SequenceMatcher(None, said, expected, autojunk=False).ratio()
 
 
-async def _tesseract(languages: str) -> Check:
-    fix = "apt-get install tesseract-ocr tesseract-ocr-eng, to have a page read when the server cannot"
-    program = shutil.which("tesseract")
-    if program is None:
-        return Check("tesseract", "warning", "it is not on the PATH", fix)
-    try:
-        said = await _output(program, "--version")
-        listed = (await _output(program, "--list-langs")).splitlines()[1:]  # the first line is a heading
-    except (OSError, TimeoutError) as error:
-        return Check("tesseract", "warning", f"{program} does not run: {error}", fix)
-    names = sorted(name.strip() for name in listed if name.strip() not in ("", "osd"))  # osd only finds directions
-    first_line = said.partition("\n")[0]
-    if not names:
-        return Check("tesseract", "warning", f"{first_line} has no languages", fix)
-    lacking = [name for name in languages.split("+") if name not in names]
-    if lacking:
-        packages = " ".join(f"tesseract-ocr-{name.replace('_', '-')}" for name in lacking)
-        detail = f"{first_line} with {', '.join(names)} lacks {', '.join(lacking)}"
-        return Check("tesseract", "warning", detail, f"apt-get install {packages}")
-    return Check("tesseract", "ok", f"{first_line} with {', '.join(names)}")
-
-
-async def _output(*command: str) -> str:
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=asyncio.subprocess.STDOUT)
+async def _tesseract(engine: TesseractEngine) -> Check:
     try:
         async with asyncio.timeout(10):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        raise OSError(f"it ended with status {process.returncode}")
-    return output.decode(errors="replace")
+            version, names = await engine.installed()
+            await engine.probe(10)
+    except (EngineError, TimeoutError) as error:
+        detail, _, fix = str(error).partition(". Fix: ")
+        fix = fix or "apt-get install tesseract-ocr tesseract-ocr-eng, to have a page read when the server cannot"
+        return Check("tesseract", "warning", detail or "it does not answer", fix)
+    return Check("tesseract", "ok", f"{version} with {', '.join(names)}")
 
 
 def _qwen() -> Check:
