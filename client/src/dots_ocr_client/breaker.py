@@ -16,8 +16,7 @@ from typing import Final, Literal
 FAILURES: Final = 3
 """In a row, until it opens (our own choice: one may be the page's fault, three are not)."""
 PATIENCE: Final = 10.0
-"""Seconds for which an engine that went away counts as one that will be back: a restart without loading a model (our
-own choice)."""
+"""Seconds for which an engine that went away counts as one that will soon be back (our own choice: a short restart)."""
 PAUSE: Final = 1.0
 """Seconds between two probes while patience lasts (our own choice: pages wait, and a probe costs little)."""
 MAX_PAUSE: Final = 10.0

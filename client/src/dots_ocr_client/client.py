@@ -64,8 +64,7 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
             max_in_flight: Pages at the server at once, at most; how many it really takes is found out.
             on_unavailable: What to do with a page whose engine is not there: ask the next one (``fallback``), wait
                 until it is back (``wait``; a restart of vLLM takes minutes), or give the page up (``fail``).
-            max_wait: How long a page waits for an engine that went away, in seconds. With ``fallback`` 10 by default,
-                counted from when it went away; with ``wait`` 1,800 for each page, which then fails.
+            max_wait: Seconds that a page waits for an engine that went away. Default: 10, or 1,800 with ``wait``.
 
         Raises:
             ConfigurationError: The base URL is not an http or https URL.

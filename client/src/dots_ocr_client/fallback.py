@@ -38,8 +38,7 @@ MAX_WAIT: Final = 1800.0
 """How long a page waits for an engine to come back with ``wait`` at most, in seconds: as long as this project's servers
 may take to start (``dots_ocr_server_ready_timeout``)."""
 RETURNS: Final = 3
-"""How often a page may fail with ``fallback`` because its engine went away, though that is there (our own choice: after
-that the page itself is to blame)."""
+"""After a page failed more often with an engine that was there again, the page is to blame (our own choice)."""
 
 OnUnavailable = Literal["wait", "fallback", "fail"]
 """What to do with a page whose engine is not there: wait for it, ask the next engine, or give the page up."""
@@ -85,9 +84,8 @@ class Chain:
                 cancelled. Waiting for a slot, or for an engine to come back, does not count.
             on_unavailable: What to do with a page whose engine is not there. ``wait`` starts its time anew when the
                 engine is back. It is about engines, not about pages: an answer of no use always leads to the next one.
-            max_wait: How long a page waits for an engine to come back, in seconds: with ``wait`` each page in all,
-                until it fails (default: `MAX_WAIT`); with ``fallback`` counted from when the engine went away, and then
-                no page waits any more until it is back (default: `breaker.PATIENCE`; 0 for not at all).
+            max_wait: With ``wait``: for each page in all, in seconds; after that it fails. Default: `MAX_WAIT`. With
+                ``fallback``: from when the engine went away until it counts as down. Default: `breaker.PATIENCE`.
 
         Raises:
             ValueError: There are no engines, a time is none, or there is no such `OnUnavailable`.
@@ -96,9 +94,9 @@ class Chain:
             raise ValueError("engines is empty: give at least one, or None for the default chain")
         if max_wait is None:
             max_wait = MAX_WAIT if on_unavailable == "wait" else PATIENCE
-        if not (math.isfinite(timeout) and timeout > 0):
+        if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        if not (math.isfinite(max_wait) and max_wait >= 0):
+        if not 0 <= max_wait < math.inf:
             raise ValueError(f"max_wait must be a number of seconds, not {max_wait!r}")
         if on_unavailable not in get_args(OnUnavailable):
             known = ", ".join(map(repr, get_args(OnUnavailable)))
@@ -138,8 +136,7 @@ class Chain:
                 _note(clock, engine, failure, before - clock.left)
                 if not _is_absence(failure, breaker):
                     break
-                waits = self._on_unavailable != "fail" and self._may_wait(failure, breaker, clock)
-                if not (waits and await _back(breaker, clock)):
+                if not (self._may_wait(failure, breaker, clock) and await _back(breaker, clock)):
                     if self._on_unavailable == "fallback":
                         break
                     raise AllEnginesFailed(page.number, tuple(clock.attempts.values())) from failure
@@ -155,14 +152,13 @@ class Chain:
         """Tell whether a page waits for its engine, and set how long."""
         patience = self._max_wait
         if self._on_unavailable == "fallback":
-            if breaker.state == "closed":
-                clock.returns += 1
-            else:
-                patience -= breaker.gone_for
+            there = breaker.state == "closed"
+            clock.returns += there
+            patience -= 0.0 if there else breaker.gone_for
             if not _is_gone(failure) or clock.returns > RETURNS:
                 return False
         clock.wait_until = min(clock.wait_until, time.monotonic() + patience)
-        return True
+        return self._on_unavailable != "fail"
 
     async def _ask(
         self, engine: Engine, breaker: Breaker, page: PageImage, task: Task, clock: _Clock, *, others: bool

@@ -40,13 +40,11 @@ _TEXT_END: Final = re.compile(r'(?<!\\)((?:\\\\)*+)"(\s*+\}?+[\s,\]`]*+)\Z')
 
 _CUT_ESCAPE: Final = re.compile(r"(?<!\\)((?:\\\\)*+)\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _BROKEN_BOX: Final = re.compile(r'"bbox"\s*+:[^"{}]*+(["}])')
+_NO_NUMBER_COMMA: Final = re.compile(r"(?<=\d)\s++(?=-?\d)")
 _NUMBERS: Final = re.compile(r'"bbox"\s*+:\s*+\[[^\]"{}]*+')
 _NO_COMMA: Final = re.compile(r'(?<=["\]])\s*+(?="(?:bbox|category|text)"\s*+:)')
-
 MAX_COLUMNS: Final = 100
-"""Of a table, in which spans keep the columns in place (our own choice: no page is so wide). Without a limit the time
-would grow faster than the answer."""
-_SPAN: Final = re.compile(r"0*+[1-9]\d{0,3}")
+"""From here on spans are passed over, for the time would grow faster than the answer (our own choice)."""
 
 _FAULTS: Final = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 """What an answer may bring about in what reads it: a page must not stop others, whatever is in it."""
@@ -210,7 +208,7 @@ def _salvage(answer: str, notes: Counter[str]) -> list[Any] | None:
 
 def _salvage_cell(chunk: str, notes: Counter[str]) -> tuple[dict[str, Any] | None, str]:
     """Read one cell and return it, or ``None``, with what stands behind it."""
-    for mend in (_leave, _mend_commas, _mend_strings, _mend_text, _drop_box):
+    for mend in (lambda whole, _: whole, _mend_commas, _mend_strings, _mend_text, _drop_box):
         found: Counter[str] = Counter()
         mended = mend(chunk, found)
         try:
@@ -232,22 +230,11 @@ def _salvage_cell(chunk: str, notes: Counter[str]) -> tuple[dict[str, Any] | Non
     return value, ",]"
 
 
-def _leave(chunk: str, notes: Counter[str]) -> str:
-    return chunk
-
-
 def _mend_commas(chunk: str, notes: Counter[str]) -> str:
     """Separate the numbers of the box, and the fields."""
-    count = 0
-
-    def separate(box: re.Match[str]) -> str:
-        nonlocal count
-        numbers, count = re.subn(r"(?<=\d)\s++(?=-?\d)", ", ", box[0])
-        return numbers
-
-    chunk, fields = _NO_COMMA.subn(", ", _NUMBERS.sub(separate, chunk, count=1))
-    notes["missing commas inside cells added: {n}"] += count + fields
-    return chunk
+    mended = _NO_COMMA.sub(", ", _NUMBERS.sub(lambda box: _NO_NUMBER_COMMA.sub(", ", box[0]), chunk, count=1))
+    notes["missing commas inside cells added: {n}"] += mended.count(",") - chunk.count(",")
+    return mended
 
 
 def _mend_strings(chunk: str, notes: Counter[str]) -> str:
@@ -376,30 +363,24 @@ def _restore(text: str, category: str, notes: Counter[str]) -> str:
 
 
 class _TableText(HTMLParser):
-    """Collects the rows of a table. A cell that spans others leaves their places empty, so that columns stay columns.
-
-    A table inside a cell just adds its rows.
-    """
+    """Collects the rows of a table, with empty places where a cell spans; a table inside a cell just adds its rows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[list[str]] = [[]]
-        self._taken: set[int] = set()  # columns of the last row that a cell beside or above spans
-        self._below: dict[int, int] = {}  # how many rows further down a column is spanned
+        self._spanned: dict[int, int] = {}  # columns that a cell takes, for so many rows from this one on
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "tr":
             self.rows.append([])
-            self._taken = set(self._below)
-            self._below = {column: rows - 1 for column, rows in self._below.items() if rows > 1}
+            self._spanned = {column: rows - 1 for column, rows in self._spanned.items() if rows > 1}
         elif tag in ("td", "th"):
             row = self.rows[-1]
-            while len(row) in self._taken:
+            while len(row) in self._spanned:
                 row.append("")
-            across, down = (_span(dict(attrs).get(name)) for name in ("colspan", "rowspan"))
-            spanned = range(len(row), min(len(row) + across, MAX_COLUMNS))
-            self._taken.update(spanned)
-            self._below.update(dict.fromkeys(spanned, down - 1) if down > 1 else {})
+            spans = [dict(attrs).get(name) or "" for name in ("colspan", "rowspan")]
+            across, down = (int(span) if re.fullmatch(r"0*+[1-9]\d{0,3}", span) else 1 for span in spans)
+            self._spanned |= dict.fromkeys(range(len(row), min(len(row) + across, MAX_COLUMNS)), down)
             row.append("")
         elif tag == "br":
             self.handle_data(" ")
@@ -410,10 +391,6 @@ class _TableText(HTMLParser):
                 return
             self.rows[-1].append("")
         self.rows[-1][-1] += data
-
-
-def _span(value: str | None) -> int:
-    return int(value) if value and _SPAN.fullmatch(value) else 1
 
 
 def table_rows(text: str) -> list[list[str]]:

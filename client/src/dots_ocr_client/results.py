@@ -92,9 +92,8 @@ class Page:
         mode: How it was read; not the mode that was asked for where that failed, see `warnings`.
         text: Plain text in reading order; empty for a blank page. From a layout, the texts of its cells.
         cells: The layout; empty for a blank page, and in modes and engines that have none.
-        engine: Name of the engine that read it, such as ``vllm`` or ``tesseract``: behind a server that tells, the one
-            that the server had read it. Empty for a blank page, which is nobody's work.
-        model: The model as the server names it; for Tesseract its languages. Empty for a blank page.
+        engine: Name of the one that read it, also behind a server that tells, such as ``vllm``; empty for a blank page.
+        model: The model as the server names it; for Tesseract its languages; empty for a blank page.
         seconds: Time that this engine took, without earlier attempts.
         prompt_tokens: Tokens of the image and the prompt, as the server counted them, if it did.
         completion_tokens: Tokens of the answer, as above.
@@ -343,9 +342,5 @@ def _tuples(read: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attempts_of(values: Iterable[Any]) -> tuple[Attempt, ...]:
-    """Return attempts of their fields.
-
-    Raises:
-        ValueError: One of them is none; the message names the field.
-    """
+    """Return attempts of their fields, or raise `ValueError`, which names the field that is wrong."""
     return tuple(Attempt(**_checked("an attempt", one, _ATTEMPT)) for one in values)

@@ -121,13 +121,10 @@ class _Metrics:
             prometheus_client.Gauge(f"dots_ocr_pages_{name}", text, registry=self.registry).set_function(count)
 
     def note(self, page: Page) -> None:
-        self.count(page.engine, "read")
-        self.engine_seconds.labels(self._label(page.engine)).observe(page.seconds)
+        self.engine_pages.labels(self.label(page.engine), "read").inc()
+        self.engine_seconds.labels(self.label(page.engine)).observe(page.seconds)
 
-    def count(self, engine: str, outcome: str) -> None:
-        self.engine_pages.labels(self._label(engine), outcome).inc()
-
-    def _label(self, engine: str) -> str:
+    def label(self, engine: str) -> str:
         """Take no name from another server that is not known: each would stay in memory."""
         return engine if engine in self._engines else "other" if engine else "none"
 
@@ -339,7 +336,7 @@ class Service:
 
     def _note(self, attempts: Sequence[Attempt]) -> None:
         for attempt in attempts:
-            self._metrics.count(attempt.engine, attempt.outcome)
+            self._metrics.engine_pages.labels(self._metrics.label(attempt.engine), attempt.outcome).inc()
 
     def _failed(self, error: AllEnginesFailed) -> Refused:
         more: dict[str, Any] = {"dots_ocr": {"attempts": [asdict(attempt) for attempt in error.attempts]}}

@@ -341,17 +341,17 @@ class Server:
         engine = self._quote(about.get("engine", _engine.get()) or "")
         model = self._quote(about.get("model") or model)
         warnings = about.get("warnings")
-        told = [self._quote(one, 2_000) for one in (warnings[:WARNINGS] if isinstance(warnings, list) else ())]
+        notes = [self._quote(one, 2_000) for one in (warnings[:WARNINGS] if isinstance(warnings, list) else ())]
         attempts: tuple[Attempt, ...] = ()
         with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
             attempts = attempts_of(
                 {name: self._quote(value, 2_000) if isinstance(value, str) else value for name, value in one.items()}
                 for one in about["attempts"][:WARNINGS]
             )
-        if not _ENGINE.fullmatch(engine):
-            return Completion(text, model, *tokens, (*hidden, *told), attempts=attempts)
-        by = (f"the server had {engine} ({model}) read the page",) if engine != "vllm" else ()
-        return Completion(text, model, *tokens, (*hidden, *by, *told), engine, attempts)
+        told = _ENGINE.fullmatch(engine)
+        if told and engine != "vllm":
+            hidden += (f"the server had {engine} ({model}) read the page",)
+        return Completion(text, model, *tokens, (*hidden, *notes), engine if told else None, attempts)
 
     def _quote(self, said: object, length: int = 300) -> str:
         """Return what a server said in one line, without the secrets, and cut off only then."""
