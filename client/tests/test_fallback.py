@@ -26,6 +26,7 @@ from dots_ocr_client import (
     Mode,
     ModelNotServed,
     ModeNotSupported,
+    NotApplicable,
     Overloaded,
     Page,
     PageImage,
@@ -39,6 +40,7 @@ from dots_ocr_client import (
     breaker,
     fallback,
 )
+from dots_ocr_client.documents import PageReference
 from dots_ocr_client.fallback import SHARE, Chain, OnUnavailable
 from dots_ocr_client.prompts import MODES
 
@@ -59,6 +61,8 @@ class Scripted:
         self.limiter = Limiter(slots, slots)
         self.expected_seconds = 0.0
         self.seconds: list[float] = []
+        self.pixels = True
+        self.seen: list[PageImage] = []
         self.cancelled = False
         self.probes = 0
         self.probe_result: Exception | None = None
@@ -73,6 +77,7 @@ class Scripted:
     async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
         assert self.limiter.in_flight > 0
         self.seconds.append(seconds)
+        self.seen.append(page)
         try:
             await asyncio.sleep(self.delay)
         except asyncio.CancelledError:
@@ -319,6 +324,45 @@ def test_the_caller_hears_once_that_a_page_has_its_first_slot(page: PageImage) -
 
     asyncio.run(run())
     assert heard == [1]
+
+
+@pytest.mark.parametrize(
+    ("results", "slots"),
+    [(["text"], []), ([NotApplicable("no"), "text"], [1]), ([NotApplicable("no"), UnusableAnswer("no"), "text"], [1])],
+)
+def test_a_page_is_drawn_once_and_only_for_an_engine_that_asks_for_pixels(
+    results: list[str | Exception], slots: list[int], page: PageImage
+) -> None:
+    """What waits for a later engine is drawn when that has a slot, or any number of drawn pages would wait there."""
+    engines = [Scripted(f"engine {place}", result) for place, result in enumerate(results)]
+    engines[0].pixels = False
+    reference = PageReference("a.pdf", 7, "pdf", "a.pdf", None, True, ("the file is odd",))
+    taken: list[int] = []
+
+    async def draw() -> PageImage:
+        taken.append(engines[1].limiter.in_flight)
+        return replace(page, number=7)
+
+    engines[0].result = Answer("text", "text", "m", size=(30, 40)) if results == ["text"] else results[0]
+    chain = Chain(engines, 9.0)
+    read = asyncio.run(chain.read(PageImage.undrawn(reference), Task("text"), lambda: None, draw))
+    assert (read.number, read.text, taken) == (7, "text", slots)
+    assert (engines[0].seen[0].png, engines[0].seen[0].origin) == (b"", reference)
+    assert all(engine.seen[0].png == page.png for engine in engines[1:])
+    assert (read.width, read.height) == ((page.width, page.height) if slots else (30, 40))
+    assert read.warnings == (() if slots else ("the file is odd",))
+
+
+def test_a_page_is_drawn_for_its_first_engine_before_that_has_a_slot(page: PageImage) -> None:
+    engine = Scripted("first", "text", slots=1)
+    drawn: list[int] = []
+
+    async def draw() -> PageImage:
+        drawn.append(engine.limiter.in_flight)
+        return page
+
+    asyncio.run(Chain([engine], 9.0).read(page, Task("text"), lambda: None, draw))
+    assert drawn == [0]
 
 
 # An engine that is not there

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 from support import children, pdf_of
 
-from dots_ocr_client import Answer, EngineError, NotApplicable, PageImage, Task
-from dots_ocr_client.documents import draw, open_document
+from dots_ocr_client import AllEnginesFailed, Answer, DotsOCR, EngineError, NotApplicable, Page, PageImage, Task
+from dots_ocr_client.documents import PageReference, draw, open_document
 from dots_ocr_client.engines.textlayer import TextLayerEngine
 from dots_ocr_client.prompts import Mode
+from dots_ocr_client.rasterizer import Rasterizer
 
 SCAN = b"q %d 0 0 %d %d %d cm /Scan Do Q\n"
 """Puts the picture there: width, height, left, bottom."""
@@ -179,6 +180,94 @@ def test_a_table_is_read_row_by_row() -> None:
     assert read(pdf(content)).text == "Paper 2 14.50\nPens 10 9.90\nInk 1 24.00"
 
 
+def grid(left: float, top: float, rows: Sequence[Sequence[str]], step: float, pitch: float = 14) -> bytes:
+    """Short texts in rows, each so far behind the one before."""
+    return b"".join(
+        line(left + step * place, top - pitch * row, text, 10)
+        for row, cells in enumerate(rows)
+        for place, text in enumerate(cells)
+    )
+
+
+LEFT, RIGHT = ([f"{side} {n} and some more words" for n in range(9)] for side in ("left", "right"))
+FIGURES = [["2024", "2025", "2026"], ["275.5", "295.6", "319.4"], ["8.8", "10.3", "12.2"], ["4.4", "5.6", "7.1"]]
+
+
+@pytest.mark.parametrize("pitch", [14, 13, 10])
+@pytest.mark.parametrize("place", ["right", "left", "above the right column"])
+def test_columns_survive_a_sidebar_of_short_cells(pitch: float, place: str) -> None:
+    """Also if its rows happen to stand on the columns' lines."""
+    start = 150 if place == "left" else 20
+    prose = column(start, 250, *LEFT, size=10) + column(start + 180, 250, *RIGHT, size=10)
+    figures = grid(20 if place == "left" else 400, 278 if place.startswith("above") else 250, FIGURES, 40, pitch)
+    columns = ["\n".join(LEFT), "\n".join(RIGHT)]
+    cells = "\n".join(map(" ".join, FIGURES))
+    found = texts(read(pdf(prose + figures, b"/MediaBox [0 0 560 300]")))
+    if place == "left":
+        columns.insert(0, cells)
+    else:
+        columns.append(cells)
+    assert [part for part in found if part not in cells] == [part for part in columns if part != cells]
+    assert "\n".join(part for part in found if part in cells) == cells
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_table_of_short_cells_inside_a_column_does_not_join_it_with_the_other(side: str) -> None:
+    rows = [["a", "12", "3"], ["b", "4", "5"], ["c", "77", "8"], ["d", "9", "10"]]
+    parts = {"left": column(20, 280, *LEFT, size=10), "right": column(210, 280, *RIGHT, size=10)}
+    whole = {"left": "\n".join(LEFT), "right": "\n".join(RIGHT)}
+    prose = (LEFT if side == "left" else RIGHT)[:4]
+    start = 20 if side == "left" else 210
+    parts[side] = column(start, 280, *prose, size=10) + grid(start, 210, rows, 40, 15)
+    whole[side] = "\n".join([*prose, *map(" ".join, rows)])
+    answer = read(pdf(parts["left"] + parts["right"]))
+    assert answer.text.replace("\n\n", "\n") == whole["left"] + "\n" + whole["right"]
+
+
+def test_statements_side_by_side_are_read_one_after_the_other() -> None:
+    profit = [["Revenue from sales", "1,200"], ["Cost of materials", "(800)"], ["Other income", "35"]]
+    assets = [["Cash at bank", "600"], ["Trade receivables", "250"], ["Inventories", "120"]]
+    rows = grid(20, 250, [one + other for one, other in zip(profit, assets, strict=True)], 100)
+    assert texts(read(pdf(rows))) == ["\n".join(map(" ".join, profit)), "\n".join(map(" ".join, assets))]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [["Printer paper A4, 80 g", "12", "54.60"], ["Pens, blue, box of ten", "3", "9.90"], ["Ink", "1", "24.00"]],
+        [["Name", "City", "Country"], ["Ada Smith", "London", "England"], ["Eve Petit", "Paris", "France"]],
+        [["Invoice number:", "2026-0473"], ["Customer:", "Northwind Paper Supply Ltd."], ["Total:", "241.85"]],
+        [["Paper", "2", "pcs", "14.50"], ["Pens", "10", "box", "9.90"], ["Ink", "1", "pcs", "24.00"]],
+    ],
+    ids=["a long name first", "words only", "a form", "names and figures by turns"],
+)
+def test_what_is_one_table_stays_one(rows: list[list[str]]) -> None:
+    assert read(pdf(grid(20, 250, rows, 130 if len(rows[0]) < 4 else 90))).text == "\n".join(map(" ".join, rows))
+
+
+def test_a_cell_of_several_lines_does_not_part_a_table() -> None:
+    words = ["Printer paper A4, 80 g, in", "boxes of five packs", "Pens, blue, box of ten,", "also black"]
+    figures = grid(200, 250, [["12", "54.60"], ["3", "9.90"]], 60, 28)
+    assert read(pdf(column(20, 250, *words, size=10) + figures)).text.splitlines() == [
+        "Printer paper A4, 80 g, in 12 54.60",
+        "boxes of five packs",
+        "Pens, blue, box of ten, 3 9.90",
+        "also black",
+    ]
+
+
+@pytest.mark.parametrize("caption", ["Figure 1: what reaches across both of the columns on a page", "Figure 1: short"])
+def test_a_caption_across_columns_parts_them(caption: str) -> None:
+    upper = column(20, 280, *LEFT[:4], size=10) + column(200, 280, *RIGHT[:4], size=10)
+    lower = column(20, 180, *LEFT[4:], size=10) + column(200, 180, *RIGHT[4:], size=10)
+    content = upper + line(20 if len(caption) > 20 else 135, 208, caption, 10) + lower
+    assert texts(read(pdf(content))) == [
+        *("\n".join(lines[:4]) for lines in (LEFT, RIGHT)),
+        caption,
+        *("\n".join(lines[4:]) for lines in (LEFT, RIGHT)),
+    ]
+
+
 def test_a_heading_is_a_paragraph_of_its_own() -> None:
     assert texts(read(pdf(line(40, 252, "Heading", 18) + line(40, 234, "and what follows")))) == [
         "Heading",
@@ -231,6 +320,65 @@ def test_a_page_without_text_has_no_layer(content: bytes) -> None:
 
 
 OCR = b"".join(line(20, 280 - 14 * row, SENTENCE, 10, "3 Tr") for row in range(19))
+
+
+@pytest.mark.parametrize("size", [6, 8, 9, 10, 11, 12, 14])
+@pytest.mark.parametrize("colour", ["0 g", "0.75 g", "1 0.8 0.8 rg"], ids=["black", "grey", "pale"])
+def test_no_comma_point_or_dash_is_lost(size: float, colour: str) -> None:
+    """Their ink is next to nothing, and PDFium paints some of it outside the box that it gives."""
+    sentence = "Total due, as of 1.2.26: $241.85 - i.e. now; see p. 7, l. 1, or ask: a-b."
+    rows = b"".join(line(20 + row / 7, 280 - 20.3 * row, sentence, size) for row in range(12))
+    answer = read(pdf(f"{colour} ".encode() + rows, b"/MediaBox [0 0 560 300]"))
+    assert (answer.text.replace("\n\n", "\n").splitlines(), answer.warnings) == ([sentence] * 12, ())
+
+
+def test_letters_are_seen_whose_colour_is_as_bright_as_what_is_behind_them() -> None:
+    page = b"0.3 g 0 0 400 300 re f 1 0 0 rg " + FULL
+    assert read(pdf(page)).text == read(pdf(FULL)).text
+
+
+def test_each_letter_may_be_an_object_of_its_own() -> None:
+    places = (40, 47.3, 54, 57.3, 60.7, 67.3, 70, 72.7)
+    apart = b"".join(line(left, 100, letter) for left, letter in zip(places, "To, all.", strict=True) if letter != " ")
+    assert read(pdf(FULL + apart)).text.splitlines()[-1] == "To, all."
+
+
+def test_letters_are_seen_of_a_font_without_boxes() -> None:
+    """PDFium then gives boxes without height, although it paints the letters in another font."""
+    text = b"BT /T 12 Tf 40 100 Td <%s> Tj ET" % "Hello, you".encode("utf-16-be").hex().encode()
+    more = (
+        b"<< /Type /XObject /Subtype /Form /BBox [0 0 400 300] /Resources << /Font << /T 8 0 R >> >> /Length %d >>"
+        b"\nstream\n%s\nendstream" % (len(text), text),
+        b"<< /Type /Font /Subtype /Type0 /BaseFont /Nobody /Encoding /UniJIS-UCS2-H /DescendantFonts [9 0 R] >>",
+        b"<< /Type /Font /Subtype /CIDFontType0 /BaseFont /Nobody /FontDescriptor 10 0 R"
+        b" /CIDSystemInfo << /Registry (Adobe) /Ordering (Japan1) /Supplement 5 >> >>",
+        b"<< /Type /FontDescriptor /FontName /Nobody /Flags 32 /FontBBox [0 0 0 0] /ItalicAngle 0 /Ascent 0 /Descent 0"
+        b" /CapHeight 0 /StemV 80 >>",
+    )
+    answer = read(pdf(FULL + b"/Form Do", more=more))
+    assert (answer.text.splitlines()[-1], answer.warnings) == ("Hello, you", ())
+
+
+COVERED = {
+    "a word covered": (b"1 0 0 rg 94 270 55 20 re f", "The quick jumps over"),
+    "a word's end covered": (b"1 0 0 rg 121 270 63 20 re f", "The quick brow over"),
+    "the end covered": (b"0 g 149 270 200 20 re f", "The quick brown fox"),
+    "the page's end": (b"", "The quick brown fox jumps over"),
+}
+
+
+@pytest.mark.parametrize("how", COVERED)
+def test_what_is_covered_in_a_line_is_left_out_and_counted(how: str) -> None:
+    """The rest of the line stays, and whoever reads it is told."""
+    cover, rest = COVERED[how]
+    sentence = "The quick brown fox jumps over"
+    answer = read(pdf(line(40, 275, sentence) + cover + b" 0 g " + column(20, 240, *[SENTENCE] * 5, size=11)))
+    assert answer.text.splitlines()[0] == rest
+    count = len(sentence.replace(" ", "")) - len(rest.replace(" ", ""))
+    warning = f"characters of the text layer that cannot be seen on the page were left out: {count}"
+    assert [text for text in answer.warnings if "cannot be seen" in text] == [warning] * bool(count)
+
+
 HIDDEN = {
     "invisible over a scan": SCAN % (400, 300, 0, 0) + OCR,
     "below a scan": OCR.replace(b"3 Tr", b"0 Tr") + SCAN % (400, 300, 0, 0),
@@ -288,6 +436,11 @@ def test_text_from_right_to_left_is_for_another_engine() -> None:
     assert "from right to left" in refusal(pdf(line(40, 250, "AAAAA") + FULL, font=font, more=more))
 
 
+def test_a_page_of_slanted_text_is_for_another_engine() -> None:
+    slanted = b"BT /F 20 Tf .9 .3 -.3 .9 50 20 Tm (all of it is askew) Tj ET"
+    assert refusal(pdf(slanted)) == "the text is slanted (14 characters), so that its lines are not known"
+
+
 def test_letters_that_stand_apart_are_not_sound() -> None:
     """Such as vertical writing: the order in which they are to be read is not known."""
     content = b"".join(
@@ -340,6 +493,29 @@ def test_what_was_typed_into_a_form_is_missed_with_a_warning(value: bytes, count
 
 
 # Processes and time
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_a_page_is_not_drawn_for_its_text(rotation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size and its boxes are those of the image all the same."""
+    document = pdf(LETTER, b"/Rotate %d" % rotation)
+    with page_of(document) as page:
+        expected = ask(page)
+    drawn: list[int] = []
+    draw = Rasterizer.draw
+
+    async def note(self: Rasterizer, reference: PageReference, seconds: float = 60) -> PageImage:
+        drawn.append(reference.number)
+        return await draw(self, reference, seconds)
+
+    monkeypatch.setattr(Rasterizer, "draw", note)
+    with DotsOCR(engines=[TextLayerEngine()]) as ocr:
+        (read,) = ocr.read(document).pages
+        assert isinstance(read, Page)
+        assert drawn == []
+        assert (read.width, read.height, read.cells) == (page.width, page.height, expected.cells)
+        with pytest.raises(AllEnginesFailed, match="only pages of PDFs"):
+            ocr.read(Image.new("RGB", (300, 300)))
 
 
 def test_it_starts_no_process_before_it_is_asked_and_leaves_none_behind() -> None:

@@ -110,12 +110,13 @@ class PageImage:
         width: Of the page's own image in pixels, which boxes refer to: an image upright at its own size, a PDF's page
             as it was drawn.
         height: As above.
-        png: The page within the model's limits, as an upright 8-bit PNG, grey or RGB, without metadata.
+        png: The page within the model's limits, as an upright 8-bit PNG, grey or RGB, without metadata; empty if
+            `undrawn`.
         sent_width: Of ``png``, in pixels.
         sent_height: As above.
         warnings: What a reader of the results should know.
-        origin: Where the page of a PDF comes from, for engines that read more than pixels; ``None`` for images.
-        dpi: Pixels of ``width`` per inch of a PDF's page; ``None`` for images.
+        origin: Where a page comes from that is of a PDF or `undrawn`, for engines that read more than pixels.
+        dpi: Pixels of ``width`` per inch of a PDF's page; ``None`` for images, and if `undrawn`.
     """
 
     number: int
@@ -146,6 +147,11 @@ class PageImage:
             InputError: It is too large, too narrow, or cannot be decoded.
         """
         return _page_of(number, image, warnings, "the image")
+
+    @classmethod
+    def undrawn(cls, reference: PageReference) -> PageImage:
+        """Make a page without pixels or size, for engines with ``pixels = False``."""
+        return cls(reference.number, 0, 0, b"", 0, 0, reference.warnings, reference)
 
 
 @dataclass(frozen=True, slots=True)
@@ -809,16 +815,18 @@ def _beside_pages(pdf: Any, label: str) -> Iterator[str]:
 
 
 def _draw_pdf(reference: PageReference) -> PageImage:
-    with _open_page(reference, "drawn") as (page, drawn):
-        rgb = page.render(scale=drawn.scale).to_pil().convert("RGB")
+    with open_page(reference, "drawn") as (page, drawn):
+        bitmap = page.render(scale=drawn.scale)  # has the pixels of the image, and must stay
         warnings = reference.warnings + beside_text(page)
     if drawn.dpi < drawn.wanted:
         warnings += (f"the page was drawn at {drawn.dpi} dpi instead of {drawn.wanted}, to keep the model's limits",)
+    image = bitmap.to_pil()
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
     return replace(_encode(reference.number, rgb, warnings, rgb.size), origin=reference, dpi=drawn.dpi)
 
 
 @contextlib.contextmanager
-def open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, float]]:
+def open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, pdf_resolution.Resolution]]:
     """Open a page of a PDF, and keep the PDF open for its next page; see `forget`. PDFium is locked meanwhile.
 
     Args:
@@ -826,17 +834,11 @@ def open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, float]
         verb: For messages: what is to be done to it, such as ``drawn``.
 
     Yields:
-        The page, of type `pypdfium2.PdfPage`, and the pixels per point at which it is drawn.
+        The page, of type `pypdfium2.PdfPage`, and how large it is drawn.
 
     Raises:
         InputError: The page is broken, too large or too narrow, also if PDFium says so inside the ``with`` statement.
     """
-    with _open_page(reference, verb) as (page, drawn):
-        yield page, drawn.scale
-
-
-@contextlib.contextmanager
-def _open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, pdf_resolution.Resolution]]:
     assert reference.stamp is not None
     file_bytes = reference.stamp[2]
     with _opened_pdf(reference, verb) as kept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
@@ -42,12 +42,15 @@ RETURNS: Final = 3
 
 OnUnavailable = Literal["wait", "fallback", "fail"]
 """What to do with a page whose engine is not there: wait for it, ask the next engine, or give the page up."""
+Draw = Callable[[], Awaitable[PageImage]]
 
 
 @dataclass(slots=True)
 class _Clock:
     """The time of one page. It runs only while an engine works: whoever holds a slot has a limit of its own."""
 
+    page: PageImage
+    draw: Draw | None
     limit: float
     left: float
     started: Callable[[], None]
@@ -58,6 +61,10 @@ class _Clock:
     def start(self) -> None:
         self.started()
         self.started = _nothing
+
+    async def draw_for(self, engine: Engine) -> None:
+        if self.draw is not None and getattr(engine, "pixels", True):
+            self.page, self.draw = await self.draw(), None
 
 
 def _nothing() -> None: ...
@@ -107,32 +114,35 @@ class Chain:
         self._on_unavailable = on_unavailable
         self._max_wait = max_wait
 
-    async def read(self, page: PageImage, task: Task, started: Callable[[], None] = _nothing) -> Page:
+    async def read(
+        self, page: PageImage, task: Task, started: Callable[[], None] = _nothing, draw: Draw | None = None
+    ) -> Page:
         """Read one page.
 
         Args:
             page: The page.
             task: What to read.
             started: Called once, when the first engine has a slot for the page; not at all if none ever has.
+            draw: Draws the page, which is `PageImage.undrawn`; what it raises is passed on.
 
         Raises:
             AllEnginesFailed: No engine could, or none was to be asked any more.
             ConfigurationError: The settings of one are wrong; those behind it are not tried.
         """
-        clock = _Clock(self._timeout, self._timeout, started)
+        clock = _Clock(page, draw, self._timeout, self._timeout, started)
         for position, (engine, breaker) in enumerate(zip(self.engines, self._breakers, strict=True), start=1):
             others = any(task.mode in other.modes for other in self.engines[position:])
             while True:
                 before = clock.left
                 failure: EngineError
                 try:
-                    answer = await self._ask(engine, breaker, page, task, clock, others=others)
+                    answer = await self._ask(engine, breaker, task, clock, others=others)
                 except EngineError as error:
                     failure = error
                 else:
-                    if not (answer.text or answer.cells) and await asyncio.to_thread(is_blank, page):
+                    if not (answer.text or answer.cells) and await asyncio.to_thread(is_blank, clock.page):
                         answer = replace(answer, engine="", model="")
-                    return _page(page, engine, answer, before - clock.left, tuple(clock.attempts.values()))
+                    return _page(clock.page, engine, answer, before - clock.left, tuple(clock.attempts.values()))
                 _note(clock, engine, failure, before - clock.left)
                 if not _is_absence(failure, breaker):
                     break
@@ -160,9 +170,7 @@ class Chain:
         clock.wait_until = min(clock.wait_until, time.monotonic() + patience)
         return self._on_unavailable != "fail"
 
-    async def _ask(
-        self, engine: Engine, breaker: Breaker, page: PageImage, task: Task, clock: _Clock, *, others: bool
-    ) -> Answer:
+    async def _ask(self, engine: Engine, breaker: Breaker, task: Task, clock: _Clock, *, others: bool) -> Answer:
         """Ask one engine.
 
         Raises:
@@ -179,7 +187,10 @@ class Chain:
                 "left: allow more time (timeout=), or ask no other engine"
             )
         _refuse(breaker)
+        if clock.started is not _nothing:  # while the page waits for its first engine
+            await clock.draw_for(engine)
         async with engine.limiter:
+            await clock.draw_for(engine)
             clock.start()
             begin = time.monotonic()
             try:
@@ -188,7 +199,7 @@ class Chain:
                 age = breaker.age
                 try:
                     async with asyncio.timeout(seconds):
-                        answer = await engine.read(page, task, seconds)
+                        answer = await engine.read(clock.page, task, seconds)
                 except TimeoutError:
                     message = f"no answer within {seconds:.1f} s: look at its load, or allow more time"
                     breaker.failed(age, message)
@@ -295,15 +306,16 @@ def _note(clock: _Clock, engine: Engine, error: EngineError, seconds: float) -> 
 
 
 def _page(page: PageImage, engine: Engine, answer: Answer, seconds: float, attempts: tuple[Attempt, ...]) -> Page:
+    width, height = answer.size or (page.width, page.height)
     return Page(
         number=page.number,
-        width=page.width,
-        height=page.height,
+        width=width,
+        height=height,
         mode=answer.mode,
         text=answer.text,
         # An engine of somebody else's may be careless, and what is no result could not be read back.
         cells=tuple(
-            cell if cell.box is None else replace(cell, box=Box(*cell.box).within(page.width, page.height))
+            cell if cell.box is None else replace(cell, box=Box(*cell.box).within(width, height))
             for cell in answer.cells
         ),
         engine=engine.name if answer.engine is None else answer.engine,
@@ -314,5 +326,5 @@ def _page(page: PageImage, engine: Engine, answer: Answer, seconds: float, attem
         finish_reason=answer.finish_reason,
         attempts=(*attempts, *answer.attempts),
         warnings=(*page.warnings, *answer.warnings),
-        dpi=page.dpi,
+        dpi=page.dpi or answer.dpi,
     )

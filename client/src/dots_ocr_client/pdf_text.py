@@ -2,16 +2,21 @@
 
 A text layer need not be what the page shows: it may be the OCR of a scan, a stamp on one, or letters of a font that
 does not say what they mean. So the page is drawn twice, with its text and without: what then differs is text that can
-be seen, and what is left is what the layer does not say.
+be seen, and what is left is what the layer does not say. That is cheap; PDFium's calls for single characters are not.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache, reduce
+from itertools import groupby, pairwise
 from typing import Any, Final, NamedTuple, Self
 
 import pypdfium2
@@ -24,21 +29,25 @@ from .documents import PageReference
 MAX_CHARACTERS: Final = 100_000
 """Our own limit; a densely printed A4 page has about 6,000."""
 GAP: Final = 0.8
-"""Space between two characters from which on they are in different runs, as a multiple of the font's height (our own
-choice: wider than the spaces of justified text, narrower than the one between columns)."""
-COARSE: Final = 3
-"""The two drawings are so many times smaller than the page's own image, that is, at 67 dpi (our own choice: even the
-dot of an i leaves a trace)."""
+"""Gap between two characters from which on they are in different runs, or what is between them is hidden, as a multiple
+of the font's height (our own choice: wider than the spaces of justified text, narrower than that between columns)."""
+COARSE: Final = 2
+"""The two drawings are so many times smaller than the page's own image, that is, at 100 dpi for most pages (our own
+choice: even the dot of an i leaves a trace)."""
 VISIBLE: Final = 8
-"""Grey levels (of 255) by which a character changes the page if it can be seen (our own choice: the two drawings are
-made alike, so that there is no noise, and no reader can tell less apart)."""
-PATCH: Final = 8
+"""Levels (of 255) of any colour by which a character changes the page if it can be seen (our own choice: the two
+drawings are made alike, so that there is no noise, and no reader can tell less apart)."""
+MARGIN: Final = 1
+"""Pixels of the coarse drawing by which PDFium may paint outside the boxes of its characters (measured: up to one)."""
+PATCH: Final = 12
 """Side of the patches in which a page is counted, in pixels of the coarse drawing: 3 mm, about the height of a line
 (our own choice). Counted in pixels, a single dark photograph would outweigh a page of text."""
 SLANT: Final = math.radians(5)
 """Text further than this from a multiple of 90 degrees is slanted, as watermarks are (our own choice)."""
 
 _TEXT_FIELDS: Final = (raw.FPDF_FORMFIELD_TEXTFIELD, raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX)
+_LINES: Final = re.compile(r"[^ \r\n](?:[^\r\n]*[^ \r\n])?")
+_WORDS: Final = re.compile(r"[^ \r\n]+")
 _HIDDEN_MODES: Final = (raw.FPDF_TEXTRENDERMODE_INVISIBLE, raw.FPDF_TEXTRENDERMODE_CLIP)
 
 
@@ -55,6 +64,21 @@ class Area(NamedTuple):
         """Half-way down."""
         return (self.top + self.bottom) / 2
 
+    @property
+    def height(self) -> float:
+        """In pixels."""
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> float:
+        """In pixels."""
+        return self.right - self.left
+
+    @property
+    def ratio(self) -> float:
+        """The width as a multiple of the height."""
+        return self.width / self.height
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -62,7 +86,7 @@ class Run:
 
     Attributes:
         text: What they say; U+FFFD stands for those of which the PDF does not say what they mean.
-        ink: The area of the characters themselves.
+        ink: The area of the characters themselves, `turned` so that they are upright.
         line: The same with the full height of the font, for all characters alike.
         turn: The direction in which they run, in quarter turns clockwise: 0 for text that is upright on the page.
     """
@@ -86,6 +110,8 @@ class TextLayer:
         unread: Part of the patches with anything on them that have no text of the layer, from 0 to 1.
         fields: Form fields with something typed in, and text notes: what they say is not in the layer.
         beside: What else is on the page, as `documents.beside_text` says it.
+        page_size: Width and height of the page's image in pixels, whether it was drawn or not.
+        dpi: Pixels of that image per inch.
     """
 
     runs: tuple[Run, ...]
@@ -95,22 +121,29 @@ class TextLayer:
     slanted: int
     unread: float
     fields: int
+    page_size: tuple[int, int]
+    dpi: int
     beside: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the text layer of which `dataclasses.asdict` made these values, also if they went through JSON."""
         runs = tuple(Run(run["text"], Area(*run["ink"]), Area(*run["line"]), run["turn"]) for run in values["runs"])
-        return cls(**{**values, "runs": runs, "beside": tuple(map(str, values["beside"]))})
+        values = {**values, "page_size": tuple(values["page_size"]), "beside": tuple(map(str, values["beside"]))}
+        return cls(**{**values, "runs": runs})
 
 
-class _Glyph(NamedTuple):
+class _Word(NamedTuple):
+    """Characters in a row, white space before them, and PDFium's number of the first; the areas are turned upright."""
+
+    before: str
     text: str
+    first: int
     ink: Area
     line: Area
     turn: int
-    drawn: bool
     slanted: bool
+    owner: int | None
 
 
 def turned(area: Area, turn: int) -> Area:
@@ -135,137 +168,240 @@ def read(reference: PageReference) -> TextLayer:
     Raises:
         InputError: The page is broken, or has more than `MAX_CHARACTERS`.
     """
-    with documents.open_page(reference, "read") as (page, scale):
-        textpage = page.get_textpage()
-        try:
-            glyphs = list(_glyphs(page, textpage, scale))
-        finally:
-            textpage.close()
+    with documents.open_page(reference, "read") as (page, drawn), closing(page.get_textpage()) as textpage:
+        scale = drawn.scale
+        texts = {ctypes.addressof(text.contents): text for text in _text_objects(page.raw)}
+        modes = {owner: raw.FPDFTextObj_GetTextRenderMode(text) for owner, text in texts.items()}
+        hidden = {owner for owner, mode in modes.items() if mode in _HIDDEN_MODES}
+        layer = _Layer(page, textpage.raw, scale)
+        lines = layer.pieces(_LINES, several=not hidden)
+        groups = list(_groups(line for line in lines if line.owner not in hidden))
+        unread = 0.0
+        if groups:  # otherwise there is nothing to look at
+            with_text = _draw(page, scale)
+            for owner in modes.keys() - hidden:
+                raw.FPDFTextObj_SetTextRenderMode(texts[owner], raw.FPDF_TEXTRENDERMODE_INVISIBLE)
+            without = _draw(page, scale)
+            seen = _difference(with_text, without)
+            unread = _unread(seen, without)
+            parts = [
+                [word for line in group for word in layer.pieces(_WORDS, line.first, line.first + len(line.text))]
+                if _holes(seen, group)
+                else []
+                for group in groups
+            ]
+            lost = any(list(layer.without(words, _holes(seen, words))) != words for words in parts if words)
+            doubtful = texts.keys() & {word.owner for words in parts for word in words if lost}
+            blank = _draw(page, scale, grey=False) if doubtful else without
+            for owner in doubtful:  # draw them alone, so that all ink near them is theirs, and see what differs in hue
+                raw.FPDFTextObj_SetTextRenderMode(texts[owner], modes[owner])
+            alone = _difference(_draw(page, scale, grey=False), blank) if doubtful else seen
+            groups = [
+                rest
+                for group, words in zip(groups, parts, strict=True)
+                for rest in (_groups(layer.without(words, _holes(alone, words, 0.5))) if words else (group,))
+            ]
         fields, beside = _count_fields(page), documents.beside_text(page)
-        with_text = _draw(page, scale)
-        for text in page.get_objects(filter=[raw.FPDF_PAGEOBJ_TEXT]):
-            raw.FPDFTextObj_SetTextRenderMode(text, raw.FPDF_TEXTRENDERMODE_INVISIBLE)
-        without = _draw(page, scale)
-    seen = ImageChops.difference(with_text, without).point(_from(VISIBLE))
-    kept: list[_Glyph | None] = []
-    hidden = slanted = 0
-    for glyph in glyphs:
-        if glyph is None or glyph.text == " ":
-            kept.append(glyph)
-        elif not (glyph.drawn and _shows(seen, glyph.ink)):
-            hidden += 1
-        elif glyph.slanted:
-            slanted += 1
-        else:
-            kept.append(glyph)
-    runs = tuple(_runs(kept))
-    texts = ["".join(run.text.split()) for run in runs]
+        width, height = page.get_size()
+    runs = tuple(_run(group) for group in groups if not group[0].slanted)
+    characters = sum(_count(run.text) for run in runs)
+    slanted = sum(_count(word.text) for group in groups for word in group if word.slanted)
     return TextLayer(
         runs=runs,
-        characters=sum(map(len, texts)),
-        garbled=sum(text.count("\ufffd") for text in texts),
-        hidden=hidden,
+        characters=characters,
+        garbled=sum(run.text.count("\ufffd") for run in runs),
+        hidden=_count(layer.text) - slanted - characters,
         slanted=slanted,
-        unread=_unread(seen, without),
+        unread=unread,
         fields=fields,
+        page_size=(math.ceil(width * scale), math.ceil(height * scale)),
+        dpi=drawn.dpi,
         beside=beside,
     )
 
 
-def _glyphs(page: Any, textpage: Any, scale: float) -> Iterator[_Glyph | None]:
-    """Yield the characters in the order of the file, and nothing at all where PDFium begins another line."""
-    count = textpage.count_chars()
-    if count > MAX_CHARACTERS:
-        raise ValueError(f"its text layer has more than {MAX_CHARACTERS} characters")
-    edges = raw.FS_RECTF()
-    if not raw.FPDF_GetPageBoundingBox(page, edges):
-        raise ValueError("it has no bounding box")
-    quarters = page.get_rotation() // 90
-    whole = turned(Area(edges.left, -edges.top, edges.right, -edges.bottom), -quarters)
+def _count(text: str) -> int:
+    return sum(map(len, text.split()))
 
-    def place(left: float, bottom: float, right: float, top: float) -> Area:
-        area = turned(Area(left, -top, right, -bottom), -quarters)
-        return Area(*((value - whole[side % 2]) * scale for side, value in enumerate(area)))
 
-    left, bottom, right, top = (ctypes.c_double() for _ in range(4))
-    loose = raw.FS_RECTF()
-    for index in range(count):
-        text = _character(textpage, index)
-        if text in ("\r", "\n"):
-            yield None
-            continue
-        raw.FPDFText_GetCharBox(textpage, index, left, right, bottom, top)
-        raw.FPDFText_GetLooseCharBox(textpage, index, loose)
-        angle = raw.FPDFText_GetCharAngle(textpage, index) + quarters * math.pi / 2
+def _text_objects(of: Any, count: Any = raw.FPDFPage_CountObjects, get: Any = raw.FPDFPage_GetObject) -> Iterator[Any]:
+    """Yield the text of a page, and of the forms inside; several times faster than pypdfium2."""
+    for found in (get(of, index) for index in range(count(of))):
+        kind = raw.FPDFPageObj_GetType(found)
+        if kind == raw.FPDF_PAGEOBJ_TEXT:
+            yield found
+        elif kind == raw.FPDF_PAGEOBJ_FORM:
+            yield from _text_objects(found, raw.FPDFFormObj_CountObjects, raw.FPDFFormObj_GetObject)
+
+
+class _Layer:
+    """The text of a page as PDFium gives it, each white space as a space or a line's end, and where it is."""
+
+    def __init__(self, page: Any, textpage: Any, scale: float) -> None:
+        edges = raw.FS_RECTF()
+        if not raw.FPDF_GetPageBoundingBox(page, edges):
+            raise ValueError("it has no bounding box")
+        if (count := raw.FPDFText_CountChars(textpage)) > MAX_CHARACTERS:
+            raise ValueError(f"its text layer has more than {MAX_CHARACTERS} characters")
+        self._textpage, self._scale = textpage, scale
+        self._quarters = page.get_rotation() // 90
+        self._origin = turned(Area(edges.left, -edges.top, edges.right, -edges.bottom), -self._quarters)[:2]
+        self._box = [ctypes.c_double() for _ in range(4)]
+        self._loose = raw.FS_RECTF()
+        text = "".join(_character(textpage, index) for index in range(count))
+        self.text = re.sub(r"[\r\n]\s*", lambda found: "\n" * len(found[0]), text)
+
+    def pieces(
+        self, pattern: re.Pattern[str], start: int = 0, end: int = sys.maxsize, *, several: bool = False
+    ) -> Iterator[_Word]:
+        """Yield `_LINES` or `_WORDS` in the order of the file, each of one object, or of several if they may be."""
+        for match in pattern.finditer(self.text, start, end):
+            parts = [range(*match.span())]
+            boxes = self._boxes(parts[0])
+            if len(boxes) > 1 and not (several and _in_a_row(boxes, self._line(match.start()))):
+                letters = (index for index in parts[0] if self.text[index] != " ")
+                groups = (list(group) for _, group in groupby(letters, self._owner))
+                parts = [range(group[0], group[-1] + 1) for group in groups]
+            yield from map(self._word, parts)
+
+    def without(self, words: Iterable[_Word], holes: Sequence[tuple[float, float]]) -> Iterator[_Word]:
+        """Yield what is left of words once the characters in these holes of their run are gone."""
+        for word in words:
+            if not any(left < word.ink.right and word.ink.left < right for left, right in holes):
+                yield word
+                continue
+            lost = "".join(
+                "-" if any(left <= (ink.left + ink.right) / 2 < right for left, right in holes) else "+"
+                for index in range(word.first, word.first + len(word.text))
+                for ink in [self._word(range(index, index + 1)).ink]
+            )
+            for part in re.finditer(r"\+(?:-?\+)*", lost):  # a single one between others is never lost
+                yield self._word(range(word.first + part.start(), word.first + part.end()))
+
+    def _owner(self, index: int) -> int | None:
+        text = raw.FPDFText_GetTextObject(self._textpage, index)
+        return ctypes.addressof(text.contents) if text else None
+
+    def _word(self, part: range) -> _Word:
+        first, last = part[0], part[-1]
+        angle = raw.FPDFText_GetCharAngle(self._textpage, first) + self._quarters * math.pi / 2
         turn = round(angle / (math.pi / 2))
-        owner = raw.FPDFText_GetTextObject(textpage, index)
-        yield _Glyph(
-            text,
-            place(left.value, bottom.value, right.value, top.value),
-            place(loose.left, loose.bottom, loose.right, loose.top),
-            turn % 4,
-            drawn=bool(owner) and raw.FPDFTextObj_GetTextRenderMode(owner) not in _HIDDEN_MODES,
-            slanted=abs(angle - turn * math.pi / 2) > SLANT,
-        )
+        box, full = around(self._boxes(part)), around([self._line(first), self._line(last)])
+        # A font may have no boxes of its own, and PDFium then gives a hair's breadth.
+        ink, line = self._place(box if box.height > full.height / 50 else full, turn), self._place(full, turn)
+        # At least a pixel high, whatever the font says.
+        top, bottom = (line.top, line.bottom) if line.top < line.bottom else (ink.top, ink.bottom)
+        line = Area(line.left, top, line.right, max(bottom, top + 1))
+        slanted = abs(angle - turn * math.pi / 2) > SLANT
+        before, text = self.text[max(0, first - 1) : first], self.text[first : last + 1]
+        return _Word("" if before.strip() else before, text, first, ink, line, turn % 4, slanted, self._owner(first))
+
+    def _boxes(self, part: range) -> list[Area]:
+        """Return the areas of the characters, one for each object, as `_line` in points from the left and downwards."""
+        left, top, right, bottom = self._box
+        boxes = []
+        for index in range(raw.FPDFText_CountRects(self._textpage, part.start, len(part))):
+            raw.FPDFText_GetRect(self._textpage, index, left, top, right, bottom)
+            boxes.append(Area(left.value, -top.value, right.value, -bottom.value))
+        return boxes
+
+    def _line(self, index: int) -> Area:
+        raw.FPDFText_GetLooseCharBox(self._textpage, index, self._loose)
+        return Area(self._loose.left, -self._loose.top, self._loose.right, -self._loose.bottom)
+
+    def _place(self, area: Area, turn: int) -> Area:
+        """Return where an area is on the page's image, turned upright."""
+        area = turned(area, -self._quarters)
+        (x, y), scale = self._origin, self._scale
+        left, top, right, bottom = area.left - x, area.top - y, area.right - x, area.bottom - y
+        return turned(Area(left * scale, top * scale, right * scale, bottom * scale), turn)
 
 
 def _character(textpage: Any, index: int) -> str:
     """Return one character: a space for white space of any width, U+FFFD for one without a meaning."""
     code = raw.FPDFText_GetUnicode(textpage, index)
-    if raw.FPDFText_IsHyphen(textpage, index) == 1 or code == 0xAD:  # at the end of a line; PDFium makes it U+0002
+    if code == 2 and raw.FPDFText_IsHyphen(textpage, index) == 1:  # at the end of a line
         return "-"
-    if code > 0x10FFFF or raw.FPDFText_HasUnicodeMapError(textpage, index) == 1:
-        return "\ufffd"
-    text = chr(code)
-    if text in ("\r", "\n"):
-        return text
+    return "\ufffd" if raw.FPDFText_HasUnicodeMapError(textpage, index) == 1 else _meaning(code)
+
+
+@lru_cache(4096)
+def _meaning(code: int) -> str:
+    text = chr(code) if code <= sys.maxunicode else "\ufffd"
     if text.isspace():
-        return " "
+        return text if text in "\r\n" else " "
     # Control, private use, surrogate, unassigned. Formatting characters (Cf), such as joiners, have a meaning.
-    return "\ufffd" if unicodedata.category(text) in ("Cc", "Co", "Cs", "Cn") else text
+    unknown = unicodedata.category(text) in ("Cc", "Co", "Cs", "Cn")
+    return "\ufffd" if unknown else "-" if text == "\xad" else text
 
 
-def _runs(glyphs: Iterable[_Glyph | None]) -> Iterator[Run]:
-    text, space = "", False
-    ink = line = Area(0, 0, 0, 0)  # both turned upright
-    turn = 0
-    for glyph in glyphs:
-        if glyph is None or glyph.text == " ":
-            space = True
-            if glyph is None and text:
-                yield Run(text, turned(ink, -turn), turned(line, -turn), turn)
-                text = ""
+def _in_a_row(boxes: Sequence[Area], line: Area) -> bool:
+    """Tell whether objects stand in a line of text as one object would."""
+    gaps = (right.left - left.right for left, right in pairwise(boxes))
+    flat = around(boxes).height <= 2 * GAP * line.height
+    return flat and all(-line.height <= gap <= GAP * line.height for gap in gaps)
+
+
+def _groups(words: Iterable[_Word]) -> Iterator[list[_Word]]:
+    """Put words together that stand in a row: the next one begins where the one before ends, or a little behind it."""
+    group: list[_Word] = []
+    line = Area(0, 0, 0, 0)  # of the group
+    for word in words:
+        alike = group and (word.turn, word.slanted) == (group[0].turn, group[0].slanted)
+        if alike and word.before != "\n" and _continues(line, word.line):
+            group.append(word)
+            line = around([line, word.line])
             continue
-        new_ink, new_line = turned(glyph.ink, glyph.turn), _full_height(glyph)
-        if text and (glyph.turn != turn or not _continues(line, new_line)):
-            yield Run(text, turned(ink, -turn), turned(line, -turn), turn)
-            text = ""
-        if text:
-            text += " " + glyph.text if space else glyph.text
-            ink, line = around([ink, new_ink]), around([line, new_line])
-        else:
-            text, ink, line, turn = glyph.text, new_ink, new_line, glyph.turn
-        space = False
-    if text:
-        yield Run(text, turned(ink, -turn), turned(line, -turn), turn)
+        if group:
+            yield group
+        group, line = [word], word.line
+    if group:
+        yield group
 
 
-def _full_height(glyph: _Glyph) -> Area:
-    """Return the area with the font's height, turned upright; at least a pixel high, whatever the font says."""
-    line, ink = turned(glyph.line, glyph.turn), turned(glyph.ink, glyph.turn)
-    top, bottom = (line.top, line.bottom) if line.top < line.bottom else (ink.top, ink.bottom)
-    return Area(line.left, top, line.right, max(bottom, top + 1))
+def _run(words: Sequence[_Word]) -> Run:
+    text = " ".join("".join(word.before + word.text for word in words).split())
+    ink, line = (around(areas) for areas in zip(*((word.ink, word.line) for word in words), strict=True))
+    return Run(text, ink, line, words[0].turn)
 
 
 def _continues(line: Area, more: Area) -> bool:
-    height = min(line.bottom - line.top, more.bottom - more.top)
+    height = min(line.height, more.height)
     overlap = min(line.bottom, more.bottom) - max(line.top, more.top)
     return overlap > height / 2 and -height <= more.left - line.right <= GAP * height
 
 
-def _draw(page: Any, scale: float) -> Image.Image:
-    image: Image.Image = page.render(scale=scale / COARSE, grayscale=True).to_pil()
+def _holes(mask: Image.Image, words: Sequence[_Word], across: float = 0.0) -> list[tuple[float, float]]:
+    """Return the parts of a run in which nothing can be seen, each from where to where along the line of text.
+
+    Its ink may be so far above and below the line, as a multiple of its height: fonts may lie.
+    """
+    turn = words[0].turn
+    height = max(word.line.height for word in words)
+    area = around([area for word in words for area in ((word.ink, word.line) if across else (word.ink,))])
+    area = turned(area._replace(top=area.top - across * height, bottom=area.bottom + across * height), -turn)
+    edges = [min(max(edge / COARSE, -side), 2 * side) for edge, side in zip(area, mask.size * 2, strict=True)]
+    crop = Area(*(math.floor(edge) - MARGIN for edge in edges[:2]), *(math.ceil(edge) + MARGIN for edge in edges[2:]))
+    strip = mask.crop(crop)
+    if turn:
+        strip = strip.transpose(Image.Transpose(turn + 1))  # ROTATE_90 and so on: counter-clockwise
+    ink = strip.reduce((1, strip.height)).tobytes()
+    holes = [] if words[0].slanted and any(ink) else [hole.span() for hole in re.finditer(rb"\0+", ink)]
+    begin = turned(crop, turn).left
+    return [
+        ((begin + start) * COARSE if start else -math.inf, (begin + end) * COARSE if end < len(ink) else math.inf)
+        for start, end in holes
+        if (end - start) * COARSE >= GAP * height or end - start == len(ink)
+    ]
+
+
+def _draw(page: Any, scale: float, *, grey: bool = True) -> Image.Image:
+    image: Image.Image = page.render(scale=scale / COARSE, grayscale=grey).to_pil()
     return image.copy()  # its pixels are PDFium's
+
+
+def _difference(one: Image.Image, other: Image.Image) -> Image.Image:
+    return reduce(ImageChops.lighter, ImageChops.difference(one, other).split()).point(_from(VISIBLE))
 
 
 def _from(level: int) -> list[int]:
@@ -273,20 +409,11 @@ def _from(level: int) -> list[int]:
     return [0] * level + [255] * (256 - level)
 
 
-def _shows(seen: Image.Image, ink: Area) -> bool:
-    left, top = (max(0, math.floor(value / COARSE)) for value in ink[:2])
-    right, bottom = (math.ceil(value / COARSE) for value in ink[2:])
-    if left >= seen.width or top >= seen.height or right <= 0 or bottom <= 0:
-        return False
-    area = (left, top, min(max(right, left + 1), seen.width), min(max(bottom, top + 1), seen.height))
-    return seen.crop(area).getbbox() is not None
-
-
 def _unread(seen: Image.Image, without: Image.Image) -> float:
     """Count the patches on which there is something, but no text that can be seen."""
     histogram = without.histogram()
     background = histogram.index(max(histogram))
-    rest = ImageChops.difference(without, Image.new("L", without.size, background)).point(_from(images.BLANK_SPREAD))
+    rest = without.point([255 * (abs(level - background) >= images.BLANK_SPREAD) for level in range(256)])
     text, other = (_patches(mask) for mask in (seen, rest))
     read = text.histogram()[255]
     unread = ImageChops.subtract(other, text).histogram()[255]
@@ -294,7 +421,7 @@ def _unread(seen: Image.Image, without: Image.Image) -> float:
 
 
 def _patches(mask: Image.Image) -> Image.Image:
-    # The mean of a patch with a single white pixel is 4 of 255.
+    # The mean of a patch with a single white pixel is 2 of 255.
     return mask.reduce(PATCH).point(_from(1))
 
 

@@ -1,4 +1,4 @@
-"""The way of a document's pages: drawn a little ahead of their turn, read, handed over as they finish."""
+"""The way of a document's pages: drawn (if need be) a little ahead of their turn, read, handed over as they finish."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Final
 
-from .documents import OpenDocument, Source
+from .documents import OpenDocument, PageImage, Source
 from .engines.base import Task
 from .errors import AllEnginesFailed, ConfigurationError, InputError
 from .fallback import Chain
@@ -95,8 +95,9 @@ class Pipeline:
     ) -> None:
         page: Page | FailedPage
         try:
-            image = await self._rasterizer.draw(document.reference(number))
-            page = await self._chain.read(image, task, turn.end)
+            reference = document.reference(number)
+            undrawn = PageImage.undrawn(reference)
+            page = await self._chain.read(undrawn, task, turn.end, lambda: self._rasterizer.draw(reference))
         except InputError as error:
             page = FailedPage(number, type(error).__name__, str(error))
         except AllEnginesFailed as error:

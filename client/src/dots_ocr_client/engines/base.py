@@ -46,6 +46,8 @@ class Answer:
         warnings: What a reader of the text should know.
         engine: Who read it, if that was not the engine itself: a server says that another one did.
         attempts: What that server tried before.
+        size: Width and height of the page's image, from an engine that was given no image: boxes refer to them.
+        dpi: Pixels of that image per inch.
     """
 
     mode: Mode
@@ -58,6 +60,8 @@ class Answer:
     warnings: tuple[str, ...] = ()
     engine: str | None = None
     attempts: tuple[Attempt, ...] = ()
+    size: tuple[int, int] | None = None
+    dpi: int | None = None
 
 
 class Engine(Protocol):
@@ -99,7 +103,7 @@ class Engine(Protocol):
         """Read one page.
 
         Args:
-            page: The page.
+            page: The page; for an engine with an attribute ``pixels = False`` it may be `PageImage.undrawn`.
             task: What to read.
             seconds: How long it may take. The caller cancels this call then, so it must clean up when cancelled.
 

@@ -127,7 +127,8 @@ class TesseractEngine:
 
     async def _why(self, png: bytes, seconds: float) -> str:
         """Say what may be the matter with these words, their script or their direction, and what to do."""
-        found, installed = {}, []
+        found: dict[str, str] = {}
+        installed: list[str] = []
         with contextlib.suppress(EngineError, TimeoutError):  # as with too few letters
             async with asyncio.timeout(seconds):
                 options = ("-l", "osd", "--psm", "0", "-c", "min_characters_to_try=10")
