@@ -110,11 +110,12 @@ def _summarise(readings: list[Reading], timings: dict[str, float]) -> None:
         if reading.reason:
             lines.append(f"    because {reading.reason}")
         lines += [f"    | {line.rstrip()}" for line in reading.text.splitlines()]
-    in_host = f"docker --host unix://{SOCKET} exec"
+    in_host = f"{'sudo ' if 'SUDO_UID' in os.environ else ''}docker --host unix://{SOCKET} exec"
     lines += [
         "",
         f"  API key     export DOTS_OCR_API_KEY=$({in_host} {HOST} cat /etc/dots-ocr/api-key)",
-        f"  try it      .venv/bin/dots-ocr read FILE --base-url {API}",
+        f"  try it      .venv/bin/dots-ocr read {SAMPLE.relative_to(REPOSITORY)} --base-url {API}",
+        "              Its model reads only pages that rehearsal/tiny_model/page.py draws: yours need real weights.",
         f"  look inside {in_host} -it {HOST} bash",
         "  remove it   make rehearse-down",
     ]

@@ -28,6 +28,7 @@ from dots_ocr_client.bench.pages import A4, GIVEN, BenchmarkPage, generate_pages
 from dots_ocr_client.bench.report import BenchmarkReport, describe_machine
 from dots_ocr_client.cli import main
 from dots_ocr_client.engines.base import Engine
+from dots_ocr_client.engines.server import REHEARSAL, REHEARSES
 from dots_ocr_client.errors import EngineError, UnusableAnswer
 from dots_ocr_client.prompts import Mode
 
@@ -93,6 +94,12 @@ def measured(
     engine: Engine, pages: Sequence[BenchmarkPage], *levels: int, mode: Mode = "text", seconds: float = 20.0
 ) -> Measurement:
     return asyncio.run(measure(engine, pages, levels or (1,), mode=mode, seconds=seconds))
+
+
+def test_rehearsal_is_called_one_instead_of_measured(server: FakeServer) -> None:
+    server.models = {"dots.ocr": 16_384, REHEARSAL: 16_384}
+    server.text = "a " * 2000
+    assert measured(VLLMEngine(server.base_url), generate_pages(1)).unavailable == REHEARSES
 
 
 # times and rates

@@ -13,7 +13,7 @@ from support import FakeServer, card, reply
 
 from dots_ocr_client import doctor
 from dots_ocr_client.doctor import ANSWER_TOKENS, QWEN_PACKAGES, SAMPLE, Check, examine
-from dots_ocr_client.engines.server import SERVICE
+from dots_ocr_client.engines.server import REHEARSAL, REHEARSES, SERVICE
 from dots_ocr_client.engines.vllm import VLLMEngine
 
 SERVER = ["server", "version", "model", "key", "context", "page"]
@@ -221,6 +221,13 @@ def test_a_wrong_key_is_told_from_a_missing_server(healthy: FakeServer) -> None:
 def test_a_key_that_only_opens_the_list_of_models_is_found_out(healthy: FakeServer) -> None:
     healthy.fail_with(401)
     assert by_status(checks_of(healthy.base_url), "failed") == ["page"]
+
+
+def test_rehearsal_is_called_one_instead_of_what_it_lacks(server: FakeServer) -> None:
+    server.models = {"dots.ocr": 1024, REHEARSAL: 1024}
+    checks = checks_of(server.base_url)
+    assert (checks["model"].status, checks["model"].detail) == ("warning", REHEARSES)
+    assert {checks[name].status for name in ("context", "page")} == {"skipped"}
 
 
 def test_a_model_that_is_not_served_is_named_with_those_that_are(healthy: FakeServer) -> None:

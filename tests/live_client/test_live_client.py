@@ -193,13 +193,13 @@ def test_the_command_reads_a_folder_and_goes_on_where_it_was_killed(
 
 
 def test_doctor_finds_what_the_rehearsal_lacks(base_url: str, api_key: str) -> None:
-    """The tiny model reads no other page than its own, and there is no room for one of A4."""
+    """The tiny model reads no other page than its own, and that is said instead of what would follow from it."""
     environment = {**os.environ, "DOTS_OCR_API_KEY": api_key}
     command = ["dots-ocr", "doctor", "--ocr", "--json", f"--base-url={base_url}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     checks = {check["name"]: check["status"] for check in json.loads(done.stdout)["checks"]}
-    assert {name for name, status in checks.items() if status == "ok"} >= {"server", "version", "model", "key"}
-    assert (checks["context"], checks["page"]) == ("failed", "warning")
+    assert {name for name, status in checks.items() if status == "ok"} >= {"server", "version", "key"}
+    assert (checks["model"], checks["context"], checks["page"]) == ("warning", "skipped", "skipped")
 
 
 def test_bench_puts_the_engines_side_by_side(base_url: str, api_key: str, sheets: Sheets, tmp_path: Path) -> None:

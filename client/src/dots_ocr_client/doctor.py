@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from . import images
 from .documents import PageImage
 from .engines.base import Engine, Task
-from .engines.server import SERVICE
+from .engines.server import REHEARSAL, REHEARSES, SERVICE
 from .errors import NAMES, DotsOCRError, EngineError, EngineMissing, NotApplicable, Unauthorized, UnusableAnswer
 from .prompts import MODES
 from .store import FIRST_ENGINE
@@ -126,8 +126,10 @@ async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
     served = {str(card.get("id")): card for card in cards}
     accepted = Check("key", "ok", "the server lists its models to us")
     checks = [reached, await _version(engine, seconds, cards), _model(engine.model, served), accepted]
-    if engine.model not in served:
+    if engine.model not in served or REHEARSAL in served:
         why, fix = "the model is not served", "choose a model that is served first"
+        if engine.model in served:
+            why, fix = REHEARSES, "none needed: a page of its own is read by the page that make rehearse names"
         return [*checks, _skipped("context", why, fix), _skipped("page", why, fix)]
     context = _context(served[engine.model])
     if not ocr:
@@ -159,6 +161,9 @@ def _model(model: str, served: Mapping[str, Mapping[str, Any]]) -> Check:
     if card.get("owned_by") == SERVICE and FIRST_ENGINE not in str(card.get("root")).split(","):
         detail = f"dots-ocr serve answers to {model!r}, and has pages read by {card.get('root')}, not by dots.ocr"
         return Check("model", "warning", detail, "none if this is meant; else give the address of a host with a GPU")
+    if REHEARSAL in served:
+        fix = "none needed to rehearse; real pages need a server with the weights of dots.ocr (make deploy)"
+        return Check("model", "warning", REHEARSES, fix)
     if model in served:
         return Check("model", "ok", f"{model!r} is served, of: {names}")
     fix = f"ask for one of these with --model, or start the server with --served-model-name {model}"

@@ -12,7 +12,7 @@ from testinfra.host import Host
 URL = "http://127.0.0.1:8000"
 PAGE = "/usr/local/lib/dots-ocr/golden/page.png"
 KEY_FILE = "/etc/dots-ocr/api-key"
-MODEL_NAMES = ["dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model"]
+MODEL_NAMES = ["dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model", "rehearsal-model"]
 
 # Sends a request as a client does, and prints status, headers and body as JSON.
 ASK = """

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from ..documents import PageImage
 from ..engines.base import Answer, Engine, Task
+from ..engines.server import REHEARSES
 from ..errors import (
     ConfigurationError,
     DotsOCRError,
@@ -224,6 +225,8 @@ async def _first(
     reasons: list[str] = []
     for page in pages:
         first = await _read(engine, page, page.image, task, seconds)
+        if str(first.error) == REHEARSES:
+            raise _Unavailable(REHEARSES)
         if not isinstance(first.error, _ABSENT):
             again = await _read(engine, page, await asyncio.to_thread(page.variant, 0), task, seconds)
             return first, again

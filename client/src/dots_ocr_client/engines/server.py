@@ -60,6 +60,9 @@ LOOP_PERIOD: Final = 200
 LOOP_CHUNKS: Final = 64
 """Pieces of a streamed answer between two looks for a loop; one look takes about 0.1 ms."""
 
+REHEARSAL: Final = "rehearsal-model"
+"""A name that the server of a rehearsal (``make rehearse``) serves beside the others."""
+REHEARSES: Final = "this is the server of a rehearsal: its model reads only its own pages"
 SERVICE: Final = "dots-ocr-client"
 """What ``dots-ocr serve`` says that its models are owned by; it never loops, so its answers need not be streamed."""
 ENGINE_HEADER: Final = "X-Dots-OCR-Engine"

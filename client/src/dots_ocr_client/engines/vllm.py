@@ -31,7 +31,7 @@ from ..errors import (
 from ..limiter import Limiter
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
 from .base import Answer, Task, is_blank, place
-from .server import MAX_COUNT, PICTURE, SERVICE, Completion, Server, is_about_length
+from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Completion, Server, is_about_length
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"
 """Where the server of this project listens."""
@@ -72,11 +72,13 @@ class _Served:
         context: Length in tokens, if it tells.
         stops_loops: It knows `REPETITION`.
         root: Where the model was loaded from, if it tells.
+        rehearses: Its model reads only its own pages.
     """
 
     context: int | None
     stops_loops: bool
     root: str
+    rehearses: bool
 
 
 _Read = tuple[Completion, PageImage, tuple[str, ...]]
@@ -179,10 +181,15 @@ class VLLMEngine:
         """
         deadline = time.monotonic() + seconds
         picture = await asyncio.to_thread(base64.b64encode, page.png)
-        if task.mode == "layout":
-            answer = await self._read_layout(page, picture, deadline)
-        else:
-            answer = await self._read_other(page, picture, task, deadline)
+        try:
+            if task.mode == "layout":
+                answer = await self._read_layout(page, picture, deadline)
+            else:
+                answer = await self._read_other(page, picture, task, deadline)
+        except UnusableAnswer as error:
+            if self._served is not None and self._served.rehearses:
+                raise UnusableAnswer(REHEARSES) from error
+            raise
         self.limiter.succeeded()
         return answer
 
@@ -341,6 +348,7 @@ class VLLMEngine:
                 context=context if type(context) is int and 0 < context < MAX_COUNT else None,
                 stops_loops=new or cards[self.model].get("owned_by") == SERVICE,
                 root=root if isinstance(root, str) else "",
+                rehearses=REHEARSAL in cards,
             )
         return self._served
 
