@@ -280,7 +280,8 @@ def read(
       dots-ocr read 'in/*.pdf' more/ --out read/     a later run goes on
       dots-ocr read a.pdf --out read/ --pictures --format md --format csv
     """  # noqa: D301  # typer keeps the lines of a paragraph that begins with this character
-    from .reading import expanded
+    from .reading import expanded, notes
+    from .results import Page
 
     files = list(expanded(files))
     if output is not None and not formats:
@@ -298,14 +299,12 @@ def read(
         chosen = formats or (Format.JSON, Format.MD)
         kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
         kinds |= frozenset({"pictures"} if pictures else ())
-        report = _batch(engines, patience, files, out, spoken, kinds, headers, upgrade, pages, dpi, password)
+        wanted = {"formats": kinds, "headers": headers, "upgrade": upgrade, "pages": pages, "dpi": dpi}
+        report = _batch(engines, patience, files, out, mode=spoken, password=password, **wanted)
         return _summarize(report, out, as_json, first)
     form = Format.JSON if as_json else (formats or [Format.MD])[0]
-    options = {"mode": spoken, "box": None if box is None else _box(box), "question": question, "dpi": dpi}
-    document = _one(engines, patience, files[0], form, headers, output, pages, password, options)
-    from .reading import notes
-    from .results import Page
-
+    wanted = {"box": None if box is None else _box(box), "question": question, "pages": pages, "dpi": dpi}
+    document = _one(engines, patience, files[0], form, headers, output, mode=spoken, password=password, **wanted)
     for note in notes(document):
         print(printable(note), file=sys.stderr)
     if document.failures:
@@ -368,14 +367,7 @@ class _Patience:
     max_wait: float | None
 
 
-def _written(
-    document: Document,
-    form: Format,
-    headers: bool,
-    file: Path | None = None,
-    password: str | None = None,
-    dpi: int | None = None,
-) -> str:
+def _written(document: Document, form: Format, headers: bool, file: Path, password: str | None, dpi: int | None) -> str:
     """Return a document in a format; the file is for hOCR, which needs the pictures of its pages."""
     match form:
         case Format.JSON:
@@ -392,38 +384,14 @@ def _written(
             return document.markdown(headers=headers)
 
 
-def _batch(
-    engines: Sequence[Engine],
-    patience: _Patience,
-    inputs: list[Path],
-    out: Path,
-    mode: Mode,
-    formats: frozenset[str],
-    headers: bool,
-    upgrade: bool,
-    pages: str | None,
-    dpi: int | None,
-    password: str | None,
-) -> Report:
+def _batch(engines: Sequence[Engine], patience: _Patience, inputs: list[Path], out: Path, **options: Any) -> Report:
     async def run() -> Report:
         from . import batch
         from .client import AsyncDotsOCR
 
         with shown() as progress:
             async with AsyncDotsOCR(engines=engines, **asdict(patience)) as client:
-                return await batch.run(
-                    client,
-                    inputs,
-                    out,
-                    mode=mode,
-                    formats=formats,
-                    headers=headers,
-                    upgrade=upgrade,
-                    pages=pages,
-                    dpi=dpi,
-                    password=password,
-                    progress=progress,
-                )
+                return await batch.run(client, inputs, out, progress=progress, **options)
 
     return _finish(run(), "stopped; what is finished is safe: run the same command again to go on")
 
@@ -451,43 +419,33 @@ def _one(
     form: Format,
     headers: bool,
     output: Path | None,
-    pages: str | None,
-    password: str | None,
-    options: dict[str, Any],
+    **options: Any,
 ) -> Document:
     """Read one document, and print it, or write it into a file."""
     from .client import AsyncDotsOCR
-    from .reading import InOrder, read_one
+    from .reading import read_one
 
     source = sys.stdin.buffer if file == Path("-") else file
-    streamed = output is None and form in (Format.MD, Format.TEXT)
+    write = _print_part if output is None and form in (Format.MD, Format.TEXT) else None
 
-    def writer(numbers: Sequence[int]) -> InOrder:
-        return InOrder(numbers, lambda document: _written(document, form, headers), _print_part)
+    def render(document: Document) -> str:
+        return _written(document, form, headers, file, options["password"], options["dpi"])
 
     async def run() -> Document:
         with shown_on_terminals() as progress:
             async with AsyncDotsOCR(engines=engines, **asdict(patience)) as client:
                 try:
-                    return await read_one(
-                        client,
-                        source,
-                        progress,
-                        pages=pages,
-                        password=password,
-                        write=writer if streamed else None,
-                        **options,
-                    )
+                    return await read_one(client, source, progress, write, render, **options)
                 except ValueError as error:
                     raise typer.BadParameter(str(error)) from error
 
     document = _finish(run(), "interrupted")
-    if streamed:
-        print()
+    if write:
+        write("\n")
     elif output is None:
-        _print_text(_written(document, form, headers, file, password, options["dpi"]))
+        _print_text(render(document))
     else:
-        _write_file(output, _written(document, form, headers, file, password, options["dpi"]) + "\n")
+        _write_file(output, render(document) + "\n")
     return document
 
 

@@ -113,11 +113,7 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         """
         stream = self.stream(document, mode=mode, pages=pages, password=password, box=box, question=question, dpi=dpi)
         async with aclosing(stream):
-            results = sorted([page async for page in stream], key=lambda page: page.number)
-        failures = [page for page in results if isinstance(page, FailedPage)]
-        if failures and len(failures) == len(results):
-            _raise(failures[0])
-        return Document(describe(document), tuple(results))
+            return whole(document, [page async for page in stream])
 
     async def read_page(
         self,
@@ -306,6 +302,15 @@ def _task(mode: Mode, box: Box | tuple[int, int, int, int] | None, question: str
         if not (0 <= box.left < box.right and 0 <= box.top < box.bottom):
             raise ValueError(f"{tuple(box)} is no box: give left, top, right and bottom in pixels")
     return Task(mode, box, question)
+
+
+def whole(source: Source, pages: Iterable[Page | FailedPage]) -> Document:
+    """Return the document of these pages, in their order; raise what became the first, if all failed."""
+    results = sorted(pages, key=lambda page: page.number)
+    failures = [page for page in results if isinstance(page, FailedPage)]
+    if failures and len(failures) == len(results):
+        _raise(failures[0])
+    return Document(describe(source), tuple(results))
 
 
 def _raise(failure: FailedPage) -> NoReturn:

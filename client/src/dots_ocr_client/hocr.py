@@ -18,6 +18,8 @@ from typing import Any, Final, NamedTuple
 from PIL import Image, ImageChops
 
 from . import layout
+from .documents import PageImage
+from .errors import InputError
 from .results import Box, Cell, FailedPage, Page
 
 INK: Final = 48
@@ -127,6 +129,14 @@ def document_hocr(
         else:
             yield f"<!-- page {page.number} could not be read -->\n"
     yield "</body>\n</html>\n"
+
+
+def drawn(draw: Callable[[int], PageImage], number: int) -> Image.Image | None:
+    """Return the image of a page; none of one that was read, and now cannot be drawn."""
+    try:
+        return draw(number).image
+    except InputError:
+        return None
 
 
 def _title(left: int, top: int, right: int, bottom: int, page: int | None = None) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image
-
-from .client import AsyncDotsOCR
-from .documents import Source, describe, parse_pages
-from .errors import AllEnginesFailed, InputError
-from .hocr import document_hocr
+from .client import AsyncDotsOCR, whole
+from .documents import Source, parse_pages
+from .errors import InputError
+from .hocr import document_hocr, drawn
 from .progress import Bar, Silent
 from .rasterizer import draw, open_document
 from .results import Document, FailedPage, Page
@@ -21,38 +20,15 @@ from .results import Document, FailedPage, Page
 _DIGITS: Final = re.compile(r"\d+")
 
 
-class InOrder:
-    """Writes pages in the order of their numbers, in whichever order they come.
-
-    Pages that failed wait for one that did not: a document of which nothing could be read leaves no output.
-    """
-
-    def __init__(self, numbers: Iterable[int], render: Callable[[Document], str], write: Callable[[str], None]) -> None:
-        """Take the numbers of all pages, what makes the text of a document of one page, and what writes it."""
-        self._numbers = list(numbers)
-        self._render, self._write = render, write
-        self._there: dict[int, Page | FailedPage] = {}
-        self._begun = self._good = False
-
-    def add(self, page: Page | FailedPage) -> None:
-        """Take a page, and write all that need not wait any longer."""
-        self._there[page.number] = page
-        self._good = self._good or isinstance(page, Page)
-        while self._good and self._numbers and self._numbers[0] in self._there:
-            text = self._render(Document("", (self._there.pop(self._numbers.pop(0)),)))
-            if text:
-                self._write("\n\n" * self._begun + text)
-                self._begun = True
-
-
 async def read_one(
     client: AsyncDotsOCR,
     source: Source,
     progress: Bar | Silent,
+    write: Callable[[str], None] | None,
+    render: Callable[[Document], str],
     *,
     pages: str | None = None,
     password: str | None = None,
-    write: InOrderWriter | None = None,
     **options: Any,
 ) -> Document:
     """Read a document, with progress.
@@ -61,38 +37,34 @@ async def read_one(
         client: Reads the pages.
         source: The document.
         progress: Is told of each page.
+        write: Writes pages in their order, as soon as those before them are there; ``None``: nothing is written.
+        render: Makes the text of a document of one page.
         pages: Which; default: all.
         password: Of an encrypted PDF.
-        write: Makes the writer of pages from their numbers; default: nothing is written.
         options: Of `AsyncDotsOCR.stream`.
 
     Raises:
         InputError: It cannot be opened, or drawn.
         AllEnginesFailed: Not one page could be read.
     """
+    results: dict[int, Page | FailedPage] = {}
+    begun = good = False  # what failed waits for a page that did not: of nothing at all there is no output
     with await client.open(source, password=password) as opened:
         numbers = opened.numbers if pages is None else parse_pages(pages, opened.page_count, opened.name)
-        writer = write(numbers) if write else None
+        left = list(numbers)
         progress.documents(1)
-        progress.opened(opened.name, len(numbers))
-        results: list[Page | FailedPage] = []
+        progress.opened(opened.name, len(left))
         async with aclosing(client.stream(opened, pages=numbers, **options)) as stream:
             async for page in stream:
-                results.append(page)
+                results[page.number] = page
                 progress.page(opened.name, page)
-                if writer:
-                    with progress.aside():
-                        writer.add(page)
-    results.sort(key=lambda page: page.number)
-    failures = [page for page in results if isinstance(page, FailedPage)]
-    if failures and len(failures) == len(results):
-        if failures[0].error == InputError.__name__:
-            raise InputError(failures[0].reason)
-        raise AllEnginesFailed(failures[0].number, failures[0].attempts)
-    return Document(describe(source), tuple(results))
-
-
-InOrderWriter = Callable[[Sequence[int]], InOrder]
+                good = good or isinstance(page, Page)
+                while write and good and left and left[0] in results:
+                    if text := render(Document("", (results[left.pop(0)],))):
+                        with progress.aside():
+                            write("\n\n" * begun + text)
+                        begun = True
+    return whole(source, results.values())
 
 
 def notes(document: Document) -> Iterator[str]:
@@ -122,12 +94,7 @@ def as_hocr(document: Document, file: Path | None, password: str | None, dpi: in
         return "".join(document_hocr(document.source, document.pages, lambda _: None))
     with open_document(file, password=password) as opened:
         opened.dpi = dpi
-
-        def image(number: int) -> Image.Image | None:
-            with suppress(InputError):  # it was read, and now it cannot be drawn
-                return draw(opened.reference(number)).image
-            return None
-
+        image = partial(drawn, lambda number: draw(opened.reference(number)))
         return "".join(document_hocr(document.source, document.pages, image))
 
 

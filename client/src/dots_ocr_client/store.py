@@ -22,8 +22,6 @@ from pathlib import Path, PurePath
 from typing import IO, Any, Final, NamedTuple
 from urllib.parse import quote
 
-from PIL import Image
-
 from . import __version__, export, hocr, images
 from .documents import PageImage
 from .errors import InputError
@@ -468,7 +466,7 @@ class Store:
         number, image = 0, None
         for page, index, cell in self._cells("Picture"):
             if number != page.number:
-                number, image = page.number, _drawn(draw, page.number)
+                number, image = page.number, hocr.drawn(draw, page.number)
             if image is not None and cell.box is not None:
                 across, down = image.width / page.width, image.height / page.height
                 box = [round(edge * (across, down)[side % 2]) for side, edge in enumerate(cell.box)]
@@ -498,7 +496,7 @@ class Store:
         if suffix == "html":
             yield from self._html(headers)
         elif suffix == "hocr":
-            yield from hocr.document_hocr(self._source, self._results(), partial(_drawn, draw))
+            yield from hocr.document_hocr(self._source, self._results(), partial(hocr.drawn, draw))
         elif suffix == "txt":
             yield from self._text()
             yield "\n"
@@ -552,13 +550,6 @@ class Store:
 
 def _part(page: Page, index: int, suffix: str) -> str:
     return f"page-{page.number}-{index + 1}.{suffix}"
-
-
-def _drawn(draw: Callable[[int], PageImage], number: int) -> Image.Image | None:
-    try:
-        return draw(number).image
-    except InputError:  # it was read, and now it cannot be drawn: the outputs go without its picture
-        return None
 
 
 def _for_spreadsheet(text: str) -> str:
