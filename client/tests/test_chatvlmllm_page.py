@@ -347,6 +347,16 @@ def test_the_second_name_is_the_same_package() -> None:
     assert module.PageImage.__module__ == "dots_ocr_client_installed.documents"
 
 
+def test_every_module_can_be_imported_by_the_second_name() -> None:
+    script = (
+        "import importlib, pkgutil, dots_ocr_client_installed as package\n"
+        "for module in pkgutil.walk_packages(package.__path__, f'{package.__name__}.'):\n"
+        "    if module.name.rpartition('.')[2] not in ('ocrmypdf', 'qwen'):\n"
+        "        importlib.import_module(module.name)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_windows_is_refused_with_what_to_do() -> None:
     command = "import sys; sys.platform = 'win32'; import dots_ocr_client"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)

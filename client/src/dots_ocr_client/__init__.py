@@ -38,8 +38,7 @@ from .errors import (
 from .limiter import Limiter
 from .prompts import Mode
 from .results import Attempt, Box, Cell, Document, FailedPage, Page
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "AllEnginesFailed",

@@ -135,7 +135,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .version import __version__
 
         print(f"dots-ocr {__version__}")
         raise typer.Exit

@@ -17,10 +17,11 @@ from ocrmypdf.builtin_plugins.tesseract_ocr import TesseractOcrEngine
 from ocrmypdf.exceptions import ExitCode, ExitCodeException
 from PIL import Image
 
-from . import __version__, hocr
+from . import hocr
 from .client import DotsOCR
 from .engines.defaults import make_engines
 from .errors import DotsOCRError
+from .version import __version__
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()

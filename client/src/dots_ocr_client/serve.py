@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import __version__, serve_http
+from . import serve_http
 from .credentials import bare
 from .documents import PageImage
 from .engines.base import Engine
@@ -50,6 +50,7 @@ from .pipeline import Turn
 from .rasterizer import Rasterizer, memory
 from .results import Attempt, Page
 from .serve_api import Refused, answer, task_of, understand
+from .version import __version__
 
 SERVED_NAMES: Final = ("dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model")
 """The model's names, as the servers of this project serve them: whoever asks for dots.ocr is to find this service."""

@@ -22,12 +22,13 @@ from pathlib import Path, PurePath
 from typing import IO, Any, Final, NamedTuple
 from urllib.parse import quote
 
-from . import __version__, export, hocr, images
+from . import export, hocr, images
 from .documents import PageImage
 from .errors import InputError
 from .layout import table_rows
 from .prompts import Mode
 from .results import Cell, Document, FailedPage, Page, page_of
+from .version import __version__
 
 FORMATS: Final = frozenset({"json", "md", "html", "txt", "hocr", "csv", "pictures"})
 """What outputs there are, by what their names end with; ``csv`` and ``pictures`` are folders, with a file for each
