@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dots_ocr_client import Box, Cell, FailedPage, Page, hocr
 
+CHINESE = Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")
 FONT = ImageFont.truetype("DejaVuSans.ttf", 26)
 TEXT = "Three crates of apples were counted twice, and entered under number 4071. Это было в тумане, — сказал он."
 
@@ -75,6 +77,30 @@ def test_rules_of_a_table_are_no_letters() -> None:
     html = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in texts)}</tr>" for texts in rows)
     cell = Cell("Table", Box(98, 98, 903, 223), f"<table>{html}</table>")
     assert_near(flat(hocr.words(cell, page_of(cell), picture)), words)
+
+
+def test_text_that_runs_to_the_left_begins_at_the_right() -> None:
+    picture = Image.new("RGB", (1000, 1000), "white")
+    words = printed(ImageDraw.Draw(picture), "wide narrow x", 50, 60, 900)
+    texts = ["\u05d0\u05d1", "\u05d2\u05d3\u05d4\u05d5", "\u05d6\u05d7\u05d8"]
+    cell = Cell("Text", around(words), " ".join(texts))
+    expected = [(text, box) for text, (_, box) in zip(texts, reversed(words), strict=True)]
+    assert_near(flat(hocr.words(cell, page_of(cell), picture)), expected)
+
+
+def test_signs_without_spaces_end_lines_where_the_page_does() -> None:
+    picture = Image.new("RGB", (1000, 1000), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.truetype(str(CHINESE), 40)
+    lines = ("\u65e5\u672c\u8a9e\u306e\u6587\u5b57\u5217", "\u4e2d\u56fd\u6c49\u5b57\u6587\u672c\u662f", "\u77ed")
+    for row, line in enumerate(lines):
+        draw.text((60, 60 + 60 * row), line, "black", font=font)
+    cell = Cell("Text", Box(55, 55, 400, 240), "".join(lines))
+    found = hocr.words(cell, page_of(cell), picture)
+    assert [[word.text for word in line] for line in found] == [[line] for line in lines]
+    for row, line in enumerate(lines):
+        left, _, right, _ = draw.textbbox((60, 60 + 60 * row), line, font=font)
+        assert abs(found[row][0].box.left - left) <= 10
+        assert abs(found[row][0].box.right - right) <= 10
 
 
 @pytest.mark.parametrize("picture", [None, Image.new("RGB", (1000, 1000), "white")], ids=["none", "blank"])

@@ -29,13 +29,20 @@ RULE: Final = 0.8
 SQUARE: Final = 0.45
 """Width of a letter as a part of the height of a line, where there is no picture (our own choice: print of most kinds
 has between 0.4 and 0.5)."""
+LONG: Final = 30
+"""Letters of a word from which on it is taken for several without spaces (our own choice)."""
 LEAST: Final = 2.0
 """Pixels of a letter's width from which on words are dealt to lines (our own choice: no smaller one can be read)."""
 SLACK: Final = 2.5
 """Lines by which words may run ahead of the room for them, or behind it, while they are dealt (our own choice)."""
 
 _MARKS: Final = re.compile(r"^#+ |\*\*|__|`", re.MULTILINE)
-_WIDTHS: Final = dict.fromkeys("fijlrtI1.,:;!|'()[]-«»\"", 0.6) | dict.fromkeys("mwMWшщжюфмШЩЖЮФМ@%—", 1.5)  # noqa: RUF001
+_GLUE: Final = "\0"  # in front of a piece that belongs to the one before
+_WIDTHS: Final = {
+    _GLUE: -1.0,
+    **dict.fromkeys("fijlrtI1.,:;!|'()[]-«»\"", 0.6),
+    **dict.fromkeys("mwMWшщжюфмШЩЖЮФМ@%—", 1.5),  # noqa: RUF001
+}
 _CLASSES: Final = {"Page-header": "ocr_header", "Page-footer": "ocr_footer", "Caption": "ocr_caption"}
 
 _Spans = Sequence[tuple[int, int]]  # beginnings and ends of ink along a line, in pixels
@@ -57,7 +64,8 @@ def words(cell: Cell, page: Page, picture: Image.Image | None = None) -> list[li
         picture: The page's image, of the same proportions, if there is one.
     """
     box = cell.box or Box(0, 0, page.width, page.height)
-    texts = [line.split() for line in _MARKS.sub("", layout.plain_text([cell])).splitlines() if line.strip()]
+    lines = _MARKS.sub("", layout.plain_text([cell])).replace(_GLUE, "\ufffd").splitlines()
+    texts = [[piece for word in line.split() for piece in _pieces(word)] for line in lines if line.strip()]
     if not texts or box.left == box.right or box.top == box.bottom:
         return []
     scale = (page.width / picture.width, page.height / picture.height) if picture else (1.0, 1.0)
@@ -78,11 +86,17 @@ def words(cell: Cell, page: Page, picture: Image.Image | None = None) -> list[li
         place = Box(*map(round, edges)).within(page.width, page.height)
         return place._replace(right=max(place.right, place.left + 1), bottom=max(place.bottom, place.top + 1))
 
-    return [
-        [Word(text, placed(left, right, row)) for text, (left, right) in zip(line, _apart(line, span), strict=True)]
-        for line, row, span in zip(_dealt(texts, spans), rows, spans, strict=True)
-        if line
-    ]
+    found = []
+    for line, row, span in zip(_dealt(texts, spans), rows, spans, strict=True):
+        joined: list[Word] = []
+        for piece, (left, right) in zip(line, _apart(line, span), strict=True):
+            word = Word(piece.lstrip(_GLUE), placed(left, right, row))
+            if joined and piece[0] == _GLUE:
+                before = joined.pop()
+                word = Word(before.text + word.text, _around((before.box, word.box)))
+            joined.append(word)
+        found += [joined] if joined else []
+    return found
 
 
 def page_hocr(page: Page, picture: Image.Image | None = None) -> str:
@@ -213,6 +227,19 @@ def _guess(texts: Sequence[Sequence[str]], box: Box) -> int:
     return max(1, min(max(len(texts), round(math.sqrt(letters * SQUARE * height / width))), height))
 
 
+def _pieces(word: str) -> list[str]:
+    """Return a word, or its letters where a line may end at any: of East Asia, and of scripts without spaces."""
+    if len(word) <= LONG and not any(unicodedata.east_asian_width(one) in "WF" for one in word):
+        return [word]
+    pieces: list[str] = []
+    for one in word:
+        if pieces and unicodedata.category(one)[0] == "M":
+            pieces[-1] += one
+        else:
+            pieces.append(_GLUE + one if pieces else one)
+    return pieces
+
+
 def _width(text: str) -> float:
     """Return about how wide a text is, in letters: signs of East Asia take two, accents none."""
     return sum(
@@ -226,6 +253,7 @@ def _dealt(texts: list[list[str]], spans: Sequence[_Spans]) -> list[list[str]]:
     if len(texts) == len(spans):  # the model broke the lines as the page does
         return texts
     words = [word for line in texts for word in line]
+    whole = not any(word[0] == _GLUE for word in words)  # the gaps inside of signs are as wide as those between them
     room = [span[-1][1] - span[0][0] if span else 0 for span in spans]
     widths = [_width(word) for word in words]
     before = [0.0, *accumulate(width + 1 for width in widths)]  # letters before each word
@@ -245,7 +273,7 @@ def _dealt(texts: list[list[str]], spans: Sequence[_Spans]) -> list[list[str]]:
                 if excess > wide / 2 and end > begin + 1:
                     break
                 total = cost + excess**2
-                if excess > -wide / 2 and total < best[end]:
+                if whole and excess > -wide / 2 and total < best[end]:
                     places = _apart(words[begin:end], span)
                     total += sum(
                         (right - left - unit * width) ** 2
@@ -268,6 +296,13 @@ def _dealt(texts: list[list[str]], spans: Sequence[_Spans]) -> list[list[str]]:
 
 def _apart(line: Sequence[str], span: _Spans) -> list[tuple[float, float]]:
     """Return where each word of a line begins and ends: between its widest gaps, else in proportion to its letters."""
+    if line and any(unicodedata.bidirectional(one) in ("R", "AL") for one in line[0]):  # it runs to the left
+        mirrored = _along(line, [(-right, -left) for left, right in reversed(span)])
+        return [(-right, -left) for left, right in mirrored]
+    return _along(line, span)
+
+
+def _along(line: Sequence[str], span: _Spans) -> list[tuple[float, float]]:
     first, last = (span[0][0], span[-1][1]) if span else (0, 1)
     gaps = sorted(range(1, len(span)), key=lambda at: span[at - 1][1] - span[at][0])[: max(0, len(line) - 1)]
     if len(gaps) == len(line) - 1:
