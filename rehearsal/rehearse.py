@@ -76,7 +76,7 @@ def _demonstrate() -> list[Reading]:
 
 
 def _read(occasion: str, *, expect: str) -> Reading:
-    command = ("dots-ocr", "read", str(SAMPLE), "--base-url", API, "--json", "--on-unavailable", "fallback")
+    command = ("dots-ocr", "read", str(SAMPLE), "--base-url", API, "--json", "--on-unavailable=fallback")
     document = json.loads(output(*command))
     page = document["pages"][0]
     reason = "; ".join(f"{attempt['engine']}: {attempt['reason']}" for attempt in page["attempts"])
