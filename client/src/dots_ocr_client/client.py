@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, aclosing
 from types import TracebackType
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypedDict, Unpack
 
 from .documents import OpenDocument, Source, describe, parse_pages
 from .engines.base import Engine, Task
@@ -23,6 +23,22 @@ DEFAULT_TIMEOUT: Final = 120.0
 
 Pages = str | Iterable[int] | None
 """Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all."""
+
+
+class PageOptions(TypedDict, total=False):
+    """How to read; see `AsyncDotsOCR.read`."""
+
+    mode: Mode
+    password: str | None
+    box: Box | tuple[int, int, int, int] | None
+    question: str | None
+    dpi: int | None
+
+
+class ReadOptions(PageOptions, total=False):
+    """How to read, and which pages."""
+
+    pages: Pages
 
 
 class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
@@ -79,17 +95,7 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         self._chain = Chain(engines, timeout, on_unavailable, max_wait)
         self._pipeline = Pipeline(self._chain, max_in_flight)
 
-    async def read(
-        self,
-        document: Source,
-        *,
-        mode: Mode = "layout",
-        pages: Pages = None,
-        password: str | None = None,
-        box: Box | tuple[int, int, int, int] | None = None,
-        question: str | None = None,
-        dpi: int | None = None,
-    ) -> Document:
+    async def read(self, document: Source, **options: Unpack[ReadOptions]) -> Document:
         """Read a document.
 
         Args:
@@ -111,8 +117,7 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
             AllEnginesFailed: Not one page could be read.
             ValueError: There is no such mode, or it lacks its box or question; or `dpi` is not positive.
         """
-        stream = self.stream(document, mode=mode, pages=pages, password=password, box=box, question=question, dpi=dpi)
-        async with aclosing(stream):
+        async with aclosing(self.stream(document, **options)) as stream:
             return whole(document, [page async for page in stream])
 
     async def read_page(
@@ -220,52 +225,17 @@ class DotsOCR(AbstractContextManager["DotsOCR"]):
         )
         self._loop = LoopThread()
 
-    def read(
-        self,
-        document: Source,
-        *,
-        mode: Mode = "layout",
-        pages: Pages = None,
-        password: str | None = None,
-        box: Box | tuple[int, int, int, int] | None = None,
-        question: str | None = None,
-        dpi: int | None = None,
-    ) -> Document:
+    def read(self, document: Source, **options: Unpack[ReadOptions]) -> Document:
         """Read a document; see `AsyncDotsOCR.read`."""
-        return self._loop.run(
-            self._client.read(document, mode=mode, pages=pages, password=password, box=box, question=question, dpi=dpi)
-        )
+        return self._loop.run(self._client.read(document, **options))
 
-    def read_page(
-        self,
-        image: Source,
-        *,
-        mode: Mode = "layout",
-        password: str | None = None,
-        box: Box | tuple[int, int, int, int] | None = None,
-        question: str | None = None,
-        dpi: int | None = None,
-    ) -> Page:
+    def read_page(self, image: Source, **options: Unpack[PageOptions]) -> Page:
         """Read an image, or any other document of one page; see `AsyncDotsOCR.read_page`."""
-        return self._loop.run(
-            self._client.read_page(image, mode=mode, password=password, box=box, question=question, dpi=dpi)
-        )
+        return self._loop.run(self._client.read_page(image, **options))
 
-    def stream(
-        self,
-        document: Source,
-        *,
-        mode: Mode = "layout",
-        pages: Pages = None,
-        password: str | None = None,
-        box: Box | tuple[int, int, int, int] | None = None,
-        question: str | None = None,
-        dpi: int | None = None,
-    ) -> Iterator[Page | FailedPage]:
+    def stream(self, document: Source, **options: Unpack[ReadOptions]) -> Iterator[Page | FailedPage]:
         """Read a document and yield its pages as they finish, in any order; see `AsyncDotsOCR.stream`."""
-        stream = self._client.stream(
-            document, mode=mode, pages=pages, password=password, box=box, question=question, dpi=dpi
-        )
+        stream = self._client.stream(document, **options)
         try:
             while (page := self._loop.run(_next(stream))) is not None:
                 yield page
