@@ -46,7 +46,7 @@ def test_key_can_be_read_by_the_owner_alone(host: Host) -> None:
     assert (environment.user, environment.mode) == ("oleg", 0o600)
     key = host.file("/etc/dots-ocr/api-key").content_string.strip()
     assert f"DOTS_OCR_API_KEY={key}\n" in environment.content_string
-    found = host.run("grep --recursive --files-with-matches %s %s", key, FOLDER)
+    found = host.run("grep --recursive --files-with-matches -e %s %s", key, FOLDER)
     assert found.stdout.split() == [f"{FOLDER}/.dots-ocr.env"]
 
 
