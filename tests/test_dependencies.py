@@ -33,7 +33,8 @@ def name_of(file: Path) -> str:
 def requirements(text: str) -> Iterator[Requirement]:
     """Yield what a requirements file asks for, without comments, options and hashes."""
     for line in text.replace("\\\n", " ").splitlines():
-        if words := re.split(r"\s--hash=|\s+#|^#", line, maxsplit=1)[0].strip():
+        words = re.split(r"\s--hash=|\s+#|^#", line, maxsplit=1)[0].strip()
+        if words and not words.startswith("-"):  # of another file, which is looked at by itself
             yield Requirement(words)
 
 

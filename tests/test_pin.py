@@ -29,7 +29,6 @@ DIGEST = f"sha256:{hashlib.sha256(MANIFEST).hexdigest()}"
 USE = """
 - hosts: ocr_servers
   gather_facts: false
-  vars: {ansible_python_interpreter: "{{ ansible_playbook_python }}"}
   tasks:
     - ansible.builtin.include_role: {name: dots_ocr_model, tasks_from: resolve, public: true}
     - ansible.builtin.include_role: {name: dots_ocr_server, tasks_from: show}
@@ -45,6 +44,7 @@ USE = """
         _dots_ocr_server_image: {reference: "any:{{ item }}", pin: sha256:any}
       loop: [v0.33.0, v0.32.0]
   vars:
+    ansible_python_interpreter: "{{ ansible_playbook_python }}"
     _dots_ocr_server_profiles: {any: {image: vllm/vllm-openai}}
     _dots_ocr_server_chosen: {name: any, tag: v0.32.0}
 """
