@@ -33,6 +33,8 @@ LONG: Final = 30
 """Letters of a word from which on it is taken for several without spaces (our own choice)."""
 LEAST: Final = 2.0
 """Pixels of a letter's width from which on words are dealt to lines (our own choice: no smaller one can be read)."""
+FINE: Final = 100_000
+"""Words times lines of a paragraph up to which each word's own width counts (our own choice: 0.3 s for a full page)."""
 SLACK: Final = 2.5
 """Lines by which words may run ahead of the room for them, or behind it, while they are dealt (our own choice)."""
 
@@ -253,7 +255,8 @@ def _dealt(texts: list[list[str]], spans: Sequence[_Spans]) -> list[list[str]]:
     if len(texts) == len(spans):  # the model broke the lines as the page does
         return texts
     words = [word for line in texts for word in line]
-    whole = not any(word[0] == _GLUE for word in words)  # the gaps inside of signs are as wide as those between them
+    # The gaps inside of signs are as wide as those between them.
+    fine = len(words) * len(spans) <= FINE and not any(word[0] == _GLUE for word in words)
     room = [span[-1][1] - span[0][0] if span else 0 for span in spans]
     widths = [_width(word) for word in words]
     before = [0.0, *accumulate(width + 1 for width in widths)]  # letters before each word
@@ -273,7 +276,7 @@ def _dealt(texts: list[list[str]], spans: Sequence[_Spans]) -> list[list[str]]:
                 if excess > wide / 2 and end > begin + 1:
                     break
                 total = cost + excess**2
-                if whole and excess > -wide / 2 and total < best[end]:
+                if fine and excess > -wide / 2 and total < best[end]:
                     places = _apart(words[begin:end], span)
                     total += sum(
                         (right - left - unit * width) ** 2
