@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -334,26 +333,6 @@ def test_markdown_has_a_row_for_every_engine() -> None:
         assert row.replace("\\|", "").count("|") == header.count("|")
 
 
-def test_the_picture_is_well_formed_and_names_every_engine() -> None:
-    nothing = Load(1, 0, {"EngineError": 1}, 1.0, 0.0, None, None, None)
-    measurements = (
-        Measurement("first", loads=(load(1, 1.0, 1.0), load(2, 2.0, 1.0)), character_errors={"all": 0.5}, compared=1),
-        Measurement("a $b$ <c>", loads=(nothing,)),
-        Measurement("gone", "it is not there"),
-    )
-    report = report_of(*measurements)
-    svg = report.svg()
-    root = ET.fromstring(svg)
-    texts = "\n".join("".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text"))
-    for name in ("first", "<c>", "gone: not available", "50.00"):
-        assert name in texts
-    assert report.svg() == svg
-
-
-def test_a_picture_of_nothing_is_still_a_picture() -> None:
-    assert "gone: not available" in report_of(Measurement("gone", "it is not there")).svg()
-
-
 def test_the_machine_is_described() -> None:
     machine = describe_machine()
     assert machine["processors"] >= 1
@@ -392,8 +371,6 @@ def test_the_command_measures_vllm_and_tesseract_on_the_same_pages(
     assert tesseract["ratios"]["p50"] == tesseract["loads"][0]["p50"] / vllm["loads"][0]["p50"]
     assert len(server.requests) == 1 + 1 + 2 + 4
     assert (out / "bench.md").read_text() == output
-    texts = "".join(ET.fromstring((out / "bench.svg").read_text()).itertext())
-    assert [name for name in ("vllm", "textlayer: not available", "tesseract") if name not in texts] == []
 
 
 def test_the_command_reads_pages_of_its_own_as_layout(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -403,21 +380,6 @@ def test_the_command_reads_pages_of_its_own_as_layout(server: FakeServer, capsys
     assert (values["mode"], values["pages"][0]["language"]) == ("layout", "English")
     assert values["engines"][0]["character_errors"]["all"] > 0.9
     assert "layout information" in server.bodies[0]["messages"][0]["content"][1]["text"]
-
-
-def test_without_matplotlib_the_numbers_are_still_written(
-    server: FakeServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    sheet_file: Path,
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    command = ["bench", "--engine=vllm", f"--base-url={server.base_url}", "--concurrency=1", f"--out={tmp_path}"]
-    assert main([*command, str(sheet_file)]) == 0
-    assert "pip install 'dots-ocr-client[bench]'" in capsys.readouterr()[1]
-    assert sorted(file.name for file in tmp_path.glob("bench.*")) == ["bench.json", "bench.md"]
 
 
 @pytest.mark.parametrize("fault", ["away", "refuses"])

@@ -550,9 +550,7 @@ def bench(
         list[Path] | None,
         typer.Argument(metavar="[FILE]...", help="PDFs and images, with NAME.txt beside each; else pages of our own."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write bench.json, bench.md and bench.svg here.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write bench.json and bench.md here.")] = None,
     mode: Annotated[Literal["text", "layout"], typer.Option(help="What to read.")] = "text",
     pages: Annotated[
         int, typer.Option(metavar="N", min=1, max=200, help="How many pages of our own, without FILE.")
@@ -628,14 +626,8 @@ async def _measure(
 
 
 def _write_report(report: BenchmarkReport, out: Path) -> None:
-    from .bench.report import EXTRA
-
     (out / "bench.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n", "utf-8")
     (out / "bench.md").write_text(report.markdown() + "\n", "utf-8")
-    try:
-        (out / "bench.svg").write_text(report.svg(), "utf-8")
-    except ImportError:
-        _warn(f"without a picture: matplotlib is not installed: {EXTRA}")
 
 
 def _is_missing(package: str) -> bool:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -125,18 +124,12 @@ def _wrapped(paragraph: str) -> list[str]:
 
 
 def _font() -> str | None:
-    """Find a font with Cyrillic: the distribution's, or the one that comes with matplotlib."""
-    places = [_FONT]  # a bare name is looked for where the system keeps its fonts
-    matplotlib = importlib.util.find_spec("matplotlib")
-    if matplotlib is not None and matplotlib.origin is not None:
-        places.append(str(Path(matplotlib.origin).with_name("mpl-data") / "fonts/ttf" / _FONT))
-    for place in places:
-        try:
-            ImageFont.truetype(place, _LETTERS)
-        except OSError:
-            continue
-        return place
-    return None
+    """Find a font with Cyrillic, where the system keeps its fonts."""
+    try:
+        ImageFont.truetype(_FONT, _LETTERS)
+    except OSError:
+        return None
+    return _FONT
 
 
 async def load_pages(files: Sequence[Path]) -> list[BenchmarkPage]:

@@ -1,8 +1,7 @@
-"""What `dots_ocr_client.bench.measure` found, as JSON, as Markdown and as a picture."""
+"""What `dots_ocr_client.bench.measure` found, as JSON and as Markdown."""
 
 from __future__ import annotations
 
-import io
 import os
 import platform
 from collections.abc import Sequence
@@ -10,14 +9,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from ..progress import count
 from .measure import Load, Measurement, first_measured, ratios
 from .pages import BenchmarkPage
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PACKAGES: Final = ("dots-ocr-client", "openai", "pillow", "pypdfium2", "torch", "transformers")
 """Whose versions a report names."""
@@ -97,31 +93,6 @@ class BenchmarkReport:
                 if rates:
                     lines.append(f"| {_cell(one.engine)} | {' | '.join(rates.get(level, '') for level in levels)} |")
         return "\n".join([*lines, "", *(f"- {note}" for note in _NOTES)])
-
-    def svg(self) -> str:
-        """Return a picture: pages per second by concurrency, seconds for a page, character errors.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
-        measured = [one for one in self.measurements if one.loads]
-        colours = {one.engine: f"C{number}" for number, one in enumerate(self.measurements)}
-        absent = [f"{one.engine}: not available" for one in self.measurements if not one.loads]
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "dots-ocr", "font.size": 9}):
-            figure = Figure(figsize=(11, 4.2), layout="constrained")
-            rates, times, errors = figure.subplots(1, 3)
-            _draw_rates(rates, measured, colours)
-            _draw_times(times, measured, colours)
-            _draw_errors(errors, measured, colours)
-            figure.suptitle("Engines side by side: " + _plain(_machine_line(self.machine)), fontsize=8)
-            if absent:
-                figure.supxlabel("; ".join(absent), fontsize=8)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-        return buffer.getvalue()
 
 
 def describe_machine() -> dict[str, Any]:
@@ -205,35 +176,3 @@ def _not_read(loads: Sequence[Load]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _plain(text: str) -> str:
-    """Write text so that matplotlib takes no part of it for a formula."""
-    return text.replace("$", "\\$")
-
-
-def _draw_rates(axes: Axes, measured: Sequence[Measurement], colours: dict[str, str]) -> None:
-    for one in measured:
-        levels, rates = [load.at_once for load in one.loads], [load.pages_per_second for load in one.loads]
-        axes.plot(levels, rates, marker="o", color=colours[one.engine], label=_plain(one.engine))
-    axes.set(title="pages per second", xlabel="pages at once", ylim=(0, None))
-    axes.set_xticks(sorted({load.at_once for one in measured for load in one.loads}))
-    if measured:
-        axes.legend()
-
-
-def _draw_times(axes: Axes, measured: Sequence[Measurement], colours: dict[str, str]) -> None:
-    shown = [(one, one.loads[0]) for one in measured if one.loads[0].p50 is not None]
-    names = [_plain(one.engine) for one, _ in shown]
-    for part, shade in (("p95", 0.4), ("p50", 1.0)):  # the median in front of the longer bar
-        values = [getattr(load, part) for _, load in shown]
-        axes.bar(names, values, color=[colours[one.engine] for one, _ in shown], alpha=shade)
-    axes.set(title="seconds for a page: p50, pale p95", ylim=(0, None))
-
-
-def _draw_errors(axes: Axes, measured: Sequence[Measurement], colours: dict[str, str]) -> None:
-    shown = [one for one in measured if one.character_errors]
-    rates = [100 * one.character_errors["all"] for one in shown]
-    bars = axes.bar([_plain(one.engine) for one in shown], rates, color=[colours[one.engine] for one in shown])
-    axes.bar_label(bars, fmt="%.2f")
-    axes.set(title="character errors, %", ylim=(0, max(1.0, *rates) * 1.1 if rates else 1.0))
