@@ -352,6 +352,16 @@ def test_another_format_is_made_without_reading(tmp_path: Path, out: Path) -> No
     assert (out / "a.pdf.txt").read_text() == load(out).text + "\n"
 
 
+def test_pictures_of_an_earlier_run_are_no_documents(tmp_path: Path) -> None:
+    png(tmp_path / "a.png")
+    png(tmp_path / "my.pictures/b.png")
+    (out := tmp_path / "out").mkdir()
+    png(out / "a.png.pictures/page-1-1.png")
+    client = FakeClient()
+    read(client, [tmp_path], out)
+    assert {name for name, _ in client.asked} == {"a.png", "b.png"}
+
+
 def test_pages_can_be_chosen_and_the_rest_read_later(tmp_path: Path, out: Path) -> None:
     document, client = pdf(tmp_path / "a.pdf", 5), FakeClient()
     read(client, [document], out, pages="2,4-")

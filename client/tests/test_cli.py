@@ -191,6 +191,7 @@ def test_a_failed_page_does_not_hide_the_others_and_ends_with_1(
     [
         ["read", "missing.png"],
         ["read", "*.png"],
+        ["read", "**.png"],
         ["read", "https://example.com/a.pdf"],
         ["read", "."],
         ["read", "x.png", "--format", "csv"],
@@ -275,7 +276,27 @@ def test_format_of_a_file_is_that_of_its_name(
 
 def test_output_that_cannot_be_written_is_a_message(server: FakeServer, sheet_file: Path, run: Run) -> None:
     status, _, messages = run("read", sheet_file, "-o", sheet_file.parent / "missing" / "a.md", "--mode", "text")
-    assert (status, "cannot write" in messages) == (1, True)
+    assert (status, "cannot be written" in messages, server.requests) == (2, True, [])
+
+
+def test_output_goes_through_a_link_and_into_a_pipe(server: FakeServer, sheet_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.md").symlink_to("target.md")
+    os.mkfifo(tmp_path / "pipe.md")
+    for name in ("link.md", "pipe.md"):
+        command = [str(PROGRAM), "read", str(sheet_file), "--mode=text", f"--base-url={server.base_url}"]
+        with subprocess.Popen([*command, "-o", str(tmp_path / name)]) as process:
+            text = (tmp_path / name).read_text() if name == "pipe.md" else "read by the server\n"
+        assert (process.returncode, text) == (0, "read by the server\n")
+    assert (tmp_path / "link.md").is_symlink()
+    assert (tmp_path / "target.md").read_text() == "read by the server\n"
+    assert (tmp_path / "pipe.md").is_fifo()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_no_crash(closed: str, server: FakeServer, sheet_file: Path) -> None:
+    command = f"{PROGRAM} read {sheet_file} --mode=text --base-url={server.base_url} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
 def test_patterns_that_the_shell_left_are_files(server: FakeServer, tmp_path: Path, run: Run) -> None:

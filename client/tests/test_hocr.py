@@ -64,6 +64,15 @@ def test_picture_of_another_size_does_as_well() -> None:
     assert_near(flat(hocr.words(cell, page_of(cell), picture.resize((1500, 1500)))), words)
 
 
+@pytest.mark.parametrize("text", ["All full bills", "HILL IN TILL", "2**10 and a__b"])
+def test_letters_that_fill_a_tight_box_are_no_rules(text: str) -> None:
+    picture = Image.new("RGB", (1000, 1000), "white")
+    words = printed(ImageDraw.Draw(picture), text, 50, 60, 900)
+    left, top, right, bottom = around(words)
+    cell = Cell("Text", Box(left + 3, top + 3, right - 3, bottom - 3), text)
+    assert_near(flat(hocr.words(cell, page_of(cell), picture)), words)
+
+
 def test_rules_of_a_table_are_no_letters() -> None:
     picture = Image.new("RGB", (1000, 1000), "white")
     draw = ImageDraw.Draw(picture)

@@ -241,3 +241,11 @@ def test_only_an_empty_page_is_blank(sheet: Image.Image) -> None:
     dusty.putpixel((100, 100), (0, 0, 0))
     assert images.is_blank(dusty)
     assert not images.is_blank(sheet)
+
+
+@pytest.mark.parametrize("name", ["dpi", "resolution", "aspect", "jfif_density"])
+@pytest.mark.parametrize("value", [300, "72 dpi", "72", (1,), (1, 2, 3), None])
+def test_what_only_has_the_name_of_a_resolution_is_none(name: str, value: object) -> None:
+    image = Image.new("L", (300, 200))
+    image.info[name] = value
+    assert images.upright_size(image) == (300, 200)

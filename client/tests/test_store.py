@@ -285,7 +285,10 @@ def test_a_blank_page_is_final_and_nobodys(tmp_path: Path) -> None:
         assert store.summary() == Summary(2, 0, {"vllm": 1})
 
 
-TABLE = '<table><tr><td rowspan="2">a, b</td><td>=1+1</td></tr><tr><td>-5,50 €</td></tr></table>'
+TABLE = (
+    '<table><tr><td rowspan="2">a, b</td><td>=1+1</td></tr><tr><td>-5,50 €</td></tr>'
+    "<tr><td>-</td><td>-$5.00</td></tr></table>"
+)
 SCENE = (
     Cell("Picture", Box(100, 200, 300, 400)),
     Cell("Table", Box(0, 500, 900, 600), TABLE),
@@ -321,7 +324,7 @@ def test_tables_become_csv_in_which_nothing_can_be_a_formula(tmp_path: Path) -> 
     finish(tmp_path, (scene(3),))
     assert names(tmp_path / "a.pdf.csv") == {"page-3-2.csv"}
     text = (tmp_path / "a.pdf.csv/page-3-2.csv").read_bytes()
-    assert text.decode("utf-8-sig") == '"a, b",\'=1+1\r\n,"-5,50 €"\r\n'
+    assert text.decode("utf-8-sig") == '"a, b",\'=1+1\r\n,"-5,50 €"\r\n-,-$5.00\r\n'
     assert text.startswith(b"\xef\xbb\xbf")  # a spreadsheet takes it for another encoding without
 
 

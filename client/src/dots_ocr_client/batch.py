@@ -459,6 +459,8 @@ def _walk(folder: Path, out: Path, skipped: Counter[str]) -> Iterator[PurePath]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         skipped["link to a folder"] += sum(Path(place, name).is_symlink() for name in folders)
         ours = (LOCK, *_OURS) if Path(place).resolve().is_relative_to(out) else ()
+        if ours:  # which hold parts of documents that were read
+            folders[:] = [name for name in folders if not name.endswith(ours)]
         for name in files:
             if (reason := _reason_to_skip(Path(place, name))) is None:
                 yield PurePath(place, name).relative_to(folder)

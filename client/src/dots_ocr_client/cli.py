@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
@@ -91,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments in ([], ["read"], ["view"]):  # which do nothing by themselves
         arguments.append("--help")
+    for name in ("stdin", "stdout", "stderr"):  # one that is closed is none
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115, PTH123
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that are no UTF-8, and terminals that are not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -341,6 +346,8 @@ def _check_usage(
         wrong = "standard input is one document, for --output or standard output: give --out files"
     elif files == [Path("-")] and sys.stdin.isatty():
         wrong = "- is for a document that comes from a pipe or a file: dots-ocr read - < FILE"
+    elif output is not None and not os.access(output.resolve().parent, os.W_OK | os.X_OK):
+        wrong = f"{output} cannot be written: its folder is not there, or not yours to write to"
     elif output is not None and output.is_dir():
         wrong = f"{output} is a folder: use --out {output}, or name a file"
     elif out is None and (pictures or Format.CSV in (formats or ())):
@@ -425,7 +432,11 @@ def _one(
     from .client import AsyncDotsOCR
     from .reading import read_one
 
-    source = sys.stdin.buffer if file == Path("-") else file
+    source: Any = file
+    if file == Path("-"):  # here, where a signal ends the wait
+        source = TemporaryFile()  # noqa: SIM115  # it goes with the process
+        shutil.copyfileobj(sys.stdin.buffer, source)
+        source.seek(0)
     write = _print_part if output is None and form in (Format.MD, Format.TEXT) else None
 
     def render(document: Document) -> str:
@@ -451,9 +462,15 @@ def _one(
 
 def _write_file(file: Path, text: str) -> None:
     """Write a file that takes its name when it is whole."""
+    file = file.resolve()
     unfinished = file.with_name(f".dots-ocr-{os.getpid()}.tmp")
     try:
+        if file.exists() and not file.is_file():  # a pipe or a device keeps its place
+            file.write_text(text, "utf-8", "backslashreplace")
+            return
         unfinished.write_text(text, "utf-8", "backslashreplace")
+        if file.exists():
+            unfinished.chmod(file.stat().st_mode)
         unfinished.replace(file)
     except OSError as error:
         raise _Ended("OutputError", f"cannot write {file}: {error.strerror or error}", EXIT_UNREAD) from error

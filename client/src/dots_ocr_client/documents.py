@@ -708,9 +708,10 @@ def _reduced(image: Image.Image, label: str) -> Image.Image:
         image.draft(None, (width // factor, height // factor))
     else:
         small = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+        brightest = int(image.getextrema()[1]) if image.mode.startswith("I") else 0  # type: ignore[arg-type]
         for top in range(0, height, 256 * factor):  # a copy of all of it would take as much memory again
             band = image.crop((0, top, width, min(height, top + 256 * factor)))
-            small.paste(images.to_rgb(band).reduce(factor), (0, top // factor))
+            small.paste(images.to_rgb(band, brightest).reduce(factor), (0, top // factor))
         image = small
     return image
 

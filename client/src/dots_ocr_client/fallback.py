@@ -140,7 +140,8 @@ class Chain:
                 except EngineError as error:
                     failure = error
                 else:
-                    if not (answer.text or answer.cells) and await asyncio.to_thread(is_blank, clock.page):
+                    empty = not (answer.text or answer.cells) and bool(clock.page.png)
+                    if empty and await asyncio.to_thread(is_blank, clock.page):
                         answer = replace(answer, engine="", model="")
                     return _page(clock.page, engine, answer, before - clock.left, tuple(clock.attempts.values()))
                 _note(clock, engine, failure, before - clock.left)

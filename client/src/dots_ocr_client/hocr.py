@@ -33,12 +33,14 @@ LONG: Final = 30
 """Letters of a word from which on it is taken for several without spaces (our own choice)."""
 LEAST: Final = 2.0
 """Pixels of a letter's width from which on words are dealt to lines (our own choice: no smaller one can be read)."""
-FINE: Final = 100_000
-"""Words times lines of a paragraph up to which each word's own width counts (our own choice: 0.3 s for a full page)."""
+FINE: Final = 40_000
+"""Words times lines of a paragraph up to which each word's own width counts (our own choice: a second a page)."""
+TALL: Final = 100
+"""Pixels of a box's height from which on a column of ink can be a rule (our own choice: lower ones are letters)."""
 SLACK: Final = 2.5
 """Lines by which words may run ahead of the room for them, or behind it, while they are dealt (our own choice)."""
 
-_MARKS: Final = re.compile(r"^#+ |\*\*|__|`", re.MULTILINE)
+_MARKS: Final = re.compile(r"^#+ |(?<!\w)(\*\*|__|`)(?=\S)(.+?)(?<=\S)\1(?!\w)", re.MULTILINE)
 _GLUE: Final = "\0"  # in front of a piece that belongs to the one before
 _WIDTHS: Final = {
     _GLUE: -1.0,
@@ -66,7 +68,7 @@ def words(cell: Cell, page: Page, picture: Image.Image | None = None) -> list[li
         picture: The page's image, of the same proportions, if there is one.
     """
     box = cell.box or Box(0, 0, page.width, page.height)
-    lines = _MARKS.sub("", layout.plain_text([cell])).replace(_GLUE, "\ufffd").splitlines()
+    lines = _MARKS.sub(r"\2", layout.plain_text([cell])).replace(_GLUE, "\ufffd").splitlines()
     texts = [[piece for word in line.split() for piece in _pieces(word)] for line in lines if line.strip()]
     if not texts or box.left == box.right or box.top == box.bottom:
         return []
@@ -178,7 +180,7 @@ def _ink(picture: Image.Image, box: Box, scale: tuple[float, float]) -> Image.Im
     histogram = grey.histogram()
     paper = Image.new("L", grey.size, histogram.index(max(histogram)))
     ink = ImageChops.difference(grey, paper).point([0] * INK + [255] * (256 - INK))
-    for down in (True, False):
+    for down in (True, False) if ink.height >= TALL else (False,):
         for at, part in enumerate(_profile(ink, down=down)):
             if part > RULE:
                 ink.paste(0, (at, 0, at + 1, ink.height) if down else (0, at, ink.width, at + 1))

@@ -115,7 +115,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return the size of an image that is upright (EXIF) and whose pixels are squares, which those of a fax are not."""
     width, height = image.size
     names = ("dpi", "resolution", "aspect", "jfif_density")
-    across, down = map(float, next(filter(None, map(image.info.get, names)), (1, 1)))
+    told = (value for value in map(image.info.get, names) if isinstance(value, tuple) and len(value) == 2)
+    across, down = map(float, next(told, (1, 1)))  # anything else is a text of that name
     if image.getexif().get(0x0112, 1) > 4:
         across, down = down, across
         if image.format != "TIFF":  # which Pillow turns by itself
@@ -125,11 +126,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, brightest: int = 0) -> Image.Image:
     """Turn an image upright (EXIF) and into 8-bit RGB, with white behind whatever is transparent.
 
     Args:
         image: Any mode but ``F``; it is not changed.
+        brightest: Of the whole image, if this is a part of one with more than 8 bits.
 
     Returns:
         A new image without metadata.
@@ -143,7 +145,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = image.convert("I")
         # Some scanners use 12 of 16 bits. Pillow's own conversion cuts everything above 255 off: the page turns white.
-        bits = max(8, int(image.getextrema()[1]).bit_length())  # type: ignore[arg-type]  # a pair of numbers
+        bits = max(8, max(brightest, int(image.getextrema()[1])).bit_length())  # type: ignore[arg-type]  # a pair of numbers
         image = image.point(lambda value: value * (255 / (2**bits - 1)) + 0.5).convert("L")
     if image.has_transparency_data:
         overlay = image.convert("RGBA")

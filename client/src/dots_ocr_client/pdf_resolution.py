@@ -57,15 +57,13 @@ def choose(page: Any, number: int, file_bytes: int, dpi: int | None = None) -> R
     scale = limited(width, height, wanted)
     if dpi is None:
         area = width * height
-        pictures, small, shows_text, only_images = _look(page, TYPE_POINTS / unit)
+        pictures, small, shows_text = _look(page, TYPE_POINTS / unit)
         most = SCAN_DPI / 72 * unit
         if not shows_text:
             most = max(most, math.sqrt(SCAN_PIXELS / area))
         wanted = max(usual, min(_first(sorted(pictures, reverse=True), area / 2), most))
         if smallest := _first(sorted(small), TYPE_LENGTH):
             wanted = max(wanted, PDF_DPI / 72 * TYPE_POINTS / smallest)
-        if only_images and max(pictures)[0] < scale < usual * 0.999:
-            wanted = max(pictures)[0]  # more pixels would show no more
         scale = limited(width, height, wanted)
     return Resolution(scale, round(scale * 72 / unit), round(wanted * 72 / unit))
 
@@ -103,14 +101,14 @@ def _unit(page: Any, number: int) -> float:
     return max(1.0, float(found[1])) if found else 1.0
 
 
-def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool, bool]:
+def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool]:
     """Find out what a page holds.
 
     Returns:
         Of images the pixels per unit and the area; of type below ``small`` units the size and the length as a multiple
-        of it; whether there is text to be seen; whether there are only images.
+        of it; whether there is text to be seen.
     """
-    pictures, types, text, others = [], [], False, raw.FPDFPage_GetAnnotCount(page) > 0
+    pictures, types, text = [], [], False
     size, left, bottom, right, top = (ctypes.c_float() for _ in range(5))
     wide, high = ctypes.c_uint(), ctypes.c_uint()
     objects = _objects(raw.FPDFPage_CountObjects(page), partial(raw.FPDFPage_GetObject, page), (1, 0, 0, 1))
@@ -122,7 +120,6 @@ def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool, bool]:
                 pictures.append((max(wide.value / across, high.value / up), abs(a * d - b * c)))
             continue
         if kind != raw.FPDF_PAGEOBJ_TEXT:
-            others = True
             continue
         raw.FPDFTextObj_GetFontSize(one, size)
         is_small = size.value * up < small
@@ -134,7 +131,7 @@ def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool, bool]:
                 # A font may say that its size is 1 and have large letters.
                 if small / 50 < (real := max(size.value * up, height)) < small:
                     types.append((real, length / real))
-    return pictures, types, text, bool(pictures) and not (text or others)
+    return pictures, types, text
 
 
 def _objects(count: int, get: Callable[[int], Any], outer: _Matrix) -> Iterator[tuple[Any, int, float, _Matrix]]:

@@ -73,6 +73,7 @@ class Pipeline:
         task: Task,
         finished: asyncio.Queue[Page | FailedPage | None],
     ) -> None:
+        wrong: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for number in numbers:
@@ -81,9 +82,11 @@ class Pipeline:
                     page = group.create_task(self._one(document, number, task, turn, finished))
                     page.add_done_callback(turn.end)  # also of one that is cancelled before it began
         except* ConfigurationError as errors:
-            raise errors.exceptions[0] from None
+            wrong = errors.exceptions[0]  # what is raised here, Python 3.11.2 hands on in a group
         finally:
             await finished.put(None)
+        if wrong is not None:
+            raise wrong from None
 
     async def _one(
         self,

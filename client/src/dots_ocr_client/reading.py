@@ -124,7 +124,10 @@ def expanded(files: Iterable[Path]) -> Iterator[Path]:
             yield file
             continue
         base = Path(file.anchor or ".")
-        found = sorted(base.glob(str(file.relative_to(file.anchor)) if file.anchor else name))
+        try:
+            found = sorted(base.glob(str(file.relative_to(file.anchor)) if file.anchor else name))
+        except ValueError as error:  # such as **.png
+            raise InputError(f"{name!r} is no pattern: {error}") from error
         if not found:
             raise InputError(f"no file is called {name!r}: correct the pattern")
         yield from found

@@ -41,7 +41,7 @@ _FORMAT_VERSION: Final = 1
 """Of journals and outputs: those of other versions are not gone on with."""
 _FOLDERS: Final = frozenset({"csv", "pictures"})
 _PART: Final = re.compile(r"page-\d+-\d+\.(csv|png)")
-_NUMBER: Final = re.compile(r"[-+]?[\d\s.,]+ ?([%€$£₽]|\w{0,3})")
+_NUMBER: Final = re.compile(r"[-+]*[€$£₽]?[\d\s.,]*([eE][-+]?\d+)? ?([%€$£₽]|\w{0,3})")
 _PAGES: Final = b'"pages": [\n'
 _END_OF_PAGES: Final = b"\n],\n"
 _HEAD: Final = {"headers": bool, "formats": list, "pages": int, "failed_pages": int, "engines": dict}
