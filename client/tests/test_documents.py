@@ -278,7 +278,6 @@ NORMAL = typed(11, "1 0 0 1 72 500")
         (scan_pdf(4960, 7016, A4, typed(40)), (2480, 3509), 300),
         (scan_pdf(2480, 3508, (144, 204)), (2480, 3514), 1240),  # its program wrote a wrong resolution
         (scan_pdf(2480, 3508, (144, 204), typed(1).replace("Tm", "Tm 3 Tr")), (2480, 3514), 1240),  # searchable
-        (scan_pdf(2480, 3508, (2480, 3508)), (2825, 3995), 82),  # a pixel, a point; its mask may be finer
         (scan_pdf(1728, 1100, (612, 792)), (1728, 2237), 203),  # a fax: its pixels are no squares
         (scan_pdf(2480, 3508, (842, 595), place="0 595 -842 0 842 0"), (3510, 2480), 300),
         (scan_pdf(600, 600, A4, place="50 0 0 50 0 0"), (1653, 2339), 200),  # a logo
