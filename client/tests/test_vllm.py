@@ -96,6 +96,15 @@ def test_the_placeholder_stands_exactly_once_in_front_of_the_trained_prompt(
     assert [message["role"] for message in body["messages"]] == ["user"]
 
 
+def test_server_that_goes_away_behind_a_404_is_away(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def gone(seconds: float) -> list[dict[str, Any]]:
+        raise ServerUnavailable("cannot reach it")
+
+    monkeypatch.setattr(engine._server, "models", gone)
+    error = asyncio.run(engine._server._explain_not_found(1.0, "dots.ocr"))
+    assert isinstance(error, ServerUnavailable)
+
+
 def test_an_svg_is_asked_for_in_the_size_that_was_sent(engine: VLLMEngine, server: FakeServer, page: PageImage) -> None:
     read(engine, page, "svg")
     assert prompt_of(server.bodies[0]).endswith('viewBox="0 0 784 224"')

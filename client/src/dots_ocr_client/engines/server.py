@@ -439,7 +439,9 @@ class Server:
         if model is not None:
             try:
                 served = [card["id"] for card in await self.models(seconds)]
-            except (EngineError, ConfigurationError):
+            except (EngineError, ConfigurationError) as error:
+                if isinstance(error, ServerUnavailable) and error.status is None:
+                    return error  # it went away meanwhile, which no setting mends
                 served = []
             if served and model not in served:
                 return ModelNotServed(model, served, self.base_url)
