@@ -346,10 +346,10 @@ def _check_usage(
         wrong = "standard input is one document, for --output or standard output: give --out files"
     elif files == [Path("-")] and sys.stdin.isatty():
         wrong = "- is for a document that comes from a pipe or a file: dots-ocr read - < FILE"
-    elif output is not None and not os.access(output.resolve().parent, os.W_OK | os.X_OK):
-        wrong = f"{output} cannot be written: its folder is not there, or not yours to write to"
     elif output is not None and output.is_dir():
         wrong = f"{output} is a folder: use --out {output}, or name a file"
+    elif output is not None and not _may_be_written(output):
+        wrong = f"{output} cannot be written. Fix: make its folder, or name one that you may write to"
     elif out is None and (pictures or Format.CSV in (formats or ())):
         wrong = "--pictures and --format csv make several files: they need --out DIR"
     elif out is None and len(files) == 1 and files[0].is_dir():
@@ -362,6 +362,13 @@ def _check_usage(
         wrong = "several formats need --out DIR"
     if wrong:
         raise typer.BadParameter(wrong)
+
+
+def _may_be_written(file: Path) -> bool:
+    """Tell whether a file can take its place; a pipe or a device keeps its own."""
+    if file.exists() and not file.is_file():
+        return os.access(file, os.W_OK)
+    return os.access(file.resolve().parent, os.W_OK | os.X_OK)
 
 
 @dataclass(frozen=True, slots=True)
