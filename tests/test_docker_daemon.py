@@ -196,7 +196,7 @@ def test_mode_and_link_stay(host: Host, tmp_path: Path) -> None:
 
 def test_documented_example_works(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     [task] = yaml.safe_load(daemon.EXAMPLES)
-    with patch_module_args(task["docker_daemon"]), pytest.raises(SystemExit):
+    with patch_module_args(task["dots_ocr.deploy.docker_daemon"]), pytest.raises(SystemExit):
         daemon.main()
     assert json.loads(capsys.readouterr().out)["restart"] is True
     assert host.options["insecure-registries"] == ["mirror:5000"]

@@ -845,7 +845,7 @@ def test_action_calls_the_module_until_it_is_done_or_fails(
 
 def ansible(**arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the module on this machine as Ansible does."""
-    words = ["ansible", "localhost", "--connection=local", "-vvv", "--module-name=hub_download"]
+    words = ["ansible", "localhost", "--connection=local", "-vvv", "--module-name=dots_ocr.deploy.hub_download"]
     words += [f"--args={json.dumps(arguments)}"]
     environment = {**os.environ, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg")}
     return subprocess.run(words, capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY)

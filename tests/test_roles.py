@@ -94,7 +94,10 @@ def tasks_of(tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def test_one_variable_sets_how_long_every_task_waits_for_the_locks_of_apt() -> None:
-    modules = ("apt_set", "apt_source", "nvidia_driver_plan", "ansible.builtin.apt")
+    modules = (
+        "ansible.builtin.apt",
+        *(f"dots_ocr.deploy.{name}" for name in ("apt_set", "apt_source", "nvidia_driver_plan")),
+    )
     files = [*REPOSITORY.glob("roles/*/tasks/*.yml"), *REPOSITORY.glob("playbooks/*.yml")]
     waits = {
         f"{file.relative_to(REPOSITORY)}: {task.get('name')}": task[module].get("lock_timeout")

@@ -20,7 +20,7 @@ options:
 EXAMPLES = r"""
 - name: Show the paths
   ansible.builtin.debug:
-    msg: "{{ 'gateway' | api_paths | map(attribute='path') }}"
+    msg: "{{ 'gateway' | dots_ocr.deploy.api_paths | map(attribute='path') }}"
 """
 
 RETURN = r"""

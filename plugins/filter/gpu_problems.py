@@ -49,7 +49,9 @@ options:
 EXAMPLES = r"""
 - name: Name the problems
   ansible.builtin.set_fact:
-    problems: "{{ ansible_facts['gpu_host'] | gpu_problems(choices, choices_with_any_driver, plans, profiles) }}"
+    problems: >-
+      {{ ansible_facts['gpu_host']
+         | dots_ocr.deploy.gpu_problems(choices, choices_with_any_driver, plans, profiles) }}
 """
 
 RETURN = r"""

@@ -34,7 +34,9 @@ options:
 EXAMPLES = r"""
 - name: Choose the image
   ansible.builtin.set_fact:
-    chosen: "{{ ansible_facts['gpu_host'].gpus[0] | image_profile(profiles, ['native_v0_32', 'rednote_v0_9_1']) }}"
+    chosen: >-
+      {{ ansible_facts['gpu_host'].gpus[0]
+         | dots_ocr.deploy.image_profile(profiles, ['native_v0_32', 'rednote_v0_9_1']) }}
 """
 
 RETURN = r"""

@@ -43,7 +43,7 @@ options:
 EXAMPLES = r"""
 - name: Judge the address
   ansible.builtin.set_fact:
-    found: "{{ profiles | key_bypass('native_v0_18', advisories, '0.0.0.0') }}"
+    found: "{{ profiles | dots_ocr.deploy.key_bypass('native_v0_18', advisories, '0.0.0.0') }}"
 """
 
 RETURN = r"""

@@ -73,7 +73,7 @@ author:
 EXAMPLES = r"""
 - name: Plan the limits
   ansible.builtin.set_fact:
-    plan: "{{ host.gpus[0] | memory_plan(host.platform, {'max_num_seqs': 4}) }}"
+    plan: "{{ host.gpus[0] | dots_ocr.deploy.memory_plan(host.platform, {'max_num_seqs': 4}) }}"
   vars:
     host: "{{ ansible_facts['gpu_host'] }}"
 

@@ -71,7 +71,7 @@ author:
 
 EXAMPLES = r"""
 - name: Install Docker Engine
-  apt_set:
+  dots_ocr.deploy.apt_set:
     id: docker-engine
     name: [docker-ce, docker-ce-cli, containerd.io]
     version:

@@ -70,7 +70,7 @@ author:
 
 EXAMPLES = r"""
 - name: Add Docker's repository
-  apt_source:
+  dots_ocr.deploy.apt_source:
     name: docker
     uri: https://download.docker.com/linux/debian
     suite: trixie

@@ -45,7 +45,7 @@ author:
 
 EXAMPLES = r"""
 - name: Collect the wheels for this host
-  client_wheels:
+  dots_ocr.deploy.client_wheels:
     repository: "{{ role_path }}/../.."
     python: 3.13.5
     machine: x86_64

@@ -61,7 +61,7 @@ author:
 
 EXAMPLES = r"""
 - name: Configure Docker Engine
-  docker_daemon:
+  dots_ocr.deploy.docker_daemon:
     required:
       live-restore: false
     defaults:

@@ -20,7 +20,7 @@ author:
 
 EXAMPLES = r"""
 - name: Look at the engine
-  docker_engine_info:
+  dots_ocr.deploy.docker_engine_info:
   register: engine
 """
 

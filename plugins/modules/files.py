@@ -13,7 +13,7 @@ description:
   - What C(validate) refuses stops the task before anything has changed. Each file takes the place of the old one at
     once, with its owner and mode.
 options:
-  files:
+  dots_ocr.deploy.files:
     description: The folders and files, in the order in which they are made.
     type: list
     elements: dict
@@ -61,7 +61,7 @@ author:
 
 EXAMPLES = r"""
 - name: Install the units
-  files:
+  dots_ocr.deploy.files:
     owner: root
     group: root
     files:

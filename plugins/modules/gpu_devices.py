@@ -39,7 +39,7 @@ author:
 
 EXAMPLES = r"""
 - name: Prove that containers get the GPU
-  gpu_devices:
+  dots_ocr.deploy.gpu_devices:
     device: nvidia.com/gpu=all
   register: gpus
 """

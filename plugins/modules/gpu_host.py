@@ -66,7 +66,7 @@ author:
 
 EXAMPLES = r"""
 - name: Measure the host
-  gpu_host:
+  dots_ocr.deploy.gpu_host:
     requirements:
       ports: [8000]
       disk_free:

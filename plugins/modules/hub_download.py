@@ -54,7 +54,7 @@ author:
 
 EXAMPLES = r"""
 - name: Download the weights
-  hub_download:
+  dots_ocr.deploy.hub_download:
     hub: https://huggingface.co
     repository: dots-studio/dots.ocr
     revision: 0123456789abcdef0123456789abcdef01234567

@@ -37,7 +37,7 @@ author:
 
 EXAMPLES = r"""
 - name: Check that nothing but the reviewed class would be executed
-  model_code:
+  dots_ocr.deploy.model_code:
     path: /var/lib/dots-ocr/models/dots-studio--dots_ocr/0123456789abcdef0123456789abcdef01234567
     allowed: [configuration_dots]
   register: weights

@@ -47,7 +47,7 @@ author:
 
 EXAMPLES = r"""
 - name: Decide what is to be done
-  nvidia_driver_plan:
+  dots_ocr.deploy.nvidia_driver_plan:
     host: "{{ ansible_facts['gpu_host'] }}"
     branch: "580"
   register: plan

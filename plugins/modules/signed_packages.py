@@ -50,7 +50,7 @@ author:
 
 EXAMPLES = r"""
 - name: Check the packages
-  signed_packages:
+  dots_ocr.deploy.signed_packages:
     path: /srv/packages
     suite: from-usb
     release: trixie

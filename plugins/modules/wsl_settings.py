@@ -60,7 +60,7 @@ author:
 
 EXAMPLES = r"""
 - name: Let systemd run, and the distribution stay
-  wsl_settings:
+  dots_ocr.deploy.wsl_settings:
     conf:
       boot: {systemd: "true"}
     windows:
