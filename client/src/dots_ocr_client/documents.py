@@ -817,13 +817,13 @@ def _beside_pages(pdf: Any, label: str) -> Iterator[str]:
 
 def _draw_pdf(reference: PageReference) -> PageImage:
     with open_page(reference, "drawn") as (page, drawn):
-        bitmap = page.render(scale=drawn.scale)  # has the pixels of the image, and must stay
+        # Pillow takes pixels in this order, of four bytes, as they are; `bitmap` owns them, and must stay.
+        bitmap = page.render(scale=drawn.scale, prefer_bgrx=True, rev_byteorder=True)
         warnings = reference.warnings + beside_text(page)
     if drawn.dpi < drawn.wanted:
         warnings += (f"the page was drawn at {drawn.dpi} dpi instead of {drawn.wanted}, to keep the model's limits",)
     image = bitmap.to_pil()
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    return replace(_encode(reference.number, rgb, warnings, rgb.size), origin=reference, dpi=drawn.dpi)
+    return replace(_encode(reference.number, image, warnings, image.size), origin=reference, dpi=drawn.dpi)
 
 
 @contextlib.contextmanager

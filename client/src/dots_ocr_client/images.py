@@ -163,7 +163,7 @@ def to_png(image: Image.Image) -> bytes:
     one: here the rows of a band share the filter that makes some of them smallest.
 
     Args:
-        image: Of mode ``RGB`` or ``L``; it is not changed.
+        image: Of mode ``RGB``, ``RGBX`` or ``L``; it is not changed.
     """
     deflate = _deflate()
     samples, step = _samples(image)
@@ -191,10 +191,10 @@ def _deflate() -> Any:
 
 def _samples(image: Image.Image) -> tuple[Image.Image, int]:
     """Return the bytes of the rows as an image of mode ``L``, and how many make a pixel."""
-    first, *others = image.split()
+    first, *others = (image.getchannel(name) for name in image.mode.removesuffix("X"))
     if all(ImageChops.difference(first, other).getbbox() is None for other in others):
         return first, 1
-    return Image.frombuffer("L", (3 * image.width, image.height), image.tobytes(), "raw", "L", 0, 1), 3
+    return Image.frombuffer("L", (3 * image.width, image.height), image.tobytes("raw", "RGB"), "raw", "L", 0, 1), 3
 
 
 def _filtered(samples: Image.Image, step: int, kind: int, top: int, bottom: int) -> bytes:
