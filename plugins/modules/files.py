@@ -13,7 +13,7 @@ description:
   - What C(validate) refuses stops the task before anything has changed. Each file takes the place of the old one at
     once, with its owner and mode.
 options:
-  dots_ocr.deploy.files:
+  files:
     description: The folders and files, in the order in which they are made.
     type: list
     elements: dict
