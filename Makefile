@@ -13,7 +13,7 @@ UV_VERSION := 0.13.9
 # By name: Ansible ignores the file in a folder that everybody may write, as all of a Windows drive is.
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help rehearse rehearse-down check scenario test bench-client bench-host bench-gateway deploy verify docs lock
+.PHONY: help rehearse rehearse-down check scenario test bench-client bench-host bench-gateway deploy verify uninstall docs lock
 
 help:
 	@echo "make rehearse        deploy dots.ocr on a rehearsal host (no GPU needed) and read a page with it"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-gateway   measure the gateway against its servers, one to three of them (needs haproxy)"
 	@echo "make deploy          deploy dots.ocr on this machine (needs the GPU)"
 	@echo "make verify          test what was deployed on this machine"
+	@echo "make uninstall       remove the service from this machine; the weights stay"
 
 rehearse: .venv/ready
 	@$(SUDO) $(BIN)/python -m rehearsal run
@@ -56,6 +57,9 @@ verify: .venv/ready
 
 deploy: .venv/ready
 	@$(BIN)/ansible-playbook site.yml -i inventory/local $(ASK)
+
+uninstall: .venv/ready
+	@$(BIN)/ansible-playbook playbooks/uninstall.yml -i inventory/local $(ASK)
 
 # The controller's Python environment, from the lock. Compiled by all cores, and of Ansible's collections those that are used.
 .venv/ready: requirements.lock client/pyproject.toml

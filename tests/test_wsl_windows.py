@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tree_sitter
 import tree_sitter_powershell
+import yaml
 
 SCRIPT = Path(__file__).resolve().parent.parent / "windows/Prepare-DotsOcr.ps1"
 
@@ -51,7 +52,9 @@ def test_everything_that_changes_windows_can_be_asked_first() -> None:
         "& $Wsl --update",
         "::WriteAllText",
         "Register-Sched",
-        "sh', '-c'",
+        "Invoke-Script 'systemd'",
+        "Invoke-Script 'deploy'",
+        "& $Wsl --shutdown",
     ):
         function = text[: text.index(change)].rsplit("\nfunction ", 1)[1]
         assert "$PSCmdlet.ShouldProcess(" in function, change
@@ -68,6 +71,27 @@ def test_script_and_role_agree() -> None:
     assert 'TASK_PREFIX = "dots-ocr-"' in module
     assert '"-d $Distribution -u root --exec /bin/true"' in script
     assert 'f"-d {self.distribution} -u root --exec /bin/true"' in module
+    address = yaml.safe_load((root / "galaxy.yml").read_text())["repository"]
+    assert f"$Repository = '{address}'" in script
+
+
+@pytest.mark.parametrize("cloned", [False, True], ids=["the first time", "again"])
+@pytest.mark.parametrize("status", [0, 3], ids=["deploys", "stops"])
+def test_shell_script_clones_once_and_deploys(tmp_path: Path, cloned: bool, status: int) -> None:
+    script = re.search(r"\$script = @'\n(set -eu\nexport DEBIAN.*?)\n'@", SCRIPT.read_text(), re.DOTALL)
+    assert script
+    calls, programs, checkout = tmp_path / "calls", tmp_path / "bin", tmp_path / "checkout"
+    programs.mkdir()
+    for name in ("git", "make", "python3"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{calls}\n' + f"exit {status}\n" * (name == "make"))
+        (programs / name).chmod(0o755)
+    if cloned:
+        (checkout / ".git").mkdir(parents=True)
+    text = script[1].replace("CHECKOUT", str(checkout)).replace("REPOSITORY", "https://git.example.org/x")
+    done = subprocess.run(["sh", "-c", text], env={"PATH": f"{programs}:/usr/bin:/bin"}, check=False)
+    assert done.returncode == status
+    fetched = f"git -C {checkout} pull --ff-only" if cloned else f"git clone https://git.example.org/x {checkout}"
+    assert calls.read_text().splitlines() == ["python3 -c import ensurepip", fetched, f"make -C {checkout} deploy"]
 
 
 @pytest.mark.parametrize(

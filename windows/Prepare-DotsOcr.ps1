@@ -1,30 +1,40 @@
 <#
 .SYNOPSIS
-Prepares Windows so that a dots.ocr server can run in a distribution of WSL2.
+Prepares Windows for a dots.ocr server in a distribution of WSL2, and deploys the server there.
 
 .DESCRIPTION
-Checks NVIDIA's driver, updates WSL, installs a distribution if it is not there, keeps it running (.wslconfig), lets systemd
-run in it (/etc/wsl.conf), and starts it when you log on. Other settings of yours stay as they are; the first state of
-.wslconfig is kept beside it as .wslconfig.before-dots-ocr. A second run changes nothing. docs/wsl2.md has the same steps by
-hand, and how to take them back.
+Checks NVIDIA's driver, updates WSL, installs a distribution if it is not there, keeps it running (.wslconfig), enables systemd
+in it (/etc/wsl.conf), and starts it when you log on. Then it clones the repository to /opt/dots-ocr-deploy in the distribution
+and runs 'make deploy' there as root. Your other settings stay as they are; the first state of .wslconfig is kept beside it as
+.wslconfig.before-dots-ocr. Run the script again after each stop: it goes on where it was. docs/wsl2.md has the same steps by
+hand, and the way back. The file needs nothing else of the repository.
 
 Run it as the user who will use WSL, in an ordinary window: only the first installation of WSL itself asks for an
 administrator. With -WhatIf it only says what it would do.
+
+.PARAMETER Repository
+The address to clone from. Default: the environment variable DOTS_OCR_REPOSITORY, then the public address.
+
+.PARAMETER NoDeploy
+Only prepare Windows, and print the commands that deploy the server.
 
 .PARAMETER Distribution
 The distribution, by its name in 'wsl --list --online'.
 
 .PARAMETER Memory
-Main memory for WSL, such as 24GB. Without it half of what Windows has.
+Main memory for WSL, such as 24GB. Default: what you have set, else half of what Windows has, but at least 12 GB.
 
 .PARAMETER Swap
-Swap space for WSL, such as 8GB. Without it a quarter of WSL's memory.
+Swap space for WSL, such as 8GB. Default: what you have set, else 8 GB where WSL gets less than 16 GB.
 
 .PARAMETER NoLogonTask
 Do not start the distribution when you log on.
 
 .EXAMPLE
-powershell -ExecutionPolicy Bypass -File .\Prepare-DotsOcr.ps1 -Memory 24GB -WhatIf
+powershell -ExecutionPolicy Bypass -File .\Prepare-DotsOcr.ps1 -WhatIf
+
+.EXAMPLE
+powershell -ExecutionPolicy Bypass -File .\Prepare-DotsOcr.ps1 -Memory 24GB -NoDeploy
 #>
 #Requires -Version 5.1
 [CmdletBinding(SupportsShouldProcess = $true)]
@@ -38,7 +48,11 @@ param(
     [ValidatePattern('^(\d+ ?(KB|MB|GB|TB)?)?$')]
     [string] $Swap = '',
 
-    [switch] $NoLogonTask
+    [string] $Repository = $env:DOTS_OCR_REPOSITORY,
+
+    [switch] $NoLogonTask,
+
+    [switch] $NoDeploy
 )
 
 Set-StrictMode -Version Latest
@@ -47,6 +61,13 @@ $ErrorActionPreference = 'Stop'
 # The first branch with CUDA 13, and the first WSL whose source has instanceIdleTimeout.
 $OldestDriver = 580
 $OldestWsl = [version] '2.5.10'
+# In GB: what Windows must have, what WSL gets at least (the server needs some 10 GB while it loads), what is enough without swap.
+$LeastMemory = 15
+$LeastForWsl = 12
+$AmpleForWsl = 16
+if (-not $Repository) { $Repository = 'https://git.example.org/dots-ocr/deploy' }
+if ($Repository -notmatch '^[A-Za-z0-9:/@._~+-]+$') { throw "'$Repository' is no address to clone from. Fix: give one by -Repository." }
+$Checkout = '/opt/dots-ocr-deploy'
 $Wsl = Join-Path $env:SystemRoot 'System32\wsl.exe'
 # Otherwise wsl.exe writes UTF-16, which Windows PowerShell reads as text with a NUL after every letter.
 $env:WSL_UTF8 = '1'
@@ -67,6 +88,34 @@ function Invoke-Wsl {
     } finally {
         $ErrorActionPreference = $before
     }
+}
+
+function Invoke-Script {
+    # Runs a shell script as root inside, and shows its output as it comes. Quotes would not survive the way there, so it goes in
+    # base64, and into a file, because what it starts may read standard input.
+    param([string] $Name, [string] $Script)
+    $encoded = [Convert]::ToBase64String([System.Text.Encoding]::UTF8.GetBytes($Script.Replace("`r`n", "`n")))
+    $file = "/run/dots-ocr-$Name.sh"
+    & $Wsl -d $Distribution -u root --exec sh -c "echo $encoded | base64 -d >$file && exec sh $file" | Out-Host
+}
+
+function Get-MemorySetting {
+    # What .wslconfig gets besides what was given: a PC of 16 GB would give WSL 8 GB, in which the server does not load.
+    param([string] $Text)
+    $keys = [ordered] @{}
+    $total = [math]::Round((Get-CimInstance Win32_ComputerSystem).TotalPhysicalMemory / [math]::Pow(2, 30))
+    if ($total -lt $LeastMemory) {
+        Stop-WithFix "This PC has $total GB of memory, and the server needs 16 GB" 'add memory'
+    }
+    $given = $Memory
+    if ($given -eq '' -and $Text -notmatch '(?im)^\s*memory\s*=' -and $total / 2 -lt $LeastForWsl) { $given = "${LeastForWsl}GB" }
+    if ($given -ne '') { $keys['memory'] = $given }
+    if ($Swap -ne '') {
+        $keys['swap'] = $Swap
+    } elseif ($Text -notmatch '(?im)^\s*swap\s*=' -and $total / 2 -lt $AmpleForWsl) {
+        $keys['swap'] = '8GB'
+    }
+    return $keys
 }
 
 function Test-Driver {
@@ -185,13 +234,12 @@ function Set-WslConfig {
     }
     $newLine = "`r`n"
     if ($before -ne '' -and $before -notmatch "`r`n") { $newLine = "`n" }
-    $keys = [ordered] @{ vmIdleTimeout = '-1' }
-    if ($Memory -ne '') { $keys['memory'] = $Memory }
-    if ($Swap -ne '') { $keys['swap'] = $Swap }
+    $keys = Get-MemorySetting $before
+    $keys['vmIdleTimeout'] = '-1'
     $after = Merge-Setting $before 'general' ([ordered] @{ instanceIdleTimeout = '-1' }) $newLine
     $after = Merge-Setting $after 'wsl2' $keys $newLine
     if ($after -ceq $before) { return $false }
-    if (-not $PSCmdlet.ShouldProcess($path, 'set instanceIdleTimeout, vmIdleTimeout, and memory and swap if given')) { return $false }
+    if (-not $PSCmdlet.ShouldProcess($path, "set $((@('instanceIdleTimeout') + @($keys.Keys)) -join ', ')")) { return $false }
     $backup = "$path.before-dots-ocr"
     if ((Test-Path -LiteralPath $path) -and -not (Test-Path -LiteralPath $backup)) { Copy-Item -LiteralPath $path -Destination $backup }
     [System.IO.File]::WriteAllText($path, $after, $encoding)
@@ -199,14 +247,13 @@ function Set-WslConfig {
 }
 
 function Enable-Systemd {
-    # One script for the shell inside; quotes would not survive the way there, so it comes in base64.
     $conf = @(Invoke-Wsl @('-d', $Distribution, '-u', 'root', '--exec', 'cat', '/etc/wsl.conf'))
     $section = ''
     foreach ($line in $conf) {
         if ($line -match '^\s*\[([^\]]*)\]') { $section = $Matches[1].Trim() }
         elseif ($section -eq 'boot' -and $line -match '^\s*systemd\s*=\s*true\b') { return $false }
     }
-    if (-not $PSCmdlet.ShouldProcess("$Distribution, /etc/wsl.conf", 'let systemd run')) { return $false }
+    if (-not $PSCmdlet.ShouldProcess("$Distribution, /etc/wsl.conf", 'enable systemd')) { return $false }
     $script = @'
 set -eu
 touch /etc/wsl.conf
@@ -220,8 +267,7 @@ if ! [ -x /sbin/init ] || ! [ -e /lib/systemd/systemd ]; then
   apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends systemd systemd-sysv
 fi
 '@
-    $encoded = [Convert]::ToBase64String([System.Text.Encoding]::UTF8.GetBytes($script.Replace("`r`n", "`n")))
-    Invoke-Wsl @('-d', $Distribution, '-u', 'root', '--exec', 'sh', '-c', "echo $encoded | base64 -d | sh") | Write-Host
+    Invoke-Script 'systemd' $script
     if ($LASTEXITCODE -ne 0) {
         Stop-WithFix "/etc/wsl.conf of $Distribution was not changed" "put systemd=true below [boot] there by hand"
     }
@@ -247,6 +293,46 @@ function Register-Start {
     Register-ScheduledTask @options | Out-Null
 }
 
+function Restart-Wsl {
+    # .wslconfig is read when WSL starts. Other distributions of yours are not ended without your word.
+    $others = @(Invoke-Wsl @('--list', '--running', '--quiet') | Where-Object { $_ -ne $Distribution })
+    if ($LASTEXITCODE -eq 0 -and $others.Count -gt 0) {
+        Stop-WithFix "The new settings need a restart of WSL, and these distributions run: $($others -join ', ')" `
+            "save your work in them, type 'wsl --shutdown', then run this again"
+    }
+    if ($PSCmdlet.ShouldProcess('WSL', 'shut down, so that the new settings count')) { & $Wsl --shutdown | Out-Host }
+}
+
+function Install-Server {
+    $script = @'
+set -eu
+export DEBIAN_FRONTEND=noninteractive
+for program in git make python3; do
+  command -v $program >/dev/null || missing=yes
+done
+if [ -n "${missing:-}" ] || ! python3 -c 'import ensurepip' 2>/dev/null; then
+  apt-get -q update
+  apt-get -q install --yes --no-install-recommends ca-certificates git make python3 python3-venv
+fi
+if [ -d CHECKOUT/.git ]; then
+  git -C CHECKOUT pull --ff-only
+else
+  git clone REPOSITORY CHECKOUT
+fi
+exec make -C CHECKOUT deploy
+'@
+    $what = "clone $Repository, and deploy the server, which takes up to an hour the first time"
+    if (-not $PSCmdlet.ShouldProcess($Distribution, $what)) { return }
+    $script = $script.Replace('CHECKOUT', $Checkout).Replace('REPOSITORY', $Repository)
+    Invoke-Script 'deploy' $script
+    if ($LASTEXITCODE -ne 0) {
+        Stop-WithFix 'The deployment stopped' 'do what its last lines say, then run this again'
+    }
+    Write-Host ''
+    Write-Host 'The server reads at http://localhost:8000. Read a page; C:\scans\page.png is /mnt/c/scans/page.png inside:'
+    Write-Host "  wsl -d $Distribution -u root $Checkout/.venv/bin/dots-ocr read /mnt/c/scans/page.png"
+}
+
 if (-not (Test-Path -LiteralPath $Wsl)) {
     Stop-WithFix 'This Windows has no WSL' 'use Windows 11, or Windows 10 22H2, up to date'
 }
@@ -256,13 +342,13 @@ $present = Install-Distribution
 $changed = Set-WslConfig
 if ($present) { $changed = (Enable-Systemd) -or $changed }
 if (-not $NoLogonTask) { Register-Start }
+if ($changed) { Restart-Wsl }
+if (-not $NoDeploy) { Install-Server }
 
-Write-Host ''
 if ($WhatIfPreference) {
     Write-Host 'Nothing was changed. Run it again without -WhatIf.'
-    return
+} elseif ($NoDeploy) {
+    Write-Host 'Windows is ready. Deploy the server with:'
+    Write-Host "  wsl -d $Distribution -u root git clone $Repository $Checkout"
+    Write-Host "  wsl -d $Distribution -u root make -C $Checkout deploy"
 }
-Write-Host 'Now type:'
-if ($changed) { Write-Host '  wsl --shutdown                  (ends all distributions; save your work in them first)' }
-Write-Host "  wsl -d $Distribution"
-Write-Host 'and in there follow the README: fetch dots-ocr-deploy, then ansible-playbook site.yml'
