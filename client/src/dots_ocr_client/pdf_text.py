@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, repeat
 from typing import Any, Final, NamedTuple, Self
 
 import pypdfium2
@@ -158,6 +158,8 @@ def turned(area: Area, turn: int) -> Area:
 
 def around(areas: Sequence[Area]) -> Area:
     """Return the smallest area with all of these inside; there must be one."""
+    if len(areas) == 1:
+        return areas[0]
     left, top, right, bottom = zip(*areas, strict=True)
     return Area(min(left), min(top), max(right), max(bottom))
 
@@ -248,8 +250,7 @@ class _Layer:
         self._origin = turned(Area(edges.left, -edges.top, edges.right, -edges.bottom), -self._quarters)[:2]
         self._box = [ctypes.c_double() for _ in range(4)]
         self._loose = raw.FS_RECTF()
-        text = "".join(_character(textpage, index) for index in range(count))
-        self.text = re.sub(r"[\r\n]\s*", lambda found: "\n" * len(found[0]), text)
+        self.text = re.sub(r"[\r\n]\s*", lambda found: "\n" * len(found[0]), "".join(_characters(textpage, count)))
 
     def pieces(
         self, pattern: re.Pattern[str], start: int = 0, end: int = sys.maxsize, *, several: bool = False
@@ -317,12 +318,16 @@ class _Layer:
         return turned(Area(left * scale, top * scale, right * scale, bottom * scale), turn)
 
 
-def _character(textpage: Any, index: int) -> str:
-    """Return one character: a space for white space of any width, U+FFFD for one without a meaning."""
-    code = raw.FPDFText_GetUnicode(textpage, index)
-    if code == 2 and raw.FPDFText_IsHyphen(textpage, index) == 1:  # at the end of a line
-        return "-"
-    return "\ufffd" if raw.FPDFText_HasUnicodeMapError(textpage, index) == 1 else _meaning(code)
+def _characters(textpage: Any, count: int) -> list[str]:
+    """Return each character: a space for white space of any width, U+FFFD for one without a meaning."""
+    codes = map(raw.FPDFText_GetUnicode, repeat(textpage), range(count))
+    errors = map(raw.FPDFText_HasUnicodeMapError, repeat(textpage), range(count))
+    characters = ["\ufffd" if error == 1 else _meaning(code) for code, error in zip(codes, errors, strict=True)]
+    for index in (index for index, text in enumerate(characters) if text == "\ufffd"):
+        # One at the end of a line has a code of its own.
+        if raw.FPDFText_GetUnicode(textpage, index) == 2 and raw.FPDFText_IsHyphen(textpage, index) == 1:
+            characters[index] = "-"
+    return characters
 
 
 @lru_cache(4096)
