@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dots_ocr_client.limiter import START
-from dots_ocr_client.rasterizer import MALLOC
+from dots_ocr_client.engines.admission import START
+from dots_ocr_client.pages.rasterizer import MALLOC
 
 from .documents import A6, write_images, write_scan_pdf, write_text_pdf
 from .machine import LIMIT, BusyError, Watch, refuse_if_busy

@@ -15,8 +15,8 @@ from typing import Final
 from PIL import Image
 
 from dots_ocr_client import DotsOCR, VLLMEngine
+from dots_ocr_client.engines.admission import Limiter
 from dots_ocr_client.engines.server import PICTURE
-from dots_ocr_client.limiter import Limiter
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
 
 HOST: Final = ("docker", "--host", "unix:///run/dots-ocr-rehearsal/docker.sock", "exec", "dots-ocr-rehearsal-host")

@@ -11,11 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from dots_ocr_client.chatvlmllm import (
-    get_dots_ocr_vllm_integration,
-    get_vllm_dots_ocr_client,
-    initialize_dots_ocr_vllm,
-)
+from dots_ocr_client.chatvlmllm import get_dots_ocr_vllm_integration, get_vllm_dots_ocr_client, initialize_dots_ocr_vllm
 
 
 class QwenVLModel:

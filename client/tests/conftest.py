@@ -12,9 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 from pytest_httpserver import HTTPServer
 from support import LINES, FakeServer, MakeClient
 
-from dots_ocr_client import DotsOCR, Engine, PageImage, TesseractEngine, VLLMEngine, fallback, rasterizer
-from dots_ocr_client.documents import PageReference
+from dots_ocr_client import DotsOCR, Engine, PageImage, TesseractEngine, VLLMEngine
+from dots_ocr_client.chain import fallback
 from dots_ocr_client.engines import vllm
+from dots_ocr_client.pages import rasterizer
+from dots_ocr_client.pages.documents import PageReference
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")

@@ -20,7 +20,8 @@ from PIL import Image
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from dots_ocr_client import Answer, DotsOCR, Mode, PageImage, Task, VLLMEngine, images
+from dots_ocr_client import Answer, DotsOCR, Mode, PageImage, Task, VLLMEngine
+from dots_ocr_client.pages import images
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
 
 LINES = ("Invoice 1047 of 3 May 2026", "Total to pay: 1240.50 EUR", "Thank you and good bye")

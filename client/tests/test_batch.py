@@ -21,10 +21,11 @@ import pytest
 from PIL import Image
 from support import pdf_of
 
-from dots_ocr_client import batch, rasterizer
+from dots_ocr_client import batch
 from dots_ocr_client.batch import OutputError, Report, Status
-from dots_ocr_client.documents import FORMATS, OpenDocument, PageReference, open_document
 from dots_ocr_client.errors import ConfigurationError, DotsOCRError, InputError
+from dots_ocr_client.pages import rasterizer
+from dots_ocr_client.pages.documents import FORMATS, OpenDocument, PageReference, open_document
 from dots_ocr_client.prompts import Mode
 from dots_ocr_client.results import Document, FailedPage, Page
 

@@ -11,20 +11,11 @@ import pytest
 from PIL import Image, ImageChops
 from support import LINES, FakeServer, pdf_of
 
-from dots_ocr_client import (
-    Answer,
-    EngineMissing,
-    InputError,
-    Limiter,
-    NotApplicable,
-    PageImage,
-    Task,
-    VLLMEngine,
-)
-from dots_ocr_client.bench import pages
-from dots_ocr_client.bench.measure import Load, Measurement, measure, percentile, ratios
-from dots_ocr_client.bench.pages import A4, GIVEN, BenchmarkPage, generate_pages, load_pages
-from dots_ocr_client.bench.report import BenchmarkReport, describe_machine
+from dots_ocr_client import Answer, EngineMissing, InputError, Limiter, NotApplicable, PageImage, Task, VLLMEngine
+from dots_ocr_client.apps.bench import pages
+from dots_ocr_client.apps.bench.measure import Load, Measurement, measure, percentile, ratios
+from dots_ocr_client.apps.bench.pages import A4, GIVEN, BenchmarkPage, generate_pages, load_pages
+from dots_ocr_client.apps.bench.report import BenchmarkReport, describe_machine
 from dots_ocr_client.cli import main
 from dots_ocr_client.engines.base import Engine
 from dots_ocr_client.engines.server import REHEARSAL, REHEARSES

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dots_ocr_client.breaker import FAILURES, MAX_PAUSE, PATIENCE, PAUSE, Breaker
+from dots_ocr_client.engines.admission import FAILURES, MAX_PAUSE, PATIENCE, PAUSE, Breaker
 
 
 class Clock:

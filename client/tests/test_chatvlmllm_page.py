@@ -344,7 +344,7 @@ def test_scripts_are_programs_over_the_command(
 def test_the_second_name_is_the_same_package() -> None:
     module = importlib.import_module("dots_ocr_client_installed.chatvlmllm.page")
     assert module.__file__ == page.__file__
-    assert module.PageImage.__module__ == "dots_ocr_client_installed.documents"
+    assert module.PageImage.__module__ == "dots_ocr_client_installed.pages.documents"
 
 
 def test_every_module_can_be_imported_by_the_second_name() -> None:

@@ -21,11 +21,11 @@ from support import LINES, FakeServer, encrypted_pdf, pdf_of, reply, sent_image
 from werkzeug import Response
 
 import dots_ocr_client
+from dots_ocr_client.apps.doctor import SAMPLE
 from dots_ocr_client.cli import main, read
 from dots_ocr_client.client import DEFAULT_TIMEOUT
-from dots_ocr_client.doctor import SAMPLE
+from dots_ocr_client.engines.admission import CAP
 from dots_ocr_client.engines.vllm import DEFAULT_BASE_URL
-from dots_ocr_client.limiter import CAP
 
 PROGRAM = Path(sys.executable).with_name("dots-ocr")
 LAYOUT = json.dumps(

@@ -26,10 +26,10 @@ from dots_ocr_client import (
     PageImage,
     Task,
 )
-from dots_ocr_client.documents import OpenDocument, Source, open_document
-from dots_ocr_client.pipeline import AHEAD
+from dots_ocr_client.chain.pipeline import AHEAD
+from dots_ocr_client.pages.documents import OpenDocument, Source, open_document
+from dots_ocr_client.pages.rasterizer import Rasterizer
 from dots_ocr_client.prompts import MODES
-from dots_ocr_client.rasterizer import Rasterizer
 
 SHEET = (200.0, 100.0)  # points
 OTHER = (150.0, 100.0)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from support import FakeServer, card, reply
 
-from dots_ocr_client import doctor
-from dots_ocr_client.doctor import ANSWER_TOKENS, QWEN_PACKAGES, SAMPLE, Check, examine
+from dots_ocr_client.apps import doctor
+from dots_ocr_client.apps.doctor import ANSWER_TOKENS, QWEN_PACKAGES, SAMPLE, Check, examine
 from dots_ocr_client.engines.server import REHEARSAL, REHEARSES, SERVICE
 from dots_ocr_client.engines.vllm import VLLMEngine
 

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 from support import encrypted_pdf, jpeg_of_scans, pdf_of
 
-from dots_ocr_client import InputError, documents, images, pdf_resolution, rasterizer
-from dots_ocr_client.documents import PageImage, Source, draw, open_document
+from dots_ocr_client import InputError
+from dots_ocr_client.pages import documents, images, pdf_resolution, rasterizer
+from dots_ocr_client.pages.documents import PageImage, Source, draw, open_document
 
 FORMATS = documents.FORMATS
 RED, WHITE = (255, 0, 0), (255, 255, 255)

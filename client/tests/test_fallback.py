@@ -37,11 +37,11 @@ from dots_ocr_client import (
     Unauthorized,
     UnusableAnswer,
     VLLMEngine,
-    breaker,
-    fallback,
 )
-from dots_ocr_client.documents import PageReference
-from dots_ocr_client.fallback import SHARE, Chain, OnUnavailable
+from dots_ocr_client.chain import fallback
+from dots_ocr_client.chain.fallback import SHARE, Chain, OnUnavailable
+from dots_ocr_client.engines import admission
+from dots_ocr_client.pages.documents import PageReference
 from dots_ocr_client.prompts import MODES
 
 
@@ -141,7 +141,7 @@ def test_a_loop_or_a_cut_makes_tesseract_read_the_page(
 
 
 def test_a_server_that_hangs_leaves_time_for_tesseract(page: PageImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dots_ocr_client.fallback.SHARE", 0.1)
+    monkeypatch.setattr("dots_ocr_client.chain.fallback.SHARE", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # connects, but never answers
         hanging = VLLMEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
         result = read([hanging, TesseractEngine()], page, timeout=12.0)
@@ -371,8 +371,8 @@ def test_a_page_is_drawn_for_its_first_engine_before_that_has_a_slot(page: PageI
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of a fraction of a second."""
-    monkeypatch.setattr(breaker, "PAUSE", 0.1)
-    monkeypatch.setattr(breaker, "MAX_PAUSE", 0.1)
+    monkeypatch.setattr(admission, "PAUSE", 0.1)
+    monkeypatch.setattr(admission, "MAX_PAUSE", 0.1)
     monkeypatch.setattr(fallback, "LOOK_SECONDS", 0.01)
 
 
@@ -459,7 +459,7 @@ def test_a_wrong_key_that_a_probe_finds_out_is_not_hidden_by_the_next_engine(pag
 
     async def run() -> None:
         chain = Chain([first, second], 60.0)
-        for _ in range(breaker.FAILURES):
+        for _ in range(admission.FAILURES):
             await chain.read(page, Task("text"))
         chain._breakers[0]._probe_at = 0.0
         for _ in range(2):  # each page, and not only the one that probes
@@ -467,7 +467,7 @@ def test_a_wrong_key_that_a_probe_finds_out_is_not_hidden_by_the_next_engine(pag
                 await chain.read(page, Task("text"))
 
     asyncio.run(run())
-    assert len(second.seconds) == breaker.FAILURES
+    assert len(second.seconds) == admission.FAILURES
 
 
 @pytest.mark.usefixtures("quick")
@@ -596,7 +596,7 @@ def test_an_engine_that_is_away_for_a_moment_loses_no_page(gone: ServerUnavailab
 
 
 def test_a_server_that_starts_while_a_page_waits_reads_it(page: PageImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(breaker, "PAUSE", 0.1)
+    monkeypatch.setattr(admission, "PAUSE", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
 
@@ -642,7 +642,7 @@ def test_an_engine_that_is_known_to_be_down_is_not_waited_for_again(page: PageIm
 @pytest.mark.parametrize(
     ("failure", "most"),
     [
-        (GONE, fallback.RETURNS + breaker.FAILURES),
+        (GONE, fallback.RETURNS + admission.FAILURES),
         (unavailable("internal error", 500), 1),
         (unavailable("no memory", passing=False), 1),
         (Overloaded("full"), 1),
@@ -665,14 +665,15 @@ def test_a_gateway_with_nobody_behind_it_is_away_and_not_full(server: FakeServer
 
     async def run() -> list[Page]:
         chain = Chain([engine, Scripted("second", "text")], 20.0)
-        pages = await read_all(chain, page, breaker.FAILURES + 2)
+        pages = await read_all(chain, page, admission.FAILURES + 2)
         await chain.aclose()
         return pages
 
     pages = asyncio.run(run())
-    assert [page.attempts[0].error for page in pages] == ["ServerUnavailable"] * breaker.FAILURES + ["CircuitOpen"] * 2
+    failures = [page.attempts[0].error for page in pages]
+    assert failures == ["ServerUnavailable"] * admission.FAILURES + ["CircuitOpen"] * 2
     assert "/health answered 503" in pages[0].attempts[0].reason
-    assert len(server.requests) == breaker.FAILURES
+    assert len(server.requests) == admission.FAILURES
 
 
 @pytest.mark.parametrize("on_unavailable", ["wait", "fail"])

@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from dots_ocr_client import Box, Cell, FailedPage, Page, hocr
+from dots_ocr_client import Box, Cell, FailedPage, Page
+from dots_ocr_client.results import hocr
 
 CHINESE = Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")
 FONT = ImageFont.truetype("DejaVuSans.ttf", 26)

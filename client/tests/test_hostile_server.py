@@ -15,22 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import answering, ask, card
 
-from dots_ocr_client import (
-    AsyncDotsOCR,
-    ConfigurationError,
-    EngineError,
-    FailedPage,
-    Mode,
-    Page,
-    PageImage,
-    VLLMEngine,
-    layout,
-)
+from dots_ocr_client import AsyncDotsOCR, ConfigurationError, EngineError, FailedPage, Mode, Page, PageImage, VLLMEngine
 from dots_ocr_client.engines import server as transport
 from dots_ocr_client.engines import vllm
 from dots_ocr_client.engines.server import ENGINE_HEADER
 from dots_ocr_client.errors import UnusableAnswer
-from dots_ocr_client.results import Attempt
+from dots_ocr_client.results import Attempt, layout
 
 GRAY = PageImage.of(1, Image.new("RGB", (280, 280), "gray"))
 JSON, STREAM = "application/json", "text/event-stream"

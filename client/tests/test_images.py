@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from dots_ocr_client import images
+from dots_ocr_client.pages import images
 
 SIDES = st.integers(1, 30_000)
 

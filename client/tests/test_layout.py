@@ -11,9 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dots_ocr_client.errors import UnusableAnswer
-from dots_ocr_client.images import MAX_ASPECT, smart_resize
-from dots_ocr_client.layout import Layout, parse, plain_text, to_page, to_seen
+from dots_ocr_client.pages.images import MAX_ASPECT, smart_resize
 from dots_ocr_client.results import Box, Cell
+from dots_ocr_client.results.layout import Layout, parse, plain_text, to_page, to_seen
 
 SEEN = (100, 200)
 PAGE = (100, 200)

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from dots_ocr_client import Limiter, limiter
+from dots_ocr_client import Limiter
+from dots_ocr_client.engines import admission
 
 
 async def hold(slots: Limiter, until: asyncio.Event, order: list[int] | None = None, number: int = 0) -> None:
@@ -72,7 +73,7 @@ def test_a_client_that_knows_nothing_of_its_server_has_all_slots_at_once_and_few
     async def run() -> None:
         slots = Limiter()
         async with crowd(slots, 65):
-            assert slots.in_flight == limiter.CAP
+            assert slots.in_flight == admission.CAP
         slots.restart()
         async with crowd(slots, 65):
             assert slots.in_flight == 4
@@ -110,7 +111,7 @@ def test_complaints_about_one_overload_count_once(monkeypatch: pytest.MonkeyPatc
     slots.overloaded()
     slots.overloaded()
     assert slots.limit == 8
-    monkeypatch.setattr(limiter, "PATIENCE", 0.0)
+    monkeypatch.setattr(admission, "SAME_OVERLOAD", 0.0)
     for _ in range(9):
         slots.overloaded()
     assert slots.limit == 1

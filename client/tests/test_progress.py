@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from dots_ocr_client import progress
-from dots_ocr_client.progress import Lines, count, printable
+from dots_ocr_client.apps import progress
+from dots_ocr_client.apps.progress import Lines, count, printable
 from dots_ocr_client.results import FailedPage
 
 PAGE = FailedPage(1, "AllEnginesFailed", "why")

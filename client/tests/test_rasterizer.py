@@ -20,9 +20,10 @@ import pytest
 from PIL import Image
 from support import children, jpeg_of_scans, pdf_of
 
-from dots_ocr_client import ConfigurationError, InputError, documents, rasterizer
-from dots_ocr_client.documents import OpenDocument, PageImage, Source, draw, open_document
-from dots_ocr_client.rasterizer import WORKER_MEMORY, Rasterizer
+from dots_ocr_client import ConfigurationError, InputError
+from dots_ocr_client.pages import documents, rasterizer
+from dots_ocr_client.pages.documents import OpenDocument, PageImage, Source, draw, open_document
+from dots_ocr_client.pages.rasterizer import WORKER_MEMORY, Rasterizer
 
 
 def has_ended(pid: int, seconds: float) -> bool:
@@ -384,8 +385,8 @@ def test_close_ends_the_workers(document: OpenDocument) -> None:
 SCRIPT = """
 import asyncio, os, sys
 from pathlib import Path
-from dots_ocr_client.documents import open_document
-from dots_ocr_client.rasterizer import Rasterizer
+from dots_ocr_client.pages.documents import open_document
+from dots_ocr_client.pages.rasterizer import Rasterizer
 
 rasterizer = Rasterizer(1)
 document = open_document("a.pdf")
@@ -581,6 +582,6 @@ def test_a_worker_runs_nothing_of_the_current_directory(
 
 
 def test_a_worker_imports_little() -> None:
-    code = "import sys, dots_ocr_client.rasterizer; print('openai' in sys.modules, 'httpx2' in sys.modules)"
+    code = "import sys, dots_ocr_client.pages.rasterizer; print('openai' in sys.modules, 'httpx2' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output == "False False\n"

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from support import FakeServer, pdf_of
 
-from dots_ocr_client import documents
+from dots_ocr_client.pages import documents
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "ray_data.py"
 

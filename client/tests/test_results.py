@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dots_ocr_client.apps.view import write_view
 from dots_ocr_client.results import Attempt, Box, Cell, Document, FailedPage, Page
-from dots_ocr_client.view import write_view
 
 ATTEMPT = Attempt("vllm", "failed", "ServerUnavailable", "it is not there", 0.5)
 PAGE = Page(

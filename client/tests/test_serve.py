@@ -40,16 +40,13 @@ from dots_ocr_client import (
     Task,
     TesseractEngine,
     VLLMEngine,
-    documents,
-    images,
-    rasterizer,
-    serve,
-    serve_http,
 )
+from dots_ocr_client.apps import serve, serve_http
+from dots_ocr_client.apps.serve_api import Refused
 from dots_ocr_client.cli import main
 from dots_ocr_client.errors import ConfigurationError, EngineError, RequestRejected, ServerUnavailable, UnusableAnswer
+from dots_ocr_client.pages import documents, images, rasterizer
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
-from dots_ocr_client.serve_api import Refused
 
 PROGRAM = Path(sys.executable).with_name("dots-ocr")
 TEXT = MODES["text"].prompt
@@ -924,8 +921,8 @@ def test_the_command_names_a_port_that_is_taken(url: str, capsys: pytest.Capture
 def test_the_command_says_how_to_install_what_it_needs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "dots_ocr_client.serve")
-    monkeypatch.delattr(importlib.import_module("dots_ocr_client"), "serve")
+    monkeypatch.delitem(sys.modules, "dots_ocr_client.apps.serve")
+    monkeypatch.delattr(importlib.import_module("dots_ocr_client.apps"), "serve")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve"]) == 1
     assert "pip install 'dots-ocr-client[serve]'" in capsys.readouterr().err

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dots_ocr_client.documents import PageImage
 from dots_ocr_client.errors import InputError
+from dots_ocr_client.pages.documents import PageImage
 from dots_ocr_client.prompts import Mode
 from dots_ocr_client.results import Box, Cell, Document, FailedPage, Page
-from dots_ocr_client.store import FORMATS, Folder, Store, Summary
+from dots_ocr_client.results.store import FORMATS, Folder, Store, Summary
 
 
 class Again(TypedDict):

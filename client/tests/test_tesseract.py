@@ -23,7 +23,7 @@ from dots_ocr_client import (
     TesseractEngine,
     UnusableAnswer,
 )
-from dots_ocr_client.fallback import Chain
+from dots_ocr_client.chain.fallback import Chain
 from dots_ocr_client.prompts import MODES, Mode
 
 FakeTesseract = Callable[[str], Path]

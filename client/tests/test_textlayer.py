@@ -13,10 +13,10 @@ from PIL import Image
 from support import children, pdf_of
 
 from dots_ocr_client import AllEnginesFailed, Answer, DotsOCR, EngineError, NotApplicable, Page, PageImage, Task
-from dots_ocr_client.documents import PageReference, draw, open_document
 from dots_ocr_client.engines.textlayer import TextLayerEngine
+from dots_ocr_client.pages.documents import PageReference, draw, open_document
+from dots_ocr_client.pages.rasterizer import Rasterizer
 from dots_ocr_client.prompts import Mode
-from dots_ocr_client.rasterizer import Rasterizer
 
 SCAN = b"q %d 0 0 %d %d %d cm /Scan Do Q\n"
 """Puts the picture there: width, height, left, bottom."""

@@ -15,9 +15,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from dots_ocr_client.documents import PageImage
+from dots_ocr_client.apps.view import write_view
+from dots_ocr_client.pages.documents import PageImage
 from dots_ocr_client.results import Attempt, Box, Cell, Document, FailedPage, Page
-from dots_ocr_client.view import write_view
 
 WIDTH, HEIGHT = 1000, 1400
 CELLS = (

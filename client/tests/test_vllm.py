@@ -41,12 +41,12 @@ from dots_ocr_client import (
     Unauthorized,
     UnusableAnswer,
     VLLMEngine,
-    images,
-    layout,
 )
 from dots_ocr_client.engines import server as transport
 from dots_ocr_client.engines import vllm
+from dots_ocr_client.pages import images
 from dots_ocr_client.prompts import MODES
+from dots_ocr_client.results import layout
 
 WAIT_SECONDS = vllm.WAIT_SECONDS  # before the tests shorten it
 LOOP = "The same line again.\n" * 200

@@ -37,10 +37,10 @@ from dots_ocr_client import (
     ServerUnavailable,
     Task,
     UnusableAnswer,
-    images,
 )
 from dots_ocr_client.engines import qwen
 from dots_ocr_client.engines.qwen import Gpu, QwenEngine, choose_gpu
+from dots_ocr_client.pages import images
 
 SECONDS = 120.0
 PAD = "<|image_pad|>"

@@ -13,8 +13,8 @@ from html import unescape
 from pathlib import Path
 from typing import NamedTuple
 
-from dots_ocr_client import images
-from dots_ocr_client.bench.pages import _TEXTS, A4
+from dots_ocr_client.apps.bench.pages import _TEXTS, A4
+from dots_ocr_client.pages import images
 from PIL import Image, ImageDraw, ImageFont
 from support import FakeServer
 

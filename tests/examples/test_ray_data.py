@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from dots_ocr_client import Page
-from dots_ocr_client.limiter import START
+from dots_ocr_client.engines.admission import START
 from PIL import Image
 from pytest_httpserver import HTTPServer
 from support import FakeServer, pdf_of, reply, sent_image

@@ -26,10 +26,10 @@ from dots_ocr_client import (
     Unauthorized,
     UnusableAnswer,
     VLLMEngine,
-    images,
 )
 from dots_ocr_client.engines import vllm
 from dots_ocr_client.engines.server import Completion, Server
+from dots_ocr_client.pages import images
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
 from PIL import Image
 

@@ -9,7 +9,7 @@ if sys.platform == "win32":
     )
 
 from .client import AsyncDotsOCR, DotsOCR
-from .documents import PageImage
+from .engines.admission import Limiter
 from .engines.base import Answer, Engine, Task
 from .engines.defaults import make_engines
 from .engines.tesseract import TesseractEngine
@@ -35,7 +35,7 @@ from .errors import (
     Unauthorized,
     UnusableAnswer,
 )
-from .limiter import Limiter
+from .pages.documents import PageImage
 from .prompts import Mode
 from .results import Attempt, Box, Cell, Document, FailedPage, Page
 from .version import __version__

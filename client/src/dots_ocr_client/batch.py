@@ -18,12 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
 
-from .documents import OpenDocument, PageImage, is_document, parse_pages
 from .errors import ConfigurationError, DotsOCRError, InputError
+from .pages.documents import OpenDocument, PageImage, is_document, parse_pages
+from .pages.rasterizer import draw
 from .prompts import MODES, Mode
-from .rasterizer import draw
 from .results import FailedPage, Page
-from .store import FORMATS, JOURNAL, Folder, Store, Summary, to_json
+from .results.store import FORMATS, JOURNAL, Folder, Store, Summary, to_json
 
 SUFFIXES: Final = frozenset(
     ".pdf .png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .heic .heif .avif .ppm .pgm .pbm .pnm .jfif .jpe .j2k".split()  # noqa: SIM905

@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
+from .apps.progress import count, printable, shown, shown_on_terminals
 from .errors import DotsOCRError, InputError
-from .progress import count, printable, shown, shown_on_terminals
 
 if TYPE_CHECKING:  # what takes long to import waits until a command needs it
+    from .apps.bench.measure import Measurement
+    from .apps.bench.report import BenchmarkReport
+    from .apps.doctor import Check
     from .batch import Report
-    from .bench.measure import Measurement
-    from .bench.report import BenchmarkReport
-    from .doctor import Check
-    from .documents import PageImage
     from .engines.base import Engine
     from .engines.defaults import Name
     from .engines.vllm import VLLMEngine
+    from .pages.documents import PageImage
     from .prompts import Mode
     from .results import Box, Document
 
@@ -285,7 +285,7 @@ def read(
       dots-ocr read 'in/*.pdf' more/ --out read/     a later run goes on
       dots-ocr read a.pdf --out read/ --pictures --format md --format csv
     """  # noqa: D301  # typer keeps the lines of a paragraph that begins with this character
-    from .reading import expanded, notes
+    from .apps.reading import expanded, notes
     from .results import Page
 
     files = list(expanded(files))
@@ -391,7 +391,7 @@ def _written(document: Document, form: Format, headers: bool, file: Path, passwo
         case Format.HTML:
             return document.html(headers=headers)
         case Format.HOCR:
-            from .reading import as_hocr
+            from .apps.reading import as_hocr
 
             return as_hocr(document, None if file == Path("-") else file, password, dpi)
         case Format.MD | Format.CSV:
@@ -436,8 +436,8 @@ def _one(
     **options: Any,
 ) -> Document:
     """Read one document, and print it, or write it into a file."""
+    from .apps.reading import read_one
     from .client import AsyncDotsOCR
-    from .reading import read_one
 
     source: Any = file
     if file == Path("-"):  # here, where a signal ends the wait
@@ -527,7 +527,7 @@ def doctor(
     engine = VLLMEngine(base_url, model=model)
 
     async def run() -> list[Check]:
-        from .doctor import examine
+        from .apps.doctor import examine
 
         try:
             return await examine(engine, timeout, ocr=ocr, languages=languages)
@@ -596,7 +596,7 @@ def bench(
       dots-ocr bench --engine vllm --engine tesseract
       dots-ocr bench scans/*.png --out measured/     with NAME.txt beside each
     """  # noqa: D301
-    from .bench.report import EXTRA
+    from .apps.bench.report import EXTRA
 
     levels = _concurrency(concurrency)
     if out is not None:
@@ -625,12 +625,12 @@ async def _measure(
     mode: Literal["text", "layout"],
     timeout: float,
 ) -> BenchmarkReport:
-    from .bench.measure import measure
-    from .bench.pages import generate_pages, load_pages
-    from .bench.report import BenchmarkReport, describe_machine
+    from .apps.bench.measure import measure
+    from .apps.bench.pages import generate_pages, load_pages
+    from .apps.bench.report import BenchmarkReport, describe_machine
+    from .engines.admission import Limiter
     from .engines.defaults import ENGINES, make_engines
     from .engines.vllm import VLLMEngine
-    from .limiter import Limiter
 
     engines: list[Engine] = [
         VLLMEngine(base_url, model=model, limiter=Limiter(max(levels), max(levels)))
@@ -715,7 +715,7 @@ def view(
       dots-ocr view read/thesis.pdf.json
       dots-ocr view thesis.json --source thesis.pdf --out thesis.html
     """  # noqa: D301
-    from .view import write_view
+    from .apps.view import write_view
 
     document, digest = _result(result)
     file = out or result.with_suffix(".view.html")
@@ -784,7 +784,7 @@ def serve(
       dots-ocr serve --engine vllm --base-url http://gpu:8000/v1 --port 8001
     """  # noqa: D301
     try:
-        from . import serve as service
+        from .apps import serve as service
     except ModuleNotFoundError as error:
         if error.name not in ("prometheus_client", "starlette", "uvicorn"):
             raise
@@ -848,7 +848,7 @@ def _pictures(document: Document, source: Path, digest: str | None, password: st
     """
     import hashlib
 
-    from .rasterizer import draw, open_document
+    from .pages.rasterizer import draw, open_document
 
     opened = open_document(source, [page.number for page in document.pages], password=password)
     if digest is not None:

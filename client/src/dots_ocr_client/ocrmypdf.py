@@ -17,10 +17,10 @@ from ocrmypdf.builtin_plugins.tesseract_ocr import TesseractOcrEngine
 from ocrmypdf.exceptions import ExitCode, ExitCodeException
 from PIL import Image
 
-from . import hocr
 from .client import DotsOCR
 from .engines.defaults import make_engines
 from .errors import DotsOCRError
+from .results import hocr
 from .version import __version__
 
 _log = logging.getLogger(__name__)

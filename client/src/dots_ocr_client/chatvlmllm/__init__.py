@@ -12,12 +12,7 @@ of strangers.
 from .client import VLLMDotsOCRClient, get_vllm_dots_ocr_client
 from .integration import DotsOCRVLLMIntegration, get_dots_ocr_vllm_integration, initialize_dots_ocr_vllm
 from .model import ServerModel
-from .page import (
-    SingleContainerManager,
-    VLLMStreamlitAdapter,
-    create_single_container_ui,
-    create_vllm_interface,
-)
+from .page import SingleContainerManager, VLLMStreamlitAdapter, create_single_container_ui, create_vllm_interface
 
 __all__ = [
     "DotsOCRVLLMIntegration",

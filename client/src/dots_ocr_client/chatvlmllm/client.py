@@ -18,9 +18,8 @@ from typing import Any, Final, TypeVar
 
 from PIL import Image
 
-from .. import images
+from ..chain.loop_thread import LoopThread
 from ..credentials import bare, read_key, without_login
-from ..documents import PageImage
 from ..engines.base import Answer, Task
 from ..engines.server import Completion, Server, is_about_length
 from ..engines.vllm import VLLMEngine
@@ -33,8 +32,9 @@ from ..errors import (
     ServerUnavailable,
     UnusableAnswer,
 )
-from ..loop_thread import LoopThread
-from ..rasterizer import draw
+from ..pages import images
+from ..pages.documents import PageImage
+from ..pages.rasterizer import draw
 from . import settings
 from .messages import Conversation, open_pages
 from .trained import content_of, task_of

@@ -6,12 +6,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol, cast
 
-from ..documents import PageImage
+from ..chain.fallback import Chain
+from ..chain.loop_thread import LoopThread
 from ..engines.base import Engine, Task
 from ..engines.defaults import Name, make_engines
 from ..errors import InputError, UnusableAnswer
-from ..fallback import Chain
-from ..loop_thread import LoopThread
+from ..pages.documents import PageImage
 from .client import completion_of
 from .messages import Conversation
 from .trained import content_of, task_of

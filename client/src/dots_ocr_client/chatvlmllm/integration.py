@@ -10,8 +10,8 @@ from typing import Any, Final, TypeVar
 
 from PIL import Image
 
-from ..documents import PageImage
 from ..errors import ConfigurationError, DotsOCRError, Overloaded, ServerUnavailable
+from ..pages.documents import PageImage
 from . import settings
 from .client import (
     DEFAULT_PROMPT,

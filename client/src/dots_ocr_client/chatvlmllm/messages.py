@@ -16,11 +16,11 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
-from ..documents import OpenDocument, PageImage, Source
 from ..engines.server import PICTURE
 from ..errors import InputError
+from ..pages.documents import OpenDocument, PageImage, Source
+from ..pages.rasterizer import draw, open_document
 from ..prompts import PLACEHOLDER
-from ..rasterizer import draw, open_document
 
 LONGEST_PATH: Final = 4096
 """In bytes; Linux's PATH_MAX (linux/limits.h)."""

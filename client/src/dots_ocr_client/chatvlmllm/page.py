@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from ..documents import PageImage
 from ..engines.server import MAX_COUNT, is_loopback
 from ..errors import DotsOCRError, InputError, Overloaded, ServerUnavailable
+from ..pages.documents import PageImage
 from ..prompts import MODES
 from . import settings
 from .client import DEFAULT_PROMPT, DEFAULT_URL, VLLMDotsOCRClient, get_vllm_dots_ocr_client

@@ -8,12 +8,12 @@ from typing import Protocol
 
 from PIL import Image
 
-from .. import images
-from ..documents import PageImage
 from ..errors import RequestRejected
-from ..limiter import Limiter
+from ..pages import images
+from ..pages.documents import PageImage
 from ..prompts import Mode
 from ..results import Attempt, Box, Cell
+from .admission import Limiter
 
 
 @dataclass(frozen=True, slots=True)

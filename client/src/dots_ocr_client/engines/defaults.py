@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Literal
 
-from ..limiter import CAP, START, Limiter
+from .admission import CAP, START, Limiter
 from .base import Engine
 
 Name = Literal["vllm", "qwen", "textlayer", "tesseract"]

@@ -26,8 +26,6 @@ from typing import Any, Final, TypeVar
 
 from PIL import Image
 
-from .. import images
-from ..documents import PageImage
 from ..errors import (
     ConfigurationError,
     CutOff,
@@ -40,9 +38,11 @@ from ..errors import (
     ServerUnavailable,
     UnusableAnswer,
 )
-from ..limiter import Limiter
+from ..pages import images
+from ..pages.documents import PageImage
 from ..prompts import Mode
 from ..results import Box
+from .admission import Limiter
 from .base import Answer, Task, cut_out
 from .server import LOOP_CHUNKS, LOOP_TAIL, is_loop
 

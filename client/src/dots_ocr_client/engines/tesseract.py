@@ -15,12 +15,12 @@ from typing import Final
 
 from PIL import Image, ImageOps
 
-from .. import images
-from ..documents import PageImage
 from ..errors import EngineError, EngineMissing, UnusableAnswer
-from ..limiter import Limiter
+from ..pages import images
+from ..pages.documents import PageImage
 from ..prompts import Mode
 from ..results import Box, Cell
+from .admission import Limiter
 from .base import Answer, Task, cut_out, is_blank
 
 PAGE_LAYOUT, ONE_BLOCK = "3", "6"

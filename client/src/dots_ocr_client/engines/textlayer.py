@@ -12,13 +12,13 @@ from itertools import pairwise
 from statistics import median
 from typing import Final
 
-from ..documents import PageImage
 from ..errors import EngineError, InputError, NotApplicable
-from ..limiter import Limiter
-from ..pdf_text import BUILD, Area, Run, TextLayer, around, turned
+from ..pages.documents import PageImage
+from ..pages.pdf_text import BUILD, Area, Run, TextLayer, around, turned
+from ..pages.rasterizer import Rasterizer
 from ..prompts import Mode
-from ..rasterizer import Rasterizer
 from ..results import Box, Cell
+from .admission import Limiter
 from .base import Answer, Task
 
 MAX_GARBLED: Final = 0.02

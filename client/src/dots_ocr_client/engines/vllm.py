@@ -13,9 +13,7 @@ from typing import Any, Final
 
 from PIL import Image
 
-from .. import images, layout
 from ..credentials import KEY_VARIABLE, read_key
-from ..documents import PageImage
 from ..errors import (
     ConfigurationError,
     CutOff,
@@ -28,8 +26,11 @@ from ..errors import (
     ServerUnavailable,
     UnusableAnswer,
 )
-from ..limiter import Limiter
+from ..pages import images
+from ..pages.documents import PageImage
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
+from ..results import layout
+from .admission import Limiter
 from .base import Answer, Task, is_blank, place
 from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Completion, Server, is_about_length
 

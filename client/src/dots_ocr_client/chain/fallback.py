@@ -9,10 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
-from .breaker import PATIENCE, Breaker
-from .documents import PageImage
-from .engines.base import Answer, Engine, Task, is_blank
-from .errors import (
+from ..engines.admission import PATIENCE, Breaker
+from ..engines.base import Answer, Engine, Task, is_blank
+from ..errors import (
     AllEnginesFailed,
     CircuitOpen,
     ConfigurationError,
@@ -25,7 +24,8 @@ from .errors import (
     ServerUnavailable,
     Unauthorized,
 )
-from .results import Attempt, Box, Page
+from ..pages.documents import PageImage
+from ..results import Attempt, Box, Page
 
 SHARE: Final = 0.75
 """Part of the remaining time that an engine may use while others stand behind it (our own choice). Without this a
@@ -92,7 +92,7 @@ class Chain:
             on_unavailable: What to do with a page whose engine is not there. ``wait`` starts its time anew when the
                 engine is back. It is about engines, not about pages: an answer of no use always leads to the next one.
             max_wait: With ``wait``: for each page in all, in seconds; after that it fails. Default: `MAX_WAIT`. With
-                ``fallback``: from when the engine went away until it counts as down. Default: `breaker.PATIENCE`.
+                ``fallback``: from when the engine went away until it counts as down. Default: `admission.PATIENCE`.
 
         Raises:
             ValueError: There are no engines, a time is none, or there is no such `OnUnavailable`.

@@ -7,12 +7,13 @@ import contextlib
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Final
 
-from .documents import OpenDocument, PageImage, Source
-from .engines.base import Task
-from .errors import AllEnginesFailed, ConfigurationError, InputError
+from ..engines.admission import Turn
+from ..engines.base import Task
+from ..errors import AllEnginesFailed, ConfigurationError, InputError
+from ..pages.documents import OpenDocument, PageImage, Source
+from ..pages.rasterizer import Rasterizer
+from ..results import FailedPage, Page
 from .fallback import Chain
-from .rasterizer import Rasterizer
-from .results import FailedPage, Page
 
 AHEAD: Final = 0.5
 """Pages drawn before their turn, as a part of those that may be in flight. Pages that were sent together come back
@@ -106,17 +107,3 @@ class Pipeline:
         except AllEnginesFailed as error:
             page = FailedPage(number, type(error).__name__, str(error), error.attempts)
         await finished.put(page)
-
-
-class Turn:
-    """A place among the pages that are drawn ahead, given back once."""
-
-    def __init__(self, turns: asyncio.Semaphore) -> None:
-        """Take over a place, which was acquired."""
-        self._turns: asyncio.Semaphore | None = turns
-
-    def end(self, _: object = None) -> None:
-        """Give it back, unless that was done."""
-        if self._turns is not None:
-            self._turns.release()
-            self._turns = None

@@ -1,4 +1,4 @@
-"""The pages that `dots_ocr_client.bench.measure` measures with, and what they say."""
+"""The pages that `dots_ocr_client.apps.bench.measure` measures with, and what they say."""
 
 # ruff: noqa: RUF001  (Russian text)
 
@@ -12,10 +12,10 @@ from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import images
-from ..documents import PageImage
-from ..errors import InputError
-from ..rasterizer import Rasterizer
+from ...errors import InputError
+from ...pages import images
+from ...pages.documents import PageImage
+from ...pages.rasterizer import Rasterizer
 
 A4: Final = (1654, 2339)
 """The size of a generated page in pixels: A4 at 200 dpi, the resolution at which PDFs are drawn."""

@@ -22,13 +22,13 @@ from pathlib import Path, PurePath
 from typing import IO, Any, Final, NamedTuple
 from urllib.parse import quote
 
-from . import export, hocr, images
-from .documents import PageImage
-from .errors import InputError
+from ..errors import InputError
+from ..pages import images
+from ..pages.documents import PageImage
+from ..prompts import Mode
+from ..version import __version__
+from . import Cell, FailedPage, Page, export, hocr, page_of
 from .layout import table_rows
-from .prompts import Mode
-from .results import Cell, Document, FailedPage, Page, page_of
-from .version import __version__
 
 FORMATS: Final = frozenset({"json", "md", "html", "txt", "hocr", "csv", "pictures"})
 """What outputs there are, by what their names end with; ``csv`` and ``pictures`` are folders, with a file for each
@@ -440,11 +440,6 @@ class Store:
         for raw in self._raw():
             yield _page(raw + b"\n")
 
-    def _documents(self) -> Iterator[Document]:
-        """A document of one page for each page, in order."""
-        for page in self._results():
-            yield Document(self._source, (page,))
-
     def _write_parts(self, kind: str, parts: Iterator[tuple[str, bytes]]) -> None:
         """Write files into a folder of their own, in place of those of an earlier run."""
         with contextlib.closing(self._folder.inner([f"{self._name}.{kind}"])) as folder:
@@ -482,7 +477,7 @@ class Store:
 
     def _markdown(self, page: Page | FailedPage, headers: bool, pictures: set[str]) -> str:
         if isinstance(page, FailedPage):
-            return Document(self._source, (page,)).markdown()
+            return page.markdown()
 
         def address(index: int, cell: Cell) -> str | None:
             name = _part(page, index, "png")
@@ -495,7 +490,7 @@ class Store:
     ) -> Iterator[str]:
         """The parts of an output other than the JSON."""
         if suffix == "html":
-            yield from self._html(headers)
+            yield from export.html_document(self._source, (page.html(headers=headers) for page in self._results()))
         elif suffix == "hocr":
             yield from hocr.document_hocr(self._source, self._results(), partial(hocr.drawn, draw))
         elif suffix == "txt":
@@ -514,21 +509,8 @@ class Store:
             yield "\n"
 
     def _text(self) -> Iterator[str]:
-        for index, document in enumerate(self._documents()):
-            yield "\n\n" * (index > 0) + document.text
-
-    def _html(self, headers: bool) -> Iterator[str]:
-        # The whole is never in memory: each page's part is what it adds to a document without pages, or of one page.
-        none, one = Document(self._source, ()), Document(self._source, (FailedPage(1, "", ""),))
-        shell, begun = none.html(headers=headers), one.html(headers=headers)
-        middle = next(place for place, (a, b) in enumerate(zip(shell, begun, strict=False)) if a != b)
-        tail = len(shell) - middle
-        yield shell[:middle]
-        for index, document in enumerate(self._documents()):
-            before, start = (one.pages, len(begun) - tail) if index else ((), middle)
-            whole = Document(self._source, before + document.pages).html(headers=headers)
-            yield whole[start : len(whole) - tail]
-        yield shell[middle:]
+        for index, page in enumerate(self._results()):
+            yield "\n\n" * (index > 0) + page.text
 
     def _write_json(self, file: IO[bytes], formats: frozenset[str], headers: bool) -> None:
         """Write ``Document.to_dict()`` with our own note in the first line, and one page a line."""

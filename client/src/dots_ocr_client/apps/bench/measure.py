@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ..documents import PageImage
-from ..engines.base import Answer, Engine, Task
-from ..engines.server import REHEARSES
-from ..errors import (
+from ...engines.admission import Limiter
+from ...engines.base import Answer, Engine, Task
+from ...engines.server import REHEARSES
+from ...errors import (
     ConfigurationError,
     DotsOCRError,
     EngineMissing,
@@ -26,8 +26,8 @@ from ..errors import (
     NotApplicable,
     ServerUnavailable,
 )
-from ..limiter import Limiter
-from ..prompts import Mode
+from ...pages.documents import PageImage
+from ...prompts import Mode
 from .pages import BenchmarkPage
 
 READS_PER_SLOT: Final = 2

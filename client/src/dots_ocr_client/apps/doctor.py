@@ -19,17 +19,17 @@ from urllib.parse import urlsplit
 
 from PIL import Image, ImageDraw, ImageFont
 
-from . import images
-from .documents import PageImage
-from .engines.base import Engine, Task
-from .engines.server import REHEARSAL, REHEARSES, SERVICE
-from .errors import NAMES, DotsOCRError, EngineError, EngineMissing, NotApplicable, Unauthorized, UnusableAnswer
-from .prompts import MODES
-from .store import FIRST_ENGINE
+from ..engines.base import Engine, Task
+from ..engines.server import REHEARSAL, REHEARSES, SERVICE
+from ..errors import NAMES, DotsOCRError, EngineError, EngineMissing, NotApplicable, Unauthorized, UnusableAnswer
+from ..pages import images
+from ..pages.documents import PageImage
+from ..prompts import MODES
+from ..results.store import FIRST_ENGINE
 
 if TYPE_CHECKING:
-    from .engines.tesseract import TesseractEngine
-    from .engines.vllm import VLLMEngine
+    from ..engines.tesseract import TesseractEngine
+    from ..engines.vllm import VLLMEngine
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
@@ -88,7 +88,7 @@ async def examine(
         the packages. That a server of this very host only starts with a remedy, or found another KV cache on its card
         than planned, is a check of its own, where it is so.
     """
-    from .engines.tesseract import TesseractEngine
+    from ..engines.tesseract import TesseractEngine
 
     tesseract = TesseractEngine(languages)
     checks = [*await _server(engine, seconds, ocr), *_adapted(engine.base_url), await _tesseract(tesseract)]
@@ -220,7 +220,7 @@ async def _page(name: str, engine: Engine, seconds: float, wrong: str, fix: str)
 
 
 async def _page_by_qwen(seconds: float) -> Check:
-    from .engines.qwen import QwenEngine
+    from ..engines.qwen import QwenEngine
 
     fix = "allow more time (--timeout), or leave this engine out"
     async with contextlib.aclosing(QwenEngine()) as engine:

@@ -8,7 +8,7 @@ let HTML through that stands in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +20,7 @@ from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
 
 if TYPE_CHECKING:  # results.py imports this module
-    from .results import Cell, Document, FailedPage, Page
+    from . import Cell, FailedPage, Page
 
 _HEADERS: Final = frozenset({"Page-header", "Page-footer"})
 _HEADINGS: Final = {"Title": "# ", "Section-header": "## "}
@@ -78,18 +78,9 @@ def markdown(page: Page, *, headers: bool, picture: Callable[[int, Cell], str | 
     return "\n\n".join(block for block in blocks if block)
 
 
-def markdown_document(document: Document, *, headers: bool) -> str:
-    """Return a document as Markdown: its pages with an empty line between them, a comment for each that failed.
-
-    Args:
-        document: The document.
-        headers: With the headers and footers of its pages.
-    """
-
-    def failed(page: FailedPage) -> str:
-        return f"<!-- {_for_comment(_failure(page))} -->"
-
-    return "\n\n".join(filter(None, _each(document, lambda page: markdown(page, headers=headers), failed)))
+def failed_markdown(page: FailedPage) -> str:
+    """Return a comment that says why a page could not be read."""
+    return f"<!-- {_for_comment(_failure(page))} -->"
 
 
 def html(page: Page, *, headers: bool) -> str:
@@ -106,27 +97,30 @@ def html(page: Page, *, headers: bool) -> str:
     return "\n".join([f'<section class="page" data-page="{_number(page.number)}">', *lines, "</section>"])
 
 
-def html_document(document: Document, *, headers: bool) -> str:
-    """Return a document as a whole HTML page that loads nothing; a page that failed says so and why.
+def failed_html(page: FailedPage) -> str:
+    """Return an HTML fragment that says why a page could not be read."""
+    number, why = _number(page.number), _escape(_failure(page))
+    return f'<section class="page failed" data-page="{number}">\n<p>{why}</p>\n</section>'
+
+
+def html_document(source: str, pages: Iterable[str]) -> Iterator[str]:
+    """Yield a whole HTML page that loads nothing, in parts, so that a large one is never in memory.
 
     Args:
-        document: The document.
-        headers: With the headers and footers of its pages.
+        source: Its title.
+        pages: The fragments.
     """
-
-    def failed(page: FailedPage) -> str:
-        number, why = _number(page.number), _escape(_failure(page))
-        return f'<section class="page failed" data-page="{number}">\n<p>{why}</p>\n</section>'
-
-    head = (
+    yield (
         "<!DOCTYPE html>\n<html>\n<head>\n"
         '<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_CSP}">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{_escape(document.source)}</title>\n"
-        f"<style>{_STYLE}</style>\n</head>\n<body>"
+        f"<title>{_escape(source)}</title>\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n"
     )
-    return "\n".join([head, *_each(document, lambda page: html(page, headers=headers), failed), "</body>\n</html>\n"])
+    for page in pages:
+        yield page + "\n"
+    yield "</body>\n</html>\n"
 
 
 def clean_table(text: str) -> str:
@@ -134,12 +128,6 @@ def clean_table(text: str) -> str:
     if "<table" not in text.lower():
         text = f"<table>{text}</table>"  # rows outside of a table would lose their tags
     return _TABLE.clean(_encodable(text)).strip()
-
-
-def _each(document: Document, read: Callable[[Page], str], failed: Callable[[FailedPage], str]) -> list[str]:
-    from .results import FailedPage  # not above, because results.py imports this module
-
-    return [failed(page) if isinstance(page, FailedPage) else read(page) for page in document.pages]
 
 
 def _wanted(page: Page, headers: bool) -> Iterator[Cell]:

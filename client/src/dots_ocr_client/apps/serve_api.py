@@ -14,13 +14,13 @@ from typing import Any, Final
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from . import images, layout
-from .documents import PageImage
-from .engines.base import Task
-from .engines.server import ENGINE_HEADER
-from .errors import InputError
-from .prompts import MODES, PLACEHOLDER, Mode
-from .results import Box, Page
+from ..engines.base import Task
+from ..engines.server import ENGINE_HEADER
+from ..errors import InputError
+from ..pages import images
+from ..pages.documents import PageImage
+from ..prompts import MODES, PLACEHOLDER, Mode
+from ..results import Box, Page, layout
 
 MAX_PARTS: Final = 100_000
 """Commas and brackets of a request (our own choice: there are some 20, and those of the prompt)."""

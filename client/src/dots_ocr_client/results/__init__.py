@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
+from ..prompts import Mode
 from . import export
-from .prompts import Mode
 
 Category = Literal[
     "Caption",
@@ -167,6 +167,19 @@ class FailedPage:
     reason: str
     attempts: tuple[Attempt, ...] = ()
 
+    @property
+    def text(self) -> str:
+        """What stands in the place of its text, in brackets."""
+        return f"[page {self.number} could not be read]"
+
+    def markdown(self, *, headers: bool = True) -> str:
+        """Return a comment that says why it could not be read; ``headers`` is of no consequence."""
+        return export.failed_markdown(self)
+
+    def html(self, *, headers: bool = True) -> str:
+        """Return an HTML fragment that says why it could not be read; ``headers`` is of no consequence."""
+        return export.failed_html(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of this class as JSON-ready values."""
         return asdict(self)
@@ -202,10 +215,7 @@ class Document:
     @property
     def text(self) -> str:
         """The text of all pages, with an empty line between pages; a page that failed says so in brackets."""
-        return "\n\n".join(
-            f"[page {page.number} could not be read]" if isinstance(page, FailedPage) else page.text
-            for page in self.pages
-        )
+        return "\n\n".join(page.text for page in self.pages)
 
     def markdown(self, *, headers: bool = True) -> str:
         """Return the document as Markdown, with an empty line between pages.
@@ -213,7 +223,7 @@ class Document:
         Args:
             headers: With the headers and footers of the pages.
         """
-        return export.markdown_document(self, headers=headers)
+        return "\n\n".join(filter(None, (page.markdown(headers=headers) for page in self.pages)))
 
     def html(self, *, headers: bool = True) -> str:
         """Return the document as a whole HTML page without pictures, safe to show, whatever the model wrote.
@@ -221,7 +231,7 @@ class Document:
         Args:
             headers: With the headers and footers of the pages.
         """
-        return export.html_document(self, headers=headers)
+        return "".join(export.html_document(self.source, (page.html(headers=headers) for page in self.pages)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document as JSON-ready values: ``source``, ``text`` and ``pages``."""

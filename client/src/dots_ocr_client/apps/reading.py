@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from .client import AsyncDotsOCR, whole
-from .documents import Source, parse_pages
-from .errors import InputError
-from .hocr import document_hocr, drawn
+from ..client import AsyncDotsOCR, whole
+from ..errors import InputError
+from ..pages.documents import Source, parse_pages
+from ..pages.rasterizer import draw, open_document
+from ..results import Document, FailedPage, Page
+from ..results.hocr import document_hocr, drawn
 from .progress import Bar, Silent
-from .rasterizer import draw, open_document
-from .results import Document, FailedPage, Page
 
 _DIGITS: Final = re.compile(r"\d+")
 

@@ -28,13 +28,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import serve_http
-from .credentials import bare
-from .documents import PageImage
-from .engines.base import Engine
-from .engines.defaults import ENGINES
-from .engines.server import SERVICE
-from .errors import (
+from ..chain.fallback import Chain
+from ..credentials import bare
+from ..engines.admission import Turn
+from ..engines.base import Engine
+from ..engines.defaults import ENGINES
+from ..engines.server import SERVICE
+from ..errors import (
     AllEnginesFailed,
     CircuitOpen,
     ConfigurationError,
@@ -45,12 +45,12 @@ from .errors import (
     Overloaded,
     ServerUnavailable,
 )
-from .fallback import Chain
-from .pipeline import Turn
-from .rasterizer import Rasterizer, memory
-from .results import Attempt, Page
+from ..pages.documents import PageImage
+from ..pages.rasterizer import Rasterizer, memory
+from ..results import Attempt, Page
+from ..version import __version__
+from . import serve_http
 from .serve_api import Refused, answer, task_of, understand
-from .version import __version__
 
 SERVED_NAMES: Final = ("dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model")
 """The model's names, as the servers of this project serve them: whoever asks for dots.ocr is to find this service."""

@@ -1,4 +1,4 @@
-"""What `dots_ocr_client.bench.measure` found, as JSON and as Markdown."""
+"""What `dots_ocr_client.apps.bench.measure` found, as JSON and as Markdown."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ from typing import Final
 
 from PIL import Image
 
-from .documents import PageImage
+from ..pages.documents import PageImage
+from ..results import Box, Cell, Document, FailedPage, Page
+from ..results.store import FIRST_ENGINE
 from .progress import count, printable
-from .results import Box, Cell, Document, FailedPage, Page
-from .store import FIRST_ENGINE
 
 LONGEST_SIDE: Final = 1600
 """Of a picture, in pixels: print of a full page is still easy to read (our own choice)."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Self
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-    from .results import FailedPage, Page
+    from ..results import FailedPage, Page
 
 EVERY_SECONDS: Final = 10.0
 """Between two lines about pages in a log (our own choice)."""

@@ -17,10 +17,9 @@ from typing import Any, Final, NamedTuple
 
 from PIL import Image, ImageChops
 
-from . import layout
-from .documents import PageImage
-from .errors import InputError
-from .results import Box, Cell, FailedPage, Page
+from ..errors import InputError
+from ..pages.documents import PageImage
+from . import Box, Cell, FailedPage, Page, layout
 
 INK: Final = 48
 """Grey levels (of 255) by which ink differs from the paper around it (our own choice: print on a grey ground does)."""

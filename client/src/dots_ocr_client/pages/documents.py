@@ -25,8 +25,8 @@ import pypdfium2
 from PIL import Image, ImageChops, UnidentifiedImageError
 from pypdfium2 import raw
 
+from ..errors import InputError
 from . import images, pdf_resolution
-from .errors import InputError
 
 MAX_FILE_BYTES: Final = 256 * 2**20
 """Of an image. Our own limit: an uncompressed page of `MAX_PAGE_PIXELS` in RGB takes just this much."""

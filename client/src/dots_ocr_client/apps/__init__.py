@@ -1,0 +1,1 @@
+"""What people run: one document, a service, a look at what was read, the doctor, benchmarks."""

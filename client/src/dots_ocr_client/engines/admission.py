@@ -1,0 +1,254 @@
+"""Which pages an engine is given, and when: how many at once, and none while it is not there.
+
+How many pages an engine may be given at once, its `Limiter` finds out by trying, as TCP does for a connection.
+The limit starts at what any server of this project takes in, and is halved when the server says that it is overloaded;
+from then on it grows by one per round. A larger burst would be worse than useless: a vLLM server spends seconds on
+preparing the images of pages that it then turns away. A server that was away and is back begins with few pages, and the
+limit grows with each page that is read (slow start, as TCP: it doubles about once per round trip).
+
+An engine that is not there is left alone by its `Breaker`, which finds out with a single probe when it is back.
+Closed, every page is let through. After `FAILURES` in a row it opens: pages are refused at once, so that each of them
+does not wait out the same timeout. When its pause is over, one page at a time is let in as a probe; if that fails the
+next pause is twice as long. Then it closes, and the pages follow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Literal, Self
+
+START: Final = 32
+"""Pages at once in the beginning. Our own choice: the smallest GPU server of this project takes 40 before it turns any
+away. Whoever starts with less loses a whole round of the server's time in finding out."""
+AGAIN: Final = 4
+"""The same for a server that is back: it may have gone under its load (our own choice)."""
+CAP: Final = 32
+"""Pages at once at most; upstream advises 32 to 128, and a single GPU gains little beyond."""
+SAME_OVERLOAD: Final = 1.0
+"""Seconds after a halving in which further complaints are taken for the same overload: they come from pages that were
+sent before it."""
+
+FAILURES: Final = 3
+"""In a row, until it opens (our own choice: one may be the page's fault, three are not)."""
+PATIENCE: Final = 10.0
+"""Seconds for which an engine that went away counts as one that will soon be back (our own choice: a short restart)."""
+PAUSE: Final = 1.0
+"""Seconds between two probes while patience lasts (our own choice: pages wait, and a probe costs little)."""
+MAX_PAUSE: Final = 10.0
+"""Seconds between two probes at most: how late the return of an engine is noticed. A vLLM server takes minutes to
+start."""
+JITTER: Final = 0.5
+"""Each pause is shortened by up to this part, at random, so that many clients do not probe at the same moment."""
+
+Clock = Callable[[], float]
+
+
+class Limiter:
+    """Slots for pages in flight; use it in an ``async with`` statement to hold one.
+
+    It belongs to one event loop. First come, first served.
+    """
+
+    def __init__(self, start: int = START, cap: int = CAP) -> None:
+        """Choose the limits.
+
+        Args:
+            start: Slots in the beginning.
+            cap: Slots at most. With ``start == cap`` the limit only ever changes for an overload.
+
+        Raises:
+            ValueError: Not ``1 <= start <= cap``.
+        """
+        if not 1 <= start <= cap:
+            raise ValueError(f"the limits must be 1 <= start <= cap, not {start} and {cap}")
+        self._start = start
+        self._cap = cap
+        self._limit = float(start)
+        self._slow_start = True
+        self._in_flight = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._halved_at = float("-inf")
+
+    @property
+    def limit(self) -> int:
+        """Slots at present."""
+        return int(self._limit)
+
+    @property
+    def in_flight(self) -> int:
+        """Slots that are held."""
+        return self._in_flight
+
+    def succeeded(self) -> None:
+        """Note a page that the engine read: the limit grows, if it was what kept others waiting."""
+        if self._in_flight >= self.limit or self._waiting:
+            self._limit = min(self._cap, self._limit + (1 if self._slow_start else 1 / self._limit))
+            self._wake()
+
+    def overloaded(self) -> None:
+        """Note that the engine has too much to do: the limit is halved."""
+        now = time.monotonic()
+        if now - self._halved_at >= SAME_OVERLOAD:
+            self._halved_at = now
+            self._slow_start = False
+            self._limit = max(1.0, self._limit / 2)
+
+    def restart(self) -> None:
+        """Begin anew with few slots: whatever was found out, was found out about another state of the engine."""
+        self._limit = float(min(AGAIN, self._start, self._limit))
+        self._slow_start = True
+
+    async def __aenter__(self) -> Self:
+        """Wait for a slot."""
+        if self._in_flight < self.limit and not self._waiting:
+            self._in_flight += 1
+            return self
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                with contextlib.suppress(ValueError):  # `_wake` may have passed over it already
+                    self._waiting.remove(turn)
+            else:  # given and not taken
+                self._release()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the slot back."""
+        self._release()
+
+    def _release(self) -> None:
+        self._in_flight -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting and self._in_flight < self.limit:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._in_flight += 1
+                turn.set_result(None)
+
+
+class Breaker:
+    """The state of one engine. It belongs to one event loop and holds no lock: its methods never wait."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        """Begin closed.
+
+        Args:
+            clock: Seconds that only ever grow.
+        """
+        self._clock = clock
+        self._failures = 0
+        self._pause = PAUSE
+        self._probe_at: float | None = None
+        self._probing = False
+        self._age = 0
+        self._reason = ""
+        self._gone_at: float | None = None
+
+    @property
+    def state(self) -> Literal["closed", "open", "half-open"]:
+        """Whether pages pass, are refused, or are refused while one of them probes."""
+        if self._probe_at is None:
+            return "closed"
+        return "half-open" if self._probing else "open"
+
+    @property
+    def age(self) -> int:
+        """How often it has closed: tells a failure of now from one of a page that was sent before."""
+        return self._age
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the next probe may begin; 0 if it may now, or the breaker is closed."""
+        return 0.0 if self._probe_at is None else max(0.0, self._probe_at - self._clock())
+
+    @property
+    def gone_for(self) -> float:
+        """Seconds since the engine was first found away; endless if it never was, or is there but hangs or fails."""
+        return math.inf if self._gone_at is None else self._clock() - self._gone_at
+
+    @property
+    def reason(self) -> str:
+        """Why it opened last, or why the last probe failed."""
+        return self._reason
+
+    def begin_probe(self) -> bool:
+        """Tell whether the caller is to probe; only one is until it calls `close`, `open` or `abandon_probe`."""
+        if self.state != "open" or self.seconds_left > 0:
+            return False
+        self._probing = True
+        return True
+
+    def abandon_probe(self) -> None:
+        """Let another page probe: this one was cancelled."""
+        self._probing = False
+
+    def succeeded(self) -> None:
+        """Note that the engine did its part, whatever came of the page."""
+        self._failures = 0
+        if self.state == "closed":  # otherwise a page that was sent before the engine went away
+            self._gone_at = None
+
+    def failed(self, age: int, reason: str, *, gone: bool = False) -> None:
+        """Note that the engine was not there, and open after `FAILURES` of these in a row.
+
+        Args:
+            age: What `age` was when the page was let through.
+            reason: For those that are turned away.
+            gone: It could not be reached, or broke its answer off.
+        """
+        if self.state != "closed" or age != self._age:
+            return
+        if gone and (self._gone_at is None or not self._failures):
+            self._gone_at = self._clock()
+        self._failures += 1
+        if self._failures >= FAILURES:
+            self._pause = PAUSE
+            self.open(reason)
+
+    def open(self, reason: str) -> None:
+        """Refuse pages for a pause: after failures, or after a probe that failed, then longer each time.
+
+        Args:
+            reason: For those that are turned away.
+        """
+        self._reason = reason
+        self._probing = False
+        self._probe_at = self._clock() + self._pause * (1 - JITTER * random.random())
+        if self.gone_for >= PATIENCE:
+            self._pause = min(MAX_PAUSE, 2 * self._pause)
+
+    def close(self) -> None:
+        """Let pages through again."""
+        self._probing = False
+        self._probe_at = None
+        self.succeeded()
+        self._age += 1
+
+
+class Turn:
+    """A place among the pages that are drawn ahead, given back once."""
+
+    def __init__(self, turns: asyncio.Semaphore) -> None:
+        """Take over a place, which was acquired."""
+        self._turns: asyncio.Semaphore | None = turns
+
+    def end(self, _: object = None) -> None:
+        """Give it back, unless that was done."""
+        if self._turns is not None:
+            self._turns.release()
+            self._turns = None

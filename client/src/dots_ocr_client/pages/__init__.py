@@ -1,0 +1,1 @@
+"""Files into pictures of pages, and what PDFs say of themselves."""
