@@ -79,7 +79,7 @@ def test_only_files_that_the_lock_names_are_collected(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     real = client_wheels.pip
 
-    def pip(*words: str | Path) -> None:
+    def pip(*words: str | Path, path: Path | None = None) -> None:
         if words[0] == "wheel":
             built = Path(words[words.index("--wheel-dir") + 1])
             built.mkdir()
@@ -100,6 +100,25 @@ def test_only_files_that_the_lock_names_are_collected(
     with pytest.raises(client_wheels.CollectError, match=f"than requirements.lock pins: {COMPILED}; a mirror"):
         source.collect(TARGET, archive)
     assert not archive.exists()
+
+
+def test_what_builds_the_client_comes_from_the_lock_where_ansible_has_it_not(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"CONFIG_FILE": "/dev/null", "NO_INDEX": "1", "FIND_LINKS": str(wheels)}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    write_wheel(wheels, "hatchling-1.0-py3-none-any.whl")
+    lock, versions = tmp_path / "requirements.lock", tmp_path / "versions.txt"
+    versions.write_text("hatchling==1.0\n")
+    lock.write_text(f"hatchling==1.0 --hash=sha256:{client_wheels.sha256(wheels / 'hatchling-1.0-py3-none-any.whl')}\n")
+    assert client_wheels.find_backend(tmp_path, lock, versions) is None, "the tests' own Python has it"
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    backend = client_wheels.find_backend(tmp_path, lock, versions)
+    assert (backend / "hatchling-1.0.dist-info").is_dir()
+    lock.write_text("hatchling==1.0 --hash=sha256:" + "0" * 64 + "\n")
+    with pytest.raises(client_wheels.CollectError, match=r"than requirements\.lock pins: hatchling-1\.0"):
+        client_wheels.find_backend(tmp_path, lock, versions)
 
 
 @pytest.mark.parametrize(("python", "glibc"), [("3.12", "2.41"), ("3.13", "2.27")])
@@ -146,5 +165,5 @@ def test_name_is_that_of_one_minor_version_of_python(checkout: Path) -> None:
 
 
 def test_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(client_wheels.CollectError, match="is no checkout"):
+    with pytest.raises(client_wheels.CollectError, match="lacks client/ or requirements"):
         fingerprint(tmp_path, is_checkout=True)

@@ -14,7 +14,8 @@ description:
   - With an O(archive) it collects them too, so that the other machine needs no package index.
 options:
   repository:
-    description: Checkout to build the client from; the rest is what C(requirements.lock) pins, from pip's index.
+    description: Checkout, or installed collection, to build the client from; the rest is what C(requirements.lock)
+      pins, from pip's index.
     type: path
   wheels:
     description: Folder that has all wheels, instead.
@@ -66,6 +67,8 @@ fingerprint:
 """
 
 import hashlib
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -78,8 +81,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 REQUIREMENT = "dots-ocr-client[serve]"
 FIX = (
-    "Fix: run from a checkout of the repository, on a controller that reaches its package index, or set the role's "
-    "variable ..._wheels to a folder on the controller that has all wheels of dots-ocr-client[serve]"
+    "Fix: run on a controller that reaches its package index and has pip beside Ansible, or set the role's variable "
+    "..._wheels to a folder on the controller that has all wheels of dots-ocr-client[serve]"
 )
 
 
@@ -128,7 +131,7 @@ class Source:
         client, lock = self.folder / "client", self.folder / "requirements.lock"
         project = client / "pyproject.toml"
         if not project.exists() or not lock.exists():
-            raise CollectError(f"{self.folder.resolve()} is no checkout: it lacks client/ or requirements.lock")
+            raise CollectError(f"{self.folder.resolve()} lacks client/ or requirements.lock")
         code = (path for path in (client / "src").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         return [lock, project, *sorted(code)]
 
@@ -150,10 +153,11 @@ class Source:
             wheels, built = Path(scratch) / "wheels", Path(scratch) / "built"
             download = ["download", *target.pip_options(), "--dest", wheels]
             if self.is_checkout:
-                pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, self.folder / "client")
                 lock, versions = self.folder / "requirements.lock", Path(scratch) / "versions.txt"
                 # With a hash in it, pip before 26 demands one of each requirement and a version of each dependency.
                 versions.write_text(re.sub(r"\s*\\\n\s*--hash=\S+", "", lock.read_text()))
+                build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, self.folder / "client"]
+                pip(*build, path=find_backend(Path(scratch), lock, versions))
                 pip(*download, "--constraint", versions, "--find-links", built, REQUIREMENT)
                 check_hashes(wheels, built, lock)
             else:
@@ -168,10 +172,21 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def find_backend(scratch: Path, lock: Path, versions: Path) -> Path | None:
+    """Return a folder with what builds the client, by files that the lock has; None where this Python has it."""
+    if importlib.util.find_spec("hatchling"):
+        return None
+    wheels, folder = scratch / "backend-wheels", scratch / "backend"
+    pip("download", "--only-binary=:all:", "--dest", wheels, "--constraint", versions, "hatchling")
+    check_hashes(wheels, scratch / "nothing", lock)
+    pip("install", "--no-index", "--find-links", wheels, "--target", folder, "hatchling")
+    return folder
+
+
 def check_hashes(wheels: Path, built: Path, lock: Path) -> None:
     """Raise CollectError for a wheel that is neither our own nor one whose SHA-256 the lock has."""
     known = set(re.findall(r"--hash=sha256:([0-9a-f]{64})\b", lock.read_text()))
-    known.update(sha256(wheel) for wheel in built.iterdir())
+    known.update(sha256(wheel) for wheel in built.glob("*"))
     if others := [wheel.name for wheel in sorted(wheels.iterdir()) if sha256(wheel) not in known]:
         raise CollectError(
             f"the package index gave other files than {lock.name} pins: {', '.join(others)}; "
@@ -179,10 +194,11 @@ def check_hashes(wheels: Path, built: Path, lock: Path) -> None:
         )
 
 
-def pip(*words: str | Path) -> None:
-    """Run this Python's pip; raises CollectError with what it says."""
+def pip(*words: str | Path, path: Path | None = None) -> None:
+    """Run this Python's pip, with a folder of modules more if need be; raises CollectError with what it says."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(path)} if path else None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise CollectError(f"pip {words[0]}: {done.stderr.strip() or done.stdout.strip()}")
 
