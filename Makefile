@@ -75,7 +75,7 @@ uninstall: .venv/ready
 # After a change of a role's argument specification or of the memory plan: write the generated tables anew.
 docs: .venv/ready
 	@$(BIN)/python docs/tables.py
-	@for role in roles/*/; do $(BIN)/aar-doc $$role markdown; done
+	@for role in roles/*/; do $(BIN)/aar-doc --output-template docs/role.md.j2 $$role markdown; done
 
 # After a change of requirements.txt or of what a part of the tests needs: resolve it anew, for every Python from 3.11 on, and
 # write the locks with the SHA-256 of every file that the index has. What is locked already stays, as far as it can.
