@@ -137,7 +137,6 @@ def pytest(name: str, *words: str, cwd: Path = REPOSITORY) -> Count:
 
 def lint() -> Count:
     """Look at the sources without running them."""
-    playbooks = [str(file.relative_to(REPOSITORY)) for file in sorted(REPOSITORY.glob("playbooks/*.yml"))]
     checks = [
         command("ruff", "check", "."),
         command("ruff", "format", "--check", "."),
@@ -145,7 +144,7 @@ def lint() -> Count:
         command("mypy", cwd=REPOSITORY / "client"),
         command("yamllint", "--strict", "."),
         command("ansible-lint", "site.yml", "playbooks", "roles", "plugins", "inventory"),
-        command("ansible-playbook", "--syntax-check", "site.yml", *playbooks, "-i", "inventory/local"),
+        command("ansible-playbook", "--syntax-check", "site.yml", "-i", "inventory/local"),
     ]
     return sum(checks, Count())
 
