@@ -5,6 +5,7 @@ There is no registry to build upon: every image starts as a Debian system that m
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,9 @@ from rehearsal.shell import RehearsalError, fingerprint, output, pins, run, say,
 HERE = Path(__file__).resolve().parent
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 VLLM_PYTHON = "3.11"  # Debian 12's; the CPU build of torch is at hand for it on every machine that has one
+# What downloads from the Hub in any image of vLLM: of its wheels all that the stand-in has.
+HUB_CLIENT = ["huggingface_hub", "filelock", "PyYAML", "tqdm", "typing_extensions", "httpx2"]
+HUB_CLIENT += ["anyio", "h11", "httpcore2", "idna", "sniffio", "truststore"]  # what httpx2 needs
 NEWEST_GLIBC_MINOR = 36  # Debian 12 has glibc 2.36
 
 
@@ -58,14 +62,19 @@ def vllm() -> str:
 @one_at_a_time("stand-in-image")
 def vllm_stand_in() -> str:
     """Build the small image that speaks vLLM's protocol where vLLM is not what is tested; return its name."""
-    folder, repository = HERE / "vllm_stand_in", HERE.parent
+    folder, repository, lock = HERE / "vllm_stand_in", HERE.parent, HERE / "vllm/requirements.lock"
     golden = (repository / "roles/dots_ocr_server/files/golden", repository / "tests/monitoring/metrics.json")
-    name = _name("vllm-stand-in", folder, *golden, Path(__file__))
+    name = _name("vllm-stand-in", folder, *golden, lock, Path(__file__))
     if not _exists(name):
         with step("build the image of vLLM's stand-in"):
+            client = STATE / "hub-client.lock"
+            client.write_text("\n".join(pin for package, pin in pins(lock).items() if package in HUB_CLIENT))
+            pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile", *pip_platform_options()]
+            pip += ["--require-hashes", "--requirement", str(client), "--target"]
             copy = " && ".join(f'cp -r "{source}" "$1/golden"' for source in golden)
-            hook = f'{copy} && chmod -R a+rX "$1/golden"'
-            _debian(name, "trixie", folder, hook, ['ENTRYPOINT ["vllm", "serve"]', "ENV HOME=/home/vllm"])
+            packages = f'"$1/usr/local/lib/python{VLLM_PYTHON}/dist-packages"'
+            hook = f'{copy} && chmod -R a+rX "$1/golden" && {shlex.join(pip)} {packages} && rm -r {packages}/bin'
+            _debian(name, "bookworm", folder, hook, ['ENTRYPOINT ["vllm", "serve"]', "ENV HOME=/home/vllm"])
     return name
 
 

@@ -7,21 +7,27 @@ which is made from the contents, so that changed files make a new revision. File
 SHA-256 as large files on the Hub do, and come from a content network: a second server at CONTENT_PORT (PORT + 10),
 to which the first one redirects. It has its files from CONTENT_FOLDER (FOLDER); another folder makes a bad copy.
 
+With HUB_TOKEN in the environment the Hub answers nobody without that token, and a content network, whose addresses are
+signed, refuses whoever sends it. With HUB_DELAY it takes so many seconds to begin with a large file.
+
 Both log every request on standard error: address, status, and the Range that was asked for.
 """
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FOLDER, PORT = Path(sys.argv[1]), int(sys.argv[2])
 CONTENT_PORT = int(sys.argv[3]) if len(sys.argv) > 3 else PORT + 10
+TOKEN = os.environ.get("HUB_TOKEN")
 CONTENT_FOLDER = Path(sys.argv[4]) if len(sys.argv) > 4 else FOLDER
 
 API = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/(?P<what>revision|tree)/(?P<revision>[^/]+)$")
@@ -97,6 +103,9 @@ class Hub(Server):
 
     def do_GET(self) -> None:
         """Answer /api/models/NAME/{revision,tree}/REVISION and /NAME/resolve/REVISION/FILE."""
+        if TOKEN and self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self.send_error(401, "no token")
+            return
         match = API.match(self.place()) or FILE.match(self.place())
         sha, files = snapshot(match["name"]) if match else ("", [])
         if not files or match["revision"] not in ("main", sha):
@@ -126,6 +135,10 @@ class ContentNetwork(Server):
 
     def do_GET(self) -> None:
         """Send /NAME/FILE."""
+        if self.headers["Authorization"]:
+            self.send_error(400, "only one way to be authorised is allowed")
+            return
+        time.sleep(float(os.environ.get("HUB_DELAY", "0")))
         self.send_file(CONTENT_FOLDER / self.place().lstrip("/"))
 
 
