@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
+from typing import Any
 
 from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import init_plugin_loader
@@ -14,3 +16,9 @@ def data_loader() -> DataLoader:
     """Return what reads YAML as Ansible does."""
     init_plugin_loader([str(Path(__file__).resolve().parent.parent / "collections")])
     return DataLoader()
+
+
+def filter_module(name: str) -> Any:
+    """Return the module of one of the collection's filters, which may import others as it does in a play."""
+    data_loader()
+    return importlib.import_module(f"ansible_collections.dots_ocr.deploy.plugins.filter.{name}")

@@ -38,32 +38,25 @@ USE = """
         dots_ocr_model_repository: "{{ item }}"
         dots_ocr_model_weights: {revision: "{{ _dots_ocr_model_commit }}"}
       loop: [unpinned/model, dots-studio/dots.ocr]
-    - ansible.builtin.include_role: {name: dots_ocr_server, tasks_from: trusted}
+    - ansible.builtin.include_role: {name: dots_ocr_server, tasks_from: show_trusted}
       vars:
         dots_ocr_server_image_tag: "{{ item }}"
-        _dots_ocr_server_image: {reference: "any:{{ item }}", pin: sha256:any}
       loop: [v0.33.0, v0.32.0]
   vars:
     ansible_python_interpreter: "{{ ansible_playbook_python }}"
-    _dots_ocr_server_profiles: {any: {image: vllm/vllm-openai}}
-    _dots_ocr_server_chosen: {name: any, tag: v0.32.0}
+    dots_ocr_server_host: {platform: "", gpus: []}
 """
 SHOW = """
+- ansible.builtin.include_tasks: plan.yml
 - ansible.builtin.copy:
-    content: "{{ [_dots_ocr_model_commit, _dots_ocr_server_reference] | to_json }}"
+    content: "{{ [_dots_ocr_model_commit, dots_ocr_server_plan.image.reference] | to_json }}"
     dest: "{{ role_path }}/shown.json"
-- ansible.builtin.copy:
-    content: "{{ [_dots_ocr_server_reference, _dots_ocr_server_digest] | to_json }}"
-    dest: "{{ role_path }}/{{ item.key }}.json"
-  loop: "{{ cases | dict2items }}"
+"""
+SHOW_TRUSTED = """
+- ansible.builtin.include_tasks: plan.yml
+- ansible.builtin.include_tasks: trusted.yml
   vars:
-    cases:
-      another_tag: {tag: v0.33.0}
-      own_digest: {digest: sha256:own}
-      archive: {archive: /image.tar.zst}
-    dots_ocr_server_image_tag: "{{ item.value.tag | default('') }}"
-    dots_ocr_server_image_digest: "{{ item.value.digest | default('') }}"
-    dots_ocr_server_image_archive: "{{ item.value.archive | default('') }}"
+    _dots_ocr_server_image: {reference: "any:{{ dots_ocr_server_image_tag }}", pin: sha256:any}
 """
 
 
@@ -114,6 +107,7 @@ def roles(tmp_path: Path) -> Path:
         shutil.copytree(ROLES / role, tmp_path / role)
         (tmp_path / role / "files/pins.json").write_text('{"other": {}}')
     (tmp_path / "dots_ocr_server/tasks/show.yml").write_text(SHOW)
+    (tmp_path / "dots_ocr_server/tasks/show_trusted.yml").write_text(SHOW_TRUSTED)
     return tmp_path
 
 
@@ -155,12 +149,7 @@ def test_what_hub_and_registry_say_is_written_with_the_date_and_used(
 
     shown = {file.stem: json.loads(file.read_text()) for file in (roles / "dots_ocr_server").glob("*.json")}
     image = f"{address}/vllm/vllm-openai"
-    assert shown == {
-        "shown": [COMMIT, f"{image}@{DIGEST}"],
-        "another_tag": [f"{image}:v0.33.0", ""],
-        "own_digest": [f"{image}@sha256:own", "sha256:own"],
-        "archive": [f"{image}:v0.32.0", ""],
-    }
+    assert shown == {"shown": [COMMIT, f"{image}@{DIGEST}"]}
     assert Handler.asked == 1  # by the playbook, and not by the role
     recap = " ".join(done.stdout.partition("CUSTOM STATS")[2].split())
     assert f"unpinned/model at main is commit {COMMIT}, as http://{address} said when it was first asked" in recap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -21,15 +22,17 @@ ROLES = sorted(path for path in (REPOSITORY / "roles").iterdir() if path.is_dir(
 every_role = pytest.mark.parametrize("role", ROLES, ids=lambda path: path.name)
 
 
+@functools.cache
 def load(file: Path) -> Any:
     """Return the contents of a YAML file."""
     return yaml.safe_load(file.read_text())
 
 
 def options(role: Path) -> dict[str, Any]:
-    """Return the options of the role's main entry point."""
-    found: dict[str, Any] = load(role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
-    return found
+    """Return the options of the role's entry points that need no value."""
+    specified = load(role / "meta/argument_specs.yml")["argument_specs"].values()
+    every = ((name, option) for entry in specified for name, option in entry["options"].items())
+    return {name: option for name, option in every if not option.get("required")}
 
 
 @every_role
@@ -211,3 +214,64 @@ def test_proxy_reaches_tasks_and_engine_by_one_set_of_variables() -> None:
             {"http": "http://p:3128", "https": "http://p:3129", "no_proxy": "mirror,.lan"},
         ],
     }
+
+
+JINJA = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
+CONDITIONS = ("when", "that", "until", "changed_when", "failed_when")
+# Of what a message names, nothing is read.
+TEXT = re.compile(r"'[^'\n]*\s[^'\n]*'")
+
+
+def expressions(part: Any, key: str = "") -> Iterator[str]:
+    """Yield what Ansible evaluates in a part of a file of tasks or variables."""
+    if isinstance(part, dict):
+        for name, value in part.items():
+            yield from expressions(value, name)
+    elif isinstance(part, list):
+        for value in part:
+            yield from expressions(value, key)
+    elif isinstance(part, str):
+        yield from [part] if key in CONDITIONS else JINJA.findall(part)
+
+
+def evaluated(folder: Path) -> str:
+    """Return what Ansible evaluates in a role, in a playbook, or in the playbooks of a folder, one after the other."""
+    files = [folder] if folder.is_file() else [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    found: list[str] = []
+    for file in files:
+        if file.suffix == ".yml" and file.parent.name != "meta":
+            found += expressions(load(file))
+        elif file.suffix == ".j2":
+            found += JINJA.findall(file.read_text())
+    return TEXT.sub("", "\n".join(found))
+
+
+@every_role
+def test_role_reads_no_other_roles_variables_and_files(role: Path) -> None:
+    """What the inventory says of another host, as hostvars has it, is nobody's default."""
+    text = evaluated(role)
+    others = [other for other in ROLES if other != role]
+    names = {name for other in others for name in options(other)}
+    read = {name for name in re.findall(r"(?<![.\w])\w+", text) if name in names}
+    private = [name for other in others for name in re.findall(rf"\b_{other.name}_\w+", text)]
+    every = [file.read_text(errors="ignore") for file in role.rglob("*") if file.suffix in (".yml", ".j2")]
+    files = [line for other in others for line in re.findall(rf".*\.\./{other.name}/.*", "\n".join(every))]
+    assert (read, private, files) == (set(), [], [])
+
+
+@pytest.mark.parametrize("playbook", sorted(REPOSITORY.glob("playbooks/**/*.yml")), ids=lambda path: path.name)
+def test_playbook_uses_no_private_name_of_a_role(playbook: Path) -> None:
+    text = playbook.read_text()
+    assert [name for role in ROLES for name in re.findall(rf"\b_{role.name}_\w+", text)] == []
+
+
+def test_port_stands_in_one_place() -> None:
+    files = [*REPOSITORY.glob("roles/*/[!m]*/**/*.yml"), *REPOSITORY.glob("roles/*/templates/**/*.j2")]
+    found = [
+        line
+        for file in [*files, *REPOSITORY.glob("playbooks/**/*.yml")]
+        for line in re.findall(r"(?mi)^.*port.*\b8000\b.*$", file.read_text())
+        if "chatvlmllm" not in file.parts  # an application of others, which has a port of its own
+    ]
+    # And where vLLM listens in its container, which is nobody else's business.
+    assert sorted(found) == ["_dots_ocr_server_inner_port: 8000", "dots_ocr_server_port: 8000"]

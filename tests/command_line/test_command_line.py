@@ -36,7 +36,7 @@ PLAN = {
 }
 DIAGNOSES = json.loads((ROLE / "files/diagnoses.json").read_text())
 SETTINGS = {
-    "_dots_ocr_server_plan": PLAN,
+    "_dots_ocr_server_limits": PLAN,
     "_dots_ocr_server_remedies": [known["remedy"] for known in DIAGNOSES if "remedy" in known],
     "dots_ocr_server_model_names": ["first", "second/name"],
     "dots_ocr_server_extra_args": ["--seed=42"],

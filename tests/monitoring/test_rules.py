@@ -28,7 +28,10 @@ PLAYBOOK = [
         "vars": {"ansible_python_interpreter": sys.executable},
         "vars_files": [str(ROLE / "defaults/main.yml"), str(ROLE / "vars/main.yml")],
         "tasks": [
-            {"include_vars": {"dir": str(SERVER / "profiles"), "name": "_monitoring_profiles"}},
+            {
+                "include_role": {"name": "dots_ocr.deploy.dots_ocr_server", "tasks_from": "plan"},
+                "vars": {"dots_ocr_server_host": {"platform": "", "gpus": []}},
+            },
             {
                 "template": {
                     "src": str(ROLE / "templates/rules/{{ item }}.yml.j2"),
