@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar
 
-PLACE = Path(__file__).resolve().parent.parent / "plugins/modules/files.py"
-spec = importlib.util.spec_from_file_location("files", PLACE)
-assert spec
-assert spec.loader
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
+
+
+def load(kind: str) -> Any:
+    """Return a plugin named files."""
+    spec = importlib.util.spec_from_file_location(f"files_{kind}", PLUGINS / kind / "files.py")
+    assert spec
+    assert spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+module, action = load("modules"), load("action")
 
 
 def run(capsys: pytest.CaptureFixture[str], *files: dict[str, Any], check: bool = False) -> dict[str, Any]:
@@ -113,3 +125,75 @@ def test_what_is_of_another_kind_is_refused(
     else:
         there.touch()
     assert words in run(capsys, {"path": str(there), "state": state})["msg"]
+
+
+def test_secrets_are_written_and_shown_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = tmp_path / "original"
+    original.write_text("of-the-host")
+    wanted = [
+        {"path": str(tmp_path / "given"), "secret": "of-the-task"},
+        {"path": str(tmp_path / "copy"), "copy_of": str(original)},
+        {"path": str(tmp_path / "made"), "token": "key=%s\n"},
+    ]
+    answer = run(capsys, *wanted)
+    given, copy, made = (Path(one["path"]).read_text() for one in wanted)
+    assert (given, copy) == ("of-the-task", "of-the-host")
+    assert made.startswith("key=")
+    assert len(made) > 40
+    assert [one["after"] for one in answer["diff"]] == ["(secret)\n"] * 3
+    refused = run(capsys, {**wanted[0], "secret": "other", "validate": "false %s"}, wanted[2])
+    for secret in ("of-the-task", "of-the-host", made.strip(), "other"):
+        assert secret not in json.dumps([answer, refused]).replace("another", "")
+    assert run(capsys, *wanted)["paths"] == []
+    assert (tmp_path / "made").read_text() == made
+
+
+def test_a_missing_file_of_the_host_is_named_unless_nothing_is_wanted_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = {"path": str(tmp_path / "copy"), "copy_of": str(tmp_path / "missing")}
+    assert "missing cannot be read: No such file or directory. Fix: bring it" in run(capsys, wanted)["msg"]
+    assert not run(capsys, {**wanted, "state": "absent"})["changed"]
+
+
+def test_says_once_what_has_to_take_a_change_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"a": ["one.service"], "b": ["one.service", "two.service"], "c": []}
+    wanted = [{"path": str(tmp_path / name), "content": "1", "affects": units} for name, units in names.items()]
+    assert run(capsys, *wanted)["affected"] == ["one.service", "two.service"]
+    wanted[2]["content"] = "2"
+    assert run(capsys, *wanted)["affected"] == []
+
+
+def test_what_lies_on_the_controller_is_sent(tmp_path: Path) -> None:
+    for name in ("files/pages/more", "templates"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "files/one").write_bytes(b"\0picture")
+    (tmp_path / "files/pages/page").write_text("1")
+    (tmp_path / "files/pages/more/page").write_text("2")
+    (tmp_path / "templates/unit.j2").write_text('{"{{ item.name }}": "{{ of_the_task }}"}\n')
+    files = [
+        {"path": "/a/one", "src": "one", "mode": "0755"},
+        {"path": "/a/pages", "src": "pages", "owner": "root", "mode": "0640"},
+        {"path": "/a/unit", "template": "unit.j2", "vars": {"item": {"name": "x"}}},
+        {"path": "/a/gone", "state": "absent"},
+    ]
+    task = MagicMock(
+        args={"owner": "root", "files": files}, action="dots_ocr.deploy.files", async_val=0, check_mode=False
+    )
+    task.get_search_path.return_value = [str(tmp_path)]
+    sent: dict[str, Any] = {}
+    loader, variables = DataLoader(), {"of_the_task": "y", "ansible_search_path": [str(tmp_path)]}
+    plugin = action.ActionModule(task, MagicMock(), None, loader, Templar(loader=loader, variables=variables), None)
+    plugin._execute_module = lambda **arguments: sent.update(arguments) or {}
+    plugin.run(task_vars=variables)
+    one, page = (base64.b64encode(content).decode() for content in (b"\0picture", b"1"))
+    assert sent["module_name"] == "dots_ocr.deploy.files"
+    assert sent["module_args"]["owner"] == "root"
+    assert sent["module_args"]["files"] == [
+        {"path": "/a/one", "base64": one, "mode": "0755"},
+        {"path": "/a/pages/more", "state": "directory", "owner": "root"},
+        {"path": "/a/pages/more/page", "base64": "Mg==", "owner": "root", "mode": "0640"},
+        {"path": "/a/pages/page", "base64": page, "owner": "root", "mode": "0640"},
+        {"path": "/a/unit", "content": '{"x": "y"}\n'},
+        {"path": "/a/gone", "state": "absent"},
+    ]

@@ -29,9 +29,36 @@ options:
         choices: [file, directory, absent]
         default: file
       content:
-        description: What is in the file, for instance C(lookup('ansible.builtin.template', 'unit.j2')). Without it
-          the file has to be there, and only its owner and mode are ensured.
+        description: What is in the file. Without this and the other options that tell it, the file has to be there, and
+          only its owner and mode are ensured.
         type: str
+      src:
+        description: File of the controller with the content, looked for as M(ansible.builtin.copy) does; or a folder,
+          whose files come below O(files[].path).
+        type: str
+      template:
+        description: Template of the controller, looked for as M(ansible.builtin.template) does.
+        type: str
+      vars:
+        description: Variables for the template beside those of the task.
+        type: dict
+      base64:
+        description: The content, as the controller sends what it has read.
+        type: str
+      secret:
+        description: The content, to be shown nowhere.
+        type: str
+      copy_of:
+        description: File of the host with the content, to be shown nowhere.
+        type: path
+      token:
+        description: The content of a file that is missing, C(%s) being a random secret. A file that is there stays.
+        type: str
+      affects:
+        description: What has to take a change of this over, such as the names of units.
+        type: list
+        elements: str
+        default: []
       owner:
         description: Owner, if not that of the task.
         type: str
@@ -70,8 +97,20 @@ EXAMPLES = r"""
       - path: /etc/example/settings.json
         content: "{{ settings | to_nice_json }}"
         mode: "0640"
+      - path: /etc/example/key
+        token: "%s\n"
+        mode: "0600"
       - path: /etc/systemd/system/example.service
-        content: "{{ lookup('ansible.builtin.template', 'example.service.j2') }}"
+        template: example.service.j2
+        affects: [example.service]
+  register: written
+
+- name: Restart what they change
+  ansible.builtin.systemd_service:
+    name: "{{ item }}"
+    state: restarted
+    daemon_reload: true
+  loop: "{{ written.affected }}"
 """
 
 RETURN = r"""
@@ -80,14 +119,21 @@ paths:
   returned: success
   type: list
   elements: str
+affected:
+  description: What has to take over what has changed, each once.
+  returned: success
+  type: list
+  elements: str
 """
 
+import base64
 import os
+import secrets
 import shlex
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -111,22 +157,45 @@ class Entry:
         self.module = module
         self.path = Path(wanted["path"])
         self.state: str = wanted["state"]
-        self.content: bytes | None = None if wanted["content"] is None else wanted["content"].encode()
+        self.hidden = any(wanted[name] is not None for name in ("secret", "copy_of", "token"))
+        self.content = self.wanted_content(wanted)
         self.validate: str | None = wanted["validate"]
+        self.affects: list[str] = wanted["affects"]
         self.owner = wanted["owner"] or module.params["owner"]
         self.group = wanted["group"] or module.params["group"]
         self.mode = wanted["mode"] or MODES.get(self.state)
         self.diff: dict[str, Any] = {"before": {}, "after": {}}
 
+    def wanted_content(self, wanted: dict[str, Any]) -> bytes | None:
+        """Return what shall be in the file; nothing where any content will do."""
+        if self.state != "file":
+            return None
+        if wanted["base64"] is not None:
+            return base64.b64decode(wanted["base64"])
+        if wanted["copy_of"] is not None:
+            try:
+                return Path(wanted["copy_of"]).read_bytes()
+            except OSError as error:
+                self.fail(f"{wanted['copy_of']} cannot be read: {error.strerror}. Fix: bring it to this host first.")
+        text = wanted["content"] if wanted["secret"] is None else wanted["secret"]
+        if wanted["token"] is not None and kind_of(self.path) == "absent":
+            text = wanted["token"].replace("%s", secrets.token_urlsafe(32))
+        return None if text is None else text.encode()
+
+    def fail(self, problem: str, **details: Any) -> NoReturn:
+        """End the task without telling what is in the files."""
+        self.module.fail_json(msg=problem, invocation=asked(self.module), **details)
+        raise SystemExit(1)
+
     def check(self) -> None:
         """End the task if this can't be made, or if its command refuses the content."""
         kind = kind_of(self.path)
         if self.state == "file" and kind == "directory":
-            self.module.fail_json(msg=f"{self.path} is a folder. Fix: move it away, then run this again.")
+            self.fail(f"{self.path} is a folder. Fix: move it away, then run this again.")
         if self.state == "directory" and kind in ("file", "link"):
-            self.module.fail_json(msg=f"{self.path} is not a folder. Fix: move it away, then run this again.")
+            self.fail(f"{self.path} is not a folder. Fix: move it away, then run this again.")
         if self.state == "file" and self.content is None and kind == "absent" and not self.module.check_mode:
-            self.module.fail_json(msg=f"{self.path} is missing. Fix: create it, then run this again.")
+            self.fail(f"{self.path} is missing. Fix: create it, then run this again.")
         if not self.validate or self.content is None or (kind == "file" and self.path.read_bytes() == self.content):
             return
         file = Path(self.module.tmpdir, self.path.name)
@@ -136,12 +205,8 @@ class Entry:
         )
         if code != 0:
             command = self.validate.replace("%s", str(self.path))
-            self.module.fail_json(
-                msg=f"'{command}' refuses the new content, and nothing was replaced: {(error or out).strip()}",
-                rc=code,
-                stdout=out,
-                stderr=error,
-            )
+            problem = f"'{command}' refuses the new content, and nothing was replaced: {(error or out).strip()}"
+            self.fail(problem, rc=code, stdout=out, stderr=error)
 
     def own(self, path: Path) -> bool:
         """Give a path its owner and mode; returns whether they differed."""
@@ -169,14 +234,20 @@ class Entry:
         if before == self.content:
             return self.own(self.path)
         self.diff = {
-            "before": (before or b"").decode(errors="replace"),
-            "after": self.content.decode(errors="replace"),
+            "before": self.shown(before or b""),
+            "after": self.shown(self.content),
             "before_header": str(self.path),
             "after_header": str(self.path),
         }
         if not self.module.check_mode:
             self.write(self.content)
         return True
+
+    def shown(self, content: bytes) -> str:
+        """Return a content for the eyes of whoever asked for differences."""
+        if self.hidden or b"\0" in content:
+            return f"({'secret' if self.hidden else 'binary'})\n" if content else ""
+        return content.decode(errors="replace")
 
     def remove(self, kind: str) -> bool:
         """Remove what is there; a link goes, not what it names."""
@@ -210,12 +281,25 @@ class Entry:
         self.diff = {"before": {"path": str(self.path), what: before}, "after": {"path": str(self.path), what: after}}
 
 
+def asked(module: AnsibleModule) -> dict[str, Any]:
+    """Return what Ansible may show of the arguments: nobody's secrets go where no difference was asked for."""
+    return {"module_args": {"files": [wanted["path"] for wanted in module.params["files"]]}}
+
+
 def main() -> None:
     """Check all, then make all."""
     entry = {
         "path": {"type": "path", "required": True},
         "state": {"type": "str", "choices": ["file", "directory", "absent"], "default": "file"},
         "content": {"type": "str"},
+        "src": {"type": "str"},
+        "template": {"type": "str"},
+        "vars": {"type": "dict"},
+        "base64": {"type": "str"},
+        "secret": {"type": "str", "no_log": True},
+        "copy_of": {"type": "path"},
+        "token": {"type": "str", "no_log": False},
+        "affects": {"type": "list", "elements": "str", "default": []},
         "owner": {"type": "str"},
         "group": {"type": "str"},
         "mode": {"type": "raw"},
@@ -234,10 +318,10 @@ def main() -> None:
     for item in entries:
         item.check()
     changed = [item for item in entries if item.make()]
-    # Nobody's secrets go where no difference was asked for.
+    affected = list(dict.fromkeys(name for item in changed for name in item.affects))
     shown = {"diff": [item.diff for item in changed]} if module._diff else {}
-    asked = {"module_args": {"files": [str(item.path) for item in entries]}}
-    module.exit_json(changed=bool(changed), paths=[str(item.path) for item in changed], invocation=asked, **shown)
+    paths = [str(item.path) for item in changed]
+    module.exit_json(changed=bool(changed), paths=paths, affected=affected, invocation=asked(module), **shown)
 
 
 if __name__ == "__main__":

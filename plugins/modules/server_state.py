@@ -1,0 +1,230 @@
+#!/usr/bin/python
+"""Ansible module server_state: all that a deployment of dots.ocr has to know of the servers on a host, at once."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: server_state
+short_description: What is known of the servers on this host
+description:
+  - Reads the servers' settings, units, images and proven state, and who listens where.
+  - On request takes the lock of this host first, so that two deployments do not meet, and has each server prove that it
+    reads. Changes nothing else.
+options:
+  lock:
+    description: Take the lock under this description. In check mode it is not taken.
+    type: str
+  lock_seconds:
+    description: When systemd takes the lock back, should the controller die.
+    type: int
+    default: 86400
+  prove:
+    description: Servers that have to prove that a container gets their GPU, and that they read.
+    type: list
+    elements: str
+    default: []
+  isolated:
+    description: Whether they have to prove that nothing gets out of their containers, too.
+    type: bool
+    default: false
+  unlock:
+    description: Give the lock back if all of them have.
+    type: bool
+    default: false
+attributes:
+  check_mode:
+    support: full
+author:
+  - The dots-ocr-deploy founders
+"""
+
+EXAMPLES = r"""
+- name: Look at what is installed
+  dots_ocr.deploy.server_state:
+  register: found
+
+- name: Check that all of it runs
+  ansible.builtin.assert:
+    that: found.settled
+"""
+
+RETURN = r"""
+servers:
+  description: The settings of each server, by its name.
+  returned: success
+  type: dict
+proven:
+  description: The same of the state that was last proven to read.
+  returned: success
+  type: dict
+running:
+  description: Names of the servers that hold their memory and ports.
+  returned: success
+  type: list
+  elements: str
+settled:
+  description: Whether there are servers, all as they were when they were last proven to read, up, without a restart, at
+    boot, too, and watched as their settings say.
+  returned: success
+  type: bool
+images:
+  description: What Docker knows of the servers' images, by name. Those that are not there are left out.
+  returned: success
+  type: dict
+listeners:
+  description: Who listens at each TCP port, as ss says it.
+  returned: success
+  type: dict
+now:
+  description: Seconds since 1970.
+  returned: success
+  type: int
+locked:
+  description: Whether the lock that was asked for has been taken.
+  returned: success
+  type: bool
+holder:
+  description: Why it has not been.
+  returned: success
+  type: str
+proofs:
+  description: What each server that was asked for it said. Empty if one could not prove it.
+  returned: success
+  type: list
+  elements: str
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DEFINITION = Path("/etc/dots-ocr/server")
+PROVEN = Path("/var/lib/dots-ocr/states/good/server")
+PROGRAMS = Path("/usr/local/lib/dots-ocr")
+LOCK = "dots-ocr-deployment.service"
+
+
+class Host:
+    """What is asked of the host."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        """Read the settings of the servers."""
+        self.module = module
+        self.servers = settings(DEFINITION)
+
+    def run(self, *command: str | Path) -> tuple[int, str, str]:
+        """Return the status of a command, and what it prints on both ways; 127 where there is no such program."""
+        try:
+            status: tuple[int, str, str] = self.module.run_command(
+                [str(word) for word in command], handle_exceptions=False
+            )
+        except OSError as error:
+            return 127, "", str(error)
+        return status
+
+    def asked(self, *command: str | Path) -> str:
+        """Return what a command prints; nothing if it fails."""
+        status, output, _ = self.run(*command)
+        return output if status == 0 else ""
+
+    def units(self) -> dict[str, dict[str, str]]:
+        """Return what systemd says of each server's unit and of the timer of its watchdog, by name."""
+        names = [name for server in self.servers for name in (f"{server}.service", timer(server))]
+        output = (
+            self.asked("systemctl", "show", "--property=ActiveState,UnitFileState,NRestarts", *names) if names else ""
+        )
+        blocks = [dict(line.split("=", 1) for line in block.splitlines()) for block in output.split("\n\n")]
+        return dict(zip(names, blocks))
+
+    def images(self) -> dict[str, Any]:
+        """Return what Docker says of the servers' images."""
+        pins = sorted({server["image"]["pin"] for server in self.servers.values() if "image" in server})
+        found = {pin: json.loads(self.asked("docker", "image", "inspect", pin) or "[]") for pin in pins}
+        return {pin: images[0] for pin, images in found.items() if images}
+
+    def listeners(self) -> dict[str, str]:
+        """Return who listens, by port."""
+        found: dict[str, str] = {}
+        for line in self.asked("ss", "--no-header", "--listening", "--numeric", "--tcp", "--processes").splitlines():
+            port = line.split()[3].rpartition(":")[2]
+            found[port] = f"{found[port]}\n{line}" if port in found else line
+        return found
+
+    def settled(self, units: dict[str, dict[str, str]]) -> bool:
+        """Tell whether nothing is left to be done for what is installed."""
+        for name, server in self.servers.items():
+            unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
+            watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
+            if unit != {"ActiveState": "active", "UnitFileState": "enabled", "NRestarts": "0"}:
+                return False
+            if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
+                return False
+        return bool(self.servers) and json.loads(self.asked(PROGRAMS / "state", "compare") or "{}").get("same", False)
+
+    def proof(self, name: str, isolated: bool) -> str:
+        """Return how a server has proven that it reads; nothing if it could not prove all of it."""
+        server = self.servers[name]
+        show = ("docker", "run", "--rm", "--pull=never", "--network=none", f"--device={server['device']}")
+        commands: list[tuple[str | Path, ...]] = [(*show, "--entrypoint=nvidia-smi", server["image"]["pin"], "-L")]
+        commands += [(PROGRAMS / "api_firewall", "close", name)] if server["allowed_networks"] else []
+        commands += [(PROGRAMS / "isolated_network", "prove", name)] if isolated else []
+        if any(self.run(*command)[0] != 0 for command in commands):
+            return ""
+        return str(json.loads(self.asked(PROGRAMS / "ready", name, "--keep-compiled") or "{}").get("summary", ""))
+
+
+def timer(server: str) -> str:
+    """Return the name of the timer that has the watchdog look after a server."""
+    return f"dots-ocr-watchdog@{server}.timer"
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of each server in a folder of definitions, by its name."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def main() -> None:
+    """Take the lock, look, have it proven, and give the lock back, as far as that is wanted."""
+    module = AnsibleModule(
+        argument_spec={
+            "lock": {"type": "str"},
+            "lock_seconds": {"type": "int", "default": 86400},
+            "prove": {"type": "list", "elements": "str", "default": []},
+            "isolated": {"type": "bool", "default": False},
+            "unlock": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    wanted = module.params
+    status, holder = 0, ""
+    if wanted["lock"] and not module.check_mode:
+        limit = f"--property=RuntimeMaxSec={wanted['lock_seconds']}"
+        options = (f"--unit={LOCK}", f"--description={wanted['lock']}", limit, "--quiet")
+        status, _, holder = Host(module).run("systemd-run", *options, "sleep", "infinity")
+    host = Host(module)
+    proofs = [host.proof(name, wanted["isolated"]) for name in wanted["prove"]]
+    proofs = proofs if all(proofs) else []
+    if wanted["unlock"] and proofs:
+        host.run("systemctl", "stop", LOCK)
+    units = host.units()
+    module.exit_json(
+        changed=False,
+        servers=host.servers,
+        proven=settings(PROVEN),
+        running=[n for n in host.servers if units[f"{n}.service"].get("ActiveState") in ("active", "deactivating")],
+        settled=host.settled(units),
+        images=host.images(),
+        listeners=host.listeners(),
+        now=int(time.time()),
+        locked=status == 0,
+        holder=holder.strip(),
+        proofs=proofs,
+    )
+
+
+if __name__ == "__main__":
+    main()
