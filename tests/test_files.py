@@ -11,8 +11,9 @@ from unittest.mock import MagicMock
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar
+
+from tests.templating import data_loader
 
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 
@@ -182,7 +183,7 @@ def test_what_lies_on_the_controller_is_sent(tmp_path: Path) -> None:
     )
     task.get_search_path.return_value = [str(tmp_path)]
     sent: dict[str, Any] = {}
-    loader, variables = DataLoader(), {"of_the_task": "y", "ansible_search_path": [str(tmp_path)]}
+    loader, variables = data_loader(), {"of_the_task": "y", "ansible_search_path": [str(tmp_path)]}
     plugin = action.ActionModule(task, MagicMock(), None, loader, Templar(loader=loader, variables=variables), None)
     plugin._execute_module = lambda **arguments: sent.update(arguments) or {}
     plugin.run(task_vars=variables)

@@ -106,6 +106,7 @@ DEFINITION = Path("/etc/dots-ocr/server")
 PROVEN = Path("/var/lib/dots-ocr/states/good/server")
 PROGRAMS = Path("/usr/local/lib/dots-ocr")
 LOCK = "dots-ocr-deployment.service"
+HELD = ("active", "deactivating")
 
 
 class Host:
@@ -138,7 +139,7 @@ class Host:
             self.asked("systemctl", "show", "--property=ActiveState,UnitFileState,NRestarts", *names) if names else ""
         )
         blocks = [dict(line.split("=", 1) for line in block.splitlines()) for block in output.split("\n\n")]
-        return dict(zip(names, blocks))
+        return dict(zip(names, blocks, strict=False))
 
     def images(self) -> dict[str, Any]:
         """Return what Docker says of the servers' images."""
@@ -215,7 +216,7 @@ def main() -> None:
         changed=False,
         servers=host.servers,
         proven=settings(PROVEN),
-        running=[n for n in host.servers if units[f"{n}.service"].get("ActiveState") in ("active", "deactivating")],
+        running=[n for n in host.servers if units.get(f"{n}.service", {}).get("ActiveState") in HELD],
         settled=host.settled(units),
         images=host.images(),
         listeners=host.listeners(),
