@@ -27,7 +27,12 @@ def report(*tasks: tuple[str, float, float, dict[str, Any]], **stats: int) -> st
         for name, start, end, result in tasks
     ]
     summary = {"changed": 0, "failures": 0, "ok": len(tasks), "unreachable": 0} | stats
-    return json.dumps({"plays": [{"tasks": entries}], "stats": {"a": summary}}, indent=4)
+    plays = [
+        {"play": {"name": "One"}, "tasks": entries[:2]},
+        {"play": {"name": "Other"}, "tasks": entries[2:]},
+        {"play": {"name": "Not for these hosts"}, "tasks": []},
+    ]
+    return json.dumps({"plays": plays, "stats": {"a": summary}}, indent=4)
 
 
 def test_tasks_are_counted_and_timed() -> None:
@@ -38,7 +43,11 @@ def test_tasks_are_counted_and_timed() -> None:
         ("preflight : Measure", 3.5, 4, {"changed": False}),
     )
     run = read(f"[WARNING]: something\n{text}\n", 5)
-    assert run == Run({"Gathering Facts": 1.5, "preflight : Measure": 1.5}, 3, 1, 4, 5)
+    plays = {
+        "One": Run({"Gathering Facts": 1.5}, 1, 1, 1.6, 1.6),
+        "Other": Run({"preflight : Measure": 1.5}, 2, 0, 2, 2),
+    }
+    assert run == Run({"Gathering Facts": 1.5, "preflight : Measure": 1.5}, 3, 1, 4, 5, plays)
 
 
 def test_run_that_changes_something_is_refused() -> None:
@@ -71,15 +80,17 @@ def test_run_without_tasks_is_refused() -> None:
 
 
 def test_tables_give_medians_ratios_and_the_slowest() -> None:
-    host = [
-        Run({"slow": 3.0, "quick": 0.5, "middle": 1.0, "fast": 0.1}, 10, 2, seconds, seconds + 1)
+    tasks = {"slow": 3.0, "quick": 0.5, "middle": 1.0, "fast": 0.1, "faster": 0.05, "fastest": 0.01}
+    site = [
+        Run(tasks, 10, 2, seconds, seconds + 1, {"Prepare": Run({}, 4, 1, seconds / 2, seconds / 2)})
         for seconds in (6.0, 5.0, 10.0)
     ]
-    facts = [Run({"Gather facts": 1.0}, 1, 0, 1.0, 2.0)] * 3
-    lines = tables(host, facts).splitlines()
-    assert lines[2] == "| host part | 10 (2) | 6.00 (5.00 to 10.00) | 0.600 (0.500 to 1.000) | 7.00 (6.00 to 11.00) |"
-    assert lines[4] == "| ratio |  | 6.0 (5.0 to 10.0) | 0.60 (0.50 to 1.00) | 3.5 (3.0 to 5.5) |"
-    assert [line.split(" | ")[0] for line in lines[8:]] == ["| slow", "| middle", "| quick"]
+    facts = [Run({"Gather facts": 1.0}, 1, 0, seconds, 2.0) for seconds in (1.0, 1.0, 2.0)]
+    lines = tables(site, facts).splitlines()
+    assert lines[2] == "| site.yml | 10 (2) | 6.00 (5.00 to 10.00) | 5.0 (5.0 to 6.0) | 7.00 (6.00 to 11.00) |"
+    assert lines[3] == "| - Prepare | 4 (1) | 3.00 (2.50 to 5.00) | 2.5 (2.5 to 3.0) |  |"
+    assert lines[4] == "| fact gathering alone | 1 (0) | 1.00 (1.00 to 2.00) | 1.0 (1.0 to 1.0) | 2.00 (2.00 to 2.00) |"
+    assert [line.split(" | ")[0] for line in lines[8:]] == ["| slow", "| middle", "| quick", "| fast", "| faster"]
     assert lines[8] == "| slow | 3.00 (3.00 to 3.00) | 50 |"
 
 
