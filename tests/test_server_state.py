@@ -1,0 +1,127 @@
+"""The module server_state: what it makes of what a host says, and when nothing is left to be done."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.module_utils.testing import patch_module_args
+
+PLACE = Path(__file__).resolve().parent.parent / "plugins/modules/server_state.py"
+spec = importlib.util.spec_from_file_location("server_state", PLACE)
+assert spec
+assert spec.loader
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+
+SETTINGS = {
+    "watched": True,
+    "allowed_networks": [],
+    "image": {"pin": "image@sha256:1"},
+    "device": "nvidia.com/gpu=all",
+}
+UP = "ActiveState=active\nUnitFileState=enabled\n"
+ANSWERS = {
+    "systemctl show": f"NRestarts=0\n{UP}\n{UP}",
+    "docker image": json.dumps([{"Id": "sha256:1"}]),
+    "ss": "LISTEN 0 9 127.0.0.1:8000 0.0.0.0:* users:((docker))\nLISTEN 0 9 [::1]:8000 [::]:*\nLISTEN 0 9 *:22 *:*\n",
+    "state compare": '{"same": true}',
+    "ready dots-ocr": '{"ready": true, "summary": "It reads."}',
+    "docker run": "GPU 0",
+    "isolated_network prove": "",
+    "api_firewall close": "",
+    "systemd-run": "",
+    "systemctl stop": "",
+}
+
+
+class Host:
+    """A host with one server, whose commands answer what they are told to; nothing means that they fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.answers: dict[str, str | None] = dict(ANSWERS)
+        self.settings: dict[str, Any] = dict(SETTINGS)
+        self.folder = folder
+        self.called: list[str] = []
+        monkeypatch.setattr(module, "DEFINITION", folder)
+        monkeypatch.setattr(module, "PROVEN", folder)
+        monkeypatch.setattr(module.Host, "run", lambda _, *command: self.run(*command))
+
+    def run(self, *command: str | Path) -> tuple[int, str, str]:
+        words = " ".join([Path(command[0]).name, *map(str, command[1:])])
+        self.called.append(words)
+        answer = next(text for start, text in self.answers.items() if words.startswith(start))
+        return (1, "", f"{words} fails") if answer is None else (0, answer, "")
+
+    def look(self, capsys: pytest.CaptureFixture[str], check: bool = False, **wanted: Any) -> dict[str, Any]:
+        (self.folder / "dots-ocr.json").write_text(json.dumps(self.settings))
+        with patch_module_args({**wanted, "_ansible_check_mode": check}), pytest.raises(SystemExit):
+            module.main()
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return answer
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
+    return Host(monkeypatch, tmp_path)
+
+
+def test_tells_what_is_there(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    found = host.look(capsys)
+    assert (found["servers"], found["proven"]) == ({"dots-ocr": SETTINGS}, {"dots-ocr": SETTINGS})
+    assert (found["running"], found["settled"], found["images"]) == (
+        ["dots-ocr"],
+        True,
+        {"image@sha256:1": {"Id": "sha256:1"}},
+    )
+    assert set(found["listeners"]) == {"8000", "22"}
+    assert found["listeners"]["8000"].count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("state compare", '{"same": false}'),
+        ("state compare", None),
+        ("systemctl show", f"NRestarts=1\n{UP}\n{UP}"),
+        ("systemctl show", f"NRestarts=0\nActiveState=activating\nUnitFileState=enabled\n\n{UP}"),
+        ("systemctl show", f"NRestarts=0\nActiveState=active\nUnitFileState=disabled\n\n{UP}"),
+        ("systemctl show", f"NRestarts=0\n{UP}\nActiveState=inactive\nUnitFileState=disabled\n"),
+        ("systemctl show", None),
+    ],
+)
+def test_something_is_left_to_be_done(
+    host: Host, capsys: pytest.CaptureFixture[str], command: str, answer: str | None
+) -> None:
+    host.answers[command] = answer
+    assert not host.look(capsys)["settled"]
+
+
+def test_a_server_without_watchdog_has_no_timer(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.settings["watched"] = False
+    assert not host.look(capsys)["settled"]
+    host.answers["systemctl show"] = f"NRestarts=0\n{UP}\nActiveState=inactive\nUnitFileState=disabled\n"
+    assert host.look(capsys)["settled"]
+
+
+def test_a_lock_that_another_holds_is_not_taken(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    assert host.look(capsys, lock="me")["locked"]
+    host.answers["systemd-run"] = None
+    found = host.look(capsys, lock="me", lock_seconds=5)
+    assert not found["locked"]
+    assert "--description=me --property=RuntimeMaxSec=5" in found["holder"]
+    assert host.look(capsys, check=True, lock="me")["locked"]
+
+
+def test_a_server_proves_that_it_reads_and_the_lock_goes_back(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.settings["allowed_networks"] = ["192.0.2.0/24"]
+    assert host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)["proofs"] == ["It reads."]
+    assert "systemctl stop dots-ocr-deployment.service" in host.called
+    for command in ("docker run", "isolated_network prove", "api_firewall close", "ready dots-ocr"):
+        host.answers = {**ANSWERS, command: None}
+        host.called.clear()
+        assert host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)["proofs"] == []
+        assert not any(words.startswith("systemctl stop") for words in host.called)
