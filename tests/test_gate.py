@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import importlib.util
 import io
 import json
 import zlib
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from ansible.errors import AnsibleFilterError
+from ansible_collections.dots_ocr.deploy.plugins.filter import api_paths as plugin
 from dots_ocr_client.engines.vllm import REPETITION
 from PIL import Image
 
@@ -25,11 +25,6 @@ CHAT = "/v1/chat/completions"
 MIB = 1 << 20
 
 gate = programs.load("dots_ocr_gate.py")
-spec = importlib.util.spec_from_file_location("api_paths", REPOSITORY / "plugins/filter/api_paths.py")
-assert spec
-assert spec.loader
-plugin = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(plugin)
 
 
 class Answer(NamedTuple):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.dots_ocr.deploy.plugins.filter import memory_plan
 
 from tests import programs
-from tests.test_memory_plan import module as memory_plan
 
 FIGURES = json.loads((programs.FILES / "figures.json").read_text())
 NAMES = {"weights_gib", "kv_gib", "device", "kv_tokens", "request_tokens", "concurrency", "graphs_gib"}

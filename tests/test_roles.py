@@ -159,20 +159,21 @@ def test_unit_has_limits(unit: Path) -> None:
 
 @pytest.mark.parametrize("playbook", sorted(REPOSITORY.glob("playbooks/*.yml")), ids=lambda path: path.name)
 def test_whatever_fetches_something_gets_the_proxy(playbook: Path) -> None:
-    fetching = ("apt_set", "apt_source", "hub_download", "client_wheels", "ansible.builtin.apt", "ansible.builtin.uri")
+    ours = ("apt_set", "apt_source", "hub_download", "client_wheels")
+    fetching = {*(f"dots_ocr.deploy.{name}" for name in ours), "ansible.builtin.apt", "ansible.builtin.uri"}
     roles = {
         role.name
         for role in ROLES
         for file in role.glob("tasks/*.yml")
         for task in tasks_of(load(file) or [])
-        if set(fetching) & set(task)
+        if fetching & set(task)
     }
     for play in load(playbook):
         tasks = list(tasks_of([play]))
         included = [task["ansible.builtin.include_role"] for task in tasks if "ansible.builtin.include_role" in task]
         used = {role["name"] for role in included if role.get("tasks_from", "main") == "main"}
         used |= {role["role"] for role in play.get("roles", [])}
-        fetches = used & roles or any(set(fetching) & set(task) for task in tasks)
+        fetches = used & roles or any(fetching & set(task) for task in tasks)
         if fetches and playbook.name != "uninstall.yml":
             assert play.get("vars_files") == "vars/network.yml", play["name"]
             assert play.get("environment") == "{{ network_environment }}", play["name"]

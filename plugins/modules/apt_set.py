@@ -100,29 +100,28 @@ kept:
 import fnmatch
 import json
 import re
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import apt
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
+    RECORDS,
+    Problem,
+    answer,
+    ask,
+    remove_empty,
+    require,
+    write,
+)
 
-RECORDS = Path("/var/lib/dots-ocr/installed")
 PREFERENCES = Path("/etc/apt/preferences.d")
 SETTINGS = Path("/etc/apt/apt.conf.d")
-SOURCES = Path("/etc/apt/sources.list.d")
-MAIN_SOURCE = Path("/etc/apt/sources.list")
-REFRESHED = Path("/run/dots-ocr-apt-lists")  # when all lists were fetched; gone after a boot
-FRESH_SECONDS = 600  # roles that follow each other need not fetch the same lists
 PIN_PRIORITY = 1001  # apt_preferences(5): above 1000, a downgrade too
 APT = ("apt-get", "--yes", "--no-install-recommends")
-LOCK_SECONDS = 5  # between two tries for a lock
 KEEP_CONFIGURATION = ("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
 
 Packages = dict[str, dict[str, str]]
-
-
-class SetError(Exception):
-    """The packages cannot be brought to the wanted state; the message names the cause and the fix."""
 
 
 def parse_status(text: str) -> Packages:
@@ -170,172 +169,14 @@ def render_blacklist(patterns: list[str]) -> str:
     return "\n".join([head, *lines, "};", ""])
 
 
-class Cause(NamedTuple):
-    """What may be behind a failure: how it shows in the words of apt, dpkg and the packages' scripts, and the fix."""
-
-    pattern: str
-    fix: str  # what in it stands in braces is what details() finds
-    lines: str = ""  # regular expression of the lines that tell of it, besides those of apt itself
-
-
-# What apt and dpkg say when another program is at work, but not while apt itself waits for it.
-LOCKED = r"(?<!cache lock: )Could not get lock|is another process using it|locked by another process"
-UNREADABLE = r"list of sources could not be read"
-# Lines that tell of no failure, and may have any word in the name of a package.
-PROGRESS = (
-    r"(?:Get|Hit|Ign):|(?:Waiting|Reading|Building|Selecting|Preparing|Unpacking|Setting up|Processing|Removing|Purging"
-    r"|Need to|Fetched|After this|The following|\(Reading|update-initramfs: Generating) |  \S"
-)
-
-# From specific to general; the first that fits is it. What another cause brings about comes after that one: dpkg fails
-# because a module was not built, and anything may because a disk is full.
-CAUSES = (
-    Cause(r"are you root", "run it as root ('become: true'), then run again"),
-    Cause(
-        LOCKED,
-        "let the program that holds the lock end{holder}, then run again; apt_lock_timeout sets how long to wait",
-        r"locked by another",
-    ),
-    Cause(
-        r"/boot/.*No space left|space (?:on disk|in) '?/boot|failed for /boot/(?s:.*)No space left"
-        r"|No space left(?s:.*)failed for /boot/",
-        "/boot is full: see 'df --human-readable /boot /var/tmp', remove kernels that do not run ('apt-get autoremove"
-        " --purge'), then 'dpkg --configure -a', and run again",
-        r"/boot/|No space left",
-    ),
-    Cause(
-        r"No space left|enough free space",
-        "free some space ('df --human-readable /var /usr /tmp'), then run again",
-        r"No space left",
-    ),
-    Cause(
-        r"[Rr]ead.only file ?system|read only lock file",
-        "a file system is read-only: see why ('dmesg', 'findmnt --options ro'), mount it writable, then run again",
-        r"[Rr]ead.only",
-    ),
-    Cause(
-        r"dpkg was interrupted", "finish the installation that was interrupted ('dpkg --configure -a'), then run again"
-    ),
-    Cause(
-        r"Conflicting values set for option \S+ regarding source (?P<uri>\S+).*?: (?P<one>.*) !=(?P<two>.*)",
-        "two sources have {uri} with different keys ({one} and {two}): {files}; remove one of both, then run again",
-    ),
-    Cause(
-        r"(?:in (?:source list|list file|sources file)|Unable to parse package file) (?P<source>/\S+)",
-        "correct or remove {source}, which is no source that apt can read, then run again",
-    ),
-    Cause(
-        r"make\.log|Bad return status for module|[Kk]ernel headers for|dkms autoinstall|during autoinstall",
-        "the kernel module of {package} was not built; {log}, often for want of the kernel's headers ('apt-get install"
-        " linux-headers-$(uname --kernel-release)') or of the compiler that built it; then 'dpkg --configure -a', and"
-        " run again",
-        r"make\.log|/var/lib/dkms/|^Error! ",
-    ),
-    Cause(
-        r"trying to overwrite '(?P<path>[^']+)', which is also in package (?P<other>\S+)",
-        "'apt-get remove {other}', which has {path} too, then 'apt-get --fix-broken install', and run again",
-        r"trying to overwrite",
-    ),
-    Cause(
-        r"Hash Sum mismatch|unexpected size|Mirror sync in progress|Clearsigned file isn't valid",
-        "a mirror or a cache on the way gives other files than its lists name: 'apt-get clean', wait some minutes or"
-        " take another mirror, then run again",
-    ),
-    Cause(
-        r"not valid yet|is expired|has expired",
-        "check the clock ('date'), and whether the mirror is still kept up to date, then run again",
-    ),
-    Cause(
-        r"NO_PUBKEY|GPG error|OpenPGP|not signed|signature",
-        "the repository is not signed by the key that apt has for it: bring the vendor's new key, then run again",
-        r"GPG error|not signed|NO_PUBKEY",
-    ),
-    Cause(
-        r"Invalid response from proxy|\b40[137] +(?:Unauthorized|Forbidden|Proxy|authenticationrequired)",
-        "{server} refuses it: check http_proxy, https_proxy, no_proxy, and what the proxy lets through, then run again",
-    ),
-    Cause(
-        r"[Cc]ertificate verif|NOT trusted|handshake|SSL connection failed",
-        "check the clock ('date'), and that the host knows the authority of a proxy that looks into TLS"
-        " ('update-ca-certificates'), then run again",
-    ),
-    Cause(
-        r"Unable to locate|no installation candidate|was not found",
-        "check that apt has the repository ('apt-cache policy') and that it serves this release",
-    ),
-    Cause(
-        r"unmet dependencies|held broken|Held packages|Unable to correct|Conflicts",
-        "see what stands in the way with 'apt-mark showhold' and 'apt-get --fix-broken install'",
-    ),
-    Cause(
-        r"Failed to fetch|Could not (?:connect|resolve)|Cannot initiate|Temporary failure|Unable to (?:connect|fetch)",
-        "check the network and the proxy, then run again",
-    ),
-    Cause(
-        r"error processing package",
-        "see why {package} cannot be set up ('dpkg --configure -a', 'dpkg --audit'), mend that, then run again",
-        r"script subprocess",
-    ),
-    Cause("", "look at 'apt-get --fix-broken install' and 'dpkg --audit', then run again"),
-)
-
-
-def sources_of(uri: str) -> list[str]:
-    """Return the files with an active entry of a repository, with or without the slash at the end of its address."""
-    found = []
-    for file in [MAIN_SOURCE, *sorted(SOURCES.glob("*.list")), *sorted(SOURCES.glob("*.sources"))]:
-        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-        active = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-        if re.search(rf"(?<!\S){re.escape(uri.rstrip('/'))}/?(?!\S)", active):
-            found.append(str(file))
-    return found
-
-
-def details(text: str, match: re.Match[str]) -> dict[str, str]:
-    """Return what a fix names: groups of the pattern, and what stands in other lines."""
-    groups = {name: (value or "").strip() or "none of its own" for name, value in match.groupdict().items()}
-    holder = re.search(r"held by process (\d+)(?: \(([^)]*)\))?|with pid (\d+)", text)
-    # Packages that only wait for another one fail too.
-    package = re.search(r"error processing package (\S+).*(?!\n\s*dependency problems)$", text, re.MULTILINE)
-    module = re.search(r"/var/lib/dkms/([^/\s]+)", text)
-    log = re.search(r"\S+/make\.log", text)
-    folder = re.search(r"make\.log\b.*\s+(/var/lib/dkms/\S+)", text)
-    place = log[0] if log else f"{folder[1]}/make.log" if folder else ""
-    server = re.search(r"\[IP: (\S+) (\d+)\]", text)
-    uri = groups.get("uri", "")
-    return {
-        "holder": f" (process {holder[1] or holder[3]}{f', {holder[2]}' if holder[2] else ''})" if holder else "",
-        "package": package[1] if package else module[1] if module else "a package",
-        "log": f"{place} says why" if place else "the words above say why",
-        "server": f"the proxy or the server at {server[1]}:{server[2]}" if server else "the proxy or the server",
-        "files": " and ".join(sources_of(uri)) or f"'grep --recursive --files-with-matches {uri.rstrip('/')} /etc/apt'",
-        **groups,
-    }
-
-
-def explain(text: str, what: str) -> str:
-    """Return the words of apt and dpkg for what failed, and the fix of the most specific cause that they name."""
-    told = "\n".join(line for line in text.splitlines() if not re.match(PROGRESS, line))
-    cause, match = next((cause, match) for cause in CAUSES if (match := re.search(cause.pattern, told)))
-    complaints = [
-        line.strip()
-        for line in told.splitlines()
-        if line.startswith(("E:", "dpkg: error"))
-        or re.match(r" \S+ : ", line)
-        or (cause.lines and re.search(cause.lines, line))
-    ]
-    reason = " ".join(dict.fromkeys(complaints)) or text.strip()[-500:]
-    return f"{what} failed: {reason} Fix: {cause.fix.format(**details(told, match))}"
-
-
 class Set:
     """The packages on this host."""
 
-    def __init__(self, module: AnsibleModule) -> None:
-        """Take what is wanted, and look at what is there."""
-        self.module = module
-        self.params = module.params
-        identity = self.params["id"]
+    def __init__(self, params: dict[str, Any], check: bool) -> None:
+        """Take what is wanted, and whether it is only to be foreseen, and look at what is there."""
+        self.params = params
+        self.check = check
+        identity = params["id"]
         self.record_file = RECORDS / f"{identity}.json"
         self.pins = PREFERENCES / f"dots-ocr-{identity}"
         self.blacklist = SETTINGS / f"52dots-ocr-{identity}"
@@ -347,9 +188,7 @@ class Set:
     def status(self) -> Packages:
         """Ask dpkg for every package that it knows."""
         fields = "${Package}\\t${Version}\\t${db:Status-Want}\\t${db:Status-Status}\\n"
-        return parse_status(
-            self.module.run_command(["dpkg-query", "--show", f"--showformat={fields}"], check_rc=True)[1]
-        )
+        return parse_status(require("dpkg-query", "--show", f"--showformat={fields}"))
 
     def is_installed(self, package: str) -> bool:
         """Tell whether a package is wholly installed."""
@@ -359,46 +198,30 @@ class Set:
         """Run apt-get.
 
         Raises:
-            SetError: it fails.
+            Problem: it fails.
         """
-        status, text = self.wait([*APT, *options, *words])
+        status, text = apt.apt([*APT, *options, *words], self.params["lock_timeout"])
         if status != 0:
-            raise SetError(explain(text, what))
+            raise apt.explain(text, what)
         return text
-
-    def wait(self, command: list[str]) -> tuple[int, str]:
-        """Run apt-get once the locks are free; return its status and what it says.
-
-        apt itself waits for dpkg's locks alone: for that on its lists and that on its archives it does not.
-        """
-        environment = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C", "NEEDRESTART_SUSPEND": "1"}
-        end = time.monotonic() + self.params["lock_timeout"]
-        while True:
-            left = max(0, int(end - time.monotonic()))
-            words = [*command, "-o", f"DPkg::Lock::Timeout={left}"]
-            status, output, errors = self.module.run_command(words, environ_update=environment)
-            text = f"{output}\n{errors}"
-            if status == 0 or not re.search(LOCKED, text) or time.monotonic() + LOCK_SECONDS > end:
-                return status, text
-            time.sleep(LOCK_SECONDS)
 
     def wanted_versions(self, names: list[str]) -> dict[str, str]:
         """Return the version to have of each package with a pin.
 
         Raises:
-            SetError: there is none.
+            Problem: there is none.
         """
         pinned = [name for name in names if self.params["version"].get(name)]
         if not pinned:
             return {}
-        offered = parse_madison(self.module.run_command(["apt-cache", "madison", *pinned], check_rc=True)[1])
+        offered = parse_madison(require("apt-cache", "madison", *pinned))
         chosen = {}
         for name in pinned:
             pattern = str(self.params["version"][name])
             fitting = [version for version in offered.get(name, []) if fnmatch.fnmatchcase(version, pattern)]
             if not fitting:
                 there = ", ".join(offered.get(name, [])) or "none"
-                raise SetError(f"there is no version {pattern} of {name}; there are: {there}. Fix: change the pin")
+                raise Problem(f"there is no version {pattern} of {name}; there are: {there}", "change the pin")
             chosen[name] = fitting[0]
         return chosen
 
@@ -413,25 +236,11 @@ class Set:
             and not fnmatch.fnmatchcase(versions[name], str(self.params["version"][name]))
         ]
         if self.params["upgrade"] and names:
-            if self.params["refresh"] and not self.module.check_mode:
-                self.refresh()
-            candidates = parse_candidates(self.module.run_command(["apt-cache", "policy", *names], check_rc=True)[1])
+            if self.params["refresh"] and not self.check:
+                apt.refresh(self.params["lock_timeout"])
+            candidates = parse_candidates(require("apt-cache", "policy", *names))
             wrong += [name for name in names if candidates.get(name, versions[name]) != versions[name]]
         return sorted(set(wrong))
-
-    def refresh(self) -> None:
-        """Fetch all lists, unless we just did; lists that do not come show when the packages do not.
-
-        Raises:
-            SetError: a lock is not let go, or no source can be read.
-        """
-        if REFRESHED.exists() and time.time() - REFRESHED.stat().st_mtime < FRESH_SECONDS:
-            return
-        status, text = self.wait(["apt-get", "update"])
-        if status == 0:
-            REFRESHED.touch()
-        elif re.search(f"{LOCKED}|{UNREADABLE}", text):
-            raise SetError(explain(text, "fetching the package lists"))
 
     def present(self) -> dict[str, Any]:
         """Bring the packages."""
@@ -447,19 +256,19 @@ class Set:
             missing = [name for name in self.params["name"] if not self.is_installed(name)]
             unwanted = [name for name in self.params["replace"] if self.is_installed(name)]
             to_install = missing + self.outdated()
-            if (to_install or unwanted) and not self.module.check_mode:
+            if (to_install or unwanted) and not self.check:
                 self.install(to_install, unwanted)
-        except SetError:
+        except Problem:
             for path, content in before.items():
                 self.write(path, content)
             raise
         changed += [bool(to_install or unwanted), self.hold()]
-        return {"changed": any(changed), "would_install": to_install if self.module.check_mode else []}
+        return {"changed": any(changed), "would_install": to_install if self.check else []}
 
     def install(self, names: list[str], unwanted: list[str]) -> None:
         """Install packages, and record what came with them, also if it fails half-way."""
         if self.params["refresh"]:
-            self.refresh()
+            apt.refresh(self.params["lock_timeout"])
         versions = self.wanted_versions(names)
         words = [f"{name}={versions[name]}" if name in versions else name for name in names]
         words += [f"{name}-" for name in unwanted]
@@ -480,10 +289,10 @@ class Set:
         wanted = [name for name in self.params["name"] if self.params["hold"] and self.is_installed(name)]
         to_hold = [name for name in wanted if self.packages[name]["want"] != "hold"]
         to_free = [name for name in self.record["held"] if name not in wanted and name in self.packages]
-        if not self.module.check_mode:
+        if not self.check:
             for command, names in (("hold", to_hold), ("unhold", to_free)):
                 if names:
-                    self.module.run_command(["apt-mark", command, *names], check_rc=True)
+                    require("apt-mark", command, *names)
             held = sorted({*to_hold, *self.record["held"]} & set(wanted))
             if held != self.record["held"]:
                 self.record["held"] = held
@@ -497,23 +306,21 @@ class Set:
         asked = [name for name in self.params["name"] or there if name in there]
         kept = [name for name in self.params["name"] if self.is_installed(name) and name not in there]
         changed = any([there, held, self.record_file.exists(), self.pins.exists(), self.blacklist.exists()])
-        if changed and not self.module.check_mode:
+        if changed and not self.check:
             # Before the simulation, which a hold would end without a word of what would go.
             if held:
-                self.module.run_command(["apt-mark", "unhold", *held], check_rc=True)
+                require("apt-mark", "unhold", *held)
             others = [name for name in self.simulate("purge", *asked) if name not in there] if asked else []
             if others:
                 if held:
-                    self.module.run_command(["apt-mark", "hold", *held], check_rc=True)
-                raise SetError(f"{', '.join(others)} would go too. Fix: remove those first, if nobody needs them")
+                    require("apt-mark", "hold", *held)
+                raise Problem(f"{', '.join(others)} would go too", "remove those first, if nobody needs them")
             if asked:
                 self.apt("purge", *asked, what=f"removing {' '.join(asked)}")
             self.purge_what_came_along(there)
             for path in (self.record_file, self.pins, self.blacklist):
                 path.unlink(missing_ok=True)
-            for folder in (RECORDS, RECORDS.parent):
-                if folder.exists() and not any(folder.iterdir()):
-                    folder.rmdir()
+            remove_empty(RECORDS, RECORDS.parent)
         return {"changed": changed, "kept": kept}
 
     def purge_what_came_along(self, recorded: list[str]) -> None:
@@ -534,7 +341,7 @@ class Set:
         They are the second choice in a dependency on alternatives: `adduser` is one.
         """
         there = [name for name in recorded if self.is_installed(name)]
-        automatic = self.module.run_command(["apt-mark", "showauto", *there])[1].split() if there else []
+        automatic = ask("apt-mark", "showauto", *there).split() if there else []
         for name in automatic:
             removals = self.simulate("purge", name)
             if set(removals) <= set(automatic):  # none that somebody has asked for meanwhile
@@ -550,19 +357,8 @@ class Set:
         self.write(self.record_file, json.dumps(self.record, indent=2) + "\n")
 
     def write(self, path: Path, content: str | None) -> bool:
-        """Write a file in one go, or remove it without content; tell whether that changes it, in check mode too."""
-        if (path.read_text() if path.exists() else None) == content:
-            return False
-        if not self.module.check_mode:
-            if content is None:
-                path.unlink()
-            else:
-                path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-                growing = path.with_name(f".{path.name}.new")
-                growing.write_text(content)
-                growing.chmod(0o644)
-                growing.replace(path)
-        return True
+        """Write a file, or remove it without content, but not in check mode; tell whether that changes it."""
+        return write(path, content, real=not self.check)
 
 
 def main() -> None:
@@ -585,14 +381,15 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    packages = Set(module)
-    try:
+
+    def work() -> dict[str, Any]:
+        packages = Set(module.params, module.check_mode)
         result = packages.present() if module.params["state"] == "present" else packages.absent()
-    except SetError as error:
-        module.fail_json(msg=f"{error}.")
-    names = [name for name in module.params["name"] if packages.is_installed(name)]
-    installed = {name: packages.packages[name]["version"] for name in names}
-    module.exit_json(**{"would_install": [], "kept": [], "installed": installed, **result})
+        names = [name for name in module.params["name"] if packages.is_installed(name)]
+        installed = {name: packages.packages[name]["version"] for name in names}
+        return {"would_install": [], "kept": [], "installed": installed, **result}
+
+    answer(module, work)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 #!/usr/bin/python
-"""Ansible module apt_source: a vendor's apt repository, whose key is checked by its fingerprint."""
+"""Ansible module apt_source: a vendor's apt repository, which counts only if an accepted key has signed it."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 ---
 module: apt_source
-short_description: A vendor's apt repository, whose key is checked by its fingerprint
+short_description: A vendor's apt repository, which counts only if an accepted key has signed it
 description:
   - Writes C(/etc/apt/sources.list.d/NAME.sources) and C(/etc/apt/keyrings/NAME.gpg), and fetches the lists of this
     source alone when something changed or when there are none.
-  - C(deb822_repository) takes any key that the URL yields, and needs python3-debian on the host; this needs nothing.
+  - The source names the accepted fingerprints beside the key's file, so that apt itself takes no other key, whatever
+    the file holds.
+  - C(deb822_repository) takes any key that the URL yields, and needs python3-debian on the host; C(gpg) is not on every
+    host either. This needs nothing but apt.
   - If anything fails, what was there before stays.
 options:
   name:
@@ -40,7 +43,7 @@ options:
     type: str
     default: ""
   fingerprints:
-    description: The keys that are accepted, by their full fingerprints. If it is empty, any key is.
+    description: The keys that are accepted, by their full fingerprints. If it is empty, any in the key's file is.
     type: list
     elements: str
     default: []
@@ -98,188 +101,62 @@ import binascii
 import fnmatch
 import hashlib
 import re
-import time
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_url
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import apt
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import Problem, answer, read, write
 
-SOURCES = Path("/etc/apt/sources.list.d")
-MAIN_SOURCE = Path("/etc/apt/sources.list")
 KEYRINGS = Path("/etc/apt/keyrings")
-ARMOR = re.compile(rb"-----BEGIN PGP PUBLIC KEY BLOCK-----\r?\n(.*?)-----END PGP PUBLIC KEY BLOCK-----", re.DOTALL)
-PUBLIC_KEY = 6  # RFC 9580, 5: the tag of a packet that holds a primary key
-LOCK_SECONDS = 5  # between two tries for a lock
-LOCKED = r"Could not get lock|is another process using it|locked by another process"
-# What apt takes for no (StringToBool), of a source that is switched off.
-DISABLED = r"(?im)^Enabled:\s*(?:no|false|without|off|disable|0)\s*$"
-# Why lists do not come, from specific to general, and the fix; the first that fits is it.
-CAUSES = (
-    (LOCKED, "let the program that holds the lock end, then run again; apt_lock_timeout sets how long to wait"),
-    (r"No space left|enough free space", "free some space ('df --human-readable /var /tmp'), then run again"),
-    (
-        r"[Rr]ead.only file ?system|read only lock file",
-        "mount /var writable ('dmesg' tells why it is not), then run again",
-    ),
-    (r"not valid yet|is expired|has expired", "check the clock ('date'), and whether the mirror is kept up to date"),
-    (
-        r"Invalid response from proxy|\b40[137] +(?:Unauthorized|Forbidden|Proxy|authenticationrequired)",
-        "the proxy or the server refuses it: check http_proxy, https_proxy, no_proxy, and what the proxy lets through",
-    ),
-    (
-        r"[Cc]ertificate verif|NOT trusted|handshake|SSL connection failed",
-        "check the clock ('date'), and that the host knows the authority of a proxy that looks into TLS"
-        " ('update-ca-certificates'), then run again",
-    ),
-    ("", "check the network, the proxy and the address; a mirror is set with the same variable"),
+LISTS = Path("/var/lib/apt/lists")
+# RFC 9580, 6.2: headers end with an empty line, and the last line may be a checksum.
+ARMOR = re.compile(
+    rb"-----BEGIN PGP PUBLIC KEY BLOCK-----(?:\r?\n.+)*\r?\n[ \t]*\r?\n([^-]+?)(?:\n=\S{4}\s*)?-----END PGP PUBLIC KEY"
 )
 
 
-class SourceError(Exception):
-    """The source cannot be used; the message names the cause and the fix."""
-
-
-def dearmor(key: bytes) -> bytes:
-    """Return a key's packets: of an armored key the decoded ones, else the key itself (RFC 9580, 6.2).
+def packets_of(key: bytes, origin: str) -> bytes:
+    """Return a key's packets, which apt reads: of an armored key the decoded ones, else the key itself.
 
     Raises:
-        ValueError: the armor does not hold Base64.
-    """
-    blocks = ARMOR.findall(key)
-    if not blocks:
-        return key
-    packets = b""
-    for block in blocks:
-        # Headers end with an empty line; the last line may be a checksum.
-        body = re.split(rb"\r?\n[ \t]*\r?\n", b"\n" + block, maxsplit=1)[-1]
-        lines = [line.strip() for line in body.splitlines() if not line.startswith(b"=")]
-        packets += base64.b64decode(b"".join(lines), validate=True)
-    return packets
-
-
-def fingerprints_of(packets: bytes) -> list[str]:
-    """Return the fingerprints of the primary keys, in hexadecimal digits (RFC 9580, 4.2 and 5.5.4).
-
-    Raises:
-        ValueError: these are no OpenPGP packets, or there is no public key among them.
-    """
-    found = []
-    position = 0
-    try:
-        while position < len(packets):
-            head = packets[position]
-            if not head & 0x80:
-                raise ValueError("no packet")
-            position += 1
-            if head & 0x40:
-                tag, first = head & 0x3F, packets[position]
-                if first < 192:
-                    size, width = first, 1
-                elif first < 224:
-                    size, width = ((first - 192) << 8) + packets[position + 1] + 192, 2
-                elif first == 255:
-                    size, width = int.from_bytes(packets[position + 1 : position + 5], "big"), 5
-                else:
-                    raise ValueError("a packet in parts")
-            else:
-                tag, width = head >> 2 & 0x0F, 1 << (head & 3)
-                if width == 8:
-                    raise ValueError("a packet without a length")
-                size = int.from_bytes(packets[position : position + width], "big")
-            body = packets[position + width : position + width + size]
-            if len(body) != size:
-                raise ValueError("a packet that is cut off")
-            position += width + size
-            if tag == PUBLIC_KEY:
-                found.append(fingerprint_of(body))
-    except IndexError as error:
-        raise ValueError("a packet that is cut off") from error
-    if not found:
-        raise ValueError("no public key")
-    return found
-
-
-def fingerprint_of(body: bytes) -> str:
-    """Return the fingerprint of one public key's packet."""
-    if body[0] == 4:
-        return hashlib.sha1(b"\x99" + len(body).to_bytes(2, "big") + body, usedforsecurity=False).hexdigest().upper()
-    if body[0] == 6:
-        return hashlib.sha256(b"\x9b" + len(body).to_bytes(4, "big") + body).hexdigest().upper()
-    raise ValueError(f"a key of version {body[0]}")
-
-
-def check_key(packets: bytes, accepted: list[str], origin: str) -> None:
-    """Check that every key in a file is one of the accepted ones.
-
-    Raises:
-        SourceError: there is another one, or none.
+        Problem: it is no key.
     """
     try:
-        found = fingerprints_of(packets)
-    except ValueError as error:
-        raise SourceError(
-            f"{origin} is no OpenPGP key ({error}), perhaps a page of a proxy. Fix: look at it, and correct the"
-            " address of the key"
-        ) from error
-    wanted = [text.replace(" ", "").upper() for text in accepted]
-    others = [text for text in found if text not in wanted]
-    if wanted and others:
-        raise SourceError(
-            f"the key at {origin} has the fingerprint {', '.join(others)}, accepted is {', '.join(wanted)}. Fix:"
-            " somebody may have put another key there; if the vendor announces the new one, set it as the fingerprint"
+        packets = b"".join(base64.b64decode(b"".join(block.split()), validate=True) for block in ARMOR.findall(key))
+    except binascii.Error:
+        packets = b""
+    packets = packets or key
+    # RFC 9580, 4.2 and 5.5: the first packet, in the old form or the new one, is a public key.
+    if packets[:1] not in (b"\x98", b"\x99", b"\x9a", b"\xc6"):
+        raise Problem(
+            f"{origin} is no OpenPGP key, perhaps a page of a proxy", "look at it, and correct the address of the key"
         )
-
-
-def render(params: dict[str, object], keyring: Path) -> str:
-    """Return the source in apt's deb822 form."""
-    components = params["components"]
-    assert isinstance(components, list)
-    lines = ["Types: deb", f"URIs: {params['uri']}", f"Suites: {params['suite']}"]
-    lines += [f"Components: {' '.join(components)}"] if components else []
-    lines += ["Architectures: amd64", f"Signed-By: {keyring}"]
-    return "\n".join(["# Written by Ansible (module apt_source).", *lines, ""])
-
-
-def entries(text: str, deb822: bool) -> list[str]:
-    """Return the active entries of a file of sources, without comments."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    if not deb822:
-        return [line for line in lines if line.strip()]
-    paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
-    return [text for text in paragraphs if text.strip() and not re.search(DISABLED, text)]
+    return packets
 
 
 def is_replaced(file: Path, replaces: list[str]) -> bool:
     """Tell whether a pattern names a file in sources.list.d, which may be written in either form."""
     names = [file.with_suffix(suffix).name for suffix in (".list", ".sources")]
-    return file != MAIN_SOURCE and any(fnmatch.fnmatch(name, pattern) for name in names for pattern in replaces)
-
-
-def fix_of(text: str) -> str:
-    """Return the fix of the most specific cause that apt's words name."""
-    return next(fix for pattern, fix in CAUSES if re.search(pattern, text))
+    return file != apt.MAIN_SOURCE and any(fnmatch.fnmatch(name, pattern) for name in names for pattern in replaces)
 
 
 def find_older(own: Path, conflicts: str, replaces: list[str]) -> list[Path]:
     """Return the files of older entries of the same repository, which this one takes the place of.
 
     Raises:
-        SourceError: there is an entry in a file that is not ours to remove.
+        Problem: there is an entry in a file that is not ours to remove.
     """
-    if not conflicts:
-        return []
     older = []
-    for file in [MAIN_SOURCE, *sorted(SOURCES.glob("*.list")), *sorted(SOURCES.glob("*.sources"))]:
-        if file == own or not file.exists():
+    for file, entries in apt.sources() if conflicts else ():
+        same = [entry for entry in entries if re.search(conflicts, entry)]
+        if file == own or not same:
             continue
-        found = entries(file.read_text(errors="replace"), file.suffix == ".sources")
-        same = [text for text in found if re.search(conflicts, text)]
-        if not same:
-            continue
-        if len(same) < len(found) or not is_replaced(file, replaces):
-            raise SourceError(
-                f"the repository is already an apt source: {file}. Fix: remove that entry, then run again; ours"
-                f" follows, in {own}"
+        if len(same) < len(entries) or not is_replaced(file, replaces):
+            raise Problem(
+                f"the repository is already an apt source: {file}",
+                f"remove that entry, then run again; ours follows, in {own}",
             )
         older.append(file)
     return older
@@ -292,145 +169,106 @@ class Source:
         """Take what is wanted."""
         self.module = module
         self.params = module.params
-        self.file = SOURCES / f"{self.params['name']}.sources"
+        self.file = apt.SOURCES / f"{self.params['name']}.sources"
         self.keyring = KEYRINGS / f"{self.params['name']}.gpg"
-        self.alone = ["-o", f"Dir::Etc::sourcelist={self.file}", "-o", "Dir::Etc::sourceparts=-"]
+        self.fingerprints = [text.replace(" ", "").upper() for text in self.params["fingerprints"]]
+
+    def render(self, packets: bytes) -> str:
+        """Return the source in apt's deb822 form; the sum of the key's file makes a change of either one of both."""
+        components = self.params["components"]
+        lines = ["Types: deb", f"URIs: {self.params['uri']}", f"Suites: {self.params['suite']}"]
+        lines += [f"Components: {' '.join(components)}"] if components else []
+        lines += ["Architectures: amd64", f"Signed-By: {' '.join([str(self.keyring), *self.fingerprints])}"]
+        total = hashlib.sha256(packets).hexdigest()
+        return "\n".join([f"# Written by Ansible (module apt_source), for the key {total}.", *lines, ""])
 
     def fetch_key(self) -> bytes:
         """Return the key's packets, from where it is.
 
         Raises:
-            SourceError: it is not there.
+            Problem: it is not there, or is none.
         """
         place = self.params["key"]
-        if place.startswith("/"):
-            try:
-                key = Path(place).read_bytes()
-            except OSError as error:
-                raise SourceError(
-                    f"cannot read the key {place}: {error.strerror}. Fix: correct the path of the key"
-                ) from error
-        else:
+        if not place.startswith("/"):
             response, info = fetch_url(self.module, place, timeout=60)
             if info["status"] != 200:
-                raise SourceError(
-                    f"cannot fetch the key {place}: {info['msg']}. Fix: check the network, the proxy and the"
-                    " address of the key"
+                raise Problem(
+                    f"cannot fetch the key {place}: {info['msg']}",
+                    "check the network, the proxy and the address of the key",
                 )
-            key = response.read()
+            return packets_of(response.read(), place)
         try:
-            return dearmor(key)
-        except (ValueError, binascii.Error) as error:
-            raise SourceError(
-                f"the key {place} is damaged. Fix: look at it, and correct the address of the key"
-            ) from error
+            return packets_of(Path(place).read_bytes(), place)
+        except OSError as error:
+            raise Problem(f"cannot read the key {place}: {error.strerror}", "correct the path of the key") from error
 
-    def wanted_key(self) -> bytes:
-        """Return the key's packets: what is there if it is accepted, else what is at the address."""
-        if self.keyring.exists():
-            packets = self.keyring.read_bytes()
-            try:
-                check_key(packets, self.params["fingerprints"], str(self.keyring))
-            except SourceError:
-                pass
-            else:
-                return packets
-        packets = self.fetch_key()
-        check_key(packets, self.params["fingerprints"], self.params["key"])
-        return packets
-
-    def lists(self) -> list[str]:
-        """Return the files of lists that are there for this source."""
-        command = ["apt-get", "indextargets", *self.alone, "--format", "$(FILENAME)"]
-        return str(self.module.run_command(command, check_rc=True)[1]).split()
+    def lists(self) -> list[Path]:
+        """Return the lists of the repository in the source's file; apt names them after its address."""
+        found = []
+        for uri in re.findall(r"(?m)^URIs: *[a-z]+:(?://(?:[^/@]*@)?)?(.+?)/*$", (read(self.file) or b"").decode()):
+            # Whatever stands there for a character such as a colon.
+            found += LISTS.glob("_".join(re.sub(r"[^A-Za-z0-9.-]", "*", part) for part in uri.split("/")) + "_*")
+        return found
 
     def refresh(self) -> None:
         """Fetch the lists of this source.
 
         Raises:
-            SourceError: the repository cannot be reached, or is not signed by the key.
+            Problem: the repository cannot be reached, or no accepted key has signed it.
         """
-        command = ["apt-get", "update", *self.alone, "-o", "APT::Get::List-Cleanup=0", "-o", "Acquire::Retries=2"]
-        # apt itself does not wait for the lock on its lists.
-        end = time.monotonic() + self.params["lock_timeout"]
-        while True:
-            status, output, errors = self.module.run_command(command, environ_update={"LC_ALL": "C"})
-            if status == 0 or not re.search(LOCKED, errors) or time.monotonic() + LOCK_SECONDS > end:
-                break
-            time.sleep(LOCK_SECONDS)
+        alone = (f"Dir::Etc::sourcelist={self.file}", "Dir::Etc::sourceparts=-", "APT::Get::List-Cleanup=0")
+        command = ["apt-get", "update", *(word for text in (*alone, "Acquire::Retries=2") for word in ("-o", text))]
+        status, text = apt.apt(command, self.params["lock_timeout"])
         # Older releases of apt end with 0 when a repository cannot be reached.
-        complaints = [line for line in (output + errors).splitlines() if line.startswith(("E:", "W:", "Err:"))]
-        text = " ".join(complaints)
-        if status == 0 and not re.search(r"Failed to fetch|GPG error|NO_PUBKEY|not signed|signature", text):
-            return
+        said = " ".join(line for line in text.splitlines() if line.startswith(("E:", "W:", "Err:")))
         uri = self.params["uri"]
-        if re.search(r"SHA-?1 is not considered secure", text):
-            raise SourceError(
-                f"{uri} is signed by a key that apt no longer trusts, since the key's own signature is SHA-1: {text}."
-                " Fix: take the vendor's newer key; set its address and its fingerprint"
+        if re.search(r"SHA-?1 is not considered secure", said):
+            raise Problem(
+                f"{uri} is signed by a key that apt no longer trusts, since the key's own signature is SHA-1: {said}",
+                "take the vendor's newer key; set its address and its fingerprint",
             )
-        if re.search(r"NO_PUBKEY|GPG error|OpenPGP|not signed|signature", text):
-            raise SourceError(
-                f"{uri} is not signed by the key in {self.keyring}: {text}. Fix: if the vendor announces another key,"
-                " remove that file, set the new fingerprint, and run again"
+        if re.search(r"NO_PUBKEY|GPG error|OpenPGP|not signed|signature", said):
+            raise Problem(
+                f"{uri} is not signed by a key in {self.params['key']} that is accepted: {said}; accepted is"
+                f" {', '.join(self.fingerprints) or 'any'}",
+                "somebody may have put another key there; if the vendor announces the new one, set it as the"
+                " fingerprint",
             )
-        raise SourceError(f"cannot fetch the lists of {uri}: {text or errors}. Fix: {fix_of(text or errors)}")
+        if status != 0 or "Failed to fetch" in said:
+            raise apt.explain(text, f"cannot fetch the lists of {uri}: apt-get update", warnings=True)
 
-    def present(self) -> dict[str, object]:
+    def present(self) -> dict[str, Any]:
         """Bring the source."""
         if not self.params["uri"] or not self.params["key"]:
-            raise SourceError("uri and key are needed. Fix: set both")
+            raise Problem("uri and key are needed", "set both")
         older = find_older(self.file, self.params["conflicts"], self.params["replaces"])
-        wanted: dict[Path, bytes] = {self.file: render(self.params, self.keyring).encode()}
-        if self.module.check_mode and not self.keyring.exists():
-            return {"changed": True, "refreshed": False, "removed": [str(file) for file in older]}
-        wanted[self.keyring] = self.wanted_key()
-        before = {path: path.read_bytes() if path.exists() else None for path in [*wanted, *older]}
-        changed = bool(older) or any(before[path] != content for path, content in wanted.items())
-        refreshed = False
-        if not self.module.check_mode:
-            try:
-                if changed:
-                    for path, content in wanted.items():
-                        self.write(path, content)
-                    for path in older:
-                        path.unlink()
-                if changed or not self.lists():
-                    self.refresh()
-                    refreshed = True
-            except SourceError:
-                for path, old in before.items():
-                    self.write(path, old)
-                raise
-        return {"changed": changed, "refreshed": refreshed, "removed": [str(file) for file in older]}
+        packets = read(self.keyring) or b""
+        changed = bool(older) or read(self.file) != self.render(packets).encode()
+        result = {"changed": changed, "refreshed": False, "removed": [str(file) for file in older]}
+        if self.module.check_mode or (not changed and self.lists()):
+            return result
+        before = {path: read(path) for path in (self.file, self.keyring, *older)}
+        try:
+            if changed:
+                packets = self.fetch_key()
+                write(self.keyring, packets)
+                write(self.file, self.render(packets))
+                for path in older:
+                    path.unlink()
+            self.refresh()
+        except Problem:
+            for path, content in before.items():
+                write(path, content)
+            raise
+        return {**result, "refreshed": True}
 
-    def absent(self) -> dict[str, object]:
+    def absent(self) -> dict[str, Any]:
         """Remove the source, its key and its lists."""
-        changed = self.file.exists() or self.keyring.exists()
-        if changed and not self.module.check_mode:
-            lists, releases = [], []
-            if self.file.exists():
-                lists = self.lists()
-                # apt names its lists after the address; whatever stands for a colon there.
-                for uri in re.findall(r"(?m)^URIs: *[a-z]+:/*(.+?)/*$", self.file.read_text()):
-                    releases += Path("/var/lib/apt/lists").glob(
-                        f"{re.sub('[:]', '*', uri).replace('/', '_')}_*Release*"
-                    )
-            for path in [*map(Path, lists), *releases, self.file, self.keyring]:
-                path.unlink(missing_ok=True)
-        return {"changed": changed, "refreshed": False, "removed": []}
-
-    @staticmethod
-    def write(path: Path, content: bytes | None) -> None:
-        """Write a file that everybody may read, in one go; without content, remove it."""
-        if content is None:
-            path.unlink(missing_ok=True)
-            return
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        growing = path.with_name(f".{path.name}.new")
-        growing.write_bytes(content)
-        growing.chmod(0o644)
-        growing.replace(path)
+        files = [path for path in (self.file, self.keyring) if path.exists()]
+        if not self.module.check_mode:
+            for path in [*self.lists(), *files]:
+                path.unlink()
+        return {"changed": bool(files), "refreshed": False, "removed": []}
 
 
 def main() -> None:
@@ -453,10 +291,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     source = Source(module)
-    try:
-        module.exit_json(**(source.present() if module.params["state"] == "present" else source.absent()))
-    except SourceError as error:
-        module.fail_json(msg=f"{error}.")
+    answer(module, source.present if module.params["state"] == "present" else source.absent)
 
 
 if __name__ == "__main__":

@@ -68,26 +68,22 @@ fingerprint:
 
 import hashlib
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import Problem, answer, run, sha256
 
 REQUIREMENT = "dots-ocr-client[serve]"
 FIX = (
     "Fix: run on a controller that reaches its package index and has pip beside Ansible, or set the role's variable "
     "..._wheels to a folder on the controller that has all wheels of dots-ocr-client[serve]"
 )
-
-
-class CollectError(Exception):
-    """The wheels cannot be brought together; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -122,21 +118,21 @@ class Source:
     is_checkout: bool
 
     def files(self) -> list[Path]:
-        """Return the files that decide what is installed; raises CollectError if there are none."""
+        """Return the files that decide what is installed; raises Problem if there are none."""
         if not self.is_checkout:
             wheels = sorted(self.folder.glob("*.whl"))
             if not any(wheel.name.startswith("dots_ocr_client-") for wheel in wheels):
-                raise CollectError(f"there is no wheel of dots-ocr-client in {self.folder}")
+                raise Problem(f"there is no wheel of dots-ocr-client in {self.folder}", FIX)
             return wheels
         client, lock = self.folder / "client", self.folder / "requirements.lock"
         project = client / "pyproject.toml"
         if not project.exists() or not lock.exists():
-            raise CollectError(f"{self.folder.resolve()} lacks client/ or requirements.lock")
+            raise Problem(f"{self.folder.resolve()} lacks client/ or requirements.lock", FIX)
         code = (path for path in (client / "src").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         return [lock, project, *sorted(code)]
 
     def fingerprint(self, target: Target) -> str:
-        """Return a short name for what would be collected; raises CollectError."""
+        """Return a short name for what would be collected; raises Problem."""
         names = [str(path.relative_to(self.folder)) for path in self.files()]
         digests = [sha256(self.folder / name) for name in names]
         lines = [
@@ -147,7 +143,7 @@ class Source:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def collect(self, target: Target, archive: Path) -> None:
-        """Write a tar archive of the wheels; raises CollectError."""
+        """Write a tar archive of the wheels; raises Problem."""
         self.files()
         with tempfile.TemporaryDirectory() as scratch:
             wheels, built = Path(scratch) / "wheels", Path(scratch) / "built"
@@ -167,11 +163,6 @@ class Source:
                     tar.add(wheel, arcname=wheel.name)
 
 
-def sha256(file: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def find_backend(scratch: Path, lock: Path, versions: Path) -> Path | None:
     """Return a folder with what builds the client, by files that the lock has; None where this Python has it."""
     if importlib.util.find_spec("hatchling"):
@@ -184,23 +175,23 @@ def find_backend(scratch: Path, lock: Path, versions: Path) -> Path | None:
 
 
 def check_hashes(wheels: Path, built: Path, lock: Path) -> None:
-    """Raise CollectError for a wheel that is neither our own nor one whose SHA-256 the lock has."""
+    """Raise Problem for a wheel that is neither our own nor one whose SHA-256 the lock has."""
     known = set(re.findall(r"--hash=sha256:([0-9a-f]{64})\b", lock.read_text()))
     known.update(sha256(wheel) for wheel in built.glob("*"))
     if others := [wheel.name for wheel in sorted(wheels.iterdir()) if sha256(wheel) not in known]:
-        raise CollectError(
+        raise Problem(
             f"the package index gave other files than {lock.name} pins: {', '.join(others)}; "
-            "a mirror has to hand out the files of the public index unchanged"
+            "a mirror has to hand out the files of the public index unchanged",
+            FIX,
         )
 
 
 def pip(*words: str | Path, path: Path | None = None) -> None:
-    """Run this Python's pip, with a folder of modules more if need be; raises CollectError with what it says."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(path)} if path else None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode != 0:
-        raise CollectError(f"pip {words[0]}: {done.stderr.strip() or done.stdout.strip()}")
+    """Run this Python's pip, with a folder of modules more if need be; raises Problem with what it says."""
+    command = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, words))
+    status, output, errors = run(*command, environment={"PYTHONPATH": str(path)} if path else None)
+    if status != 0:
+        raise Problem(f"pip {words[0]}: {errors.strip() or output.strip()}", FIX)
 
 
 def main() -> None:
@@ -220,13 +211,14 @@ def main() -> None:
     target = Target(wanted["python"], wanted["machine"], wanted["glibc"])
     source = Source(Path(wanted["wheels"] or wanted["repository"]), is_checkout=not wanted["wheels"])
     collecting = wanted["archive"] is not None and not module.check_mode
-    try:
+
+    def work() -> dict[str, Any]:
         fingerprint = source.fingerprint(target)
         if collecting:
             source.collect(target, Path(wanted["archive"]))
-    except CollectError as error:
-        module.fail_json(msg=f"{error}. {FIX}.")
-    module.exit_json(changed=collecting, fingerprint=fingerprint)
+        return {"changed": collecting, "fingerprint": fingerprint}
+
+    answer(module, work)
 
 
 if __name__ == "__main__":

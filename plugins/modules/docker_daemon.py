@@ -79,9 +79,7 @@ restart:
 """
 
 import base64
-import codecs
 import json
-import os
 import platform
 import re
 import shutil
@@ -90,9 +88,18 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
+    RECORDS,
+    Problem,
+    answer,
+    read,
+    remove_empty,
+    run,
+    write,
+)
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.engine import DAEMON, PLACES, UNFIT
 
-DAEMON = Path("/etc/docker/daemon.json")
-RECORD = Path("/var/lib/dots-ocr/installed/docker-daemon.json")
+RECORD = RECORDS / "docker-daemon.json"
 PROXY = Path("/etc/systemd/system/docker.service.d/dots-ocr-proxy.conf")
 CERTIFICATES = Path("/etc/docker/certs.d")
 CERTIFICATE = "dots-ocr.crt"
@@ -101,31 +108,27 @@ UNITS = (Path("/usr/lib/systemd/system"), Path("/lib/systemd/system"), Path("/et
 Options = dict[str, Any]
 
 
-class ConfigError(Exception):
-    """The configuration cannot be what is asked for; the message names the cause and the fix."""
-
-
 def parse(data: bytes | None) -> Options:
     """Return the options in the bytes of a daemon.json as dockerd reads them; no file, an empty one and null have none.
 
     Like dockerd it takes UTF-8, or what a byte order mark says, and merges objects whose key stands there twice.
 
     Raises:
-        ConfigError: it is not JSON, or no object.
+        Problem: it is not JSON, or no object.
     """
-    fix = f"mend it or move it away; 'python3 -m json.tool {DAEMON}' shows the place"
-    data = data or b""
-    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    what = "valid JSON"
     try:
-        text = data.decode("utf-16" if marked else "utf-8-sig").strip()
-        options = json.loads(text, object_pairs_hook=merge_pairs, parse_constant=refuse_constant) if text else None
+        text = data if data and data.strip() else b"null"
+        options = json.loads(text, object_pairs_hook=merge_pairs, parse_constant=refuse_constant)
+        if options is None or isinstance(options, dict):
+            return options or {}
+        what, why = "a JSON object", ""
     except ValueError as error:
-        raise ConfigError(f"{DAEMON} is not valid JSON ({error}), so nothing was changed. Fix: {fix}") from error
-    if options is None:
-        return {}
-    if not isinstance(options, dict):
-        raise ConfigError(f"{DAEMON} is not a JSON object, so nothing was changed. Fix: {fix}")
-    return options
+        why = f" ({error})"
+    raise Problem(
+        f"{DAEMON} is not {what}{why}, so nothing was changed",
+        f"mend it or move it away; 'python3 -m json.tool {DAEMON}' shows the place",
+    )
 
 
 def merge_pairs(pairs: list[tuple[str, Any]]) -> Options:
@@ -168,13 +171,14 @@ def merge(existing: Options, required: Options, defaults: list[Options], options
     """Return what daemon.json shall hold.
 
     Raises:
-        ConfigError: options contradict what is required.
+        Problem: options contradict what is required.
     """
     contradicted = [key for key in required if combine(required, options)[key] != combine(options, required)[key]]
     if contradicted:
-        raise ConfigError(
-            f"docker_engine_daemon_options sets {contradicted[0]}, which has to be"
-            f" {json.dumps(required[contradicted[0]])} here. Fix: leave it out; the role's README says why"
+        value = json.dumps(required[contradicted[0]])
+        raise Problem(
+            f"docker_engine_daemon_options sets {contradicted[0]}, which has to be {value} here",
+            "leave it out; the role's README says why",
         )
     merged = dict(existing)
     for group in defaults:
@@ -230,44 +234,51 @@ def check(options: Options, flags: set[str], wsl: bool) -> None:
     """Check what the engine itself does not check.
 
     Raises:
-        ConfigError: an option is given twice or in a place that is not read, names nothing, or is none that the server
+        Problem: an option is given twice or in a place that is not read, names nothing, or is none that the server
             can live with.
     """
-    if "config-file" in flags:
-        raise ConfigError(
-            f"docker.service reads its options from a file of its own (flag config-file), not from {DAEMON}. Fix: move"
-            f" them to {DAEMON} and remove the flag; 'systemctl cat docker.service' shows it"
-        )
-    if options.get("userns-remap") or "userns-remap" in flags:
-        raise ConfigError(
-            "userns-remap is on, so the container could neither read its key nor write its cache. Nothing was changed."
-            f" Fix: remove userns-remap from {DAEMON}, or the flag from docker.service; images and containers of before"
-            " are kept in a folder of their own and seen again with it"
-        )
-    if options.get("iptables") is False and options.get("userland-proxy") is False:
-        raise ConfigError(
-            "iptables and userland-proxy are both false, so that nobody could reach the server's port. Nothing was"
-            f" changed. Fix: remove one of both from {DAEMON} or docker_engine_daemon_options"
-        )
     # Names with a dot or a slash are programs that need no definition (containerd's shims).
     runtime, runtimes = options.get("default-runtime"), options.get("runtimes")
-    known = isinstance(runtimes, dict) and runtime in runtimes
-    if runtime and not known and "add-runtime" not in flags and not re.search(r"^runc$|[./]", str(runtime)):
-        raise ConfigError(
-            f"default-runtime is {runtime}, which runtimes does not define, so the engine would not start. Fix: remove"
-            f" default-runtime from {DAEMON} or docker_engine_daemon_options; GPUs come through CDI, without it"
-        )
+    known = not runtime or "add-runtime" in flags or bool(re.search(r"^runc$|[./]", str(runtime)))
+    known |= isinstance(runtimes, dict) and runtime in runtimes
+    no_proxy = options.get("userland-proxy") is False
     twice = sorted(flags & set(options))
-    if twice:
-        raise ConfigError(
-            f"{twice[0]} is set in {DAEMON} and as a flag of docker.service, so the engine would not start. Fix:"
-            " remove one of both; 'systemctl cat docker.service' shows the flag"
-        )
-    if wsl and options.get("userland-proxy") is False:
-        raise ConfigError(
-            "userland-proxy is false, and on WSL Windows could not reach published ports with mirrored networking."
-            f" Fix: remove it from {DAEMON} and from docker_engine_daemon_options"
-        )
+    either = f"{DAEMON} or docker_engine_daemon_options"
+    for found, cause, fix in (
+        (
+            "config-file" in flags,
+            f"docker.service reads its options from a file of its own (flag config-file), not from {DAEMON}",
+            f"move them to {DAEMON} and remove the flag; 'systemctl cat docker.service' shows it",
+        ),
+        (
+            options.get("userns-remap") or "userns-remap" in flags,
+            "userns-remap is on, so the container could neither read its key nor write its cache. Nothing was changed",
+            UNFIT["userns"][1],
+        ),
+        (
+            options.get("iptables") is False and no_proxy,
+            "iptables and userland-proxy are both false, so that nobody could reach the server's port. Nothing was"
+            " changed",
+            f"remove one of both from {either}",
+        ),
+        (
+            not known,
+            f"default-runtime is {runtime}, which runtimes does not define, so the engine would not start",
+            f"remove default-runtime from {either}; GPUs come through CDI, without it",
+        ),
+        (
+            twice,
+            f"{', '.join(twice)} is set in {DAEMON} and as a flag of docker.service, so the engine would not start",
+            "remove one of both; 'systemctl cat docker.service' shows the flag",
+        ),
+        (
+            wsl and no_proxy,
+            "userland-proxy is false, and on WSL Windows could not reach published ports with mirrored networking",
+            f"remove it from {either}",
+        ),
+    ):
+        if found:
+            raise Problem(cause, fix)
 
 
 def render_proxy(proxy: Options) -> str | None:
@@ -280,10 +291,10 @@ def render_proxy(proxy: Options) -> str | None:
 class Configuration:
     """The configuration on this host."""
 
-    def __init__(self, module: AnsibleModule) -> None:
-        """Take what is wanted."""
-        self.module = module
-        self.params = module.params
+    def __init__(self, params: Options, check: bool) -> None:
+        """Take what is wanted, and whether it is only to be foreseen."""
+        self.params = params
+        self.check = check
         self.changed = False
 
     def present(self) -> bool:
@@ -292,38 +303,36 @@ class Configuration:
         existing, before = parse(data), self.before(data)
         required, defaults, options = (self.params[key] for key in ("required", "defaults", "options"))
         wanted = merge(parse(before), required, defaults, options)
-        check(wanted, flags_of(self.unit()), is_wsl())
+        check(wanted, flags_of(unit()), is_wsl())
         certificates = {registry: self.certificate(registry) for registry in self.params["registry_ca"]}
         if wanted != existing:
-            self.validate(wanted)
+            validate(wanted)
         # First: without it, what was there before would be lost by a run that is cut off here.
         self.write(RECORD, render(record_of(before, wanted)), 0o600)
-        restart = wanted != existing and self.write(DAEMON, render(wanted), keep=True)
-        restart |= self.write(PROXY, encode(render_proxy(self.params["proxy"])), 0o600)
-        for place in [*CERTIFICATES.glob(f"*/{CERTIFICATE}")]:
-            if place.parent.name not in certificates:
-                self.write(place, None)
-        for registry, text in certificates.items():
-            self.write(CERTIFICATES / registry / CERTIFICATE, encode(text))
-        return restart
+        restart = wanted != existing and self.write(DAEMON, render(wanted))
+        return self.write_others(render_proxy(self.params["proxy"]), certificates) or restart
 
     def absent(self) -> bool:
         """Take our configuration away."""
         data = read(DAEMON)
         before = self.before(data)
         restart = before != data and parse(before) != parse(data)
-        self.write(DAEMON, before, keep=True)
+        self.write(DAEMON, before)
         self.write(RECORD, None)
-        restart |= self.write(PROXY, None)
-        for place in [*CERTIFICATES.glob(f"*/{CERTIFICATE}")]:
-            self.write(place, None)
-        return restart
+        return self.write_others(None, {}) or restart
+
+    def write_others(self, proxy: str | None, certificates: dict[str, str]) -> bool:
+        """Write or remove the drop-in and the certificates; return whether the engine has to be restarted for it."""
+        there = {place.parent.name for place in CERTIFICATES.glob(f"*/{CERTIFICATE}")}
+        for registry in there | set(certificates):
+            self.write(CERTIFICATES / registry / CERTIFICATE, certificates.get(registry))
+        return self.write(PROXY, proxy, 0o600)
 
     def before(self, data: bytes | None) -> bytes | None:
         """Return the daemon.json that would be there without us: that of before, with what others changed since then.
 
         Raises:
-            ConfigError: it is not JSON, or no object.
+            Problem: it is not JSON, or no object.
         """
         kept = read(RECORD)
         if data is None or kept is None:
@@ -337,86 +346,56 @@ class Configuration:
         """Return the certificate for a registry.
 
         Raises:
-            ConfigError: there is none.
+            Problem: there is none.
         """
         given = str(self.params["registry_ca"][registry])
         try:
             text = Path(given).read_text() if given.startswith("/") else given
         except OSError as error:
-            raise ConfigError(f"cannot read {given} for {registry}: {error.strerror}. Fix: correct the path") from error
+            raise Problem(f"cannot read {given} for {registry}: {error.strerror}", "correct the path") from error
         if "-----BEGIN CERTIFICATE-----" not in text:
-            raise ConfigError(
-                f"what is given for {registry} is no certificate in PEM. Fix: give the certificate of its authority"
+            raise Problem(
+                f"what is given for {registry} is no certificate in PEM", "give the certificate of its authority"
             )
         return text.rstrip() + "\n"
 
-    def unit(self) -> str:
-        """Return the text of docker.service with its drop-ins, in the order in which systemd reads them."""
-        files = [folder / "docker.service" for folder in UNITS if (folder / "docker.service").is_file()]
-        drop_ins = [file for folder in UNITS for file in sorted((folder / "docker.service.d").glob("*.conf"))]
-        return "\n".join(file.read_text() for file in [*files[-1:], *drop_ins])
-
-    def validate(self, options: Options) -> None:
-        """Let the engine check the options, if it is there.
-
-        Raises:
-            ConfigError: it would not start with them.
-        """
-        program = shutil.which("dockerd", path="/usr/bin:/usr/sbin:/usr/local/bin")
-        if program is None:
-            return
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            file.write(render(options))
-            file.flush()
-            status, output, errors = self.module.run_command([program, "--validate", "--config-file", file.name])
-        if status != 0:
-            words = " ".join((output + errors).replace(file.name, str(DAEMON)).split())
-            raise ConfigError(
-                f"the engine refuses the options: {words}. Nothing was changed. Fix: correct"
-                f" docker_engine_daemon_options, or {DAEMON} if the option is there"
-            )
-
-    def write(self, path: Path, content: bytes | None, mode: int = 0o644, *, keep: bool = False) -> bool:
-        """Write a file in one go, or remove it, and folders that become empty; tell whether that changes it.
-
-        With keep, a file that is there keeps its mode, owner and attributes. A link leads to the file that is written.
-        """
-        path = Path(os.path.realpath(path))
-        if read(path) == content:
+    def write(self, path: Path, content: bytes | str | None, mode: int = 0o644) -> bool:
+        """Write a file, or remove it and folders that become empty; tell whether that changes it, in check mode too."""
+        path = path.resolve()
+        if not write(path, content, mode, keep=path == DAEMON.resolve(), real=not self.check):
             return False
         self.changed = True
-        if self.module.check_mode:
-            return True
-        if content is None:
-            path.unlink()
-            for folder in path.parents[:3]:
-                if folder != Path("/etc") and folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-        else:
-            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            growing = path.with_name(f".{path.name}.new")
-            growing.touch(0o600)
-            growing.write_bytes(content)
-            if keep and path.exists():
-                there = path.stat()
-                os.chown(growing, there.st_uid, there.st_gid)
-                # Access lists and SELinux's label too.
-                shutil.copystat(path, growing)
-                os.utime(growing)
-            else:
-                growing.chmod(mode)
-            growing.replace(path)
+        if content is None and not self.check:
+            remove_empty(*(folder for folder in path.parents[:3] if folder != Path("/etc")))
         return True
 
 
-def read(path: Path) -> bytes | None:
-    """Return what is in a file, or None without one."""
-    return path.read_bytes() if path.exists() else None
+def unit() -> str:
+    """Return the text of docker.service with its drop-ins, in the order in which systemd reads them."""
+    files = [folder / "docker.service" for folder in UNITS if (folder / "docker.service").is_file()]
+    drop_ins = [file for folder in UNITS for file in sorted((folder / "docker.service.d").glob("*.conf"))]
+    return "\n".join(file.read_text() for file in [*files[-1:], *drop_ins])
 
 
-def encode(text: str | None) -> bytes | None:
-    """Return the bytes of a text, or None without one."""
-    return None if text is None else text.encode()
+def validate(options: Options) -> None:
+    """Let the engine check the options, if it is there.
+
+    Raises:
+        Problem: it would not start with them.
+    """
+    program = shutil.which("dockerd", path=PLACES)
+    if program is None:
+        return
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        file.write(render(options))
+        file.flush()
+        status, output, errors = run(program, "--validate", "--config-file", file.name)
+    if status != 0:
+        words = " ".join((output + errors).replace(file.name, str(DAEMON)).split())
+        raise Problem(
+            f"the engine refuses the options: {words}. Nothing was changed",
+            f"correct docker_engine_daemon_options, or {DAEMON} if the option is there",
+        )
 
 
 def render(options: Options) -> bytes:
@@ -452,12 +431,13 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    configuration = Configuration(module)
-    try:
+    configuration = Configuration(module.params, module.check_mode)
+
+    def work() -> dict[str, Any]:
         restart = configuration.present() if module.params["state"] == "present" else configuration.absent()
-    except ConfigError as error:
-        module.fail_json(msg=f"{error}.")
-    module.exit_json(changed=configuration.changed, restart=restart)
+        return {"changed": configuration.changed, "restart": restart}
+
+    answer(module, work)
 
 
 if __name__ == "__main__":

@@ -49,11 +49,11 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine as engines
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import ask
 
-PLACES = "/usr/bin:/usr/sbin:/usr/local/bin:/usr/local/sbin"
 COMMAND = Path("/usr/bin/docker")
 SOCKET = Path("/var/run/docker.sock")
-DAEMON = Path("/etc/docker/daemon.json")
 ROOT = Path("/var/lib/docker")
 SNAP = Path("/snap/bin/docker")
 # Docker Desktop's integration mounts this into a distribution of WSL.
@@ -73,24 +73,6 @@ def is_podman(command: Path) -> bool:
     with command.open("rb") as file:
         head = file.read(4096)
     return head.startswith(b"#!") and b"podman" in head
-
-
-def read_json(text: str) -> dict[str, Any]:
-    """Return an object in JSON, empty if it is none."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def data_roots(daemon: Path) -> set[Path]:
-    """Return the folders that may hold an engine's data: the usual one, and what its configuration says."""
-    # Bytes, of which Python finds out the encoding by a mark, as the engine does.
-    try:
-        return {ROOT, Path(json.loads(daemon.read_bytes())["data-root"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {ROOT}
 
 
 def kept_in(roots: set[Path]) -> dict[str, int]:
@@ -126,13 +108,10 @@ def judge(info: dict[str, Any], components: str, has_iptables: bool) -> Iterator
         components: their names, as `docker version` says of the server.
         has_iptables: whether the host has that program.
     """
-    # Podman's own command has other keys; its service behind Docker's command has a component of its own.
-    if ("ServerVersion" not in info and "host" in info) or "Podman" in components:
-        yield {
-            "problem": "The engine that answers the command docker is podman",
-            "fix": "'apt-get remove podman-docker' and, if it was linked, 'rm /var/run/docker.sock', which leave podman"
-            " itself; then run again, and Docker Engine takes its place",
-        }
+    kind = engines.unfit(info, components)
+    if kind:
+        yield dict(zip(("problem", "fix"), engines.UNFIT[kind], strict=True))
+    if kind == "podman":
         return
     if info.get("OperatingSystem") == "Docker Desktop":
         yield {
@@ -144,21 +123,6 @@ def judge(info: dict[str, Any], components: str, has_iptables: bool) -> Iterator
             "problem": "Docker is a snap, which sees neither the files of systemd's units nor CDI devices",
             "fix": "save what is in its volumes, 'snap remove docker', then run again",
         }
-    security = {str(option).split(",")[0].removeprefix("name=") for option in info.get("SecurityOptions") or []}
-    if "rootless" in security:
-        yield {
-            "problem": "Docker Engine runs rootless: it can neither hand out the GPU nor close the containers' network",
-            "fix": "have root use the engine of the host: 'docker context use default' as root, no DOCKER_HOST, and"
-            " 'systemctl enable --now docker'; the rootless one can stay beside it",
-        }
-    elif "userns" in security:
-        yield {
-            "problem": "Docker Engine remaps users (userns-remap), so the container can neither read its key nor write"
-            " its cache",
-            "fix": "remove userns-remap from /etc/docker/daemon.json, or the flag from docker.service, then 'systemctl"
-            " restart docker'; images and containers of before are kept in a folder of their own and seen again with"
-            " it",
-        }
     if info.get("ServerVersion") and not has_iptables:
         yield {
             "problem": "There is no program iptables, by which the containers' network is closed",
@@ -166,14 +130,9 @@ def judge(info: dict[str, Any], components: str, has_iptables: bool) -> Iterator
         }
 
 
-def look(module: AnsibleModule) -> dict[str, Any]:
+def look() -> dict[str, Any]:
     """Look at the engine of this host."""
-
-    def ask(*command: str) -> str:
-        status, output, _ = module.run_command(list(command))
-        return str(output) if status == 0 else ""
-
-    program = shutil.which("dockerd", path=PLACES)
+    program = shutil.which("dockerd", path=engines.PLACES)
     package = ask("dpkg-query", "--search", program).split(":")[0] if program else ""
     package_version = ask("dpkg-query", "--show", "--showformat=${Version}", package) if package else ""
     engine: dict[str, Any] = {
@@ -184,7 +143,7 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "package_version": package_version,
         "running": [],
         "problems": [],
-        **kept_in(data_roots(DAEMON)),
+        **kept_in({ROOT, Path(str(engines.settings().get("data-root", ROOT)))}),
     }
     if DESKTOP.exists():
         engine["origin"] = "desktop"
@@ -194,10 +153,10 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         engine["origin"] = "podman"
     active = ask("systemctl", "is-active", "docker.service").strip() == "active"
     # An engine that is stopped stays so: to ask Docker's socket would start it.
-    if shutil.which("docker", path=PLACES) and (active or ask("systemctl", "is-active", "docker.socket") == ""):
-        answer = read_json(ask("docker", "info", "--format", "{{json .}}"))
+    if shutil.which("docker", path=engines.PLACES) and (active or ask("systemctl", "is-active", "docker.socket") == ""):
+        answer = engines.read_object(ask("docker", "info", "--format", "{{json .}}"))
         names = ask("docker", "version", "--format", "{{range .Server.Components}}{{.Name}} {{end}}")
-        engine["problems"] = list(judge(answer, names, shutil.which("iptables", path=f"{PLACES}:/sbin") is not None))
+        engine["problems"] = list(judge(answer, names, shutil.which("iptables", path=engines.PLACES) is not None))
     if program and SOCKET.exists() and active:
         running = ask("docker", "ps", "--quiet").split()
         engine["running"] = (
@@ -209,7 +168,7 @@ def look(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(argument_spec={}, supports_check_mode=True)
-    module.exit_json(changed=False, engine=look(module))
+    module.exit_json(changed=False, engine=look())
 
 
 if __name__ == "__main__":

@@ -127,15 +127,14 @@ affected:
 """
 
 import base64
-import os
 import secrets
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import run, write
 
 MODES = {"file": "0644", "directory": "0755"}
 
@@ -200,13 +199,11 @@ class Entry:
             return
         file = Path(self.module.tmpdir, self.path.name)
         file.write_bytes(self.content)
-        code, out, error = self.module.run_command(
-            [word.replace("%s", str(file)) for word in shlex.split(self.validate)]
-        )
-        if code != 0:
+        status, output, errors = run(*(word.replace("%s", str(file)) for word in shlex.split(self.validate)))
+        if status != 0:
             command = self.validate.replace("%s", str(self.path))
-            problem = f"'{command}' refuses the new content, and nothing was replaced: {(error or out).strip()}"
-            self.fail(problem, rc=code, stdout=out, stderr=error)
+            problem = f"'{command}' refuses the new content, and nothing was replaced: {(errors or output).strip()}"
+            self.fail(problem, rc=status, stdout=output, stderr=errors)
 
     def own(self, path: Path) -> bool:
         """Give a path its owner and mode; returns whether they differed."""
@@ -264,17 +261,9 @@ class Entry:
 
     def write(self, content: bytes) -> None:
         """Write the file beside the old one, for its owner's eyes only, and put it in its place."""
-        descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        new = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            contents, self.diff = self.diff, {"before": {}, "after": {}}
-            self.own(new)
-            self.diff = contents
-            new.replace(self.path)
-        finally:
-            new.unlink(missing_ok=True)
+        contents, self.diff = self.diff, {"before": {}, "after": {}}
+        write(self.path, content, own=self.own)
+        self.diff = contents
 
     def note(self, what: str, before: str, after: str) -> None:
         """Say a difference that is not one of content."""

@@ -76,6 +76,14 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
+    Problem,
+    answer,
+    read_text,
+    remove_empty,
+    run,
+    write,
+)
 
 UNITS = ("nvidia-cdi-refresh.path", "nvidia-cdi-refresh.service")
 SPECIFICATION = Path("/var/run/cdi/nvidia.yaml")
@@ -105,10 +113,6 @@ CODE = bytes.fromhex(
     "b83c000000"  # mov eax, 60         exit
     "0f05"  # syscall
 )
-
-
-class DeviceError(Exception):
-    """Containers do not get the GPU; the message names the cause and the fix."""
 
 
 def program() -> bytes:
@@ -170,26 +174,6 @@ def node(specification: str) -> str:
     return found[0] if found else "/dev/nvidiactl"
 
 
-def read(path: Path) -> str:
-    """Return a file's text; nothing if there is no such file."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file of settings in one go; without text, remove it."""
-    if not text:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(mode=0o755, exist_ok=True)
-    growing = path.with_name(f".{path.name}.new")
-    growing.write_text(text)
-    growing.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o644)
-    growing.replace(path)
-
-
 def environment(text: str, hooks: list[str]) -> str:
     """Return the environment file with these hooks disabled beside those that it disables itself; ours comes last."""
     lines = text.splitlines()
@@ -217,7 +201,7 @@ def rivals(device: str) -> list[Path]:
     has_kind = re.compile(rf"""\bkind["']?\s*:\s*["']?{re.escape(kind)}["']?\s*(?:[,}}]|$)""", re.MULTILINE)
     has_name = re.compile(rf"""\bname["']?\s*:\s*["']?{re.escape(name)}["']?\s*(?:[,}}]|$)""", re.MULTILINE)
     for folder in (OWN_SPECIFICATIONS, SPECIFICATION.parent):
-        files = [(file, read(file)) for file in specifications(folder)]
+        files = [(file, read_text(file)) for file in specifications(folder)]
         same = [file for file, text in files if has_kind.search(text) and has_name.search(text)]
         if len(same) > 1:
             return same
@@ -278,8 +262,9 @@ def explain(message: str, device: str) -> str:
     """Return the engine's own words for why a container does not start, and a fix."""
     if "unresolvable CDI devices" in message and (files := rivals(device)):
         return f"A container does not get {device}: {explain_rivals(device, files)}"
-    own = [file for file in specifications(OWN_SPECIFICATIONS) if why_stale(read(file), read(LOADED_DRIVER).strip())]
-    if "Cannot connect" in message or "No such file or directory: b'docker'" in message:
+    loaded = read_text(LOADED_DRIVER).strip()
+    own = [file for file in specifications(OWN_SPECIFICATIONS) if why_stale(read_text(file), loaded)]
+    if "Cannot connect" in message or "No such file or directory: 'docker'" in message:
         fix = "'systemctl status docker.service'; the role docker_engine brings the engine"
     elif 'device driver "cdi"' in message:
         fix = "run the role docker_engine, or set features.cdi to true in /etc/docker/daemon.json and restart Docker"
@@ -297,18 +282,15 @@ def explain(message: str, device: str) -> str:
 class Devices:
     """The CDI devices of this host."""
 
-    def __init__(self, module: AnsibleModule) -> None:
-        """Take what is wanted."""
-        self.module = module
-        self.device: str = module.params["device"]
-        self.hooks: list[str] = module.params["disabled_hooks"]
+    def __init__(self, params: dict[str, Any], check: bool) -> None:
+        """Take what is wanted, and whether it is only to be foreseen."""
+        self.check = check
+        self.device: str = params["device"]
+        self.hooks: list[str] = params["disabled_hooks"]
 
-    def ask(self, *command: str, data: bytes | None = None) -> tuple[int, str, str]:
+    def ask(self, *command: str, data: bytes = b"") -> tuple[int, str, str]:
         """Run a command, and return its status, output and errors."""
-        environment = {"LC_ALL": "C"}
-        status, output, errors = self.module.run_command(
-            list(command), data=data, binary_data=True, environ_update=environment, handle_exceptions=False
-        )
+        status, output, errors = run(*command, data=data)
         return status, output.strip(), errors.strip()
 
     def registry(self) -> tuple[list[str], str]:
@@ -326,18 +308,18 @@ class Devices:
         running = self.ask("systemctl", "is-active", UNITS[0])[1] == "active"
         if running and states == ["enabled", "enabled"]:
             return False
-        if not self.module.check_mode:
+        if not self.check:
             self.ask("systemctl", "enable", *UNITS)
             status, _, errors = self.ask("systemctl", "start", UNITS[0])
             if status != 0:
-                raise DeviceError(f"{UNITS[0]} does not start: {errors}. Fix: 'systemctl status {UNITS[0]}'")
+                raise Problem(f"{UNITS[0]} does not start: {errors}. Fix: 'systemctl status {UNITS[0]}'")
         return True
 
     def refresh(self, reason: str) -> None:
         """Have the specification written anew.
 
         Raises:
-            DeviceError: it was not.
+            Problem: it was not.
         """
         # Somebody else's failures of before do not count towards the limit of starts.
         self.ask("systemctl", "reset-failed", UNITS[1])
@@ -348,11 +330,11 @@ class Devices:
         if status == 0 and self.device in found:
             return
         if files := rivals(self.device):
-            raise DeviceError(explain_rivals(self.device, files))
+            raise Problem(explain_rivals(self.device, files))
         # A unit whose condition does not hold is skipped: with status 0, and without a reason in the journal.
         state = self.ask("systemctl", "show", "--property=ConditionResult,Result", UNITS[1])[1]
         if skipped := why_skipped(state):
-            raise DeviceError(f"{UNITS[1]} was skipped, since it sees no driver: {skipped}")
+            raise Problem(f"{UNITS[1]} was skipped, since it sees no driver: {skipped}")
         command = ["journalctl", "--unit", UNITS[1], "--output", "cat", "--lines", "20", "--no-pager"]
         said = self.ask(*command, *([f"_SYSTEMD_INVOCATION_ID={invocation}"] if invocation else []))[1]
         # What was written well, and is not there all the same, is explained by who reads it.
@@ -360,7 +342,7 @@ class Devices:
         what = f"The GPU is no CDI device: {self.device} is not among {', '.join(found) or 'none'}"
         if self.device in found:
             what = f"The CDI specification is stale ({reason}) and cannot be written anew"
-        raise DeviceError(
+        raise Problem(
             f"{what} ({why_it_failed(said)}). Fix: see that 'nvidia-smi' shows the GPU,"
             " after an update of the driver reboot (WSL: 'wsl --shutdown' in Windows), then look at 'journalctl -u"
             f" {UNITS[1]}'"
@@ -370,14 +352,11 @@ class Devices:
         """Open the device in a container that leaves nothing behind.
 
         Raises:
-            DeviceError: it does not start, or cannot open the device.
+            Problem: it does not start, or cannot open the device.
         """
-        try:
-            status, name, errors = self.ask("docker", "image", "import", "-", data=image())
-        except OSError as error:
-            raise DeviceError(explain(str(error), self.device)) from error
+        status, name, errors = self.ask("docker", "image", "import", "-", data=image())
         if status != 0:
-            raise DeviceError(explain(errors, self.device))
+            raise Problem(explain(errors, self.device))
         options = ["--rm", "--pull=never", "--network=none", "--log-driver=none", f"--name={CONTAINER}"]
         try:
             self.ask("docker", "rm", "--force", CONTAINER)
@@ -393,14 +372,14 @@ class Devices:
             return
         if errors:
             lines = [line for line in errors.splitlines() if "--help" not in line and line.strip()]
-            raise DeviceError(explain(" ".join(lines).removeprefix("docker: "), self.device))
-        raise DeviceError(explain(f"{path} cannot be opened in it ({os.strerror(status)})", self.device))
+            raise Problem(explain(" ".join(lines).removeprefix("docker: "), self.device))
+        raise Problem(explain(f"{path} cannot be opened in it ({os.strerror(status)})", self.device))
 
     def fingerprint(self, specification: str) -> str:
         """Return what the proof holds for; a boot removes it with the folder that it is in."""
         started = ENGINE_PROCESS.stat().st_mtime_ns if ENGINE_PROCESS.exists() else 0
         return hashlib.sha256(
-            json.dumps([self.device, specification, read(LOADED_DRIVER), started]).encode()
+            json.dumps([self.device, specification, read_text(LOADED_DRIVER), started]).encode()
         ).hexdigest()
 
     def services(self) -> list[str]:
@@ -411,7 +390,7 @@ class Devices:
         found = []
         for name in names:
             fragment = self.ask("systemctl", "show", "--property=FragmentPath", "--value", name)[1]
-            if fragment and "nvidia.com/gpu=" in read(Path(fragment)):
+            if fragment and "nvidia.com/gpu=" in read_text(Path(fragment)):
                 found.append(name)
         return found
 
@@ -419,28 +398,28 @@ class Devices:
         """Have the device, and prove it."""
         changed = self.enable()
         if files := rivals(self.device):
-            raise DeviceError(explain_rivals(self.device, files))
-        told = read(ENVIRONMENT)
+            raise Problem(explain_rivals(self.device, files))
+        told = read_text(ENVIRONMENT)
         wanted = environment(told, self.hooks)
-        if wanted != told and not self.module.check_mode:
-            write(ENVIRONMENT, wanted)
+        if wanted != told and not self.check:
+            write(ENVIRONMENT, wanted or None, keep=True)
         changed = changed or wanted != told
-        before = read(SPECIFICATION)
+        before = read_text(SPECIFICATION)
         found = self.devices()
-        stale = why_stale(before, read(LOADED_DRIVER).strip())
+        stale = why_stale(before, read_text(LOADED_DRIVER).strip())
         if unwanted := [hook for hook in self.hooks if re.search(rf"\b{re.escape(hook)}\b", before)]:
             stale = f"it has the hook {unwanted[0]}"
         if self.device not in found or not before:
             stale = f"{self.device} is missing"
         result: dict[str, Any] = {"devices": found, "stale": stale, "proven": False, "services": []}
-        if self.module.check_mode:
+        if self.check:
             return {**result, "changed": changed or bool(stale)}
         if stale:
             self.refresh(stale)
             result["devices"] = self.devices()
-        after = read(SPECIFICATION)
+        after = read_text(SPECIFICATION)
         fingerprint = self.fingerprint(after)
-        if read(STAMP) != fingerprint:
+        if read_text(STAMP) != fingerprint:
             STAMP.unlink(missing_ok=True)
             self.prove(node(after))
             STAMP.write_text(fingerprint)
@@ -454,20 +433,18 @@ class Devices:
         links = [link for unit in UNITS for link in Path("/etc/systemd/system").glob(f"*.wants/{unit}")]
         files = [path for path in (SPECIFICATION, STAMP, CONFIGURATION, *links) if path.exists() or path.is_symlink()]
         running = self.ask("systemctl", "is-active", *UNITS)[1].split()
-        told = read(ENVIRONMENT)
+        told = read_text(ENVIRONMENT)
         theirs = environment(told, [])
         changed = bool(files) or "active" in running or theirs != told
-        if changed and not self.module.check_mode:
+        if changed and not self.check:
             self.ask("systemctl", "stop", *UNITS)
             for path in files:
                 path.unlink(missing_ok=True)
             if theirs != told:
-                write(ENVIRONMENT, theirs)
+                write(ENVIRONMENT, theirs or None, keep=True)
             self.ask("systemctl", "daemon-reload")
             self.ask("systemctl", "reset-failed", *UNITS)
-            for folder in (SPECIFICATION.parent, CONFIGURATION.parent, ENVIRONMENT.parent):
-                if folder.exists() and not any(folder.iterdir()):
-                    folder.rmdir()
+            remove_empty(SPECIFICATION.parent, CONFIGURATION.parent, ENVIRONMENT.parent)
         return {"changed": changed, "devices": [], "stale": "", "proven": False, "services": []}
 
 
@@ -481,12 +458,8 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    devices = Devices(module)
-    try:
-        result = devices.present() if module.params["state"] == "present" else devices.absent()
-    except DeviceError as error:
-        module.fail_json(msg=f"{error}.")
-    module.exit_json(**result)
+    devices = Devices(module.params, module.check_mode)
+    answer(module, devices.present if module.params["state"] == "present" else devices.absent)
 
 
 if __name__ == "__main__":

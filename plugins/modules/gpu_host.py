@@ -142,12 +142,18 @@ import platform
 import re
 import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import (
+    OLDEST_OPEN,
+    needs_open_modules,
+    version,
+)
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import ask, read_text, run
 
 Host = dict[str, Any]
 Problem = dict[str, str]
@@ -165,15 +171,9 @@ WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
 NVIDIA_PCI_VENDOR = "0x10de"
 DISPLAY_PCI_CLASS = "0x03"
 PCI = Path("/sys/bus/pci/devices")
-# NVIDIA's device ids grow with the generations (general knowledge): the open modules drive Turing and newer alone, and
-# Blackwell is driven by the open modules alone.
-OLDEST_OPEN = 0x1E00
-OLDEST_BLACKWELL = 0x2900
 # Drivers of the kernel that keep a card for a virtual machine.
 RESERVING_DRIVERS = ("vfio-pci", "pci-stub", "xen-pciback")
-BLACKWELL_CAPABILITY = 10
 NAT_FIX = "put networkingMode=nat below [wsl2] in Windows' %UserProfile%\\.wslconfig, then in Windows: wsl --shutdown"
-OLDEST_CAPABILITY = "7.5"  # Turing: of any image (roles/dots_ocr_server/profiles) and of the open modules
 QUERY = ("index", "name", "memory.total", "memory.free", "compute_cap", "driver_version")
 # A row of the answer to it. A name may have a comma, and a word in brackets may stand for any other value.
 ROW = re.compile(r"(\d+),\s*(.+),\s*([^,]+),\s*([^,]+),\s*([^,]+),\s*([^,]+)")
@@ -220,11 +220,6 @@ FIRST_ENGINE_WITH_CONTAINERD_STORE = 29
 TIMEOUT = 10  # seconds, for whatever is asked; a driver that hangs gets a minute
 GPU_TIMEOUT = 60
 LISTENING = "0A"
-
-
-def version(text: str) -> tuple[int, ...]:
-    """Return the numbers of a version such as 580.65.06 for comparison."""
-    return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 def trouble(problem: str, fix: str, mended_by: str = "") -> Problem:
@@ -324,16 +319,8 @@ def judge_docker(host: Host) -> Iterator[Problem]:
     if host["docker"]["snap"]:
         yield trouble("Docker is installed as a snap, which sees no GPU", "snap remove docker")
     # As the role docker_engine refuses them, only before anything is brought.
-    unfit = host["docker"].get("unfit", "")
-    if unfit == "podman":
-        yield trouble("podman answers at Docker's socket", "remove podman-docker and the link /var/run/docker.sock")
-    elif unfit == "rootless":
-        yield trouble("Docker Engine runs rootless", "systemctl enable --now docker, the engine of the host")
-    elif unfit == "userns":
-        yield trouble(
-            "Docker Engine remaps users (userns-remap), so the container can neither read its key nor write its cache",
-            "remove userns-remap from /etc/docker/daemon.json, then: systemctl restart docker",
-        )
+    if unfit := host["docker"].get("unfit"):
+        yield trouble(*engine.UNFIT[unfit])
 
 
 def judge_wsl_gpu(host: Host) -> Iterator[Problem]:
@@ -383,7 +370,7 @@ def judge_gpu(host: Host) -> Iterator[Problem]:
             "reboot; if that does not help, install libraries and module of one version",
             mender,
         )
-    if is_blackwell(host) and "proprietary" in (driver["loaded_flavour"], driver["flavour"]) and not older_serves(host):
+    if "proprietary" in (driver["loaded_flavour"], driver["flavour"]) and needs_open_modules(host):
         known = True
         yield trouble(
             "the NVIDIA kernel module is the proprietary one, which does not drive Blackwell",
@@ -414,12 +401,6 @@ def judge_gpu(host: Host) -> Iterator[Problem]:
             "reboot; if that does not help, reinstall the driver for the running kernel",
             mender,
         )
-
-
-def older_serves(host: Host) -> bool:
-    """Tell whether a GPU answers that an image may run on and that the proprietary modules drive: Turing to Ada."""
-    capabilities = [version(gpu.get("compute_capability", "")) for gpu in host["gpus"]]
-    return any(version(OLDEST_CAPABILITY) <= capability < (BLACKWELL_CAPABILITY,) for capability in capabilities)
 
 
 def broken_card(card: Host) -> Problem:
@@ -456,14 +437,6 @@ def warn_cards(host: Host) -> Iterator[Problem]:
     elif said := host["nvidia_smi_message"]:
         fix = next(fix for words, fix in CARD_FIXES if re.search(words, said))
         yield trouble(f"nvidia-smi warns: {said}", fix)
-
-
-def is_blackwell(host: Host) -> bool:
-    """Tell whether a GPU is of the Blackwell generation or newer, also where no driver says so."""
-    capabilities = [version(gpu["compute_capability"]) for gpu in host["gpus"]]
-    return any(capability >= (BLACKWELL_CAPABILITY,) for capability in capabilities) or any(
-        int(device, 16) >= OLDEST_BLACKWELL for device in host["nvidia_pci_ids"]
-    )
 
 
 def judge_ports(host: Host, requirements: dict[str, Any]) -> Iterator[Problem]:
@@ -548,29 +521,7 @@ def detail(host: Host) -> str:
 
 def read(path: Path | str) -> str:
     """Return the text of a file, and nothing of one that cannot be read."""
-    try:
-        return Path(path).read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def ask(command: list[str], timeout: int = TIMEOUT) -> tuple[int, str]:
-    """Return the exit status of a program and what it printed; -1 and why if it cannot be run or does not end."""
-    status, answer, errors = call(command, timeout)
-    return status, errors if status == -1 else answer
-
-
-def call(command: list[str], timeout: int = TIMEOUT) -> tuple[int, str, str]:
-    """Return the exit status of a program, what it printed, and its errors; status -1 as in ask."""
-    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
-            env={**os.environ, "PATH": path, "LC_ALL": "C"},
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return -1, "", str(error)
-    return done.returncode, done.stdout, done.stderr
+    return read_text(path).strip()
 
 
 def measure_platform(kernel: str) -> str:
@@ -610,11 +561,11 @@ def measure_gpus(platform_name: str) -> Host:
     if smi is None:
         return {"nvidia_smi": None, "nvidia_smi_message": "", "gpus": [], "gpus_broken": []}
     command = [smi, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
-    gpus, broken, said = read_gpus(*call(command, GPU_TIMEOUT))
+    gpus, broken, said = read_gpus(*run(*command, timeout=GPU_TIMEOUT))
     addresses = [card["address"] for card in measure_pci() if card["driver"] not in RESERVING_DRIVERS]
     if 1 < len(addresses) > len(gpus) + len(broken):
         for address in addresses:
-            more, bad, words = read_gpus(*call([*command, f"--id={address}"], GPU_TIMEOUT))
+            more, bad, words = read_gpus(*run(*command, f"--id={address}", timeout=GPU_TIMEOUT))
             known = {card["index"] for card in (*gpus, *broken)}
             gpus += [card for card in more if card["index"] not in known]
             broken += [card for card in bad if card["index"] not in known]
@@ -677,7 +628,7 @@ def measure_gpu_processes(smi: str) -> list[Host]:
     """Ask nvidia-smi who computes on the GPUs; nobody where it cannot tell, as on WSL."""
     query = "--query-compute-apps=pid,process_name,used_memory"
     # Its status says nothing of the rows here either.
-    _, answer, _ = call([smi, query, "--format=csv,noheader,nounits"], GPU_TIMEOUT)
+    _, answer, _ = run(smi, query, "--format=csv,noheader,nounits", timeout=GPU_TIMEOUT)
     found = re.findall(r"^(\d+), *(.+), *(\d+)$", answer, re.MULTILINE)
     return [{"pid": int(pid), "name": Path(name).name, "memory_mib": int(memory)} for pid, name, memory in found]
 
@@ -702,8 +653,8 @@ def measure_driver(kernel: str) -> dict[str, str]:
     loaded = read("/sys/module/nvidia/version") or (told.group() if told else "")
     flavour = "open" if "Open Kernel Module" in said else "proprietary" if said else ""
     found = {"loaded": loaded, "loaded_flavour": flavour if loaded else "", "installed": "", "flavour": ""}
-    status, answer = ask(["modinfo", "-k", kernel, "nvidia"])
-    module = dict(re.findall(r"^(version|license): *(.+)$", answer, re.MULTILINE)) if status == 0 else {}
+    answer = ask("modinfo", "-k", kernel, "nvidia", timeout=TIMEOUT)
+    module = dict(re.findall(r"^(version|license): *(.+)$", answer, re.MULTILINE))
     if "version" in module:
         found["installed"] = module["version"]
         found["flavour"] = "open" if "MIT" in module.get("license", "") else "proprietary"
@@ -720,11 +671,8 @@ def measure_packages(status: Path) -> list[str]:
 
 def measure_wsl() -> dict[str, str]:
     """Return the version of WSL and its kind of network, each empty if WSL does not tell."""
-    answers = {}
-    for name, option in (("version", "--wsl-version"), ("networking", "--networking-mode")):
-        status, answer = ask(["wslinfo", option])
-        answers[name] = answer.strip() if status == 0 else ""
-    return answers
+    options = {"version": "--wsl-version", "networking": "--networking-mode"}
+    return {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in options.items()}
 
 
 class Engine(http.client.HTTPConnection):
@@ -780,29 +728,11 @@ def measure_docker(ports: list[int]) -> Host:
         "desktop": desktop_is_integrated() or info.get("OperatingSystem") == "Docker Desktop",
         "snap": Path("/snap/docker").exists() or any(Path("/var/lib/snapd/snaps").glob("docker_*.snap")),
         "version": info.get("ServerVersion", ""),
-        "unfit": unfit_engine(info),
+        "unfit": engine.unfit(info),
         "images": image_folder(info),
-        "userland_proxy": engine_settings().get("userland-proxy") is not False,
+        "userland_proxy": engine.settings().get("userland-proxy") is not False,
     }
     return {"docker": docker, "containers": containers}
-
-
-def engine_settings() -> Host:
-    """Return what /etc/docker/daemon.json says; nothing of a broken one, which the role docker_engine reports."""
-    try:
-        settings = json.loads(Path("/etc/docker/daemon.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
-
-
-def unfit_engine(info: Host) -> str:
-    """Return why the engine that answers cannot run the server: podman, rootless, userns, or nothing."""
-    # Podman's answer has a field of its own.
-    if "BuildahVersion" in info:
-        return "podman"
-    security = {str(option).split(",")[0].removeprefix("name=") for option in info.get("SecurityOptions") or []}
-    return next((name for name in ("rootless", "userns") if name in security), "")
 
 
 def image_folder(info: Host) -> str:
@@ -811,7 +741,7 @@ def image_folder(info: Host) -> str:
     That is containerd's and not the engine's if its image store is containerd's: what the engine says of itself, else
     what its configuration says, else what a new one does from release 29 on.
     """
-    settings = engine_settings()
+    settings = engine.settings()
     root = str(info.get("DockerRootDir") or settings.get("data-root") or "/var/lib/docker")
     if info:
         containerd = CONTAINERD_STORE in json.dumps(info.get("DriverStatus"))
@@ -829,8 +759,7 @@ def image_folder(info: Host) -> str:
 
 def starts_with_containerd() -> bool:
     """Tell whether the engine that is installed, or will be, keeps its first images in containerd's store."""
-    status, answer = ask(["dockerd", "--version"])
-    release = re.search(r"version (\d+)", answer) if status == 0 else None
+    release = re.search(r"version (\d+)", ask("dockerd", "--version", timeout=TIMEOUT))
     return release is None or int(release.group(1)) >= FIRST_ENGINE_WITH_CONTAINERD_STORE
 
 
@@ -874,7 +803,7 @@ def free_gib(path: str) -> int:
 
 def measure_systemd() -> int:
     """Return the version of systemd, 0 if there is none."""
-    found = re.match(r"systemd (\d+)", ask(["systemctl", "--version"])[1])
+    found = re.match(r"systemd (\d+)", ask("systemctl", "--version", timeout=TIMEOUT))
     return int(found.group(1)) if found else 0
 
 
@@ -908,7 +837,7 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "architecture": platform.machine(),
         "kernel_release": kernel,
         "secure_boot": measure_secure_boot(),
-        "docker_engine": shutil.which("dockerd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin") is not None,
+        "docker_engine": shutil.which("dockerd", path=engine.PLACES) is not None,
         "memory_total_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "nvidia_pci_devices": len(devices),
         "nvidia_pci_ids": devices,

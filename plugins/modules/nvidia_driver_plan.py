@@ -125,21 +125,25 @@ machine_id:
 
 import os
 import re
-import subprocess
 import time
 from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import apt
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import OLDEST_OPEN, is_blackwell, needs_open_modules
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
+    RECORDS,
+    Problem,
+    answer,
+    ask,
+    read_text,
+    run,
+)
 
 Host = dict[str, Any]
 
-RECORDS = Path("/var/lib/dots-ocr/installed")  # apt_set's; those of the driver are named nvidia-driver*
-# NVIDIA's device ids grow with the generations (general knowledge): the open modules drive Turing and newer alone, and
-# Blackwell is driven by the open modules alone.
-OLDEST_OPEN = 0x1E00
-OLDEST_BLACKWELL = 0x2900
 # Whatever depends on NVIDIA's packages in the very same version. Other packages of such names have other versions.
 PINNED_TOGETHER = ("nvidia-*", "libnvidia-*", "libcuda*", "firmware-nvidia-*", "xserver-xorg-video-nvidia*")
 # In Ubuntu's archive the enterprise driver comes first: it changes least.
@@ -165,17 +169,9 @@ FOLDERS = {
 }
 # The first is supported until June 2028, the second is the production branch until March 2027 (NVIDIA's table).
 DEFAULT_BRANCHES = ("580", "595")
-LOCK_SECONDS = 5  # between two tries for apt's lock
 
 
-class Refusal(Exception):
-    """There is no good way; says why and what to do."""
-
-    def __init__(self, problem: str, fix: str) -> None:
-        super().__init__(f"{problem}. Fix: {fix}.")
-
-
-class NotInLists(Refusal):
+class NotInLists(Problem):
     """Apt's lists lack what is needed; they may be old."""
 
 
@@ -275,17 +271,17 @@ def resolve_ubuntu(host: Host, system: System, wishes: Wishes) -> Resolution:
     """Choose Canonical's modules, signed and built for the running kernel.
 
     Raises:
-        Refusal: the archive has none of this branch, or none for this kernel.
+        Problem: the archive has none of this branch, or none for this kernel.
     """
     if wishes.package_version:
-        raise Refusal(
+        raise Problem(
             f"nvidia_driver_package_version is {wishes.package_version}, but Canonical's modules go with the kernel and"
             " have its version",
             "leave it empty: what is installed is held; or set nvidia_driver_source to 'cuda_repo'",
         )
     candidates = flavours(host, system)
     if not candidates:
-        raise Refusal(
+        raise Problem(
             f"no installed package brings kernels like the running {host['kernel_release']}, so none brings modules for"
             " it",
             "install a kernel of Ubuntu's own ('apt-get install linux-generic'), reboot, then run again",
@@ -316,14 +312,14 @@ def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
     """Choose NVIDIA's own packages, whose modules are built on the machine by DKMS.
 
     Raises:
-        Refusal: Secure Boot would not load such modules, or the kernel's headers are not to be had.
+        Problem: Secure Boot would not load such modules, or the kernel's headers are not to be had.
     """
     # One that is loaded in spite of it was signed by an enrolled key, and so the next will be.
     if host["secure_boot"] and not host["driver"]["loaded"]:
         first = "turn Secure Boot off in the firmware and run again"
         if host["distribution"] == "ubuntu":
             first = "set nvidia_driver_source to 'ubuntu', whose modules Canonical signed"
-        raise Refusal(
+        raise Problem(
             "Secure Boot is on, and it loads no module that DKMS built on this machine: such a module is signed with a"
             " key of the machine's own (MOK), which a person has to enrol at the console during a reboot",
             f"{first}; or install the driver by hand with the key enrolled ('mokutil --import /var/lib/dkms/mok.pub',"
@@ -369,18 +365,18 @@ def resolve(host: Host, system: System, wishes: Wishes) -> Resolution:
     """Choose the packages for a machine that has no driver but ours.
 
     Raises:
-        Refusal: no source has a driver for this GPU on this machine.
+        Problem: no source has a driver for this GPU on this machine.
     """
     distribution, release = host["distribution"], host["distribution_version"]
     if folder_of(host) not in FOLDERS:
         supported = "Debian 12 or 13, or Ubuntu 22.04, 24.04 or 26.04"
-        raise Refusal(
+        raise Problem(
             f"we know no source of drivers for {distribution or 'this system'} {release}".strip(),
             f"use {supported}; or install the driver by hand, which this role then leaves alone",
         )
     devices = [int(device, 16) for device in host["nvidia_pci_ids"]]
     if devices and max(devices) < OLDEST_OPEN:
-        raise Refusal(
+        raise Problem(
             f"the GPU ({', '.join(host['nvidia_pci_ids'])}) is older than Turing, and the open kernel modules do not"
             " drive it",
             "use a GPU of the Turing generation (RTX 20) or newer",
@@ -389,7 +385,7 @@ def resolve(host: Host, system: System, wishes: Wishes) -> Resolution:
     if source == "auto":
         source = "ubuntu" if distribution == "ubuntu" else "cuda_repo"
     if source == "ubuntu" and distribution != "ubuntu":
-        raise Refusal(
+        raise Problem(
             f"nvidia_driver_source is 'ubuntu', but this is {distribution} {release}",
             "set nvidia_driver_source to 'auto' or 'cuda_repo'",
         )
@@ -402,19 +398,10 @@ def foreign_is_good(host: Host, wishes: Wishes) -> bool:
     if major(version) < int(wishes.branch) or not version.startswith(wishes.package_version):
         return False
     flavour = host["driver"]["flavour"] or host["driver"]["loaded_flavour"]
-    if flavour != "proprietary":
-        return True
-    # As in gpu_host: the proprietary modules do not drive Blackwell, which matters unless another GPU can serve.
-    blackwell = any(int(device, 16) >= OLDEST_BLACKWELL for device in host["nvidia_pci_ids"])
-    return bool(host["gpus"]) and (not blackwell or any(turing_to_ada(gpu) for gpu in host["gpus"]))
+    return flavour != "proprietary" or (bool(host["gpus"]) and not needs_open_modules(host))
 
 
-def turing_to_ada(gpu: dict[str, Any]) -> bool:
-    """Tell whether a GPU is of compute capability 7.5 to 8.9, which an image and either kind of modules can use."""
-    return (7, 5) <= tuple(map(int, gpu.get("compute_capability", "0").split("."))) < (10,)
-
-
-def refuse_foreign(host: Host, wishes: Wishes) -> Refusal:
+def refuse_foreign(host: Host, wishes: Wishes) -> Problem:
     """Refuse to install beside a driver that others installed, with the way to be rid of it."""
     packages, version = host["nvidia_packages"], version_on_disk(host)
     flavour = host["driver"]["flavour"] or host["driver"]["loaded_flavour"]
@@ -422,13 +409,12 @@ def refuse_foreign(host: Host, wishes: Wishes) -> Refusal:
     wanted = wishes.package_version or f"branch {wishes.branch}"
     reason = f"{wanted} is needed"
     if flavour == "proprietary" and major(version) >= int(wishes.branch):
-        blackwell = any(int(device, 16) >= OLDEST_BLACKWELL for device in host["nvidia_pci_ids"])
         what = f"proprietary kernel module of {what}"
-        reason = "it does not drive this GPU" + (": Blackwell needs the open modules" if blackwell else "")
+        reason = "it does not drive this GPU" + (": Blackwell needs the open modules" if is_blackwell(host) else "")
     where = f"by others ({', '.join(packages[:6])}{', …' if len(packages) > 6 else ''})" if packages else (
         "without a package, by NVIDIA's .run program")  # fmt: skip
     remove = "'apt-get purge " + " ".join(packages) + "'" if packages else "'nvidia-uninstall'"
-    return Refusal(
+    return Problem(
         f"the {what} was installed {where}, but {reason}; drivers of two sources do not mix",
         f"remove it with {remove}, then run again",
     )
@@ -485,7 +471,7 @@ def make_plan(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
     """Return the plan; RETURN describes it.
 
     Raises:
-        Refusal: there is no good way.
+        Problem: there is no good way.
     """
     if wishes.branch != "auto":
         return plan_branch(host, system, wishes)
@@ -507,29 +493,29 @@ def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
     """Return the plan for one branch.
 
     Raises:
-        Refusal: there is no good way; NoBranch if only another branch can help.
+        Problem: there is no good way; NoBranch if only another branch can help.
     """
     if not wishes.branch.isdecimal():
-        raise Refusal(
+        raise Problem(
             f"nvidia_driver_branch is '{wishes.branch}'", "set it to 'auto' or to a branch of NVIDIA's, such as '580'"
         )
     if wishes.package_version and major(wishes.package_version) != int(wishes.branch):
-        raise Refusal(
+        raise Problem(
             f"nvidia_driver_package_version {wishes.package_version} is not of branch {wishes.branch}",
             "set nvidia_driver_branch to the same branch, or leave the version empty",
         )
     if host["platform"] == "container":
-        raise Refusal(
+        raise Problem(
             "this is a container, and kernel modules belong to the machine that runs it",
             "install the driver on that machine, and deploy to it or to a virtual machine that has the GPU",
         )
     if not host["nvidia_pci_devices"] and not host["gpus"]:
         if reserved := host.get("nvidia_pci_reserved"):
-            raise Refusal(
+            raise Problem(
                 f"the NVIDIA GPU at {reserved[0]['address']} is kept for a virtual machine by {reserved[0]['driver']}",
                 "deploy to that virtual machine, or give the card back to this one and reboot",
             )
-        raise Refusal("there is no NVIDIA GPU in this machine", "choose a machine that has one")
+        raise Problem("there is no NVIDIA GPU in this machine", "choose a machine that has one")
     there = bool(version_on_disk(host) or host["nvidia_packages"])
     ours = system.owned or not there
     if not ours and not foreign_is_good(host, wishes):
@@ -563,40 +549,6 @@ def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
     }
 
 
-def run(*command: str) -> str:
-    """Return what a program prints; nothing where it fails or is missing."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
-    except OSError:
-        return ""
-    return done.stdout
-
-
-def refresh(lock_timeout: int) -> None:
-    """Fetch the lists of packages; what does not come shows in the plan.
-
-    Apt itself does not wait for the lock on its lists.
-
-    Args:
-        lock_timeout: seconds to wait for another program that holds it.
-
-    Raises:
-        Refusal: it is held longer.
-    """
-    command = ("apt-get", "--quiet", "update")
-    end = time.monotonic() + lock_timeout
-    while True:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
-        if done.returncode == 0 or "Could not get lock" not in done.stderr:
-            return
-        if time.monotonic() + LOCK_SECONDS > end:
-            raise Refusal(
-                f"the package lists cannot be fetched: {' '.join(done.stderr.split())}",
-                "let the program that holds the lock end, then run again; apt_lock_timeout sets how long to wait",
-            )
-        time.sleep(LOCK_SECONDS)
-
-
 def boot_time() -> float:
     """Return when the first process started, in seconds since 1970; a container has a boot of its own."""
     ticks = int(Path("/proc/1/stat").read_text().rsplit(")", 1)[1].split()[19])
@@ -607,7 +559,7 @@ def boot_time() -> float:
 def measure_packages() -> tuple[dict[str, str], frozenset[str]]:
     """Return the packages of kernels and drivers: what is installed depends on, and what left files behind."""
     lines = run("dpkg-query", "--show", "--showformat=${Package}\t${db:Status-Status}\t${Depends}\n",
-                "linux-*", "nvidia-*", "libnvidia-*").splitlines()  # fmt: skip
+                "linux-*", "nvidia-*", "libnvidia-*")[1].splitlines()  # fmt: skip
     rows = [line.split("\t", 2) for line in lines]
     packages = {name: depends for name, status, depends in rows if status == "installed"}
     return packages, frozenset(name for name, status, _ in rows if status == "config-files")
@@ -621,7 +573,7 @@ def measure(release: str) -> System:
     return System(
         packages=packages,
         configured=configured,
-        available=frozenset(run("apt-cache", "pkgnames").split()),
+        available=frozenset(ask("apt-cache", "pkgnames").split()),
         owned=any(RECORDS.glob("nvidia-driver*.json")),
         reboot_wanted_by=tuple(sorted(set(asking.read_text().split()))) if asking.exists() else (),
         booted_since=modules.exists() and boot_time() > modules.stat().st_mtime,
@@ -642,23 +594,22 @@ def main() -> None:
     )
     host = module.params["host"]
     wishes = Wishes(module.params["branch"], module.params["package_version"], module.params["source"])
-    system = measure(host["kernel_release"])
-    machine_id = Path("/etc/machine-id")
-    try:
+
+    def work() -> dict[str, Any]:
         try:
-            plan = make_plan(host, system, wishes)
-        except NotInLists:
-            refresh(module.params["lock_timeout"])
             plan = make_plan(host, measure(host["kernel_release"]), wishes)
-    except Refusal as refusal:
-        module.fail_json(msg=str(refusal))
-    module.exit_json(
-        changed=False,
-        machine_id=machine_id.read_text().strip() if machine_id.exists() else "",
-        persistenced=any(Path(folder, "nvidia-persistenced.service").exists()
-                         for folder in ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system")),
-        **plan,
-    )  # fmt: skip
+        except NotInLists:
+            apt.refresh(module.params["lock_timeout"])
+            plan = make_plan(host, measure(host["kernel_release"]), wishes)
+        units = ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system")
+        return {
+            "changed": False,
+            "machine_id": read_text("/etc/machine-id").strip(),
+            "persistenced": any(Path(folder, "nvidia-persistenced.service").exists() for folder in units),
+            **plan,
+        }
+
+    answer(module, work)
 
 
 if __name__ == "__main__":

@@ -78,22 +78,10 @@ import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import Problem, answer, run, sha256
 
 PLAIN = "A-Za-z0-9._+~/-"  # what a path may be made of to stand in a list of apt's
 SIGNED_MESSAGE = "-----BEGIN PGP SIGNED MESSAGE-----\n"
-
-
-class PackagesError(Exception):
-    """The packages cannot be used; the message names the cause and the cure."""
-
-
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
 
 
 def codename(release: Path) -> str:
@@ -112,7 +100,7 @@ class Folder:
         """Take what is wanted.
 
         Raises:
-            PackagesError: a fingerprint is none.
+            Problem: a fingerprint is none.
         """
         self.module = module
         self.params = module.params
@@ -120,18 +108,18 @@ class Folder:
         self.fingerprints = [text.replace(" ", "").upper() for text in self.params["fingerprints"]]
         for text in self.fingerprints:
             if not re.fullmatch("[0-9A-F]{40}|[0-9A-F]{64}", text):
-                raise PackagesError(f"{text!r} is no fingerprint of a key. Fix: give all of its 40 or 64 digits")
+                raise Problem(f"{text!r} is no fingerprint of a key", "give all of its 40 or 64 digits")
 
     def source(self, root: Path, base: Path) -> str:
         """Return the apt source for one signed list of indexes, in deb822 form.
 
         Raises:
-            PackagesError: no key may check it.
+            Problem: no key may check it.
         """
         keys = [path for path in (root / f"key.{suffix}" for suffix in ("gpg", "asc", "pgp")) if path.exists()]
         signers = [*map(str, keys), *self.fingerprints] if keys else self.params["keyrings"]
         if keys and not self.fingerprints:
-            raise PackagesError("no fingerprint is accepted")
+            raise Problem("no fingerprint is accepted")
         where = base.relative_to(root).parts
         suite, components = f"{'/'.join(where)}/", []
         if where[:1] == ("dists",):
@@ -151,14 +139,14 @@ class Folder:
             f"Signed-By: {' '.join(signers)}",
         ]
         if not all(re.fullmatch(rf"[A-Z][A-Za-z-]+: [: {PLAIN}]+", line) for line in lines):
-            raise PackagesError("its path, or that of a keyring, has other characters than letters, digits and ._+~-")
+            raise Problem("its path, or that of a keyring, has other characters than letters, digits and ._+~-")
         return "\n".join([*lines, ""])
 
     def indexes(self, root: Path, base: Path, work: Path) -> list[Path]:
         """Return the indexes below a folder of the bundle, as apt has checked them.
 
         Raises:
-            PackagesError: apt refuses them, or they are of another release.
+            Problem: apt refuses them, or they are of another release.
         """
         lists = work / "lists"
         (lists / "partial").mkdir(parents=True)
@@ -177,14 +165,14 @@ class Folder:
             "pkgCacheFile::Generate=false",
         )
         command = ["apt-get", "--quiet=2", "update", *(word for text in settings for word in ("-o", text))]
-        status, output, errors = self.module.run_command(command, environ_update={"LC_ALL": "C"})
+        status, output, errors = run(*command)
         if status != 0:
-            raise PackagesError(" ".join((output + errors).split()).replace(f"file:{self.path}/", ""))
+            raise Problem(" ".join((output + errors).split()).replace(f"file:{self.path}/", ""))
         if base.relative_to(root).parts[:1] == ("dists",):
             found = [codename(path) for path in lists.glob("*Release")]
             release = self.params["release"]
             if not all(name == release or name.startswith(f"{release}-") for name in found):
-                raise PackagesError(f"it is of {', '.join(found)}, not of {release}")
+                raise Problem(f"it is of {', '.join(found)}, not of {release}")
         return sorted(lists.glob("*Packages"))
 
     def signed(self, sums: set[str]) -> tuple[dict[str, str], list[str]]:
@@ -196,8 +184,8 @@ class Folder:
                 with tempfile.TemporaryDirectory(dir=self.module.tmpdir) as work:
                     try:
                         indexes = self.indexes(root, base, Path(work))
-                    except PackagesError as error:
-                        refused.append(f"{base.relative_to(self.path)}: {error}")
+                    except Problem as problem:
+                        refused.append(f"{base.relative_to(self.path)}: {problem}".rstrip("."))
                         continue
                     for index in indexes:
                         for text in index.read_text(errors="surrogateescape").split("\n\n"):
@@ -210,11 +198,11 @@ class Folder:
         """Return what a package without a signature says of itself.
 
         Raises:
-            PackagesError: it is no package.
+            Problem: it is no package.
         """
-        status, output, errors = self.module.run_command(["dpkg-deb", "--field", str(package)])
+        status, output, errors = run("dpkg-deb", "--field", str(package))
         if status != 0:
-            raise PackagesError(f"{package.name} is no package: {errors.strip()}. Fix: make a new bundle")
+            raise Problem(f"{package.name} is no package: {errors.strip()}", "make a new bundle")
         return f"{output.strip()}\nFilename: \nSize: {package.stat().st_size}\nSHA256: {sha256(package)}"
 
     def offer(self) -> dict[str, object]:
@@ -233,10 +221,10 @@ class Folder:
                 if not any(fnmatch.fnmatchcase(name[0], pattern) for pattern in self.params["unsigned"]):
                     complaints.append(unsigned[-1])
         if complaints:
-            raise PackagesError(
-                f"no vendor's signature covers {', '.join(complaints)}; {'; '.join(refused) or 'no index was refused'}."
-                " Fix: make a new bundle; if a mirror of yours signs, set its fingerprint (..._apt_fingerprint);"
-                " what nobody signs, and you trust, name in airgap_unsigned_packages"
+            raise Problem(
+                f"no vendor's signature covers {', '.join(complaints)}; {'; '.join(refused) or 'no index was refused'}",
+                "make a new bundle; if a mirror of yours signs, set its fingerprint (..._apt_fingerprint);"
+                " what nobody signs, and you trust, name in airgap_unsigned_packages",
             )
         content = "".join(f"{text}\n\n" for text in texts).encode(errors="surrogateescape")
         total = f"{hashlib.sha256(content).hexdigest()} {len(content)} Packages"
@@ -262,10 +250,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    try:
-        module.exit_json(**Folder(module).offer())
-    except PackagesError as error:
-        module.fail_json(msg=f"{error}.")
+    answer(module, lambda: Folder(module).offer())
 
 
 if __name__ == "__main__":

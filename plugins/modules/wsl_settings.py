@@ -86,18 +86,26 @@ windows:
 """
 
 import codecs
-import contextlib
 import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, unescape
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import version
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
+    RECORDS,
+    Problem,
+    answer,
+    read,
+    remove_empty,
+    run,
+    write,
+)
 
 Keys = dict[str, dict[str, str]]
 # What was set: {"created": the file is ours, "sections": {one that we added: whether an empty line came with it},
@@ -106,7 +114,6 @@ Record = dict[str, Any]
 # A file, what it holds, what it shall hold (None is no file), and whether its first state is kept beside it.
 Change = tuple[Path, "bytes | None", "bytes | None", bool]
 
-RECORDS = Path("/var/lib/dots-ocr/installed")
 RECORD = "wsl.json"
 WSL_CONF = Path("/etc/wsl.conf")
 BACKUP = ".before-dots-ocr"
@@ -157,14 +164,6 @@ TASK = """\
   </Actions>
 </Task>
 """
-
-
-class Trouble(Exception):
-    """Something that a person must mend; the message names the cause and the fix."""
-
-    def __init__(self, cause: str, fix: str) -> None:
-        """Put cause and fix together."""
-        super().__init__(f"{cause}. Fix: {fix}.")
 
 
 class Text:
@@ -274,7 +273,7 @@ def tidy(text: Text, section: str, record: Record) -> None:
 
 def plan_file(path: Path, keys: Keys, record: Record, new_line: str) -> tuple[bytes | None, bytes | None]:
     """Return what a file holds and what it shall hold, None being no file; writes on the record."""
-    before = path.read_bytes() if path.exists() else None
+    before = read(path)
     text = Text(before or b"", new_line)
     if before is None and keys:
         record["created"] = True
@@ -290,19 +289,7 @@ def write_file(path: Path, content: bytes | None, backup: bool) -> None:
     saved = path.with_name(path.name + BACKUP)
     if backup and path.exists() and not saved.exists():
         shutil.copyfile(path, saved)
-    if content is None:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_bytes(content)
-    with contextlib.suppress(PermissionError):
-        if path.exists():
-            status = path.stat()
-            os.chown(temporary, status.st_uid, status.st_gid)
-            temporary.chmod(status.st_mode & 0o7777)
-        else:
-            temporary.chmod(0o644)
-    temporary.replace(path)
+    write(path, content, keep=True)
 
 
 def decode(data: bytes) -> str:
@@ -317,35 +304,30 @@ def line(text: str) -> str:
     return " ".join(text.split())
 
 
-def version(text: str) -> tuple[int, ...]:
-    """Return the first three numbers of a version such as 2.6.1.0 for comparison."""
-    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
-
-
 class Windows:
     """The Windows around this distribution, by interop."""
 
     def __init__(self, distribution: str) -> None:
-        """Find drive, user and profile; raises Trouble if Windows cannot be reached."""
+        """Find drive, user and profile; raises Problem if Windows cannot be reached."""
         self.drive = Path(self.path("-u", "C:\\"))
         if not self.drive.is_dir():
-            raise Trouble(f"the drive C: of Windows is not to be seen in WSL as {self.drive}", AUTOMOUNT_FIX)
+            raise Problem(f"the drive C: of Windows is not to be seen in WSL as {self.drive}", AUTOMOUNT_FIX)
         # With /u cmd.exe answers in UTF-16; otherwise an umlaut in a name would come in a code page nobody knows.
         answer = self.run("cmd.exe", "/u", "/d", "/c", "set", "USER")
         said = dict(entry.split("=", 1) for entry in answer.splitlines() if "=" in entry)
         if "USERPROFILE" not in said or "USERNAME" not in said:
-            raise Trouble(f"Windows does not tell who its user is ({line(answer)})", INTEROP_FIX)
+            raise Problem(f"Windows does not tell who its user is ({line(answer)})", INTEROP_FIX)
         self.user = f"{said['USERDOMAIN']}\\{said['USERNAME']}" if said.get("USERDOMAIN") else said["USERNAME"]
         self.profile = Path(self.path("-u", said["USERPROFILE"]))
         if not self.profile.is_dir():
-            raise Trouble(
+            raise Problem(
                 f"the Windows user's profile {said['USERPROFILE']} is not to be seen in WSL as {self.profile}",
                 AUTOMOUNT_FIX,
             )
         self.config = self.profile / ".wslconfig"
         self.distribution = distribution or self.path("-w", "/").rstrip("\\").rsplit("\\", 1)[-1]
         if not re.fullmatch(r"[\w.-]+", self.distribution):
-            raise Trouble(
+            raise Problem(
                 f"'{self.distribution}' is no name of a distribution", "set wsl_distribution to what 'wsl --list' shows"
             )
         self.task = f"{TASK_PREFIX}{self.distribution}"
@@ -357,36 +339,33 @@ class Windows:
 
     def path(self, direction: str, path: str) -> str:
         """Translate a path: -u from Windows', -w to Windows'."""
-        try:
-            done = subprocess.run(["wslpath", direction, path], capture_output=True, timeout=TIMEOUT, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Trouble(f"wslpath does not work ({error})", INTEROP_FIX) from error
-        if done.returncode != 0:
-            raise Trouble(f"wslpath knows no {path} ({line(decode(done.stderr + done.stdout))})", AUTOMOUNT_FIX)
-        return decode(done.stdout).strip("\n")
+        status, output, errors = run("wslpath", direction, path, timeout=TIMEOUT, decode=decode)
+        if status < 0:
+            raise Problem(f"wslpath does not work ({errors})", INTEROP_FIX)
+        if status > 0:
+            raise Problem(f"wslpath knows no {path} ({line(errors + output)})", AUTOMOUNT_FIX)
+        return output.strip("\n")
 
     def attempt(self, program: str, *arguments: str, timeout: int = TIMEOUT) -> tuple[int, str]:
-        """Run a program of Windows and return its exit status and all that it said; Trouble if it cannot be run."""
-        command = [str(self.drive / SYSTEM / program), *arguments]
+        """Run a program of Windows and return its exit status and all that it said; Problem if it cannot be run."""
+        path = str(self.drive / SYSTEM / program)
         shared = ":".join(filter(None, [os.environ.get("WSLENV"), "WSL_UTF8"]))
-        try:
-            # The current folder must be one that Windows has a letter for.
-            done = subprocess.run(
-                command, capture_output=True, timeout=timeout, check=False, cwd=self.drive, stdin=subprocess.DEVNULL,
-                env={**os.environ, "WSL_UTF8": "1", "WSLENV": shared},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise Trouble(f"{program} did not end within {timeout} s", "restart Windows, then run again") from error
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise Trouble(f"programs of Windows cannot be run from WSL ({command[0]}: {why})", INTEROP_FIX) from error
-        return done.returncode, decode(done.stdout) + decode(done.stderr)
+        # The current folder must be one that Windows has a letter for.
+        status, output, errors = run(
+            path, *arguments, timeout=timeout, cwd=self.drive, decode=decode,
+            environment={"WSL_UTF8": "1", "WSLENV": shared},
+        )  # fmt: skip
+        if "timed out" in errors and status < 0:
+            raise Problem(f"{program} did not end within {timeout} s", "restart Windows, then run again")
+        if status < 0:
+            raise Problem(f"programs of Windows cannot be run from WSL ({path}: {errors})", INTEROP_FIX)
+        return status, output + errors
 
     def run(self, program: str, *arguments: str) -> str:
         """Run a program of Windows that must not fail, and return what it said."""
         status, said = self.attempt(program, *arguments)
         if status != 0:
-            raise Trouble(f"{program} failed with status {status} ({line(said)})", INTEROP_FIX)
+            raise Problem(f"{program} failed with status {status} ({line(said)})", INTEROP_FIX)
         return said
 
     def starter(self) -> tuple[str, str]:
@@ -417,7 +396,7 @@ class Windows:
         finally:
             file.unlink(missing_ok=True)
         if status != 0:
-            raise Trouble(
+            raise Problem(
                 f"Windows refuses the task {self.task} ({line(said)})",
                 "create it by hand (docs/wsl2.md) and set wsl_logon_task to false",
             )
@@ -426,7 +405,7 @@ class Windows:
         """Remove a task."""
         status, said = self.attempt("schtasks.exe", "/delete", "/tn", task, "/f")
         if status != 0:
-            raise Trouble(
+            raise Problem(
                 f"Windows does not remove the task {task} ({line(said)})",
                 f"in Windows: schtasks /delete /tn {task} /f, then run again",
             )
@@ -435,29 +414,26 @@ class Windows:
         """Update WSL."""
         status, said = self.attempt("wsl.exe", "--update", timeout=UPDATE_TIMEOUT)
         if status != 0:
-            raise Trouble(f"wsl.exe --update failed ({line(said)})", "in Windows: wsl --update, then wsl --shutdown")
+            raise Problem(f"wsl.exe --update failed ({line(said)})", "in Windows: wsl --update, then wsl --shutdown")
 
 
 def installed_wsl() -> str:
     """Return the version of WSL, or nothing if it does not tell."""
-    try:
-        done = subprocess.run(["wslinfo", "--wsl-version"], capture_output=True, timeout=TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return decode(done.stdout).strip() if done.returncode == 0 else ""
+    status, output, _ = run("wslinfo", "--wsl-version", timeout=TIMEOUT, decode=decode)
+    return output.strip() if status == 0 else ""
 
 
 def check_wishes(wishes: dict[str, Any]) -> bool:
-    """Return whether WSL must be updated; raises Trouble for what WSL would not understand."""
+    """Return whether WSL must be updated; raises Problem for what WSL would not understand."""
     for key in SIZES:
         value = wishes["config"].get("wsl2", {}).get(key)
         if value and not SIZE.fullmatch(str(value)):
-            raise Trouble(f"wsl_{key} is '{value}', which WSL does not understand", f"write wsl_{key}: 24GB, say")
+            raise Problem(f"wsl_{key} is '{value}', which WSL does not understand", f"write wsl_{key}: 24GB, say")
     found = installed_wsl()
-    if not found or not wishes["floor"] or version(found) >= version(wishes["floor"]):
+    if not found or not wishes["floor"] or version(found)[:3] >= version(wishes["floor"])[:3]:
         return False
     if not wishes["update"]:
-        raise Trouble(
+        raise Problem(
             f"WSL is {found}; only {wishes['floor']} and newer can be told not to put an idle distribution to sleep",
             "in Windows: wsl --update, then wsl --shutdown; or set wsl_update to true",
         )
@@ -536,17 +512,9 @@ def apply(params: dict[str, Any], record: dict[str, Any], real: bool) -> dict[st
 
 def write_record(record: dict[str, Any]) -> None:
     """Keep the record, or remove it and the folders that it was the last in."""
-    file = RECORDS / RECORD
-    if any(record.values()):
-        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-        if not file.exists() or file.read_text() != text:
-            RECORDS.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        return
-    file.unlink(missing_ok=True)
-    for folder in (RECORDS, RECORDS.parent):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n" if any(record.values()) else None
+    write(RECORDS / RECORD, text)
+    remove_empty(RECORDS, RECORDS.parent)
 
 
 def main() -> None:
@@ -570,10 +538,7 @@ def main() -> None:
     )
     file = RECORDS / RECORD
     record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    try:
-        module.exit_json(**apply(module.params, record, not module.check_mode))
-    except Trouble as trouble:
-        module.fail_json(msg=str(trouble))
+    answer(module, lambda: apply(module.params, record, not module.check_mode))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-FILE = Path(__file__).resolve().parent.parent / "plugins/modules/gpu_host.py"
-spec = importlib.util.spec_from_file_location("gpu_host", FILE)
-assert spec
-assert spec.loader
-gpu_host = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu_host)
+from ansible_collections.dots_ocr.deploy.plugins.modules import gpu_host
 
 REQUIREMENTS = {"disk_free": [], "wsl_memory_mib": 10000, "manages_windows": False}
 SPACE = {"path": "/var/lib/docker", "place": "/var/lib/docker", "gib": 60}
@@ -319,16 +312,14 @@ def test_images_are_where_the_engine_says(info: dict[str, Any], place: str) -> N
     assert gpu_host.image_folder(info) == place
 
 
-@pytest.mark.parametrize("answer", [(0, "Docker version 29.1.0, build 1"), (-1, "not found")])
-def test_new_engine_keeps_images_in_the_store_of_containerd(
-    answer: tuple[int, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_host, "ask", lambda _command: answer)
+@pytest.mark.parametrize("answer", ["Docker version 29.1.0, build 1", ""])
+def test_new_engine_keeps_images_in_the_store_of_containerd(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_host, "ask", lambda *_, **__: answer)
     assert gpu_host.starts_with_containerd()
 
 
 def test_older_engine_keeps_images_in_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_host, "ask", lambda _command: (0, "Docker version 28.5.2, build 1"))
+    monkeypatch.setattr(gpu_host, "ask", lambda *_, **__: "Docker version 28.5.2, build 1")
     assert not gpu_host.starts_with_containerd()
 
 
@@ -342,8 +333,8 @@ def test_port_is_found_with_the_process_that_listens() -> None:
 
 
 def test_program_that_is_missing_or_hangs_is_no_error() -> None:
-    assert gpu_host.ask(["no-such-program"])[0] == -1
-    assert gpu_host.ask(["sleep", "5"], timeout=0)[0] == -1
+    assert gpu_host.run("no-such-program")[0] == -1
+    assert gpu_host.run("sleep", "5", timeout=0)[0] == -1
 
 
 ROW = "0, NVIDIA GeForce RTX 5070 Ti, 16303, 15791, 12.0, 580.95.05\n"
@@ -506,4 +497,4 @@ def test_free_space_of_a_folder_that_does_not_exist_yet_is_that_of_its_parent(tm
     ],
 )
 def test_engine_that_answers_is_judged(info: dict[str, Any], unfit: str) -> None:
-    assert gpu_host.unfit_engine(info) == unfit
+    assert gpu_host.engine.unfit(info) == unfit

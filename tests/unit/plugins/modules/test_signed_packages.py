@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ansible_collections.dots_ocr.deploy.plugins.modules import signed_packages
 
-FILE = Path(__file__).resolve().parent.parent / "plugins/modules/signed_packages.py"
-spec = importlib.util.spec_from_file_location("signed_packages", FILE)
-assert spec
-assert spec.loader
-signed_packages = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(signed_packages)
+from tests.unit.plugins.modules.conftest import Key
 
 INDEX = "main/binary-amd64/Packages"
-
-
-class Key:
-    """A key of gpg, with a home of its own."""
-
-    def __init__(self, home: Path) -> None:
-        """Make it."""
-        home.mkdir(mode=0o700)
-        self.home = home
-        self.gpg("--quick-generate-key", "Vendor <vendor@example.invalid>", "ed25519", "sign", "never")
-        self.fingerprint = re.findall("(?m)^fpr:+([0-9A-F]+):", self.gpg("--with-colons", "--list-keys").decode())[0]
-        self.public = self.gpg("--export")
-
-    def gpg(self, *words: str, text: str = "") -> bytes:
-        """Run the real gpg."""
-        command = ["gpg", "--homedir", str(self.home), "--batch", "--quiet", "--passphrase", "", *words]
-        return subprocess.run(command, check=True, capture_output=True, input=text.encode()).stdout
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Key]:
-    """The vendor's key, and another one."""
-    folder = tmp_path_factory.mktemp("keys")
-    return {name: Key(folder / name) for name in ("vendor", "other")}
 
 
 def make_package(folder: Path, name: str) -> Path:
@@ -107,11 +77,6 @@ class Bundle:
             ' AllowInsecureRepositories "true"; AllowWeakRepositories "true"; };'
         )
 
-        def run(words: list[str], environ_update: dict[str, str] | None = None) -> tuple[int, str, str]:
-            env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "APT_CONFIG": str(settings), **(environ_update or {})}
-            done = subprocess.run(words, check=False, capture_output=True, text=True, env=env)
-            return done.returncode, done.stdout, done.stderr
-
         wanted = {
             "path": str(self.path),
             "suite": "from-usb",
@@ -120,17 +85,15 @@ class Bundle:
             "fingerprints": ["AB12" * 10, self.keys["vendor"].fingerprint],
             "unsigned": [],
         }
-        module = SimpleNamespace(
-            params=wanted | params, check_mode=False, run_command=run, tmpdir=str(self.path.parent)
-        )
-        found: dict[str, Any] = signed_packages.Folder(module).offer()
+        module = SimpleNamespace(params=wanted | params, check_mode=False, tmpdir=str(self.path.parent))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("APT_CONFIG", str(settings))
+            found: dict[str, Any] = signed_packages.Folder(module).offer()
         return found
 
     def refuse(self, complaint: str, packages: str = "one 1.0, two 1.0", **params: Any) -> None:
         """Check that the module refuses packages with these words, and writes nothing."""
-        with pytest.raises(
-            signed_packages.PackagesError, match=f"(?s)signature covers {packages}; .*{complaint}.* Fix: "
-        ):
+        with pytest.raises(signed_packages.Problem, match=f"(?s)signature covers {packages}; .*{complaint}.* Fix: "):
             self.offer(**params)
         assert not (self.path / "Packages").exists()
 
@@ -245,7 +208,7 @@ def test_list_of_the_bundle_is_written_anew(bundle: Bundle) -> None:
 
 def test_what_is_no_package_is_refused(bundle: Bundle) -> None:
     (bundle.path / "three.deb").write_bytes(b"no package")
-    with pytest.raises(signed_packages.PackagesError, match=r"three.deb is no package: .* Fix: "):
+    with pytest.raises(signed_packages.Problem, match=r"three.deb is no package: .* Fix: "):
         bundle.offer()
 
 
@@ -256,5 +219,5 @@ def test_path_cannot_write_into_the_source(bundle: Bundle) -> None:
 
 
 def test_fingerprint_is_whole(bundle: Bundle) -> None:
-    with pytest.raises(signed_packages.PackagesError, match=r"'0EBFCD88' is no fingerprint of a key. Fix: "):
+    with pytest.raises(signed_packages.Problem, match=r"'0EBFCD88' is no fingerprint of a key. Fix: "):
         bundle.offer(fingerprints=["0EBF CD88"])

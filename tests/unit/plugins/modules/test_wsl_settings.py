@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import codecs
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-spec = importlib.util.spec_from_file_location(
-    "wsl_settings", Path(__file__).resolve().parent.parent / "plugins/modules/wsl_settings.py"
-)
-assert spec
-assert spec.loader
-wsl = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(wsl)
+from ansible_collections.dots_ocr.deploy.plugins.modules import wsl_settings as wsl
 
 KEYS = {"general": {"instanceIdleTimeout": "-1"}, "wsl2": {"vmIdleTimeout": "-1", "memory": "24GB"}}
 OURS = "[general]\ninstanceIdleTimeout=-1\n\n[wsl2]\nvmIdleTimeout=-1\nmemory=24GB\n"
@@ -139,7 +131,7 @@ def test_size_is_understood(size: str) -> None:
 
 @pytest.mark.parametrize("size", ["50%", "a lot", "-1", "24G"])
 def test_size_that_wsl_would_ignore_is_refused(size: str) -> None:
-    with pytest.raises(wsl.Trouble, match=r"which WSL does not understand.*Fix: write wsl_memory: 24GB"):
+    with pytest.raises(wsl.Problem, match=r"which WSL does not understand.*Fix: write wsl_memory: 24GB"):
         wsl.check_wishes({"config": {"wsl2": {"memory": size}}, "floor": "", "update": False})
 
 

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
-
-
-def load(name: str) -> ModuleType:
-    """Return a module of plugins/modules."""
-    spec = importlib.util.spec_from_file_location(
-        name, Path(__file__).resolve().parent.parent / f"plugins/modules/{name}.py"
-    )
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-daemon, info = load("docker_daemon"), load("docker_engine_info")
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine
+from ansible_collections.dots_ocr.deploy.plugins.modules import docker_daemon as daemon
+from ansible_collections.dots_ocr.deploy.plugins.modules import docker_engine_info as info
 
 REQUIRED = {"features": {"cdi": True}, "live-restore": False}
 LOGS: dict[str, Any] = {"log-driver": "local", "log-opts": {"max-size": "50m"}}
@@ -60,7 +46,7 @@ def test_option_of_the_user_takes_the_place_of_a_default() -> None:
 
 def test_what_is_required_outweighs_the_file_but_is_not_contradicted() -> None:
     assert merge({"live-restore": True})["live-restore"] is False
-    with pytest.raises(daemon.ConfigError, match=r"sets live-restore, which has to be false here. Fix: leave it out"):
+    with pytest.raises(daemon.Problem, match=r"sets live-restore, which has to be false here. Fix: leave it out"):
         merge({}, **{"live-restore": True})
 
 
@@ -76,11 +62,8 @@ def test_second_merge_changes_nothing() -> None:
 class Host:
     """A host with files of its own; the engine finds no fault in them."""
 
-    check_mode = False
-
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Have the module look there."""
-        self.params: dict[str, Any] = {}
         self.file, self.record = folder / "etc/docker/daemon.json", folder / "lib/dots-ocr/installed/docker-daemon.json"
         self.file.parent.mkdir(parents=True)
         monkeypatch.setattr(daemon, "DAEMON", self.file)
@@ -92,15 +75,14 @@ class Host:
 
     def present(self, **options: Any) -> bool:
         """Bring the role's options; return whether anything changed."""
-        self.params = {"required": REQUIRED, "defaults": [LOGS, POOLS], "options": options}
-        self.params |= {"proxy": {}, "registry_ca": {}}
-        configuration = daemon.Configuration(self)
+        params = {"required": REQUIRED, "defaults": [LOGS, POOLS], "options": options, "proxy": {}, "registry_ca": {}}
+        configuration = daemon.Configuration(params, check=False)
         configuration.present()
         return bool(configuration.changed)
 
     def absent(self) -> bool:
         """Take them away; return whether the engine has to be restarted."""
-        return bool(daemon.Configuration(self).absent())
+        return bool(daemon.Configuration({}, check=False).absent())
 
     @property
     def options(self) -> dict[str, Any]:
@@ -213,7 +195,7 @@ def test_documented_example_works(host: Host, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_broken_file_is_reported(text: bytes, complaint: str) -> None:
-    with pytest.raises(daemon.ConfigError, match=f"{complaint}.*nothing was changed. Fix: mend it or move it away"):
+    with pytest.raises(daemon.Problem, match=f"{complaint}.*nothing was changed. Fix: mend it or move it away"):
         daemon.parse(text)
 
 
@@ -239,16 +221,14 @@ def test_drop_in_replaces_the_command_line() -> None:
 
 
 def test_option_that_is_a_flag_too_is_refused() -> None:
-    with pytest.raises(
-        daemon.ConfigError, match=r"hosts is set in .* and as a flag of docker.service.*Fix: remove one"
-    ):
+    with pytest.raises(daemon.Problem, match=r"hosts is set in .* and as a flag of docker.service.*Fix: remove one"):
         daemon.check({"hosts": ["fd://"]}, daemon.flags_of(UNIT), wsl=False)
 
 
 def test_options_in_another_file_are_refused() -> None:
     start = "[Service]\nExecStart=/usr/bin/dockerd --config-file={}\n"
     daemon.check({}, daemon.flags_of(start.format(daemon.DAEMON)), wsl=False)
-    with pytest.raises(daemon.ConfigError, match=r"a file of its own .*Fix: move them"):
+    with pytest.raises(daemon.Problem, match=r"a file of its own .*Fix: move them"):
         daemon.check({}, daemon.flags_of(start.format("/etc/dockerd.json")), wsl=False)
 
 
@@ -261,14 +241,14 @@ def test_options_in_another_file_are_refused() -> None:
     ],
 )
 def test_option_that_the_server_cannot_live_with_is_refused(options: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(daemon.ConfigError, match=f"{complaint}.*Nothing was changed. Fix: remove"):
+    with pytest.raises(daemon.Problem, match=f"{complaint}.*Nothing was changed. Fix: remove"):
         daemon.check(options, set(), wsl=False)
     daemon.check({**options, "userns-remap": "", "userland-proxy": True}, set(), wsl=False)
 
 
 def test_flag_that_the_server_cannot_live_with_is_refused() -> None:
     flags = daemon.flags_of("[Service]\nExecStart=/usr/bin/dockerd --userns-remap=default\n")
-    with pytest.raises(daemon.ConfigError, match="userns-remap is on"):
+    with pytest.raises(daemon.Problem, match="userns-remap is on"):
         daemon.check({}, flags, wsl=False)
 
 
@@ -276,13 +256,13 @@ def test_runtime_that_is_not_defined_is_refused() -> None:
     runtime = {"default-runtime": "nvidia"}
     for known in ({**runtime, "runtimes": {"nvidia": {"path": "x"}}}, {"default-runtime": "io.containerd.runc.v2"}):
         daemon.check(known, set(), wsl=False)
-    with pytest.raises(daemon.ConfigError, match=r"default-runtime is nvidia, .* Fix: remove default-runtime"):
+    with pytest.raises(daemon.Problem, match=r"default-runtime is nvidia, .* Fix: remove default-runtime"):
         daemon.check(runtime, set(), wsl=False)
 
 
 def test_userland_proxy_stays_on_wsl() -> None:
     daemon.check({"userland-proxy": False}, set(), wsl=False)
-    with pytest.raises(daemon.ConfigError, match="userland-proxy is false"):
+    with pytest.raises(daemon.Problem, match="userland-proxy is false"):
         daemon.check({"userland-proxy": False}, set(), wsl=True)
 
 
@@ -316,19 +296,20 @@ def test_data_is_counted_without_the_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "folders"),
+    ("text", "options"),
     [
-        ('{"data-root": "/srv/docker"}', {Path("/var/lib/docker"), Path("/srv/docker")}),
-        ('\ufeff{"data-root": "/srv/docker"}', {Path("/var/lib/docker"), Path("/srv/docker")}),
-        ("{}", {Path("/var/lib/docker")}),
-        ('{"data-root": ', {Path("/var/lib/docker")}),
-        ("[]", {Path("/var/lib/docker")}),
+        ('{"data-root": "/srv/docker"}', {"data-root": "/srv/docker"}),
+        ('\ufeff{"data-root": "/srv/docker"}', {"data-root": "/srv/docker"}),
+        ("{}", {}),
+        ('{"data-root": ', {}),
+        ("[]", {}),
     ],
 )
-def test_data_may_be_elsewhere(text: str, folders: set[Path], tmp_path: Path) -> None:
+def test_settings_of_the_engine(text: str, options: dict[str, str], tmp_path: Path) -> None:
     daemon_file = tmp_path / "daemon.json"
+    assert engine.settings(daemon_file) == {}
     daemon_file.write_text(text)
-    assert info.data_roots(daemon_file) == folders
+    assert engine.settings(daemon_file) == options
 
 
 @pytest.mark.parametrize(
@@ -413,7 +394,7 @@ def test_engine_that_cannot_run_the_server_is_named_with_the_fix(
 )
 def test_podman_is_not_taken_for_docker(said: dict[str, Any], components: str) -> None:
     [found] = info.judge(said, components, has_iptables=True)
-    assert "is podman" in found["problem"]
+    assert "podman answers" in found["problem"]
 
 
 def test_program_that_closes_the_network_is_needed() -> None:
@@ -431,15 +412,13 @@ class Commands:
         self.units = units
         self.asked: list[str] = []
 
-    def run_command(self, command: list[str]) -> tuple[int, str, str]:
+    def ask(self, *command: str) -> str:
         """Answer one of them."""
         self.asked.append(" ".join(command[:2]))
-        if command[:2] == ["systemctl", "is-active"]:
+        if command[:2] == ("systemctl", "is-active"):
             state = self.units.get(command[2].removeprefix("docker."), "inactive")
-            return (0 if state == "active" else 3), f"{state}\n", ""
-        if command[:2] == ["docker", "info"]:
-            return 0, json.dumps({**INFO, "SecurityOptions": ["name=userns"]}), ""
-        return 0, "", ""
+            return f"{state}\n" if state == "active" else ""
+        return json.dumps({**INFO, "SecurityOptions": ["name=userns"]}) if command[:2] == ("docker", "info") else ""
 
 
 @pytest.mark.parametrize(
@@ -451,5 +430,6 @@ def test_engine_that_is_stopped_is_not_started_by_asking(
 ) -> None:
     monkeypatch.setattr(info.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
     commands = Commands(**units)
-    problems = info.look(commands)["problems"]
+    monkeypatch.setattr(info, "ask", commands.ask)
+    problems = info.look()["problems"]
     assert ("docker info" in commands.asked, len(problems)) == (asked, int(asked))

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from ansible_collections.dots_ocr.deploy.plugins.modules import client_wheels
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("client_wheels", REPOSITORY / "plugins/modules/client_wheels.py")
-assert spec
-assert spec.loader
-client_wheels = importlib.util.module_from_spec(spec)
-sys.modules["client_wheels"] = client_wheels  # its dataclasses look themselves up there
-spec.loader.exec_module(client_wheels)
+REPOSITORY = Path(__file__).resolve().parents[4]
 
 CLIENT = "dots_ocr_client-1.0-py3-none-any.whl"
 COMPILED = "speedups-2.0-cp313-cp313-manylinux_2_28_x86_64.whl"
@@ -97,7 +91,7 @@ def test_only_files_that_the_lock_names_are_collected(
     archive.unlink()
 
     write_wheel(wheels, COMPILED, "other; extra == 'never'")
-    with pytest.raises(client_wheels.CollectError, match=f"than requirements.lock pins: {COMPILED}; a mirror"):
+    with pytest.raises(client_wheels.Problem, match=f"than requirements.lock pins: {COMPILED}; a mirror"):
         source.collect(TARGET, archive)
     assert not archive.exists()
 
@@ -124,14 +118,14 @@ def test_what_builds_the_client_comes_from_the_lock_where_ansible_has_it_not(
 @pytest.mark.parametrize(("python", "glibc"), [("3.12", "2.41"), ("3.13", "2.27")])
 def test_wheel_that_the_host_cannot_load_is_no_wheel(wheels: Path, tmp_path: Path, python: str, glibc: str) -> None:
     source, target = client_wheels.Source(wheels, is_checkout=False), client_wheels.Target(python, "x86_64", glibc)
-    with pytest.raises(client_wheels.CollectError, match="speedups"):
+    with pytest.raises(client_wheels.Problem, match="speedups"):
         source.collect(target, tmp_path / "wheels.tar")
     assert not (tmp_path / "wheels.tar").exists()
 
 
 def test_folder_without_the_client_is_refused(wheels: Path) -> None:
     (wheels / CLIENT).unlink()
-    with pytest.raises(client_wheels.CollectError, match="there is no wheel of dots-ocr-client"):
+    with pytest.raises(client_wheels.Problem, match="there is no wheel of dots-ocr-client"):
         fingerprint(wheels, is_checkout=False)
 
 
@@ -165,5 +159,5 @@ def test_name_is_that_of_one_minor_version_of_python(checkout: Path) -> None:
 
 
 def test_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(client_wheels.CollectError, match="lacks client/ or requirements"):
+    with pytest.raises(client_wheels.Problem, match="lacks client/ or requirements"):
         fingerprint(tmp_path, is_checkout=True)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.dots_ocr.deploy.plugins.filter import memory_plan as module
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("memory_plan", REPOSITORY / "plugins/filter/memory_plan.py")
-assert spec
-assert spec.loader
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+REPOSITORY = Path(__file__).resolve().parents[4]
 
 Plan = dict[str, Any]
 

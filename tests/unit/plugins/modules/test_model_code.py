@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.dots_ocr.deploy.plugins.modules import model_code
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[4]
 WEIGHTS = REPOSITORY / "rehearsal/tiny_model/dots.ocr"
 PROFILES: dict[str, Any] = {}
 for file in sorted((REPOSITORY / "roles/dots_ocr_server/profiles").glob("*.yml")):
     PROFILES.update(yaml.safe_load(file.read_text()))
-spec = importlib.util.spec_from_file_location("model_code", REPOSITORY / "plugins/modules/model_code.py")
-assert spec
-assert spec.loader
-model_code = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(model_code)
 
 # As the real weights name it.
 KNOWN = {

@@ -1,53 +1,22 @@
-"""The module apt_set: what it makes of the words of apt and dpkg. Its work on hosts is tested there (molecule/*)."""
+"""What the modules that run apt share: its locks, and what they make of its words."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import apt
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import Problem
 
-from tests.apt_host import LISTS_LOCK, Locked
-
-FILE = Path(__file__).resolve().parent.parent / "plugins/modules/apt_set.py"
-spec = importlib.util.spec_from_file_location("apt_set", FILE)
-assert spec
-assert spec.loader
-apt_set = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(apt_set)
-
-
-def test_status_tells_held_and_half_removed_packages() -> None:
-    found = apt_set.parse_status("docker-ce\t5:28.5.2-1\thold\tinstalled\njq\t1.7\tdeinstall\tconfig-files\n")
-    assert found["docker-ce"] == {"version": "5:28.5.2-1", "want": "hold", "status": "installed"}
-    assert found["jq"]["status"] == "config-files"
-
-
-def test_removals_of_a_simulation() -> None:
-    text = "Reading package lists...\nRemv docker-ce [5:28.5.2] [x:amd64 ]\nPurg jq [1.7]\nInst libc6 [2.41]\n"
-    assert apt_set.parse_removals(text) == ["docker-ce", "jq"]
-
-
-def test_versions_of_madison_newest_first() -> None:
-    text = " docker-ce | 5:28.5.2-1~x | http://m stable/amd64\n docker-ce | 5:28.3.3-1~x | http://m stable/amd64\n"
-    assert apt_set.parse_madison(text) == {"docker-ce": ["5:28.5.2-1~x", "5:28.3.3-1~x"]}
-
-
-def test_candidates_of_policy() -> None:
-    text = (
-        "jq:\n  Installed: 1.6\n  Candidate: 1.7\n  Version table:\nghost:\n  Installed: (none)\n  Candidate: (none)\n"
-    )
-    assert apt_set.parse_candidates(text) == {"jq": "1.7"}
-
-
-def test_pins_outweigh_what_is_installed() -> None:
-    text = apt_set.render_pins({"docker-ce": "5:28.5.*"})
-    assert "Package: docker-ce\nPin: version 5:28.5.*\nPin-Priority: 1001\n" in text
+LISTS_LOCK = (
+    "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 812 (apt-get)\n"
+    "E: Unable to lock directory /var/lib/apt/lists/\n"
+)
 
 
 # Words of apt 2.6 to 3.0, of dpkg, DKMS 3 and initramfs-tools, as they stand in reports.
@@ -233,7 +202,7 @@ NOISE = (
 def test_failure_is_told_in_the_words_of_apt_with_the_fix_of_its_cause(
     words: str, fixes: list[str], noise: str
 ) -> None:
-    message = apt_set.explain(f"{noise}{words}\n", "installing docker-ce")
+    message = str(apt.explain(f"{noise}{words}\n", "installing docker-ce"))
     said, fix = message.split("Fix: ")
     assert words.splitlines()[0].strip() in said
     assert [text for text in fixes if text not in fix] == []
@@ -241,9 +210,9 @@ def test_failure_is_told_in_the_words_of_apt_with_the_fix_of_its_cause(
 
 
 def test_every_cause_has_a_real_message() -> None:
-    missed = list(apt_set.CAUSES)
+    missed = list(apt.CAUSES)
     for words, _ in MESSAGES:
-        cause = next(cause for cause in apt_set.CAUSES if apt_set.re.search(cause.pattern, words))
+        cause = next(cause for cause in apt.CAUSES if re.search(cause.pattern, words))
         if cause in missed:
             missed.remove(cause)
     assert missed == []
@@ -252,8 +221,8 @@ def test_every_cause_has_a_real_message() -> None:
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty sources.list.d."""
-    monkeypatch.setattr(apt_set, "SOURCES", tmp_path)
-    monkeypatch.setattr(apt_set, "MAIN_SOURCE", tmp_path / "sources.list")
+    monkeypatch.setattr(apt, "SOURCES", tmp_path)
+    monkeypatch.setattr(apt, "MAIN_SOURCE", tmp_path / "sources.list")
     return tmp_path
 
 
@@ -273,83 +242,85 @@ def test_conflict_of_keys_names_both_files_as_apt_itself_tells_of_it(sources: Pa
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
     assert done.returncode == 100
-    fix = apt_set.explain(done.stderr, "installing docker-ce").split("Fix: ")[1]
+    fix = str(apt.explain(done.stderr, "installing docker-ce")).split("Fix: ")[1]
     assert f"{sources}/docker.list and {sources}/vendor.sources;" in fix
     assert "/k.asc and /k.gpg" in fix
 
 
-@pytest.fixture
-def locked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Any, Locked]]:
-    """What makes a set of packages on a host with a lock that is held."""
+class Locked:
+    """A host on which another program holds a lock for some time, by a clock of its own."""
 
-    def make(seconds: float, words: str = LISTS_LOCK) -> tuple[Any, Locked]:
+    def __init__(self, seconds: float, words: str) -> None:
+        """Take how long from now, in seconds, and what apt says meanwhile."""
+        self.seconds = seconds
+        self.words = words
+        self.now = 0.0
+        self.commands: list[tuple[str, ...]] = []
+
+    def run(self, *words: str, **_: object) -> tuple[int, str, str]:
+        """Return how a command ends now: status, output, errors."""
+        self.commands.append(words)
+        return (0, "done", "") if self.now >= self.seconds else (100, "", self.words)
+
+    def monotonic(self) -> float:
+        """Return the time of this clock, in seconds."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Let the time pass."""
+        self.now += seconds
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Locked]:
+    """What makes a host with a lock that is held."""
+
+    def make(seconds: float, words: str = LISTS_LOCK) -> Locked:
         host = Locked(seconds, words)
-        monkeypatch.setattr(apt_set, "time", SimpleNamespace(monotonic=host.monotonic, sleep=host.sleep))
-        monkeypatch.setattr(apt_set, "REFRESHED", tmp_path / "refreshed")
-        packages = object.__new__(apt_set.Set)
-        packages.module = host
-        packages.params = {"lock_timeout": 600}
-        return packages, host
+        monkeypatch.setattr(apt, "time", SimpleNamespace(monotonic=host.monotonic, sleep=host.sleep))
+        monkeypatch.setattr(apt, "REFRESHED", tmp_path / "refreshed")
+        monkeypatch.setattr(apt, "run", host.run)
+        return host
 
     return make
 
 
-def test_lock_that_is_let_go_in_time_is_waited_for(locked: Callable[..., tuple[Any, Locked]]) -> None:
-    packages, host = locked(45)
-    packages.refresh()
+def test_lock_that_is_let_go_in_time_is_waited_for(locked: Callable[..., Locked]) -> None:
+    host = locked(45)
+    apt.refresh(600)
     assert 45 <= host.now <= 50
-    assert apt_set.REFRESHED.exists()
+    assert apt.REFRESHED.exists()
     assert host.commands[0][-1] == "DPkg::Lock::Timeout=600"
     assert host.commands[-1][-1] == "DPkg::Lock::Timeout=555"
 
 
 @pytest.mark.parametrize("words", [LISTS_LOCK, LISTS_LOCK.replace("lib/apt/lists", "cache/apt/archives")])
-def test_lock_that_stays_is_named(words: str, locked: Callable[..., tuple[Any, Locked]]) -> None:
-    packages, host = locked(1000, words)
-    with pytest.raises(apt_set.SetError, match=r"process 812, apt-get\), then run again; apt_lock_timeout"):
-        packages.apt("install", "x", what="installing x")
+def test_lock_that_stays_is_named(words: str, locked: Callable[..., Locked]) -> None:
+    host = locked(1000, words)
+    _, said = apt.apt(["apt-get", "install", "x"], 600)
+    assert "process 812, apt-get), then run again; apt_lock_timeout" in str(apt.explain(said, "installing x"))
     assert 590 <= host.now <= 600
-    with pytest.raises(apt_set.SetError, match=r"fetching the package lists failed: .*; apt_lock_timeout"):
-        locked(1000, words)[0].refresh()
+    locked(1000, words)
+    with pytest.raises(Problem, match=r"fetching the package lists failed: .*; apt_lock_timeout"):
+        apt.refresh(600)
 
 
-def test_wait_that_is_over_is_no_reason_to_wait(locked: Callable[..., tuple[Any, Locked]]) -> None:
-    packages, host = locked(1000, f"{NOISE}E: Unable to locate package x\n")
-    with pytest.raises(apt_set.SetError, match="apt-cache policy"):
-        packages.apt("install", "x", what="installing x")
+def test_wait_that_is_over_is_no_reason_to_wait(locked: Callable[..., Locked]) -> None:
+    host = locked(1000, f"{NOISE}E: Unable to locate package x\n")
+    apt.apt(["apt-get", "install", "x"], 600)
     assert host.now == 0
 
 
-def test_sources_that_apt_cannot_read_are_told_at_once(locked: Callable[..., tuple[Any, Locked]]) -> None:
+def test_sources_that_apt_cannot_read_are_told_at_once(locked: Callable[..., Locked]) -> None:
     words = "E: Malformed entry 1 in list file /etc/a.list (URI parse)\nE: The list of sources could not be read.\n"
-    packages, host = locked(1000, words)
-    with pytest.raises(apt_set.SetError, match=r"Fix: correct or remove /etc/a\.list,"):
-        packages.refresh()
+    host = locked(1000, words)
+    with pytest.raises(Problem, match=r"Fix: correct or remove /etc/a\.list,"):
+        apt.refresh(600)
     assert host.now == 0
 
 
-def test_mirror_that_is_down_is_left_to_the_installation(locked: Callable[..., tuple[Any, Locked]]) -> None:
-    packages, host = locked(1000, "E: Failed to fetch http://mirror/InRelease  Could not connect to mirror:80\n")
-    packages.refresh()
-    assert not apt_set.REFRESHED.exists()
+def test_mirror_that_is_down_is_left_to_the_installation(locked: Callable[..., Locked]) -> None:
+    host = locked(1000, "E: Failed to fetch http://mirror/InRelease  Could not connect to mirror:80\n")
+    apt.refresh(600)
+    assert not apt.REFRESHED.exists()
     assert host.now == 0
-
-
-@pytest.mark.parametrize(
-    ("goes_too", "expected"),
-    [([], ["adduser"]), (["libsecond"], ["adduser", "libsecond"]), (["asked-for"], []), (["of-others"], [])],
-)
-def test_second_choice_goes_unless_something_that_somebody_asked_for_would_go_too(
-    goes_too: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Module:
-        def run_command(self, words: list[str]) -> tuple[int, str, str]:
-            return 0, "\n".join({"adduser", "libsecond"} & set(words)), ""
-
-    packages = object.__new__(apt_set.Set)
-    packages.module = Module()
-    monkeypatch.setattr(packages, "is_installed", lambda name: name != "haproxy")
-    monkeypatch.setattr(
-        packages, "simulate", lambda action, name: [name, *goes_too] if name == "adduser" else ["libc6"]
-    )
-    assert packages.replaceable(["adduser", "asked-for", "haproxy", "libsecond"]) == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import subprocess
@@ -10,19 +9,13 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.dots_ocr.deploy.plugins.modules import gpu_devices as module
 
-FILE = Path(__file__).resolve().parent.parent / "plugins/modules/gpu_devices.py"
-spec = importlib.util.spec_from_file_location("gpu_devices", FILE)
-assert spec
-assert spec.loader
-module = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
+FILE = Path(__file__).resolve().parents[4] / "plugins/modules/gpu_devices.py"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -328,8 +321,8 @@ def test_refresh_says_who_knows_why(
         return next(answer for word, answer in answers.items() if word in " ".join(command))
 
     monkeypatch.setattr(module.Devices, "ask", ask)
-    devices = module.Devices(SimpleNamespace(params={"device": "nvidia.com/gpu=all", "disabled_hooks": []}))
-    with pytest.raises(module.DeviceError) as told:
+    devices = module.Devices({"device": "nvidia.com/gpu=all", "disabled_hooks": []}, check=False)
+    with pytest.raises(module.Problem) as told:
         devices.refresh("old")
     assert why in str(told.value)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,10 @@ from unittest.mock import MagicMock
 import pytest
 from ansible.module_utils.testing import patch_module_args
 from ansible.template import Templar
+from ansible_collections.dots_ocr.deploy.plugins.action import files as action
+from ansible_collections.dots_ocr.deploy.plugins.modules import files as module
 
 from tests.templating import data_loader
-
-PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
-
-
-def load(kind: str) -> Any:
-    """Return a plugin named files."""
-    spec = importlib.util.spec_from_file_location(f"files_{kind}", PLUGINS / kind / "files.py")
-    assert spec
-    assert spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-module, action = load("modules"), load("action")
 
 
 def run(capsys: pytest.CaptureFixture[str], *files: dict[str, Any], check: bool = False) -> dict[str, Any]:
