@@ -159,7 +159,7 @@ def test_unit_has_limits(unit: Path) -> None:
 
 @pytest.mark.parametrize("playbook", sorted(REPOSITORY.glob("playbooks/*.yml")), ids=lambda path: path.name)
 def test_whatever_fetches_something_gets_the_proxy(playbook: Path) -> None:
-    ours = ("apt_set", "apt_source", "hub_download", "client_wheels")
+    ours = ("apt_set", "apt_source", "client_wheels")
     fetching = {*(f"dots_ocr.deploy.{name}" for name in ours), "ansible.builtin.apt", "ansible.builtin.uri"}
     roles = {
         role.name

@@ -47,15 +47,13 @@ def fetch(url, file, size, headers):
     furthest, in_vain = part.stat().st_size, 0
     while (there := part.stat().st_size) != size:
         if there > size:
-            os.truncate(part, 0)
-            there = 0
+            os.truncate(part, there := 0)
         try:
             with part.open("ab") as content:
                 http_get(url, content, resume_size=there, headers=headers, expected_size=size)
         except Exception as error:
             there = part.stat().st_size
-            in_vain = 0 if furthest < there <= size else in_vain + 1
-            furthest = max(furthest, there)
+            furthest, in_vain = max(furthest, there), 0 if furthest < there <= size else in_vain + 1
             if is_final(error) or in_vain == TRIES:
                 raise
             time.sleep(FIRST_DELAY_SECONDS * 2**in_vain)
@@ -93,18 +91,14 @@ def main(repository, commit, root, listing):
             problem = f"{constants.ENDPOINT} does not give {path} of {repository} at commit {commit}: {why}"
             fix = "check that the host reaches the Hub, dots_ocr_model_hub, dots_ocr_model_token, and the proxy if any"
             if getattr(error, "errno", None) in FULL:
-                problem = f"The file system of {root} ran full"
-                fix = "free some space or choose another dots_ocr_model_root"
+                problem, fix = f"{root} ran full", "free some space or choose another dots_ocr_model_root"
             sys.exit(f"{problem}. Fix: {fix}, then run again: what has arrived is kept.")
         sums[path] = check(entry, file)
-    bad = [path for path, sha256 in sums.items() if not sha256]
-    if bad:
+    if bad := [path for path, sha256 in sums.items() if not sha256]:
         for path in bad:
             (FOLDER / path).unlink()
-        sys.exit(
-            f"The checksum is wrong of {', '.join(bad)} from {constants.ENDPOINT}; removed. Fix: run again, which"
-            " fetches anew what was removed; if that does not help, the source is damaged."
-        )
+        fix = "run again, which fetches anew what was removed; if that does not help, the source is damaged"
+        sys.exit(f"The checksum is wrong of {', '.join(bad)} from {constants.ENDPOINT}; removed. Fix: {fix}.")
     (FOLDER / "SHA256SUMS").write_text("".join(f"{sums[path]}  {path}\n" for path in sorted(sums)), encoding="utf-8")
 
 
