@@ -101,81 +101,20 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import ask, run
 
 DEFINITION = Path("/etc/dots-ocr/server")
 PROVEN = Path("/var/lib/dots-ocr/states/good/server")
-PROGRAMS = Path("/usr/local/lib/dots-ocr")
+PROGRAMS = "/usr/local/lib/dots-ocr"
 LOCK = "dots-ocr-deployment.service"
 HELD = ("active", "deactivating")
 
+Settings = dict[str, dict[str, Any]]
 
-class Host:
-    """What is asked of the host."""
 
-    def __init__(self, module: AnsibleModule) -> None:
-        """Read the settings of the servers."""
-        self.module = module
-        self.servers = settings(DEFINITION)
-
-    def run(self, *command: str | Path) -> tuple[int, str, str]:
-        """Return the status of a command, and what it prints on both ways; 127 where there is no such program."""
-        try:
-            status: tuple[int, str, str] = self.module.run_command(
-                [str(word) for word in command], handle_exceptions=False
-            )
-        except OSError as error:
-            return 127, "", str(error)
-        return status
-
-    def asked(self, *command: str | Path) -> str:
-        """Return what a command prints; nothing if it fails."""
-        status, output, _ = self.run(*command)
-        return output if status == 0 else ""
-
-    def units(self) -> dict[str, dict[str, str]]:
-        """Return what systemd says of each server's unit and of the timer of its watchdog, by name."""
-        names = [name for server in self.servers for name in (f"{server}.service", timer(server))]
-        output = (
-            self.asked("systemctl", "show", "--property=ActiveState,UnitFileState,NRestarts", *names) if names else ""
-        )
-        blocks = [dict(line.split("=", 1) for line in block.splitlines()) for block in output.split("\n\n")]
-        return dict(zip(names, blocks, strict=False))
-
-    def images(self) -> dict[str, Any]:
-        """Return what Docker says of the servers' images."""
-        pins = sorted({server["image"]["pin"] for server in self.servers.values() if "image" in server})
-        found = {pin: json.loads(self.asked("docker", "image", "inspect", pin) or "[]") for pin in pins}
-        return {pin: images[0] for pin, images in found.items() if images}
-
-    def listeners(self) -> dict[str, str]:
-        """Return who listens, by port."""
-        found: dict[str, str] = {}
-        for line in self.asked("ss", "--no-header", "--listening", "--numeric", "--tcp", "--processes").splitlines():
-            port = line.split()[3].rpartition(":")[2]
-            found[port] = f"{found[port]}\n{line}" if port in found else line
-        return found
-
-    def settled(self, units: dict[str, dict[str, str]]) -> bool:
-        """Tell whether nothing is left to be done for what is installed."""
-        for name, server in self.servers.items():
-            unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
-            watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
-            if unit != {"ActiveState": "active", "UnitFileState": "enabled", "NRestarts": "0"}:
-                return False
-            if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
-                return False
-        return bool(self.servers) and json.loads(self.asked(PROGRAMS / "state", "compare") or "{}").get("same", False)
-
-    def proof(self, name: str, isolated: bool) -> str:
-        """Return how a server has proven that it reads; nothing if it could not prove all of it."""
-        server = self.servers[name]
-        show = ("docker", "run", "--rm", "--pull=never", "--network=none", f"--device={server['device']}")
-        commands: list[tuple[str | Path, ...]] = [(*show, "--entrypoint=nvidia-smi", server["image"]["pin"], "-L")]
-        commands += [(PROGRAMS / "api_firewall", "close", name)] if server["allowed_networks"] else []
-        commands += [(PROGRAMS / "isolated_network", "prove", name)] if isolated else []
-        if any(self.run(*command)[0] != 0 for command in commands):
-            return ""
-        return str(json.loads(self.asked(PROGRAMS / "ready", name, "--keep-compiled") or "{}").get("summary", ""))
+def settings(folder: Path) -> Settings:
+    """Return the settings of each server in a folder of definitions, by its name."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
 
 def timer(server: str) -> str:
@@ -183,9 +122,51 @@ def timer(server: str) -> str:
     return f"dots-ocr-watchdog@{server}.timer"
 
 
-def settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of each server in a folder of definitions, by its name."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+def ask_systemd(servers: Settings) -> dict[str, dict[str, str]]:
+    """Return what systemd says of each server's unit and of the timer of its watchdog, by name."""
+    names = [name for server in servers for name in (f"{server}.service", timer(server))]
+    properties = "--property=ActiveState,UnitFileState,NRestarts"
+    blocks = ask("systemctl", "show", properties, *names).split("\n\n") if names else []
+    return dict(zip(names, [dict(line.split("=", 1) for line in one.splitlines()) for one in blocks], strict=False))
+
+
+def ask_docker(servers: Settings) -> dict[str, Any]:
+    """Return what Docker says of the servers' images."""
+    pins = sorted({server["image"]["pin"] for server in servers.values() if "image" in server})
+    found = {pin: json.loads(ask("docker", "image", "inspect", pin) or "[]") for pin in pins}
+    return {pin: images[0] for pin, images in found.items() if images}
+
+
+def ask_listeners() -> dict[str, str]:
+    """Return who listens, by port."""
+    found: dict[str, str] = {}
+    for line in ask("ss", "--no-header", "--listening", "--numeric", "--tcp", "--processes").splitlines():
+        port = line.split()[3].rpartition(":")[2]
+        found[port] = f"{found[port]}\n{line}" if port in found else line
+    return found
+
+
+def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
+    """Tell whether nothing is left to be done for what is installed."""
+    for name, server in servers.items():
+        unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
+        watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
+        if unit != {"ActiveState": "active", "UnitFileState": "enabled", "NRestarts": "0"}:
+            return False
+        if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
+            return False
+    return bool(servers) and json.loads(ask(f"{PROGRAMS}/state", "compare") or "{}").get("same", False) is True
+
+
+def prove(name: str, server: dict[str, Any], isolated: bool) -> str:
+    """Return how a server has proven that it reads; nothing if it could not prove all of it."""
+    show = ("docker", "run", "--rm", "--pull=never", "--network=none", f"--device={server['device']}")
+    commands: list[tuple[str, ...]] = [(*show, "--entrypoint=nvidia-smi", server["image"]["pin"], "-L")]
+    commands += [(f"{PROGRAMS}/api_firewall", "close", name)] if server["allowed_networks"] else []
+    commands += [(f"{PROGRAMS}/isolated_network", "prove", name)] if isolated else []
+    if any(run(*command)[0] != 0 for command in commands):
+        return ""
+    return str(json.loads(ask(f"{PROGRAMS}/ready", name, "--keep-compiled") or "{}").get("summary", ""))
 
 
 def main() -> None:
@@ -205,21 +186,21 @@ def main() -> None:
     if wanted["lock"] and not module.check_mode:
         limit = f"--property=RuntimeMaxSec={wanted['lock_seconds']}"
         options = (f"--unit={LOCK}", f"--description={wanted['lock']}", limit, "--quiet")
-        status, _, holder = Host(module).run("systemd-run", *options, "sleep", "infinity")
-    host = Host(module)
-    proofs = [host.proof(name, wanted["isolated"]) for name in wanted["prove"]]
+        status, _, holder = run("systemd-run", *options, "sleep", "infinity")
+    servers = settings(DEFINITION)
+    proofs = [prove(name, servers[name], wanted["isolated"]) for name in wanted["prove"]]
     proofs = proofs if all(proofs) else []
     if wanted["unlock"] and proofs:
-        host.run("systemctl", "stop", LOCK)
-    units = host.units()
+        run("systemctl", "stop", LOCK)
+    units = ask_systemd(servers)
     module.exit_json(
         changed=False,
-        servers=host.servers,
+        servers=servers,
         proven=settings(PROVEN),
-        running=[n for n in host.servers if units.get(f"{n}.service", {}).get("ActiveState") in HELD],
-        settled=host.settled(units),
-        images=host.images(),
-        listeners=host.listeners(),
+        running=[name for name in servers if units.get(f"{name}.service", {}).get("ActiveState") in HELD],
+        settled=settled(servers, units),
+        images=ask_docker(servers),
+        listeners=ask_listeners(),
         now=int(time.time()),
         locked=status == 0,
         holder=holder.strip(),

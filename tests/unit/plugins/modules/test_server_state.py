@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-
-PLACE = Path(__file__).resolve().parent.parent / "plugins/modules/server_state.py"
-spec = importlib.util.spec_from_file_location("server_state", PLACE)
-assert spec
-assert spec.loader
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+from ansible_collections.dots_ocr.deploy.plugins.modules import server_state as module
 
 SETTINGS = {
     "watched": True,
@@ -48,10 +41,11 @@ class Host:
         self.called: list[str] = []
         monkeypatch.setattr(module, "DEFINITION", folder)
         monkeypatch.setattr(module, "PROVEN", folder)
-        monkeypatch.setattr(module.Host, "run", lambda _, *command: self.run(*command))
+        monkeypatch.setattr(module, "run", self.run)
+        monkeypatch.setattr(module, "ask", lambda *command: self.run(*command)[1])
 
-    def run(self, *command: str | Path) -> tuple[int, str, str]:
-        words = " ".join([Path(command[0]).name, *map(str, command[1:])])
+    def run(self, *command: str) -> tuple[int, str, str]:
+        words = " ".join([Path(command[0]).name, *command[1:]])
         self.called.append(words)
         answer = next(text for start, text in self.answers.items() if words.startswith(start))
         return (1, "", f"{words} fails") if answer is None else (0, answer, "")
