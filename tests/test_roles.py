@@ -276,3 +276,49 @@ def test_port_stands_in_one_place() -> None:
     ]
     # And where vLLM listens in its container, which is nobody else's business.
     assert sorted(found) == ["_dots_ocr_server_inner_port: 8000", "dots_ocr_server_port: 8000"]
+
+
+PHASES = {"install", "configure", "run"}
+# Only the first phase fetches, only the second writes what the service reads.
+FETCHING = {"ansible.builtin.apt", "dots_ocr.deploy.apt_set", "dots_ocr.deploy.apt_source"}
+
+
+def included(file: Path, name: str) -> Iterator[Path]:
+    """Yield the files beside this one that a name can stand for, which may be a template; not those that remove."""
+    found = re.search("{{.*}}", name)
+    template = found[0] if found else ""
+    words = ["present"] if re.fullmatch(r"{{ \w+_state }}", template) else re.findall(r"'(\w+)'", template) or ["*"]
+    for word in words if name.endswith(".yml") else ():
+        paths = file.parent.glob(name.replace(template, word) if template else name)
+        yield from (path for path in paths if path != file and not path.stem.endswith("_absent"))
+
+
+def tagged(file: Path, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, dict[str, Any], frozenset[str]]]:
+    """Yield the tasks of a file, and of those that it includes for `present`: its name, the task, its tags for Ansible."""
+    where = f"{file.parent.parent.name}/{file.name}"
+
+    def of(tasks: list[dict[str, Any]], above: frozenset[str]) -> Iterator[tuple[str, dict[str, Any], frozenset[str]]]:
+        for task in tasks:
+            own = task.get("tags", [])
+            tags = above | ({own} if isinstance(own, str) else set(own))
+            for key in ("block", "rescue", "always"):
+                yield from of(task.get(key, []), tags)
+            if not {"block", "ansible.builtin.import_tasks"} & task.keys():
+                yield f"{where}: {task.get('name')}", task, tags
+            # The tags of the blocks around an include are handed on, its own are not; an import hands on both.
+            for key, given in (("ansible.builtin.include_tasks", above), ("ansible.builtin.import_tasks", tags)):
+                wanted = task.get(key, "")
+                for other in included(file, str(wanted["file"] if isinstance(wanted, dict) else wanted)):
+                    yield from tagged(other, given)
+            if role := task.get("ansible.builtin.include_role"):
+                folder = REPOSITORY / "roles" / role["name"].rpartition(".")[2] / "tasks"
+                yield from tagged(folder / f"{role.get('tasks_from', 'main')}.yml", above)
+
+    yield from of(load(file), above)
+
+
+@every_role
+def test_every_task_belongs_to_a_phase(role: Path) -> None:
+    found = [(where, task.keys(), tags) for where, task, tags in tagged(role / "tasks/main.yml")]
+    assert {where: set(tags) for where, _, tags in found if not tags or not tags <= PHASES} == {}
+    assert [where for where, keys, tags in found if FETCHING & keys and tags != {"install"}] == []
