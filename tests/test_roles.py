@@ -294,7 +294,7 @@ def included(file: Path, name: str) -> Iterator[Path]:
 
 
 def tagged(file: Path, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, dict[str, Any], frozenset[str]]]:
-    """Yield the tasks of a file, and of those that it includes for `present`: its name, the task, its tags for Ansible."""
+    """Yield the tasks of a file, and of those that it includes for `present`: name, task, tags as Ansible sees them."""
     where = f"{file.parent.parent.name}/{file.name}"
 
     def of(tasks: list[dict[str, Any]], above: frozenset[str]) -> Iterator[tuple[str, dict[str, Any], frozenset[str]]]:
