@@ -22,6 +22,7 @@ from PIL import Image
 from support import pdf_of
 
 from dots_ocr_client import batch
+from dots_ocr_client.apps.progress import Silent
 from dots_ocr_client.batch import OutputError, Report, Status
 from dots_ocr_client.errors import ConfigurationError, DotsOCRError, InputError
 from dots_ocr_client.pages import rasterizer
@@ -81,7 +82,7 @@ class FakeClient:
         return Page(number, 100, 100, mode, text, (), self.engine, "a model", 0.0)
 
 
-class Events:
+class Events(Silent):
     """A progress that remembers."""
 
     def __init__(self) -> None:
@@ -96,7 +97,7 @@ class Events:
     def page(self, name: str, page: Page | FailedPage) -> None:
         self.seen.append(("page", name, page.number))
 
-    def done(self, name: str, status: Status) -> None:
+    def done(self, name: str, status: str) -> None:
         self.seen.append(("done", name, status))
 
 

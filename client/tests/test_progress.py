@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from dots_ocr_client.apps import progress
-from dots_ocr_client.apps.progress import Lines, count, printable
+from dots_ocr_client.apps.progress import Lines
 from dots_ocr_client.results import FailedPage
+from dots_ocr_client.texts import count, printable
 
 PAGE = FailedPage(1, "AllEnginesFailed", "why")
 

@@ -131,7 +131,7 @@ def test_nothing_is_decoded_in_this_process(sheet: Image.Image, tmp_path: Path) 
     for source, widths in sources(sheet, tmp_path):
         with rasterizer.open_document(source) as document:
             assert tuple(rasterizer.draw(document.reference(one)).width for one in document.numbers) == widths
-    rasterizer._end_blocking()
+    rasterizer._end_all(rasterizer._blocking)
 
 
 @pytest.mark.parametrize("data", [b"hello", b"%PDF-1.7 rubbish", b""])
@@ -143,7 +143,7 @@ def test_what_cannot_be_opened_fails_for_the_same_reason_everywhere(data: bytes)
         asyncio.run(Rasterizer(1).open(data))
     with pytest.raises(InputError, match=reason):
         rasterizer.open_document(data)
-    rasterizer._end_blocking()
+    rasterizer._end_all(rasterizer._blocking)
 
 
 @pytest.mark.attack("a picture that takes too long to decode", "its worker ends; only its page fails")
@@ -432,7 +432,7 @@ asyncio.run(leave())
 
 def test_a_worker_is_ended_by_its_timers_whatever_its_parent_blocks_and_ignores(document: OpenDocument) -> None:
     signals = (signal.SIGALRM, signal.SIGPROF, signal.SIGIO)
-    rasterizer._end_blocking()  # of an earlier test
+    rasterizer._end_all(rasterizer._blocking)  # of an earlier test
     before = children()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in signals]
@@ -444,7 +444,7 @@ def test_a_worker_is_ended_by_its_timers_whatever_its_parent_blocks_and_ignores(
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     (worker,) = children() - before
     status = Path(f"/proc/{worker}/status").read_text()
-    rasterizer._end_blocking()
+    rasterizer._end_all(rasterizer._blocking)
     kept = [int(mask, 16) for mask in re.findall(r"^Sig(?:Blk|Ign):\s*(\w+)$", status, re.MULTILINE)]
     assert len(kept) == 2
     assert not [number for number in signals for mask in kept if mask & 1 << number - 1]
@@ -454,7 +454,7 @@ def test_a_blocking_call_ends_a_worker_whose_timers_do_not(
     document: OpenDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rasterizer, "PATIENCE", 0.0, raising=False)
-    rasterizer._end_blocking()  # of an earlier test
+    rasterizer._end_all(rasterizer._blocking)  # of an earlier test
     before = children()
     rasterizer.draw(document.reference(1))
     (worker,) = children() - before
@@ -498,7 +498,7 @@ def test_a_child_made_by_fork_waits_for_no_thread_and_keeps_no_worker(monkeypatc
     os.close(write)
     assert os.waitpid(child, 0)[1] == 0
     assert ended == [True, True]
-    rasterizer._end_blocking()
+    rasterizer._end_all(rasterizer._blocking)
     busy.end()
 
 
@@ -577,7 +577,7 @@ def test_a_worker_runs_nothing_of_the_current_directory(
     monkeypatch.chdir(tmp_path)
     with contextlib.suppress(InputError):
         rasterizer.draw(document.reference(1))
-    rasterizer._end_blocking()
+    rasterizer._end_all(rasterizer._blocking)
     assert not Path("was-run").exists()
 
 

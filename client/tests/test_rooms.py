@@ -15,14 +15,15 @@ import dots_ocr_client
 PACKAGE = Path(dots_ocr_client.__file__).parent
 NAME = PACKAGE.name
 FLOORS = (
-    {"errors", "prompts", "version"},
+    {"errors", "prompts", "texts", "version"},
     {"credentials"},
     {"pages"},  # files into pictures
     {"results"},  # what was read, and its formats
     {"engines"},
     {"chain"},
     {"client"},
-    {"apps", "batch", "ocrmypdf"},
+    {"apps"},
+    {"batch", "ocrmypdf"},
     {"cli"},
     {"chatvlmllm"},
     {"__init__", "layout", "rasterizer"},  # paths for programs

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
 
+from .apps.progress import Silent
 from .errors import ConfigurationError, DotsOCRError, InputError
 from .pages.documents import OpenDocument, PageImage, is_document, parse_pages
 from .pages.rasterizer import draw
@@ -70,26 +71,6 @@ class Client(Protocol):
         self, document: OpenDocument, *, mode: Mode = "layout", pages: Iterable[int] | None = None
     ) -> AsyncGenerator[Page | FailedPage, None]:
         """Read pages, and yield each as it is finished."""
-        ...
-
-
-class Progress(Protocol):
-    """Is told what happens. Its methods are called in the event loop: they must be quick, and must not raise."""
-
-    def documents(self, total: int) -> None:
-        """The batch begins; so many documents were found."""
-        ...
-
-    def opened(self, name: str, pages: int) -> None:
-        """A document is begun; so many of its pages are to be read now, each announced with `page`."""
-        ...
-
-    def page(self, name: str, page: Page | FailedPage) -> None:
-        """A page is finished, and safe."""
-        ...
-
-    def done(self, name: str, status: Status) -> None:
-        """A document is finished; one that was not opened before is unchanged, or failed."""
         ...
 
 
@@ -192,7 +173,7 @@ async def run(
     pages: str | None = None,
     dpi: int | None = None,
     password: str | None = None,
-    progress: Progress | None = None,
+    progress: Silent | None = None,
 ) -> Report:
     """Read documents into a folder, and go on where an earlier run ended.
 
@@ -214,7 +195,7 @@ async def run(
         pages: Of each document, such as ``1-3,7``; default: all. Pages that an earlier run read stay in the outputs.
         dpi: At which pages of PDFs are drawn; see `AsyncDotsOCR.read`. Another one has them all read again.
         password: Of encrypted PDFs; the others need none. It is written nowhere.
-        progress: Is told what happens.
+        progress: Is told what happens, in the event loop: it must be quick, and must not raise.
 
     Raises:
         InputError: Nothing was read: an input is missing, two have the same outputs, an input is an output of ours,
@@ -230,7 +211,7 @@ async def run(
     skipped: Counter[str] = Counter()
     found = await _in_thread(_find, inputs, out, skipped)
     with _claimed(out) as root:
-        options = (mode, formats, headers, upgrade, retry_failed, pages, dpi, password, progress)
+        options = (mode, formats, headers, upgrade, retry_failed, pages, dpi, password, progress or Silent())
         return await _Batch(client, root, *options).read(found, dict((+skipped).most_common()))
 
 
@@ -246,12 +227,11 @@ class _Batch:
     pages: str | None
     dpi: int | None
     password: str | None = field(repr=False)
-    progress: Progress | None
+    progress: Silent
 
     async def read(self, found: Sequence[_Input], skipped: dict[str, int]) -> Report:
         started, clock = datetime.now(UTC), time.monotonic()
-        if self.progress:
-            self.progress.documents(len(found))
+        self.progress.documents(len(found))
         reports: dict[int, DocumentReport] = {}
         queue = iter(enumerate(found))
 
@@ -316,8 +296,7 @@ class _Batch:
                     f"cannot write the outputs of {source!r}: {error.strerror}; make room, and run the same again"
                 ) from error
             status, count.error = "failed", f"cannot write the outputs: {error.strerror or error}"
-        if self.progress:
-            self.progress.done(source, status)
+        self.progress.done(source, status)
         seconds = round(time.monotonic() - clock, 3)
         return DocumentReport(
             source, status, **asdict(summary), pages_read=count.pages_read, seconds=seconds, error=count.error
@@ -336,8 +315,7 @@ class _Batch:
                 numbers = parse_pages(self.pages, opened.page_count, opened.name)
             await _in_thread(store.reopen)
             wanted = [number for number in numbers if store.wants(number, **again)]
-            if self.progress:
-                self.progress.opened(str(document.path), len(wanted))
+            self.progress.opened(str(document.path), len(wanted))
             if wanted:
                 await self._record(store, document, opened, wanted if wanted != list(opened.numbers) else None, count)
             if await _in_thread(_stamp, document.path) != stamp:
@@ -368,8 +346,7 @@ class _Batch:
                     count.pages_read += 1
                 elif kept and count.error is None:
                     count.error = f"page {page.number}: {page.reason}"
-                if self.progress:
-                    self.progress.page(str(document.path), page)
+                self.progress.page(str(document.path), page)
                 if time.monotonic() - synced >= SYNC_SECONDS:
                     await _in_thread(store.sync)
                     synced = time.monotonic()

@@ -12,25 +12,26 @@ import sys
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
-from .apps.progress import count, printable, shown, shown_on_terminals
+from .apps.progress import shown, shown_on_terminals
 from .errors import DotsOCRError, InputError
+from .texts import count, printable
+from .texts import write as write_file
 
 if TYPE_CHECKING:  # what takes long to import waits until a command needs it
     from .apps.bench.measure import Measurement
-    from .apps.bench.report import BenchmarkReport
     from .apps.doctor import Check
     from .batch import Report
+    from .client import AsyncDotsOCR
     from .engines.base import Engine
     from .engines.defaults import Name
-    from .engines.vllm import VLLMEngine
     from .pages.documents import PageImage
     from .prompts import Mode
     from .results import Box, Document
@@ -263,7 +264,7 @@ def read(
         float | None,
         typer.Option(metavar="S", callback=_seconds, help="Seconds to wait for an engine. Default: 10; wait: 1800."),
     ] = None,
-    languages: Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")] = "eng",
+    languages: Languages = "eng",
     timeout: Timeout = 120.0,
     max_in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="Pages at the server at once, at most.")] = 32,
     upgrade: Annotated[
@@ -286,55 +287,14 @@ def read(
       dots-ocr read a.pdf --out read/ --pictures --format md --format csv
     """  # noqa: D301  # typer keeps the lines of a paragraph that begins with this character
     from .apps.reading import expanded, notes
+    from .client import AsyncDotsOCR
+    from .engines.defaults import ENGINES, make_engines
     from .results import Page
 
     files = list(expanded(files))
     if output is not None and not formats:
         suffix = output.suffix.lower().lstrip(".").replace("txt", "text")
         formats = [Format(suffix)] if suffix in set(Format) else None
-    _check_usage(files, out, output, mode, box, question, formats, pictures, upgrade, as_json)
-    spoken = cast("Mode", mode.replace("-", "_"))
-    from .engines.defaults import ENGINES, make_engines
-
-    names: Sequence[Name] = [one.value for one in engine] if engine else ENGINES
-    engines = make_engines(names, base_url=base_url, model=model, max_in_flight=max_in_flight, languages=languages)
-    patience = _Patience(timeout, max_in_flight, on_unavailable or "fallback", max_wait)
-    first = None if on_unavailable == "fallback" else names[0]
-    if out is not None:
-        chosen = formats or (Format.JSON, Format.MD)
-        kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
-        kinds |= frozenset({"pictures"} if pictures else ())
-        wanted = {"formats": kinds, "headers": headers, "upgrade": upgrade, "pages": pages, "dpi": dpi}
-        report = _batch(engines, patience, files, out, mode=spoken, password=password, **wanted)
-        return _summarize(report, out, as_json, first)
-    form = Format.JSON if as_json else (formats or [Format.MD])[0]
-    wanted = {"box": None if box is None else _box(box), "question": question, "pages": pages, "dpi": dpi}
-    document = _one(engines, patience, files[0], form, headers, output, mode=spoken, password=password, **wanted)
-    for note in notes(document):
-        print(printable(note), file=sys.stderr)
-    if document.failures:
-        return EXIT_UNREAD
-    readers = {page.engine for page in document.pages if isinstance(page, Page)} - {"", first}
-    return EXIT_FALLBACK if first and readers else EXIT_OK
-
-
-def _check_usage(
-    files: list[Path],
-    out: Path | None,
-    output: Path | None,
-    mode: str,
-    box: str | None,
-    question: str | None,
-    formats: Sequence[Format] | None,
-    pictures: bool,
-    upgrade: bool,
-    as_json: bool,
-) -> None:
-    """Refuse combinations of options that have no meaning.
-
-    Raises:
-        typer.BadParameter: There is one.
-    """
     wrong = None
     if (mode == "grounding") != (box is not None):
         wrong = "--mode grounding needs --box, and only that mode takes one"
@@ -362,6 +322,32 @@ def _check_usage(
         wrong = "several formats need --out DIR"
     if wrong:
         raise typer.BadParameter(wrong)
+    spoken = cast("Mode", mode.replace("-", "_"))
+    names: Sequence[Name] = [one.value for one in engine] if engine else ENGINES
+    client = AsyncDotsOCR(
+        engines=make_engines(names, base_url=base_url, model=model, max_in_flight=max_in_flight, languages=languages),
+        timeout=timeout,
+        max_in_flight=max_in_flight,
+        on_unavailable=on_unavailable or "fallback",
+        max_wait=max_wait,
+    )
+    first = None if on_unavailable == "fallback" else names[0]
+    if out is not None:
+        chosen = formats or (Format.JSON, Format.MD)
+        kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
+        kinds |= frozenset({"pictures"} if pictures else ())
+        wanted = {"formats": kinds, "headers": headers, "upgrade": upgrade, "pages": pages, "dpi": dpi}
+        report = _batch(client, files, out, mode=spoken, password=password, **wanted)
+        return _summarize(report, out, as_json, first)
+    form = Format.JSON if as_json else (formats or [Format.MD])[0]
+    wanted = {"box": None if box is None else _box(box), "question": question, "pages": pages, "dpi": dpi}
+    document = _one(client, files[0], form, headers, output, mode=spoken, password=password, **wanted)
+    for note in notes(document):
+        print(printable(note), file=sys.stderr)
+    if document.failures:
+        return EXIT_UNREAD
+    readers = {page.engine for page in document.pages if isinstance(page, Page)} - {"", first}
+    return EXIT_FALLBACK if first and readers else EXIT_OK
 
 
 def _may_be_written(file: Path) -> bool:
@@ -369,16 +355,6 @@ def _may_be_written(file: Path) -> bool:
     if file.exists() and not file.is_file():
         return os.access(file, os.W_OK)
     return os.access(file.resolve().parent, os.W_OK | os.X_OK)
-
-
-@dataclass(frozen=True, slots=True)
-class _Patience:
-    """The arguments of the clients that are about time and load."""
-
-    timeout: float
-    max_in_flight: int
-    on_unavailable: Literal["fallback", "wait", "fail"]
-    max_wait: float | None
 
 
 def _written(document: Document, form: Format, headers: bool, file: Path, password: str | None, dpi: int | None) -> str:
@@ -398,13 +374,12 @@ def _written(document: Document, form: Format, headers: bool, file: Path, passwo
             return document.markdown(headers=headers)
 
 
-def _batch(engines: Sequence[Engine], patience: _Patience, inputs: list[Path], out: Path, **options: Any) -> Report:
+def _batch(client: AsyncDotsOCR, inputs: list[Path], out: Path, **options: Any) -> Report:
     async def run() -> Report:
         from . import batch
-        from .client import AsyncDotsOCR
 
         with shown() as progress:
-            async with AsyncDotsOCR(engines=engines, **asdict(patience)) as client:
+            async with client:
                 return await batch.run(client, inputs, out, progress=progress, **options)
 
     return _finish(run(), "stopped; what is finished is safe: run the same command again to go on")
@@ -427,17 +402,10 @@ def _finish(work: Coroutine[Any, Any, T], message: str) -> T:
 
 
 def _one(
-    engines: Sequence[Engine],
-    patience: _Patience,
-    file: Path,
-    form: Format,
-    headers: bool,
-    output: Path | None,
-    **options: Any,
+    client: AsyncDotsOCR, file: Path, form: Format, headers: bool, output: Path | None, **options: Any
 ) -> Document:
     """Read one document, and print it, or write it into a file."""
     from .apps.reading import read_one
-    from .client import AsyncDotsOCR
 
     source: Any = file
     if file == Path("-"):  # here, where a signal ends the wait
@@ -451,7 +419,7 @@ def _one(
 
     async def run() -> Document:
         with shown_on_terminals() as progress:
-            async with AsyncDotsOCR(engines=engines, **asdict(patience)) as client:
+            async with client:
                 try:
                     return await read_one(client, source, progress, write, render, **options)
                 except ValueError as error:
@@ -463,26 +431,11 @@ def _one(
     elif output is None:
         _print_text(render(document))
     else:
-        _write_file(output, render(document) + "\n")
+        try:
+            write_file(output, (render(document), "\n"))
+        except OSError as error:
+            raise _Ended("OutputError", f"cannot write {output}: {error.strerror or error}", EXIT_UNREAD) from error
     return document
-
-
-def _write_file(file: Path, text: str) -> None:
-    """Write a file that takes its name when it is whole."""
-    file = file.resolve()
-    unfinished = file.with_name(f".dots-ocr-{os.getpid()}.tmp")
-    try:
-        if file.exists() and not file.is_file():  # a pipe or a device keeps its place
-            file.write_text(text, "utf-8", "backslashreplace")
-            return
-        unfinished.write_text(text, "utf-8", "backslashreplace")
-        if file.exists():
-            unfinished.chmod(file.stat().st_mode)
-        unfinished.replace(file)
-    except OSError as error:
-        raise _Ended("OutputError", f"cannot write {file}: {error.strerror or error}", EXIT_UNREAD) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _summarize(report: Report, out: Path, as_json: bool, first: str | None) -> int:
@@ -511,7 +464,7 @@ def doctor(
     base_url: BaseUrl = None,
     model: Model = "dots.ocr",
     ocr: Annotated[bool, typer.Option("--ocr", help="Have every engine read a page, and check the text.")] = False,
-    languages: Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")] = "eng",
+    languages: Languages = "eng",
     timeout: Timeout = 120.0,
     as_json: AsJson = False,
 ) -> int:
@@ -585,7 +538,7 @@ def bench(
     engine: Engines = None,
     base_url: BaseUrl = None,
     model: Model = "dots.ocr",
-    languages: Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")] = "eng+rus",
+    languages: Languages = "eng+rus",
     timeout: Annotated[float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page.")] = 120.0,
     as_json: AsJson = False,
 ) -> int:
@@ -596,68 +549,47 @@ def bench(
       dots-ocr bench --engine vllm --engine tesseract
       dots-ocr bench scans/*.png --out measured/     with NAME.txt beside each
     """  # noqa: D301
-    from .apps.bench.report import EXTRA
+    from .apps.bench.measure import measure
+    from .apps.bench.pages import generate_pages, load_pages
+    from .apps.bench.report import EXTRA, BenchmarkReport, describe_machine
+    from .engines.admission import Limiter
+    from .engines.defaults import ENGINES, make_engines
+    from .engines.vllm import VLLMEngine
 
     levels = _concurrency(concurrency)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # before all the work
-    report = asyncio.run(_measure(files or [], pages, engine, base_url, model, languages, levels, mode, timeout))
-    if any(one.loads and not one.compared for one in report.measurements) and _is_missing("rapidfuzz"):
+    names: Sequence[Name] = [one.value for one in engine] if engine else ENGINES
+    engines: list[Engine] = [
+        VLLMEngine(base_url, model=model, limiter=Limiter(max(levels), max(levels)))
+        if name == "vllm"
+        else make_engines([name], languages=languages)[0]
+        for name in names
+    ]
+
+    async def run() -> BenchmarkReport:
+        sheets = await load_pages(files) if files else await asyncio.to_thread(generate_pages, pages)
+        machine = describe_machine()
+        measured: list[Measurement] = []
+        for one in engines:
+            try:
+                measured.append(await measure(one, sheets, levels, mode=mode, seconds=timeout, say=_warn))
+            finally:
+                await one.aclose()
+        return BenchmarkReport(measured, sheets, mode, machine)
+
+    report = asyncio.run(run())
+    if any(one.loads and not one.compared for one in report.measurements) and find_spec("rapidfuzz") is None:
         _warn(f"without character errors: rapidfuzz is not installed: {EXTRA}")
     if out is not None:
-        _write_report(report, out)
+        (out / "bench.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n", "utf-8")
+        (out / "bench.md").write_text(report.markdown() + "\n", "utf-8")
     if as_json:
         _print_json(report.to_dict())
     else:
         _print_text(report.markdown())
     good = any(one.loads for one in report.measurements) and not any(one.failed for one in report.measurements)
     return EXIT_OK if good else EXIT_UNREAD
-
-
-async def _measure(
-    files: list[Path],
-    pages: int,
-    names: Sequence[EngineName] | None,
-    base_url: str | None,
-    model: str,
-    languages: str,
-    levels: list[int],
-    mode: Literal["text", "layout"],
-    timeout: float,
-) -> BenchmarkReport:
-    from .apps.bench.measure import measure
-    from .apps.bench.pages import generate_pages, load_pages
-    from .apps.bench.report import BenchmarkReport, describe_machine
-    from .engines.admission import Limiter
-    from .engines.defaults import ENGINES, make_engines
-    from .engines.vllm import VLLMEngine
-
-    engines: list[Engine] = [
-        VLLMEngine(base_url, model=model, limiter=Limiter(max(levels), max(levels)))
-        if name == "vllm"
-        else make_engines([name], languages=languages)[0]
-        for name in ([one.value for one in names] if names else ENGINES)
-    ]
-    sheets = await load_pages(files) if files else await asyncio.to_thread(generate_pages, pages)
-    machine = describe_machine()
-    measured: list[Measurement] = []
-    for one in engines:
-        try:
-            measured.append(await measure(one, sheets, levels, mode=mode, seconds=timeout, say=_warn))
-        finally:
-            await one.aclose()
-    return BenchmarkReport(measured, sheets, mode, machine)
-
-
-def _write_report(report: BenchmarkReport, out: Path) -> None:
-    (out / "bench.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n", "utf-8")
-    (out / "bench.md").write_text(report.markdown() + "\n", "utf-8")
-
-
-def _is_missing(package: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(package) is None
 
 
 @app.command()
@@ -671,9 +603,20 @@ def models(base_url: BaseUrl = None, timeout: Timeout = 10.0, as_json: AsJson = 
     from .engines.vllm import VLLMEngine
 
     engine = VLLMEngine(base_url)
-    cards = asyncio.run(_cards(engine, timeout))
+
+    async def run() -> list[dict[str, Any]]:
+        try:
+            async with asyncio.timeout(timeout):
+                return await engine.models(timeout)
+        except TimeoutError:
+            late = f"{engine.base_url} did not answer within {timeout:g} s: look at its load, or allow more (--timeout)"
+            raise _Ended("DeadlineExceeded", late, EXIT_UNREAD) from None
+        finally:
+            await engine.aclose()
+
     listed = [
-        {"name": card.get("id"), "max_model_len": card.get("max_model_len"), "root": card.get("root")} for card in cards
+        {"name": card.get("id"), "max_model_len": card.get("max_model_len"), "root": card.get("root")}
+        for card in asyncio.run(run())
     ]
     if as_json:
         _print_json({"base_url": engine.base_url, "models": listed})
@@ -682,17 +625,6 @@ def models(base_url: BaseUrl = None, timeout: Timeout = 10.0, as_json: AsJson = 
         length = "unknown" if one["max_model_len"] is None else f"{one['max_model_len']} tokens"
         _print_text(printable(f"{one['name']}: context {length}, root {one['root'] or 'unknown'}"))
     return EXIT_OK
-
-
-async def _cards(engine: VLLMEngine, seconds: float) -> list[dict[str, Any]]:
-    try:
-        async with asyncio.timeout(seconds):
-            return await engine.models(seconds)
-    except TimeoutError:
-        message = f"{engine.base_url} did not answer within {seconds:g} s: look at its load, or allow more (--timeout)"
-        raise _Ended("DeadlineExceeded", message, EXIT_UNREAD) from None
-    finally:
-        await engine.aclose()
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, aclosing
-from types import TracebackType
 from typing import Final, NoReturn, TypedDict, Unpack
 
 from .chain.fallback import Chain, OnUnavailable
@@ -23,6 +22,18 @@ DEFAULT_TIMEOUT: Final = 120.0
 
 Pages = str | Iterable[int] | None
 """Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all."""
+
+
+class ClientOptions(TypedDict, total=False):
+    """Server, engines and patience; see `AsyncDotsOCR`."""
+
+    api_key: str | None
+    model: str
+    engines: Sequence[Engine] | None
+    timeout: float
+    max_in_flight: int
+    on_unavailable: OnUnavailable
+    max_wait: float | None
 
 
 class PageOptions(TypedDict, total=False):
@@ -120,23 +131,13 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         async with aclosing(self.stream(document, **options)) as stream:
             return whole(document, [page async for page in stream])
 
-    async def read_page(
-        self,
-        image: Source,
-        *,
-        mode: Mode = "layout",
-        password: str | None = None,
-        box: Box | tuple[int, int, int, int] | None = None,
-        question: str | None = None,
-        dpi: int | None = None,
-    ) -> Page:
+    async def read_page(self, image: Source, **options: Unpack[PageOptions]) -> Page:
         """Read an image, or any other document of one page; arguments and errors are those of `read`."""
-        task = _task(mode, box, question, dpi)
-        with await self._pipeline.open(image, password=password) as opened:
-            opened.dpi = dpi
+        _task(options)  # before anything is opened
+        with await self.open(image, password=options.get("password")) as opened:
             if len(opened.numbers) != 1:
                 raise InputError(f"{opened.name} has {len(opened.numbers)} pages, not one: use read()")
-            async with aclosing(self._pipeline.read(opened, task)) as results:
+            async with aclosing(self.stream(opened, **options)) as results:
                 page = await anext(results)
         return page if isinstance(page, Page) else _raise(page)
 
@@ -149,28 +150,20 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         return await self._pipeline.open(document, password=password)
 
     async def stream(
-        self,
-        document: Source | OpenDocument,
-        *,
-        mode: Mode = "layout",
-        pages: Pages = None,
-        password: str | None = None,
-        box: Box | tuple[int, int, int, int] | None = None,
-        question: str | None = None,
-        dpi: int | None = None,
+        self, document: Source | OpenDocument, **options: Unpack[ReadOptions]
     ) -> AsyncGenerator[Page | FailedPage, None]:
         """Read a document and yield its pages as they finish, in any order.
 
         Close the generator if you stop early (``contextlib.aclosing``); that cancels what is still at the server.
         Arguments and errors are those of `read`, but a page that fails never raises. What `open` returned stays open.
         """
-        task = _task(mode, box, question, dpi)
+        task, pages, numbers = _task(options), options.get("pages"), None
         with ExitStack() as ours:
-            if isinstance(document, OpenDocument):
-                numbers = None if pages is None else parse_pages(pages, document.page_count, document.name)
-            else:
-                document, numbers = ours.enter_context(await self._pipeline.open(document, pages, password)), None
-            document.dpi = dpi or document.dpi
+            if not isinstance(document, OpenDocument):
+                document = ours.enter_context(await self._pipeline.open(document, pages, options.get("password")))
+            elif pages is not None:
+                numbers = parse_pages(pages, document.page_count, document.name)
+            document.dpi = options.get("dpi") or document.dpi
             async with aclosing(self._pipeline.read(document, task, numbers)) as results:
                 async for page in results:
                     yield page
@@ -180,9 +173,7 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         await self._pipeline.aclose()
         await self._chain.aclose()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Close the client."""
         await self.aclose()
 
@@ -200,29 +191,9 @@ class DotsOCR(AbstractContextManager["DotsOCR"]):
                 print(ocr.read("invoice.pdf").markdown())
     """
 
-    def __init__(
-        self,
-        base_url: str | None = None,
-        *,
-        api_key: str | None = None,
-        model: str = "dots.ocr",
-        engines: Sequence[Engine] | None = None,
-        timeout: float = DEFAULT_TIMEOUT,
-        max_in_flight: int = CAP,
-        on_unavailable: OnUnavailable = "fallback",
-        max_wait: float | None = None,
-    ) -> None:
+    def __init__(self, base_url: str | None = None, **options: Unpack[ClientOptions]) -> None:
         """Take the arguments of `AsyncDotsOCR`; nothing is sent yet."""
-        self._client = AsyncDotsOCR(
-            base_url,
-            api_key=api_key,
-            model=model,
-            engines=engines,
-            timeout=timeout,
-            max_in_flight=max_in_flight,
-            on_unavailable=on_unavailable,
-            max_wait=max_wait,
-        )
+        self._client = AsyncDotsOCR(base_url, **options)
         self._loop = LoopThread()
 
     def read(self, document: Source, **options: Unpack[ReadOptions]) -> Document:
@@ -247,9 +218,7 @@ class DotsOCR(AbstractContextManager["DotsOCR"]):
         """Close connections and stop the thread behind this client; a second call does nothing."""
         self._loop.close(self._client.aclose())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the client."""
         self.close()
 
@@ -258,7 +227,13 @@ async def _next(stream: AsyncGenerator[Page | FailedPage, None]) -> Page | Faile
     return await anext(stream, None)
 
 
-def _task(mode: Mode, box: Box | tuple[int, int, int, int] | None, question: str | None, dpi: int | None) -> Task:
+def _task(options: PageOptions) -> Task:
+    mode, box, question, dpi = (
+        options.get("mode", "layout"),
+        options.get("box"),
+        options.get("question"),
+        options.get("dpi"),
+    )
     if dpi is not None and dpi < 1:
         raise ValueError(f"dpi must be at least 1, not {dpi!r}")
     if mode not in MODES:

@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
+
+from ..texts import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -19,12 +20,12 @@ EVERY_SECONDS: Final = 10.0
 """Between two lines about pages in a log (our own choice)."""
 
 
-def shown() -> Bar | Lines:
+def shown() -> Silent:
     """Return a bar for a terminal that can draw one, or else lines."""
     return Bar() if _is_terminal() else Lines()
 
 
-def shown_on_terminals() -> Bar | Silent:
+def shown_on_terminals() -> Silent:
     """Return a bar for a terminal that can draw one, which goes when all is done, or else nothing that is seen."""
     return Bar(transient=True) if _is_terminal() else Silent()
 
@@ -33,34 +34,35 @@ def _is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
-class _Counts:
-    """What both kinds count; they are what `dots_ocr_client.batch.Progress` describes."""
+class Silent(AbstractContextManager["Silent"]):
+    """Counts what it is told, and shows nothing."""
 
     def __init__(self) -> None:
+        """Begin to count."""
         self._started = self._spoke = time.monotonic()
         self._documents = self._done = self._opened = self._pages = self._finished = 0
         self._open: set[str] = set()
         self._never_opened = 0
 
     def documents(self, total: int) -> None:
-        """Note how many documents there are."""
+        """Note that the batch begins, and how many documents were found."""
         self._documents = total
         self._show()
 
     def opened(self, name: str, pages: int) -> None:
-        """Note a document that is begun, and how many of its pages will be read."""
+        """Note a document that is begun, and how many of its pages are to be read now, each announced with `page`."""
         self._opened += 1
         self._open.add(name)
         self._pages += pages
         self._show()
 
     def page(self, name: str, page: Page | FailedPage) -> None:
-        """Note a page that is finished."""
+        """Note a page that is finished, and safe."""
         self._finished += 1
         self._show()
 
     def done(self, name: str, status: str) -> None:
-        """Note a document that is finished."""
+        """Note a document that is finished; one that was not opened before is unchanged, or failed."""
         self._done += 1
         self._never_opened += name not in self._open
         self._open.discard(name)
@@ -81,13 +83,7 @@ class _Counts:
         """Leave the terminal to others for a moment."""
         return nullcontext()
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Nothing is open."""
 
     def _say(self, line: str) -> None:
@@ -97,11 +93,7 @@ class _Counts:
         """Show how far it has come."""
 
 
-class Silent(_Counts):
-    """Shows nothing."""
-
-
-class Lines(_Counts):
+class Lines(Silent):
     """A line for each finished document, and in between one about pages from time to time."""
 
     def _say(self, line: str) -> None:
@@ -113,7 +105,7 @@ class Lines(_Counts):
             self._say(f"{self._finished} of about {self._expected} pages, {self._rate:.1f} pages/s")
 
 
-class Bar(_Counts):
+class Bar(Silent):
     """A bar of pages with their rate and the time that is left; documents that failed are listed above it."""
 
     def __init__(self, *, transient: bool = False) -> None:
@@ -141,9 +133,7 @@ class Bar(_Counts):
         yield
         self._bar.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the drawing."""
         self._bar.stop()
 
@@ -164,13 +154,3 @@ class Bar(_Counts):
             total=self._expected,
             rate=self._rate,
         )
-
-
-def printable(text: str) -> str:
-    """Write what has no glyph (control characters, bytes of a name that is no UTF-8) as an escape."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
-
-
-def count(number: int, noun: str) -> str:
-    """Write a number and what it counts."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

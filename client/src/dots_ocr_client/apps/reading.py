@@ -15,7 +15,7 @@ from ..pages.documents import Source, parse_pages
 from ..pages.rasterizer import draw, open_document
 from ..results import Document, FailedPage, Page
 from ..results.hocr import document_hocr, drawn
-from .progress import Bar, Silent
+from .progress import Silent
 
 _DIGITS: Final = re.compile(r"\d+")
 
@@ -23,7 +23,7 @@ _DIGITS: Final = re.compile(r"\d+")
 async def read_one(
     client: AsyncDotsOCR,
     source: Source,
-    progress: Bar | Silent,
+    progress: Silent,
     write: Callable[[str], None] | None,
     render: Callable[[Document], str],
     *,

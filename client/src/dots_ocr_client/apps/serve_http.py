@@ -17,7 +17,7 @@ from uvicorn.config import LOGGING_CONFIG
 from uvicorn.logging import AccessFormatter, DefaultFormatter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .progress import printable
+from ..texts import printable
 from .serve_api import Refused
 
 MAX_CONNECTIONS: Final = 256

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from PIL import Image
 from ..pages.documents import PageImage
 from ..results import Box, Cell, Document, FailedPage, Page
 from ..results.store import FIRST_ENGINE
-from .progress import count, printable
+from ..texts import count, printable, write
 
 LONGEST_SIDE: Final = 1600
 """Of a picture, in pixels: print of a full page is still easy to read (our own choice)."""
@@ -45,14 +44,7 @@ def write_view(document: Document, pages: Iterable[PageImage], file: Path) -> No
     Raises:
         OSError: It cannot be written.
     """
-    # Short, because the name of the file itself may have all the 255 bytes that a name can have.
-    unfinished = file.with_name(f".dots-ocr-{secrets.token_hex(8)}.tmp")
-    try:
-        with unfinished.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as output:
-            output.writelines(_parts(document, pages))
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write(file, _parts(document, pages))
 
 
 def _parts(document: Document, pages: Iterable[PageImage]) -> Iterator[str]:

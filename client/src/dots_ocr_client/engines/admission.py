@@ -21,7 +21,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import Final, Literal, Self
 
 START: Final = 32
@@ -123,9 +122,7 @@ class Limiter:
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Give the slot back."""
         self._release()
 

@@ -32,6 +32,7 @@ from ..errors import (
     UnusableAnswer,
 )
 from ..results import Attempt, attempts_of
+from ..texts import encodable
 
 if TYPE_CHECKING:  # openai takes half a second to import, so it waits until it is needed
     import httpx2
@@ -322,7 +323,7 @@ class Server:
     def _judge(self, text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Completion:
         hidden: tuple[str, ...] = ()
         if isinstance(text, str):
-            said = _encodable(text)
+            said = encodable(text)
             text = self._secrets.hide_in_page(said)
             if text != said:
                 hidden = ("the server repeated the key that it was sent: *** stands in its place",)
@@ -358,7 +359,7 @@ class Server:
 
     def _quote(self, said: object, length: int = 300) -> str:
         """Return what a server said in one line, without the secrets, and cut off only then."""
-        return " ".join(_encodable(self._secrets.hide(str(self._secrets.hide_all(said)))).split())[:length]
+        return " ".join(encodable(self._secrets.hide(str(self._secrets.hide_all(said)))).split())[:length]
 
     async def _translate(self, error: Exception, seconds: float, model: str | None) -> DotsOCRError:
         """Make one of our errors of anything that went wrong; it does not carry the other, which holds the key."""
@@ -467,12 +468,6 @@ def is_loop(text: str) -> bool:
 def is_about_length(error: RequestRejected) -> bool:
     """Tell whether the server refused a request because prompt and answer together do not fit into its context."""
     return bool(_LENGTH.search(str(error)))
-
-
-def _encodable(text: str) -> str:
-    """Replace what no UTF-8 file takes: halves of surrogate pairs, as far as they do not belong together; and NUL."""
-    whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return whole.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _count(usage: Any, name: str) -> int | None:

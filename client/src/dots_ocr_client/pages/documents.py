@@ -17,8 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, BinaryIO, Final, Literal
+from typing import IO, Any, BinaryIO, Final, Literal, Self
 from urllib.parse import unquote_to_bytes
 
 import pypdfium2
@@ -26,6 +25,7 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from pypdfium2 import raw
 
 from ..errors import InputError
+from ..texts import printable
 from . import images, pdf_resolution
 
 MAX_FILE_BYTES: Final = 256 * 2**20
@@ -184,7 +184,24 @@ class PageReference:
     password: str | None = field(default=None, repr=False)
 
 
-class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
+class _Held:
+    """What has a temporary file, which goes when this is closed or its ``with`` statement ends."""
+
+    _temporary: IO[bytes] | None
+
+    def close(self) -> None:
+        """Remove the temporary file, if there is one."""
+        if self._temporary is not None:
+            self._temporary.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class OpenDocument(_Held):
     """A document whose pages can be drawn; made by `open_document`. Use it in a ``with`` statement, or `close` it.
 
     Attributes:
@@ -225,14 +242,7 @@ class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
         """Remove the temporary file, if there is one; pages cannot be drawn any more."""
         if isinstance(self._whole.source, str):
             forget(self._whole.source)
-        if self._temporary is not None:
-            self._temporary.close()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the document."""
-        self.close()
+        super().close()
 
 
 def describe(source: Source) -> str:
@@ -249,7 +259,7 @@ def describe(source: Source) -> str:
         return "<data URL>"
     if hasattr(source, "read"):
         return "<file>"
-    return _printable(os.fsdecode(source))
+    return printable(os.fsdecode(source))
 
 
 def open_document(
@@ -274,7 +284,7 @@ def open_document(
         return taken.opened(pages, *look_into(taken.reference))
 
 
-class Taken(contextlib.AbstractContextManager["Taken"]):
+class Taken(_Held):
     """A document that nobody has looked into; made by `take`. Leaving its ``with`` statement removes what is left over.
 
     Attributes:
@@ -305,13 +315,6 @@ class Taken(contextlib.AbstractContextManager["Taken"]):
             whole = replace(whole, source=self._temporary.name, stamp=stamp)
         temporary, self._temporary = self._temporary, None
         return OpenDocument(whole, count, numbers, temporary)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove the temporary file, unless `opened` passed it on."""
-        if self._temporary is not None:
-            self._temporary.close()
 
 
 def take(source: Source, password: str | None = None) -> Taken:
@@ -426,36 +429,22 @@ def parse_pages(pages: str | Iterable[int] | None, count: int, name: str) -> tup
         InputError: Not understood, no pages at all, one that does not exist, or more than `MAX_PAGES`.
     """
     there_are = f"{name} has {count} page{'s' * (count != 1)}, counted from 1"
-    too_many = InputError(
-        f"more than {MAX_PAGES} pages are wanted: {there_are}. "
-        f"Fix: name fewer, as in --pages 1-{MAX_PAGES}, or split the file"
-    )
-    if pages is None:
-        if count > MAX_PAGES:
-            raise too_many
-        return tuple(range(1, count + 1))
     wanted: set[int] = set()
-    if isinstance(pages, str):
-        for part in pages.split(","):
-            match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:(-)\s*([0-9]{1,9})?\s*)?", part)
-            if match is None:
-                raise InputError(f"the pages {_printable(pages)!r} are not understood: write 1-3,7,10-; {there_are}")
-            first = int(match[1])
-            last = int(match[3]) if match[3] else count if match[2] else first
-            if not 1 <= first <= count or last > count or last < first:
-                raise InputError(f"there are no pages {_printable(part.strip())}: {there_are}")
-            if last - first >= MAX_PAGES:
-                raise too_many
-            wanted.update(range(first, last + 1))
-            if len(wanted) > MAX_PAGES:
-                raise too_many
-    else:
-        for number in pages:
-            if not 1 <= number <= count:
-                raise InputError(f"there is no page {number}: {there_are}")
-            wanted.add(number)
-            if len(wanted) > MAX_PAGES:
-                raise too_many
+    for part in ("1-",) if pages is None else pages.split(",") if isinstance(pages, str) else map(str, pages):
+        match = re.fullmatch(r"\s*(-?[0-9]{1,9})\s*(?:(-)\s*([0-9]{1,9})?\s*)?", part)
+        if match is None:
+            raise InputError(f"the pages {printable(part)!r} are not understood: write 1-3,7,10-; {there_are}")
+        first = int(match[1])
+        last = int(match[3]) if match[3] else count if match[2] else first
+        if not 1 <= first <= last <= count:
+            there_is = "there are no pages" if match[2] else "there is no page"
+            raise InputError(f"{there_is} {printable(part.strip())}: {there_are}")
+        wanted.update(range(first, last + 1)[: MAX_PAGES + 1])
+        if len(wanted) > MAX_PAGES:
+            raise InputError(
+                f"more than {MAX_PAGES} pages are wanted: {there_are}. "
+                f"Fix: name fewer, as in --pages 1-{MAX_PAGES}, or split the file"
+            )
     if not wanted:
         raise InputError(f"no pages are wanted: {there_are}")
     return tuple(sorted(wanted))
@@ -474,14 +463,9 @@ class _Kept:
 _kept: _Kept | None = None
 
 
-def _printable(text: str) -> str:
-    """Escape line breaks, control characters and bytes that are no UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def _reason(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return _printable(text) or type(error).__name__
+    return printable(text) or type(error).__name__
 
 
 def _is_data_url(source: Source) -> bool:
@@ -559,7 +543,7 @@ def _in_wsl(path: str) -> str:
     if not re.match(r"[A-Za-z]:[\\/]", path):
         return ""
     inside = path[2:].replace("\\", "/")
-    return _printable(f"; a path of Windows is another one inside WSL: /mnt/{path[0].lower()}{inside}")
+    return printable(f"; a path of Windows is another one inside WSL: /mnt/{path[0].lower()}{inside}")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
@@ -801,7 +785,7 @@ def _beside_pages(pdf: Any, label: str) -> Iterator[str]:
     if count := pdf.count_attachments():
         names: list[str] = []
         with contextlib.suppress(pypdfium2.PdfiumError):  # as much as can be found of a broken list
-            names.extend(_printable(pdf.get_attachment(index).get_name()[:80]) for index in range(min(count, 5)))
+            names.extend(printable(pdf.get_attachment(index).get_name()[:80]) for index in range(min(count, 5)))
         listed = ", ".join(names)
         yield f"attached files were not read: {count} ({listed}). Fix: save them with a PDF reader, and read them, too"
     if (form := pdf.get_formtype()) in (raw.FORMTYPE_XFA_FULL, raw.FORMTYPE_XFA_FOREGROUND):

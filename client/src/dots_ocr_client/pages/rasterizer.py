@@ -147,27 +147,17 @@ class Rasterizer:
         async with self._slots:
             self.busy += 1
             self._changed = time.monotonic()
-            worker = None
-            answered = False
             try:
-                worker = _worker(self._idle, reference, verb) if reference.in_process else None
-                run = asyncio.get_running_loop().run_in_executor
-                async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
-                    result = await run(self._threads, job, worker, reference, seconds)
-                answered = True
-                return result
-            except InputError:
-                answered = True
-                raise
+                with _lent(self._idle, reference, verb) as worker:
+                    run = asyncio.get_running_loop().run_in_executor
+                    async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
+                        return await run(self._threads, job, worker, reference, seconds)
             except TimeoutError as error:
                 raise InputError(_too_long(reference, verb, seconds)) from error
             finally:
                 self.busy -= 1
-                if worker is not None:
-                    if answered and worker.alive and self._finalizer.alive:
-                        self._idle.append(worker)
-                    else:
-                        worker.end()
+                if not self._finalizer.alive:
+                    _end_all(self._idle)
 
     def close(self) -> None:
         """End the workers and wait for the threads behind them; otherwise they end with this object or the program."""
@@ -193,24 +183,14 @@ def _block(
 ) -> Result:
     if not reference.in_process:
         return job(None, reference, seconds)
-    with _turns():
-        worker = _worker(_blocking, reference, verb)
+    with _turns(), _lent(_blocking, reference, verb) as worker:
+        assert worker is not None
         late = threading.Timer(min(seconds, _LONGEST) + PATIENCE, worker.give_up)
-        answered = False
+        late.start()
         try:
-            late.start()
-            result = job(worker, reference, seconds)
-            answered = True
-            return result
-        except InputError:
-            answered = True
-            raise
+            return job(worker, reference, seconds)
         finally:
             late.cancel()
-            if answered and worker.alive:
-                _blocking.append(worker)
-            else:
-                worker.end()
 
 
 class _Worker:
@@ -300,6 +280,26 @@ class _Worker:
                 pipe.close()
 
 
+@contextlib.contextmanager
+def _lent(idle: list[_Worker], reference: PageReference, verb: str) -> Iterator[_Worker | None]:
+    """Lend a worker, and end it unless it has answered; none to what needs no process."""
+    if not reference.in_process:
+        yield None
+        return
+    worker, answered = _worker(idle, reference, verb), False
+    try:
+        yield worker
+        answered = True
+    except InputError:
+        answered = True
+        raise
+    finally:
+        if answered and worker.alive:
+            idle.append(worker)
+        else:
+            worker.end()
+
+
 def _worker(idle: list[_Worker], reference: PageReference, verb: str) -> _Worker:
     """Take one that is idle, or start one."""
     with contextlib.suppress(IndexError):  # of another thread's last
@@ -357,10 +357,13 @@ def _check_numbers(fields: dict[str, Any], *names: str) -> None:
             raise TypeError(f"{name} is {fields[name]!r}")
 
 
+def _end_all(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().end()
+
+
 def _end(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
-    for worker in workers:
-        worker.end()
-    workers.clear()
+    _end_all(workers)
     threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -375,10 +378,7 @@ def _turns() -> threading.Semaphore:
     return threading.Semaphore(_default_workers())
 
 
-@atexit.register
-def _end_blocking() -> None:
-    while _blocking:
-        _blocking.pop().end()
+atexit.register(_end_all, _blocking)
 
 
 def _begin_anew() -> None:
@@ -386,7 +386,7 @@ def _begin_anew() -> None:
     for worker in list(_workers):
         worker.leave()
     _workers.clear()
-    _end_blocking()  # which closes their pipes
+    _end_all(_blocking)  # which closes their pipes
     _turns.cache_clear()
 
 

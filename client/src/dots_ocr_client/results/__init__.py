@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 from ..prompts import Mode
@@ -145,10 +145,9 @@ class Page:
         Raises:
             ValueError: The values are of no page; the message names the field.
         """
-        read = _checked("the page", values, _PAGE, optional=_LATER)
-        size = (read["width"], read["height"])
-        read["cells"] = tuple(_cell(cell, *size) for cell in read["cells"])
-        return cls(**{**read, **_tuples(read)})
+        read = _checked(cls, "the page", values)
+        read["cells"] = tuple(_cell(cell, read["width"], read["height"]) for cell in read["cells"])
+        return cls(**read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +190,7 @@ class FailedPage:
         Raises:
             ValueError: The values are of no failed page; the message names the field.
         """
-        read = _checked("the failed page", values, _FAILED_PAGE, optional=_LATER)
-        return cls(**{**read, **_tuples(read)})
+        return cls(**_checked(cls, "the failed page", values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +242,9 @@ class Document:
         Raises:
             ValueError: The values are of no document; the message names the field.
         """
-        known = {name: values[name] for name in _DOCUMENT if name in values} if isinstance(values, Mapping) else values
-        read = _checked("the document", known, _DOCUMENT)
+        if isinstance(values, Mapping):
+            values = {name: values[name] for name in ("source", "pages") if name in values}
+        read = _checked(cls, "the document", values)
         return cls(read["source"], tuple(page_of(page) for page in read["pages"]))
 
 
@@ -279,78 +278,55 @@ _TEXT: Final = _Kind("a text", lambda value: isinstance(value, str))
 _LIST: Final = _Kind("a list", lambda value: isinstance(value, list | tuple))
 _FROM_ONE: Final = _Kind("a whole number from 1 on", lambda value: _is_number(value, 1))
 _COUNT: Final = _Kind("a whole number from 0 on, or null", lambda value: value is None or _is_number(value, 0))
-_SECONDS: Final = _Kind("a number from 0 on", lambda value: type(value) in (int, float) and 0 <= value < LARGEST)
-
-_CELL: Final = {
-    "category": _TEXT,
+_KINDS: Final = {
+    **dict.fromkeys(("source", "text", "category", "engine", "model", "error", "reason"), _TEXT),
+    **dict.fromkeys(("pages", "cells", "attempts"), _LIST),
+    **dict.fromkeys(("number", "width", "height"), _FROM_ONE),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens"), _COUNT),
     "box": _Kind("four whole numbers of a rectangle, or null", lambda value: value is None or _is_box(value)),
-    "text": _TEXT,
-}
-_ATTEMPT: Final = {
-    "engine": _TEXT,
     "outcome": _Kind("failed or skipped", lambda value: value in ("failed", "skipped")),
-    "error": _TEXT,
-    "reason": _TEXT,
-    "seconds": _SECONDS,
-}
-_PAGE: Final = {
-    "number": _FROM_ONE,
-    "width": _FROM_ONE,
-    "height": _FROM_ONE,
+    "seconds": _Kind("a number from 0 on", lambda value: type(value) in (int, float) and 0 <= value < LARGEST),
     "mode": _Kind("a mode", lambda value: isinstance(value, str) and value in get_args(Mode)),
-    "text": _TEXT,
-    "cells": _LIST,
-    "engine": _TEXT,
-    "model": _TEXT,
-    "seconds": _SECONDS,
-    "prompt_tokens": _COUNT,
-    "completion_tokens": _COUNT,
     "finish_reason": _Kind("a text, or null", lambda value: value is None or isinstance(value, str)),
-    "attempts": _LIST,
     "warnings": _Kind("a list of texts", lambda value: _LIST.fits(value) and all(map(_TEXT.fits, value))),
     "dpi": _Kind("null or a whole number from 1", lambda value: value is None or _FROM_ONE.fits(value)),
 }
-_FAILED_PAGE: Final = {"number": _FROM_ONE, "error": _TEXT, "reason": _TEXT, "attempts": _LIST}
-_DOCUMENT: Final = {"source": _TEXT, "pages": _LIST}
-_LATER: Final = frozenset({"prompt_tokens", "completion_tokens", "finish_reason", "attempts", "warnings", "dpi"})
-"""Fields of pages that have a default."""
+"""What the fields of all these classes may be, by their names, which mean the same in each."""
 
 
-def _checked(
-    what: str, values: Any, kinds: Mapping[str, _Kind], *, optional: frozenset[str] = frozenset()
-) -> dict[str, Any]:
-    """Return the fields if they are all that there must be, and nothing else.
+def _checked(kind: type[Any], what: str, values: Any) -> dict[str, Any]:
+    """Return the fields of one of these classes if they are all that there must be, and nothing else.
 
     Raises:
         ValueError: They are not. The message has nothing of their values, which may be anything.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} is no object")
-    missing = kinds.keys() - optional - values.keys()
+    known = {one.name: one for one in fields(kind)}
+    missing = {name for name, one in known.items() if one.default is MISSING} - values.keys()
     if missing:
         raise ValueError(f"{what} lacks {', '.join(sorted(missing))}")
-    if not values.keys() <= kinds.keys():
-        raise ValueError(f"{what} has fields other than {', '.join(kinds)}")
+    if not values.keys() <= known.keys():
+        raise ValueError(f"{what} has fields other than {', '.join(known)}")
     for name, value in values.items():
-        if not kinds[name].fits(value):
-            raise ValueError(f"{name} of {what} must be {kinds[name].words}")
-    return dict(values)
+        if not _KINDS[name].fits(value):
+            raise ValueError(f"{name} of {what} must be {_KINDS[name].words}")
+    read = dict(values)
+    if "attempts" in read:
+        read["attempts"] = attempts_of(read["attempts"])
+    if "warnings" in read:
+        read["warnings"] = tuple(read["warnings"])
+    return read
 
 
 def _cell(values: Any, width: int, height: int) -> Cell:
-    read = _checked("a cell", values, _CELL)
+    read = _checked(Cell, "a cell", values)
     box = None if read["box"] is None else Box(*read["box"])
     if box is not None and box != box.within(width, height):
         raise ValueError("box of a cell must lie on the page")
     return Cell(read["category"], box, read["text"])
 
 
-def _tuples(read: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the lists that both kinds of page have, as they have them."""
-    warnings = {"warnings": tuple(read["warnings"])} if "warnings" in read else {}
-    return {"attempts": attempts_of(read.get("attempts", ())), **warnings}
-
-
 def attempts_of(values: Iterable[Any]) -> tuple[Attempt, ...]:
     """Return attempts of their fields, or raise `ValueError`, which names the field that is wrong."""
-    return tuple(Attempt(**_checked("an attempt", one, _ATTEMPT)) for one in values)
+    return tuple(Attempt(**_checked(Attempt, "an attempt", one)) for one in values)

@@ -20,6 +20,7 @@ from typing import Any, Final, get_args
 import jiter
 
 from ..errors import UnusableAnswer
+from ..texts import encodable
 from . import Box, Category, Cell
 from .export import MATH, clean_table
 
@@ -336,9 +337,8 @@ def _printable(text: str, notes: Counter[str]) -> str:
     """Replace what no UTF-8 file and few programs take: NUL, and halves of surrogate pairs."""
     if not _NOT_TEXT.search(text):
         return text
-    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # joins the halves that belong
     notes["texts in which NUL or lone surrogates were replaced: {n}"] += 1
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+    return encodable(text)
 
 
 def _restore(text: str, category: str, notes: Counter[str]) -> str:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from ..progress import count
+from ...texts import count
 from .measure import Load, Measurement, first_measured, ratios
 from .pages import BenchmarkPage
 
