@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -494,15 +495,11 @@ def doctor(
         _print_json({"ok": works, "base_url": engine.base_url, "model": engine.model, "checks": listed})
     else:
         for check in checks:
-            _print_check(check)
+            took = "" if check.seconds is None else f" ({check.seconds:.2f} s)"
+            _print_text(f"{check.status:8} {check.name}: {printable(check.detail)}{took}")
+            if check.fix and check.status != "skipped":
+                _print_text(f"         -> {printable(check.fix)}")
     return EXIT_OK if works else EXIT_UNREAD
-
-
-def _print_check(check: Check) -> None:
-    took = "" if check.seconds is None else f" ({check.seconds:.2f} s)"
-    _print_text(f"{check.status:8} {check.name}: {printable(check.detail)}{took}")
-    if check.fix and check.status != "skipped":
-        _print_text(f"         -> {printable(check.fix)}")
 
 
 def _levels(text: str) -> str:
@@ -812,12 +809,8 @@ def _print_text(text: str) -> None:
 
 def _print_part(text: str) -> None:
     if sys.stdout.isatty():  # a page can say what a terminal would obey
-        text = "".join(one if one in "\n\t" or not _is_control(one) else " " for one in text)
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", " ", text)
     print(text, end="", flush=True)
-
-
-def _is_control(one: str) -> bool:
-    return one < " " or "\x7f" <= one <= "\x9f"
 
 
 def _print_json(values: Any) -> None:

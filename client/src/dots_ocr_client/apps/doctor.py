@@ -88,6 +88,7 @@ async def examine(
         the packages. That a server of this very host only starts with a remedy, or found another KV cache on its card
         than planned, is a check of its own, where it is so.
     """
+    from ..engines.qwen import QwenEngine
     from ..engines.tesseract import TesseractEngine
 
     tesseract = TesseractEngine(languages)
@@ -96,9 +97,16 @@ async def examine(
         wrong = "put eng among the --languages, because the page is in English; else install tesseract-ocr-eng anew"
         fix = "allow more time (--timeout), or install it anew"
         checks.append(await _page("page by tesseract", tesseract, seconds, wrong, fix))
-    checks.append(_qwen())
+    if lacking := [name for name in QWEN_PACKAGES if importlib.util.find_spec(name) is None]:  # importing takes seconds
+        detail = f"not installed: {', '.join(lacking)}; pip install 'dots-ocr-client[qwen]' adds this engine"
+        checks.append(Check("qwen", "skipped", detail, "none needed unless pages are to be read by Qwen"))
+    else:
+        checks.append(Check("qwen", "ok", f"{' and '.join(QWEN_PACKAGES)} are installed"))
     if ocr:
-        checks.append(await _page_by_qwen(seconds))
+        fix = "allow more time (--timeout), or leave this engine out"
+        async with contextlib.aclosing(QwenEngine()) as qwen:
+            wrong = "leave this engine out, or give it another model"
+            checks.append(await _page("page by qwen", qwen, seconds, wrong, fix))
     return [*checks, _versions()]
 
 
@@ -109,19 +117,13 @@ async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
     except Unauthorized as error:
         reached = Check("server", "ok", f"{engine.base_url} answers", seconds=time.monotonic() - started)
         refused = Check("key", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
-        model, context, page = (
-            _skipped(name, "the server wants another key", "correct the key first")
-            for name in ("model", "context", "page")
-        )
-        return [reached, await _version(engine, seconds), model, refused, context, page]
+        rest = _skipped("the server wants another key", "correct the key first", "model", "context", "page")
+        return [reached, await _version(engine, seconds), rest[0], refused, *rest[1:]]
     except (DotsOCRError, TimeoutError) as error:
         fix = "start the server and wait until it has loaded the model, or correct --base-url (DOTS_OCR_BASE_URL)"
         detail = str(error) or f"{engine.base_url} did not answer within {seconds:g} s"
-        rest = ("version", "model", "key", "context", "page")
-        return [
-            Check("server", "failed", detail, fix),
-            *(_skipped(name, "no server", "reach the server first") for name in rest),
-        ]
+        rest = _skipped("no server", "reach the server first", "version", "model", "key", "context", "page")
+        return [Check("server", "failed", detail, fix), *rest]
     reached = Check("server", "ok", f"{engine.base_url} answers", seconds=time.monotonic() - started)
     served = {str(card.get("id")): card for card in cards}
     accepted = Check("key", "ok", "the server lists its models to us")
@@ -130,17 +132,17 @@ async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
         why, fix = "the model is not served", "choose a model that is served first"
         if engine.model in served:
             why, fix = REHEARSES, "none needed: a page of its own is read by the page that make rehearse names"
-        return [*checks, _skipped("context", why, fix), _skipped("page", why, fix)]
+        return [*checks, *_skipped(why, fix, "context", "page")]
     context = _context(served[engine.model])
     if not ocr:
-        return [*checks, context, _skipped("page", "none was read: --ocr has every engine read one", "add --ocr")]
+        return [*checks, context, *_skipped("none was read: --ocr has every engine read one", "add --ocr", "page")]
     wrong = "see whether the server runs the right model, with --chat-template-content-format string"
     fix = "look at the server's log and its load, or allow more time (--timeout)"
     return [*checks, context, await _page("page", engine, seconds, wrong, fix)]
 
 
-def _skipped(name: str, why: str, fix: str) -> Check:
-    return Check(name, "skipped", why, fix)
+def _skipped(why: str, fix: str, *names: str) -> list[Check]:
+    return [Check(name, "skipped", why, fix) for name in names]
 
 
 async def _version(engine: VLLMEngine, seconds: float, cards: Sequence[Mapping[str, Any]] = ()) -> Check:
@@ -149,7 +151,7 @@ async def _version(engine: VLLMEngine, seconds: float, cards: Sequence[Mapping[s
     except (DotsOCRError, TimeoutError):
         said = None
     if said is None:
-        return _skipped("version", "the server does not tell its version", "none needed: some gateways hide it")
+        return Check("version", "skipped", "the server does not tell its version", "none needed: some gateways hide it")
     service = any(card.get("owned_by") == SERVICE for card in cards)
     return Check("version", "ok", f"{'dots-ocr serve' if service else 'vLLM'} {said}")
 
@@ -175,9 +177,8 @@ def _context(card: Mapping[str, Any]) -> Check:
     needed = images.image_tokens(*A4_PIXELS) + len(MODES["layout"].prompt) // 2 + ANSWER_TOKENS
     length = card.get("max_model_len")
     if not isinstance(length, int):
-        return _skipped(
-            "context", "the server does not tell its context length", f"let it be {needed} (--max-model-len) or more"
-        )
+        fix = f"let it be {needed} (--max-model-len) or more"
+        return Check("context", "skipped", "the server does not tell its context length", fix)
     if length < needed:
         detail = f"{length} tokens are too few for an A4 page at 200 dpi and its answer"
         return Check("context", "failed", detail, f"start the server with --max-model-len {needed} or more")
@@ -213,18 +214,11 @@ async def _page(name: str, engine: Engine, seconds: float, wrong: str, fix: str)
     except Unauthorized as error:
         return Check(name, "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
     except (EngineMissing, NotApplicable) as error:
-        return _skipped(name, str(error), "install what is missing first, if pages are to be read by this engine")
+        fix = "install what is missing first, if pages are to be read by this engine"
+        return Check(name, "skipped", str(error), fix)
     except (DotsOCRError, TimeoutError) as error:
         detail = f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
         return Check(name, "failed" if name == "page" else "warning", detail, fix)
-
-
-async def _page_by_qwen(seconds: float) -> Check:
-    from ..engines.qwen import QwenEngine
-
-    fix = "allow more time (--timeout), or leave this engine out"
-    async with contextlib.aclosing(QwenEngine()) as engine:
-        return await _page("page by qwen", engine, seconds, "leave this engine out, or give it another model", fix)
 
 
 async def _read(name: str, engine: Engine, seconds: float, fix: str) -> Check:
@@ -233,7 +227,9 @@ async def _read(name: str, engine: Engine, seconds: float, fix: str) -> Check:
     Raises:
         DotsOCRError, TimeoutError: There is nothing to compare.
     """
-    page = await asyncio.to_thread(lambda: PageImage.of(1, _sample()))
+    sheet = Image.new("RGB", (1120, 140), "white")
+    ImageDraw.Draw(sheet).text((28, 42), SAMPLE, "black", font=ImageFont.load_default(36))
+    page = await asyncio.to_thread(PageImage.of, 1, sheet)
     started = time.monotonic()
     detail = ""
     try:
@@ -254,12 +250,6 @@ async def _read(name: str, engine: Engine, seconds: float, fix: str) -> Check:
     return Check(name, "ok", "a test page was read as it is", seconds=took)
 
 
-def _sample() -> Image.Image:
-    image = Image.new("RGB", (1120, 140), "white")
-    ImageDraw.Draw(image).text((28, 42), SAMPLE, "black", font=ImageFont.load_default(36))
-    return image
-
-
 def _alike(text: str) -> float:
     said, expected = (re.sub(r"\W", "", one).casefold() for one in (text[:1000], SAMPLE))
     return difflib.SequenceMatcher(None, said, expected, autojunk=False).ratio()
@@ -275,19 +265,6 @@ async def _tesseract(engine: TesseractEngine) -> Check:
         fix = fix or "apt-get install tesseract-ocr tesseract-ocr-eng, to have a page read when the server cannot"
         return Check("tesseract", "warning", detail or "it does not answer", fix)
     return Check("tesseract", "ok", f"{version} with {', '.join(names)}")
-
-
-def _qwen() -> Check:
-    lacking = _lacking(QWEN_PACKAGES)
-    if lacking:
-        detail = f"not installed: {', '.join(lacking)}; pip install 'dots-ocr-client[qwen]' adds this engine"
-        return _skipped("qwen", detail, "none needed unless pages are to be read by Qwen")
-    return Check("qwen", "ok", f"{' and '.join(QWEN_PACKAGES)} are installed")
-
-
-def _lacking(packages: tuple[str, ...]) -> list[str]:
-    """Name the packages that are not there, without importing those that are: these take seconds and much memory."""
-    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def _versions() -> Check:

@@ -186,7 +186,7 @@ class Service:
                 Route("/v1/models", guarded(self._answer_models)),
                 Route("/v1/chat/completions", self._counted(guarded(self._answer_completion)), methods=["POST"]),
             ],
-            exception_handlers={Refused: _refuse, HTTPException: _refuse_http, 500: _refuse_bug},
+            exception_handlers={Refused: _refuse, HTTPException: _refuse, 500: _refuse},
             lifespan=self._lifespan,
         )
 
@@ -500,21 +500,12 @@ def _gone() -> Refused:
     return Refused(499, "ClientClosedRequest", "the client hung up")  # nginx's number; nobody but the log sees it
 
 
-def _error(status: int, kind: str, message: str, param: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}, **more}
-
-
 async def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    body = _error(error.status, error.kind, str(error), error.param, **error.more)
-    return JSONResponse(body, error.status, headers=error.headers)
-
-
-async def _refuse_http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    body = _error(error.status_code, "NotFoundError" if error.status_code == 404 else "HTTPError", error.detail)
-    return JSONResponse(body, error.status_code, headers=error.headers)
-
-
-async def _refuse_bug(_: Request, error: Exception) -> Response:
-    return JSONResponse(_error(500, "InternalServerError", "a fault of this service: look at its log"), 500)
+    headers = None
+    if isinstance(error, HTTPException):
+        kind = "NotFoundError" if error.status_code == 404 else "HTTPError"
+        headers, error = error.headers, Refused(error.status_code, kind, error.detail)
+    elif not isinstance(error, Refused):
+        error = Refused(500, "InternalServerError", "a fault of this service: look at its log")
+    about = {"message": str(error), "type": error.kind, "param": error.param, "code": error.status}
+    return JSONResponse({"error": about, **error.more}, error.status, headers=headers or error.headers)

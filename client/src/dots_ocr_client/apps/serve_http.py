@@ -168,9 +168,8 @@ class _AccessFormatter(AccessFormatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         short = copy.copy(record)
         assert isinstance(record.args, tuple)
-        short.args = tuple(_cut(value) if isinstance(value, str) else value for value in record.args)
+        short.args = tuple(
+            f"{value[:LOGGED_CHARACTERS]}..." if isinstance(value, str) and len(value) > LOGGED_CHARACTERS else value
+            for value in record.args
+        )
         return printable(super().formatMessage(short))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}..."

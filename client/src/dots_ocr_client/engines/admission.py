@@ -53,6 +53,9 @@ class Limiter:
     """Slots for pages in flight; use it in an ``async with`` statement to hold one.
 
     It belongs to one event loop. First come, first served.
+
+    Attributes:
+        in_flight: Slots that are held.
     """
 
     def __init__(self, start: int = START, cap: int = CAP) -> None:
@@ -71,7 +74,7 @@ class Limiter:
         self._cap = cap
         self._limit = float(start)
         self._slow_start = True
-        self._in_flight = 0
+        self.in_flight = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._halved_at = float("-inf")
 
@@ -80,14 +83,9 @@ class Limiter:
         """Slots at present."""
         return int(self._limit)
 
-    @property
-    def in_flight(self) -> int:
-        """Slots that are held."""
-        return self._in_flight
-
     def succeeded(self) -> None:
         """Note a page that the engine read: the limit grows, if it was what kept others waiting."""
-        if self._in_flight >= self.limit or self._waiting:
+        if self.in_flight >= self.limit or self._waiting:
             self._limit = min(self._cap, self._limit + (1 if self._slow_start else 1 / self._limit))
             self._wake()
 
@@ -106,8 +104,8 @@ class Limiter:
 
     async def __aenter__(self) -> Self:
         """Wait for a slot."""
-        if self._in_flight < self.limit and not self._waiting:
-            self._in_flight += 1
+        if self.in_flight < self.limit and not self._waiting:
+            self.in_flight += 1
             return self
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
@@ -127,19 +125,24 @@ class Limiter:
         self._release()
 
     def _release(self) -> None:
-        self._in_flight -= 1
+        self.in_flight -= 1
         self._wake()
 
     def _wake(self) -> None:
-        while self._waiting and self._in_flight < self.limit:
+        while self._waiting and self.in_flight < self.limit:
             turn = self._waiting.popleft()
             if not turn.done():
-                self._in_flight += 1
+                self.in_flight += 1
                 turn.set_result(None)
 
 
 class Breaker:
-    """The state of one engine. It belongs to one event loop and holds no lock: its methods never wait."""
+    """The state of one engine. It belongs to one event loop and holds no lock: its methods never wait.
+
+    Attributes:
+        age: How often it has closed: tells a failure of now from one of a page that was sent before.
+        reason: Why it opened last, or why the last probe failed.
+    """
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         """Begin closed.
@@ -152,8 +155,8 @@ class Breaker:
         self._pause = PAUSE
         self._probe_at: float | None = None
         self._probing = False
-        self._age = 0
-        self._reason = ""
+        self.age = 0
+        self.reason = ""
         self._gone_at: float | None = None
 
     @property
@@ -164,11 +167,6 @@ class Breaker:
         return "half-open" if self._probing else "open"
 
     @property
-    def age(self) -> int:
-        """How often it has closed: tells a failure of now from one of a page that was sent before."""
-        return self._age
-
-    @property
     def seconds_left(self) -> float:
         """Until the next probe may begin; 0 if it may now, or the breaker is closed."""
         return 0.0 if self._probe_at is None else max(0.0, self._probe_at - self._clock())
@@ -177,11 +175,6 @@ class Breaker:
     def gone_for(self) -> float:
         """Seconds since the engine was first found away; endless if it never was, or is there but hangs or fails."""
         return math.inf if self._gone_at is None else self._clock() - self._gone_at
-
-    @property
-    def reason(self) -> str:
-        """Why it opened last, or why the last probe failed."""
-        return self._reason
 
     def begin_probe(self) -> bool:
         """Tell whether the caller is to probe; only one is until it calls `close`, `open` or `abandon_probe`."""
@@ -208,7 +201,7 @@ class Breaker:
             reason: For those that are turned away.
             gone: It could not be reached, or broke its answer off.
         """
-        if self.state != "closed" or age != self._age:
+        if self.state != "closed" or age != self.age:
             return
         if gone and (self._gone_at is None or not self._failures):
             self._gone_at = self._clock()
@@ -223,7 +216,7 @@ class Breaker:
         Args:
             reason: For those that are turned away.
         """
-        self._reason = reason
+        self.reason = reason
         self._probing = False
         self._probe_at = self._clock() + self._pause * (1 - JITTER * random.random())
         if self.gone_for >= PATIENCE:
@@ -234,7 +227,7 @@ class Breaker:
         self._probing = False
         self._probe_at = None
         self.succeeded()
-        self._age += 1
+        self.age += 1
 
 
 class Turn:

@@ -206,7 +206,11 @@ class Server:
         try:
             if stream:
                 return await self._collect(request, picture, seconds)
-            return self._finish(request, await self._post(request, picture, seconds))
+            # Trusting nothing: the SDK hands over whatever JSON, or even text, the server sent.
+            completion = await self._post(request, picture, seconds)
+            choice, model = completion.choices[0], completion.model or request["model"]
+            about = getattr(completion, "dots_ocr", None)
+            return self._judge(choice.message.content, choice.finish_reason, model, completion.usage, about)
         except Exception as error:
             fault = await self._translate(error, seconds, request["model"])
         raise fault
@@ -313,13 +317,6 @@ class Server:
             raise ServerUnavailable(f"{self.base_url} broke its answer off: look at its log")
         return self._judge("".join(pieces), finish_reason, model, usage, about)
 
-    def _finish(self, request: dict[str, Any], completion: Any) -> Completion:
-        """Take the answer out, trusting nothing: the SDK hands over whatever JSON, or even text, the server sent."""
-        choice = completion.choices[0]
-        text, finish_reason = choice.message.content, choice.finish_reason
-        model = completion.model or request["model"]
-        return self._judge(text, finish_reason, model, completion.usage, getattr(completion, "dots_ocr", None))
-
     def _judge(self, text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Completion:
         hidden: tuple[str, ...] = ()
         if isinstance(text, str):
@@ -418,10 +415,9 @@ class Server:
         if status == 404:
             return await self._explain_not_found(seconds, model)
         if status in (400, 403, 413, 422):
-            message = f"{self.base_url} refused the page with {status}: {said}"
-            if status == 400 and _LENGTH.search(error.message):
-                return RequestRejected(f"{message}: start it with a larger --max-model-len, or give a smaller image")
-            return RequestRejected(message)
+            fix = ": start it with a larger --max-model-len, or give a smaller image"
+            more = fix if status == 400 and _LENGTH.search(error.message) else ""
+            return RequestRejected(f"{self.base_url} refused the page with {status}: {said}{more}")
         message = f"{self.base_url} answered {status}: {said}"
         if status in (429, 503):
             return Overloaded(message, _retry_after(error.response.headers.get("retry-after")))

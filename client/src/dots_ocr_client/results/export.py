@@ -80,7 +80,7 @@ def markdown(page: Page, *, headers: bool, picture: Callable[[int, Cell], str | 
 
 def failed_markdown(page: FailedPage) -> str:
     """Return a comment that says why a page could not be read."""
-    return f"<!-- {_for_comment(_failure(page))} -->"
+    return f"<!-- {re.sub('-(?=[->])', '- ', ' '.join(_encodable(_failure(page)).split()))} -->"
 
 
 def html(page: Page, *, headers: bool) -> str:
@@ -91,7 +91,7 @@ def html(page: Page, *, headers: bool) -> str:
         headers: With its headers and footers.
     """
     if page.cells:
-        lines = [_html(cell) for cell in _wanted(page, headers)]
+        lines = [_html(cell) for cell in page.cells if headers or cell.category not in _HEADERS]
     else:
         lines = [f'<pre class="text">{_escape(page.text)}</pre>'] if page.text.strip() else []
     return "\n".join([f'<section class="page" data-page="{_number(page.number)}">', *lines, "</section>"])
@@ -128,10 +128,6 @@ def clean_table(text: str) -> str:
     if "<table" not in text.lower():
         text = f"<table>{text}</table>"  # rows outside of a table would lose their tags
     return _TABLE.clean(_encodable(text)).strip()
-
-
-def _wanted(page: Page, headers: bool) -> Iterator[Cell]:
-    return (cell for cell in page.cells if headers or cell.category not in _HEADERS)
 
 
 def _failure(page: FailedPage) -> str:
@@ -202,10 +198,6 @@ def _encodable(text: str) -> str:
 
 def _escape(text: str) -> str:
     return escape(_encodable(text))
-
-
-def _for_comment(text: str) -> str:
-    return re.sub("-(?=[->])", "- ", " ".join(_encodable(text).split()))
 
 
 class _Renderer(RendererHTML):

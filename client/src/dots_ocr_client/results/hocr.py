@@ -76,7 +76,7 @@ def words(cell: Cell, page: Page, picture: Image.Image | None = None) -> list[li
     rows = _rows(ink) if ink else []
     if ink and rows:
         bands = [ink.crop((0, top, ink.width, bottom)) for top, bottom in rows]
-        spans = [_spans(band) for band in bands]
+        spans = [_stretches(_profile(band, down=True)) for band in bands]
     else:
         count = _guess(texts, box)
         scale, height = (1.0, 1.0), (box.bottom - box.top) / count
@@ -217,10 +217,6 @@ def _rows(ink: Image.Image) -> list[tuple[int, int]]:
         else:
             merged.append((top, bottom))
     return merged
-
-
-def _spans(band: Image.Image) -> list[tuple[int, int]]:
-    return _stretches(_profile(band, down=True))
 
 
 def _guess(texts: Sequence[Sequence[str]], box: Box) -> int:

@@ -147,7 +147,10 @@ def plain_text(cells: Iterable[Cell]) -> str:
 
     Tables become lines with a tab between cells; pictures are left out; Markdown and LaTeX stay as they are.
     """
-    texts = (_table_text(cell.text) if cell.category == "Table" else cell.text.strip() for cell in cells)
+    texts = (
+        "\n".join("\t".join(row) for row in table_rows(cell.text)) if cell.category == "Table" else cell.text.strip()
+        for cell in cells
+    )
     return "\n\n".join(text for text in texts if text)
 
 
@@ -401,7 +404,3 @@ def table_rows(text: str) -> list[list[str]]:
     parser.feed(clean_table(text))  # on tags that never end, the parser by itself takes time with the square of them
     parser.close()
     return [[" ".join(cell.split()) for cell in row] for row in parser.rows if any(row)]
-
-
-def _table_text(text: str) -> str:
-    return "\n".join("\t".join(row) for row in table_rows(text))
