@@ -93,7 +93,7 @@ class Scripted:
 def read(engines: Sequence[Engine], page: PageImage, mode: Mode = "text", timeout: float = 60.0) -> Page:
     async def run() -> Page:
         try:
-            return await Chain(engines, timeout).read(page, Task(mode))
+            return await Chain(engines, timeout).ask(page, Task(mode))
         finally:
             for engine in engines:
                 await engine.aclose()
@@ -155,7 +155,7 @@ def test_a_burst_of_pages_stays_within_the_limit(server: FakeServer, page: PageI
 
     async def run() -> list[Page]:
         chain = Chain([engine], 20.0)
-        pages = await asyncio.gather(*(chain.read(page, Task("text")) for _ in range(12)))
+        pages = await asyncio.gather(*(chain.ask(page, Task("text")) for _ in range(12)))
         await engine.aclose()
         return pages
 
@@ -302,7 +302,7 @@ def test_waiting_for_a_slot_does_not_cost_the_page_its_time(page: PageImage) -> 
 
     async def run() -> list[Page]:
         chain = Chain([engine], 4.0)
-        return await asyncio.gather(*(chain.read(page, Task("text")) for _ in range(7)))
+        return await asyncio.gather(*(chain.ask(page, Task("text")) for _ in range(7)))
 
     pages = asyncio.run(run())
     assert engine.seconds == [4.0] * 7
@@ -316,7 +316,7 @@ def test_the_caller_hears_once_that_a_page_has_its_first_slot(page: PageImage) -
         first, second = Scripted("first", UnusableAnswer("no"), slots=1), Scripted("second", "text")
         async with first.limiter:
             reading = asyncio.create_task(
-                Chain([first, second], 9.0).read(page, Task("text"), lambda: heard.append(first.limiter.in_flight))
+                Chain([first, second], 9.0).ask(page, Task("text"), lambda: heard.append(first.limiter.in_flight))
             )
             await asyncio.sleep(0.05)
             assert heard == []
@@ -345,7 +345,7 @@ def test_a_page_is_drawn_once_and_only_for_an_engine_that_asks_for_pixels(
 
     engines[0].result = Answer("text", "text", "m", size=(30, 40)) if results == ["text"] else results[0]
     chain = Chain(engines, 9.0)
-    read = asyncio.run(chain.read(PageImage.undrawn(reference), Task("text"), lambda: None, draw))
+    read = asyncio.run(chain.ask(PageImage.undrawn(reference), Task("text"), lambda: None, draw))
     assert (read.number, read.text, taken) == (7, "text", slots)
     assert (engines[0].seen[0].png, engines[0].seen[0].origin) == (b"", reference)
     assert all(engine.seen[0].png == page.png for engine in engines[1:])
@@ -361,7 +361,7 @@ def test_a_page_is_drawn_for_its_first_engine_before_that_has_a_slot(page: PageI
         drawn.append(engine.limiter.in_flight)
         return page
 
-    asyncio.run(Chain([engine], 9.0).read(page, Task("text"), lambda: None, draw))
+    asyncio.run(Chain([engine], 9.0).ask(page, Task("text"), lambda: None, draw))
     assert drawn == [0]
 
 
@@ -381,7 +381,7 @@ GONE = ServerUnavailable("cannot reach it")
 
 async def read_all(chain: Chain, page: PageImage, count: int) -> list[Page]:
     """One page after the other."""
-    return [await chain.read(page, Task("text")) for _ in range(count)]
+    return [await chain.ask(page, Task("text")) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_one_page_probes_while_the_others_go_on(page: PageImage) -> None:
         await read_all(chain, page, 3)
         await asyncio.sleep(0.12)
         first.result, first.probe_delay = "better text", 0.1
-        return await asyncio.gather(*(chain.read(page, Task("text")) for _ in range(20)))
+        return await asyncio.gather(*(chain.ask(page, Task("text")) for _ in range(20)))
 
     pages = asyncio.run(run())
     assert first.probes == 1
@@ -460,11 +460,11 @@ def test_a_wrong_key_that_a_probe_finds_out_is_not_hidden_by_the_next_engine(pag
     async def run() -> None:
         chain = Chain([first, second], 60.0)
         for _ in range(admission.FAILURES):
-            await chain.read(page, Task("text"))
+            await chain.ask(page, Task("text"))
         chain._breakers[0]._probe_at = 0.0
         for _ in range(2):  # each page, and not only the one that probes
             with pytest.raises(Unauthorized):
-                await chain.read(page, Task("text"))
+                await chain.ask(page, Task("text"))
 
     asyncio.run(run())
     assert len(second.seconds) == admission.FAILURES
@@ -482,14 +482,14 @@ def test_an_engine_that_is_back_gets_few_pages_at_first(page: PageImage) -> None
         first.result = GONE
         for _ in range(3):
             with pytest.raises(AllEnginesFailed):
-                await chain.read(page, Task("text"))
+                await chain.ask(page, Task("text"))
         first.result = "text"
         await asyncio.sleep(0.12)
-        await chain.read(page, Task("text"))
+        await chain.ask(page, Task("text"))
         assert first.limiter.limit == 2
 
     async def read_and_grow() -> None:
-        await chain.read(page, Task("text"))
+        await chain.ask(page, Task("text"))
         async with first.limiter:
             first.limiter.succeeded()
 
@@ -505,12 +505,12 @@ def test_a_probe_that_is_cancelled_leaves_the_next_one_free(page: PageImage) -> 
         await read_all(chain, page, 3)
         await asyncio.sleep(0.12)
         first.result, first.probe_delay = "better text", 9.0
-        probing = asyncio.create_task(chain.read(page, Task("text")))
+        probing = asyncio.create_task(chain.ask(page, Task("text")))
         await asyncio.sleep(0.05)
         probing.cancel()
         await asyncio.gather(probing, return_exceptions=True)
         first.probe_delay = 0.0
-        return await chain.read(page, Task("text"))
+        return await chain.ask(page, Task("text"))
 
     assert asyncio.run(run()).engine == "first"
 
@@ -526,7 +526,7 @@ def test_a_probe_costs_the_page_its_time(probe_delay: float, page: PageImage) ->
         first.probe_delay, first.result, first.delay = probe_delay, "too late", 60.0
         await asyncio.sleep(0.12)
         started = time.monotonic()
-        assert (await chain.read(page, Task("text"))).engine == "second"
+        assert (await chain.ask(page, Task("text"))).engine == "second"
         return time.monotonic() - started
 
     assert asyncio.run(run()) < 6.0
@@ -541,7 +541,7 @@ def test_pages_that_wait_are_all_read_by_the_engine_when_it_is_back(page: PageIm
     chain = Chain([first, second], 9.0, "wait", max_wait=20.0)
 
     async def run() -> list[Page]:
-        reading = [asyncio.create_task(chain.read(page, Task("text"))) for _ in range(10)]
+        reading = [asyncio.create_task(chain.ask(page, Task("text"))) for _ in range(10)]
         await asyncio.sleep(0.6)
         assert not any(task.done() for task in reading)
         asked = len(first.seconds)
@@ -562,7 +562,7 @@ def test_waiting_ends_with_the_reason(page: PageImage) -> None:
     first.probe_result = GONE
     started = time.monotonic()
     with pytest.raises(AllEnginesFailed, match="cannot reach it"):
-        asyncio.run(Chain([first, second], 9.0, "wait", max_wait=0.5).read(page, Task("text")))
+        asyncio.run(Chain([first, second], 9.0, "wait", max_wait=0.5).ask(page, Task("text")))
     assert 0.3 < time.monotonic() - started < 5.0
     assert second.seconds == []
 
@@ -581,9 +581,9 @@ def test_an_engine_that_is_away_for_a_moment_loses_no_page(gone: ServerUnavailab
     chain = Chain([first, second], 9.0, max_wait=10.0)
 
     async def run() -> list[Page]:
-        reading = [asyncio.create_task(chain.read(page, Task("text"))) for _ in range(10)]
+        reading = [asyncio.create_task(chain.ask(page, Task("text"))) for _ in range(10)]
         await asyncio.sleep(0.4)
-        reading += [asyncio.create_task(chain.read(page, Task("text"))) for _ in range(5)]
+        reading += [asyncio.create_task(chain.ask(page, Task("text"))) for _ in range(5)]
         await asyncio.sleep(0.1)
         assert not any(task.done() for task in reading)
         first.result, first.probe_result = "text", None
@@ -602,7 +602,7 @@ def test_a_server_that_starts_while_a_page_waits_reads_it(page: PageImage, monke
 
     async def run() -> Page:
         chain = Chain([VLLMEngine(f"http://127.0.0.1:{port}/v1"), TesseractEngine()], 20.0, max_wait=20.0)
-        reading = asyncio.create_task(chain.read(page, Task("text")))
+        reading = asyncio.create_task(chain.ask(page, Task("text")))
         await asyncio.sleep(0.3)
         with HTTPServer(port=port, threaded=True) as late:
             FakeServer(late)
@@ -631,7 +631,7 @@ def test_an_engine_that_is_known_to_be_down_is_not_waited_for_again(page: PageIm
         assert await timed(10) < 0.3  # for one page alone it is not worth while to wait twice
         first.result, first.probe_result = "text", None
         await asyncio.sleep(0.12)
-        assert (await chain.read(page, Task("text"))).engine == "first"
+        assert (await chain.ask(page, Task("text"))).engine == "first"
         first.result = first.probe_result = GONE
         assert 0.3 < await timed(1) < 5.0
 
@@ -653,7 +653,7 @@ def test_an_engine_that_is_known_to_be_down_is_not_waited_for_again(page: PageIm
 def test_a_page_that_an_engine_cannot_take_does_not_wait_for_it(failure: Exception, most: int, page: PageImage) -> None:
     first, second = Scripted("first", failure), Scripted("second", "text")
     started = time.monotonic()
-    assert asyncio.run(Chain([first, second], 9.0, max_wait=30.0).read(page, Task("text"))).engine == "second"
+    assert asyncio.run(Chain([first, second], 9.0, max_wait=30.0).ask(page, Task("text"))).engine == "second"
     assert 1 <= len(first.seconds) <= most
     assert time.monotonic() - started < 10.0
 
@@ -679,13 +679,13 @@ def test_a_gateway_with_nobody_behind_it_is_away_and_not_full(server: FakeServer
 @pytest.mark.parametrize("on_unavailable", ["wait", "fail"])
 def test_an_answer_of_no_use_is_no_reason_to_wait_or_to_fail(on_unavailable: OnUnavailable, page: PageImage) -> None:
     chain = Chain([Scripted("first", UnusableAnswer("no")), Scripted("second", "text")], 9.0, on_unavailable)
-    assert asyncio.run(chain.read(page, Task("text"))).engine == "second"
+    assert asyncio.run(chain.ask(page, Task("text"))).engine == "second"
 
 
 def test_without_fallback_the_page_fails_at_once(page: PageImage) -> None:
     first, second = Scripted("first", GONE), Scripted("second", "text")
     with pytest.raises(AllEnginesFailed) as caught:
-        asyncio.run(Chain([first, second], 9.0, "fail").read(page, Task("text")))
+        asyncio.run(Chain([first, second], 9.0, "fail").ask(page, Task("text")))
     assert [attempt.error for attempt in caught.value.attempts] == ["ServerUnavailable"]
     assert (len(first.seconds), second.seconds) == (1, [])
 

@@ -128,7 +128,7 @@ def test_there_are_never_more_processes_than_processors(
 
     async def run() -> list[Page]:
         chain = Chain([TesseractEngine()], 60.0)
-        return await asyncio.gather(*(chain.read(page, Task("text")) for _ in range(8)))
+        return await asyncio.gather(*(chain.ask(page, Task("text")) for _ in range(8)))
 
     assert [page.text for page in asyncio.run(run())] == ["text"] * 8
     assert max(map(int, (tmp_path / "counts").read_text().split())) == 3

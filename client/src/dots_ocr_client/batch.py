@@ -212,7 +212,7 @@ async def run(
     found = await _in_thread(_find, inputs, out, skipped)
     with _claimed(out) as root:
         options = (mode, formats, headers, upgrade, retry_failed, pages, dpi, password, progress or Silent())
-        return await _Batch(client, root, *options).read(found, dict((+skipped).most_common()))
+        return await _Batch(client, root, *options).run(found, dict((+skipped).most_common()))
 
 
 @dataclass(slots=True)
@@ -229,7 +229,7 @@ class _Batch:
     password: str | None = field(repr=False)
     progress: Silent
 
-    async def read(self, found: Sequence[_Input], skipped: dict[str, int]) -> Report:
+    async def run(self, found: Sequence[_Input], skipped: dict[str, int]) -> Report:
         started, clock = datetime.now(UTC), time.monotonic()
         self.progress.documents(len(found))
         reports: dict[int, DocumentReport] = {}
@@ -237,7 +237,7 @@ class _Batch:
 
         async def work() -> None:
             for index, document in queue:
-                reports[index] = await self._read(document)
+                reports[index] = await self._finish(document)
 
         stopped: BaseException | None = None
         try:
@@ -270,7 +270,7 @@ class _Batch:
             file.write(to_json(report.to_dict()) + b"\n")
         self.root.sync()
 
-    async def _read(self, document: _Input) -> DocumentReport:
+    async def _finish(self, document: _Input) -> DocumentReport:
         """Read one document, whatever happens, unless it means that the others cannot be read either."""
         clock = time.monotonic()
         source = str(document.path)

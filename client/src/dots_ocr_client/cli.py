@@ -406,7 +406,7 @@ def _one(
     client: AsyncDotsOCR, file: Path, form: Format, headers: bool, output: Path | None, **options: Any
 ) -> Document:
     """Read one document, and print it, or write it into a file."""
-    from .apps.reading import read_one
+    from .apps import reading
 
     source: Any = file
     if file == Path("-"):  # here, where a signal ends the wait
@@ -422,7 +422,7 @@ def _one(
         with shown_on_terminals() as progress:
             async with client:
                 try:
-                    return await read_one(client, source, progress, write, render, **options)
+                    return await reading.run(client, source, progress, write, render, **options)
                 except ValueError as error:
                     raise typer.BadParameter(str(error)) from error
 

@@ -164,7 +164,7 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
             elif pages is not None:
                 numbers = parse_pages(pages, document.page_count, document.name)
             document.dpi = options.get("dpi") or document.dpi
-            async with aclosing(self._pipeline.read(document, task, numbers)) as results:
+            async with aclosing(self._pipeline.deliver(document, task, numbers)) as results:
                 async for page in results:
                     yield page
 

@@ -210,7 +210,7 @@ def _adapted(base_url: str) -> list[Check]:
 async def _page(name: str, engine: Engine, seconds: float, wrong: str, fix: str) -> Check:
     """Have an engine read a page; `wrong` says what to do if it reads something else, and `fix` if nothing."""
     try:
-        return await _read(name, engine, seconds, wrong)
+        return await _try(name, engine, seconds, wrong)
     except Unauthorized as error:
         return Check(name, "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
     except (EngineMissing, NotApplicable) as error:
@@ -221,7 +221,7 @@ async def _page(name: str, engine: Engine, seconds: float, wrong: str, fix: str)
         return Check(name, "failed" if name == "page" else "warning", detail, fix)
 
 
-async def _read(name: str, engine: Engine, seconds: float, fix: str) -> Check:
+async def _try(name: str, engine: Engine, seconds: float, fix: str) -> Check:
     """Have an engine read the page, and compare.
 
     Raises:

@@ -20,7 +20,7 @@ from .progress import Silent
 _DIGITS: Final = re.compile(r"\d+")
 
 
-async def read_one(
+async def run(
     client: AsyncDotsOCR,
     source: Source,
     progress: Silent,

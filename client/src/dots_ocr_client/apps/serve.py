@@ -14,7 +14,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -270,14 +270,16 @@ class Service:
         self._check_place()
         with contextlib.ExitStack() as held:
             body = await self._body(request, held)
-            with self._place():
-                try:
-                    return await _while_connected(request, self._read(body))
-                except asyncio.CancelledError:  # nobody but uvicorn cancels
-                    message = "the service ends: come back later"
-                    raise self._later(Refused(503, "ServiceUnavailableError", message)) from None
+            self._check_place()
+            self._admitted += 1
+            try:
+                return await _while_connected(request, self._respond(body))
+            except asyncio.CancelledError:  # nobody but uvicorn cancels
+                raise self._full("the service ends") from None
+            finally:
+                self._admitted -= 1
 
-    async def _read(self, body: bytearray) -> Response:
+    async def _respond(self, body: bytearray) -> Response:
         try:
             async with self._understanding:
                 question = await asyncio.to_thread(understand, body, self._names)
@@ -287,7 +289,7 @@ class Service:
             try:
                 image = await self._draw(question.picture)
                 task, doubts = task_of(question, image)
-                page = await self._chain.read(image, task, turn.end)
+                page = await self._chain.ask(image, task, turn.end)
             finally:
                 turn.end()
         except InputError as error:
@@ -296,7 +298,10 @@ class Service:
             raise Refused(500, "InternalServerError", f"this service is not set up rightly: {error}") from error
         except AllEnginesFailed as error:
             self._note(error.attempts)
-            raise self._failed(error) from error
+            more: dict[str, Any] = {"dots_ocr": {"attempts": [asdict(attempt) for attempt in error.attempts]}}
+            if any(attempt.error in _PASSING for attempt in error.attempts):
+                raise self._full(str(error), **more) from error
+            raise Refused(422, "UnprocessableEntityError", str(error), "messages", **more) from error
         self._note(page.attempts)
         self._metrics.note(page)
         return answer(question, task, image, page, doubts)
@@ -330,39 +335,22 @@ class Service:
 
     def _take_bytes(self, count: int) -> None:
         if count > 0 and self._body_bytes + count > self._most_body_bytes:
-            raise self._later(
-                Refused(503, "ServiceUnavailableError", "the pages that wait fill the memory: come back later")
-            )
+            raise self._full("the pages that wait fill the memory")
         self._body_bytes += count
 
     def _note(self, attempts: Sequence[Attempt]) -> None:
         for attempt in attempts:
             self._metrics.engine_pages.labels(self._metrics.label(attempt.engine), attempt.outcome).inc()
 
-    def _failed(self, error: AllEnginesFailed) -> Refused:
-        more: dict[str, Any] = {"dots_ocr": {"attempts": [asdict(attempt) for attempt in error.attempts]}}
-        if any(attempt.error in _PASSING for attempt in error.attempts):
-            return self._later(Refused(503, "ServiceUnavailableError", str(error), **more))
-        return Refused(422, "UnprocessableEntityError", str(error), "messages", **more)
-
     def _check_place(self) -> None:
         if self._waiting() >= self._max_queue:
-            message = f"{self._max_queue} pages are waiting already: come back later"
-            raise self._later(Refused(503, "ServiceUnavailableError", message))
+            raise self._full(f"{self._max_queue} pages are waiting already")
 
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        """Hold one of the places in the queue and at the engines."""
-        self._check_place()
-        self._admitted += 1
-        try:
-            yield
-        finally:
-            self._admitted -= 1
-
-    def _later(self, refused: Refused) -> Refused:
+    def _full(self, why: str, **more: Any) -> Refused:
         """Ask to come back when the fastest engine may have read one more page."""
         seconds = min(engine.expected_seconds / engine.limiter.limit for engine in self._engines)
+        message = why if more else f"{why}: come back later"
+        refused = Refused(503, "ServiceUnavailableError", message, **more)
         refused.headers["Retry-After"] = str(max(1, math.ceil(seconds)))
         return refused
 

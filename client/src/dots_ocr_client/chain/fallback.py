@@ -114,7 +114,7 @@ class Chain:
         self._on_unavailable = on_unavailable
         self._max_wait = max_wait
 
-    async def read(
+    async def ask(
         self, page: PageImage, task: Task, started: Callable[[], None] = _nothing, draw: Draw | None = None
     ) -> Page:
         """Read one page.
@@ -136,7 +136,7 @@ class Chain:
                 before = clock.left
                 failure: EngineError
                 try:
-                    answer = await self._ask(engine, breaker, task, clock, others=others)
+                    answer = await self._ask_one(engine, breaker, task, clock, others=others)
                 except EngineError as error:
                     failure = error
                 else:
@@ -171,12 +171,12 @@ class Chain:
         clock.wait_until = min(clock.wait_until, time.monotonic() + patience)
         return self._on_unavailable != "fail"
 
-    async def _ask(self, engine: Engine, breaker: Breaker, task: Task, clock: _Clock, *, others: bool) -> Answer:
+    async def _ask_one(self, engine: Engine, breaker: Breaker, task: Task, clock: _Clock, *, others: bool) -> Answer:
         """Ask one engine.
 
         Raises:
             EngineError: It did not answer, or was not asked.
-            ConfigurationError: See `read`.
+            ConfigurationError: See `ask`.
         """
         if task.mode not in engine.modes:
             raise ModeNotSupported(f"{engine.name} cannot read in the mode {task.mode!r}")

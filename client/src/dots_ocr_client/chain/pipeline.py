@@ -39,7 +39,7 @@ class Pipeline:
         async with self._openings:  # the others wait here, not in front of the pages of documents that are open
             return await self._rasterizer.open(source, pages, password=password)
 
-    async def read(
+    async def deliver(
         self, document: OpenDocument, task: Task, numbers: Sequence[int] | None = None
     ) -> AsyncGenerator[Page | FailedPage, None]:
         """Read the pages of a document and yield them as they finish; close the generator if you stop early.
@@ -53,7 +53,36 @@ class Pipeline:
             ConfigurationError: Wrong base URL, model or API key; pages that are not finished are given up.
         """
         finished: asyncio.Queue[Page | FailedPage | None] = asyncio.Queue(BACKLOG)
-        feeder = asyncio.create_task(self._feed(document, numbers or document.numbers, task, finished))
+
+        async def finish(number: int, turn: Turn) -> None:
+            page: Page | FailedPage
+            try:
+                reference = document.reference(number)
+                undrawn = PageImage.undrawn(reference)
+                page = await self._chain.ask(undrawn, task, turn.end, lambda: self._rasterizer.draw(reference))
+            except InputError as error:
+                page = FailedPage(number, type(error).__name__, str(error))
+            except AllEnginesFailed as error:
+                page = FailedPage(number, type(error).__name__, str(error), error.attempts)
+            await finished.put(page)
+
+        async def feed() -> None:
+            wrong: BaseException | None = None
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for number in numbers or document.numbers:
+                        await self._turns.acquire()
+                        turn = Turn(self._turns)
+                        page = group.create_task(finish(number, turn))
+                        page.add_done_callback(turn.end)  # also of one that is cancelled before it began
+            except* ConfigurationError as errors:
+                wrong = errors.exceptions[0]  # what is raised here, Python 3.11.2 hands on in a group
+            finally:
+                await finished.put(None)
+            if wrong is not None:
+                raise wrong from None
+
+        feeder = asyncio.create_task(feed())
         try:
             while (page := await finished.get()) is not None:
                 yield page
@@ -66,44 +95,3 @@ class Pipeline:
     async def aclose(self) -> None:
         """End the processes that draw; pages that are still asked for fail."""
         await asyncio.to_thread(self._rasterizer.close)
-
-    async def _feed(
-        self,
-        document: OpenDocument,
-        numbers: Sequence[int],
-        task: Task,
-        finished: asyncio.Queue[Page | FailedPage | None],
-    ) -> None:
-        wrong: BaseException | None = None
-        try:
-            async with asyncio.TaskGroup() as group:
-                for number in numbers:
-                    await self._turns.acquire()
-                    turn = Turn(self._turns)
-                    page = group.create_task(self._one(document, number, task, turn, finished))
-                    page.add_done_callback(turn.end)  # also of one that is cancelled before it began
-        except* ConfigurationError as errors:
-            wrong = errors.exceptions[0]  # what is raised here, Python 3.11.2 hands on in a group
-        finally:
-            await finished.put(None)
-        if wrong is not None:
-            raise wrong from None
-
-    async def _one(
-        self,
-        document: OpenDocument,
-        number: int,
-        task: Task,
-        turn: Turn,
-        finished: asyncio.Queue[Page | FailedPage | None],
-    ) -> None:
-        page: Page | FailedPage
-        try:
-            reference = document.reference(number)
-            undrawn = PageImage.undrawn(reference)
-            page = await self._chain.read(undrawn, task, turn.end, lambda: self._rasterizer.draw(reference))
-        except InputError as error:
-            page = FailedPage(number, type(error).__name__, str(error))
-        except AllEnginesFailed as error:
-            page = FailedPage(number, type(error).__name__, str(error), error.attempts)
-        await finished.put(page)

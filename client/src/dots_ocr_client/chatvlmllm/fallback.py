@@ -96,7 +96,7 @@ class _EngineFallback:
         task = task_of(prompt)
         if task is None:
             task = Task("general", question=prompt) if "general" in self._engine.modes else Task("text")
-        return _checked(content_of(self._loop.run(self._chain.read(page, task)), prompt))
+        return _checked(content_of(self._loop.run(self._chain.ask(page, task)), prompt))
 
     def chat(self, conversation: Conversation, messages: Messages, max_tokens: int) -> dict[str, Any]:
         return completion_of(self.read(_page(conversation), conversation.prompt), "fallback")

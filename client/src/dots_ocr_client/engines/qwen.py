@@ -205,7 +205,7 @@ class QwenEngine:
         self._jobs.add(job)
         self._stop_idle_timer()
         try:
-            return await self._run(self._read, page, task, job)
+            return await self._run(self._transcribe, page, task, job)
         finally:
             job.cancel()
             self._jobs.discard(job)
@@ -230,7 +230,7 @@ class QwenEngine:
 
     # What follows runs in the thread.
 
-    def _read(self, page: PageImage, task: Task, job: _Job) -> Answer:
+    def _transcribe(self, page: PageImage, task: Task, job: _Job) -> Answer:
         job.check()
         picture = page.image if task.box is None else _cut_out(page, task.box)
         mode: Mode = "text" if task.mode == "layout" else task.mode

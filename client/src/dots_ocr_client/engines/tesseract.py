@@ -103,10 +103,7 @@ class TesseractEngine:
         """
         begin = time.monotonic()
         one_block = task.box is not None or page.sent_width > STRIP_ASPECT * page.sent_height
-        png = page.png
-        if task.box is not None:
-            picture = ImageOps.expand(cut_out(page, task.box), MARGIN, "white")
-            png = await asyncio.to_thread(images.to_png, picture)
+        png = page.png if task.box is None else await asyncio.to_thread(_cut_out, page, task.box)
         options = ["-l", self.languages, "--psm", ONE_BLOCK if one_block else PAGE_LAYOUT, "-c", "page_separator="]
         options += ["-c", "tessedit_create_tsv=1", "-c", "tessedit_create_txt=1"]
         output = await self._run("stdin", "stdout", *options, png=png)
@@ -246,3 +243,7 @@ def _without(png: bytes, rows: Iterable[Sequence[str]]) -> bytes:
     for row in rows:
         image.paste("white", _area(row))
     return images.to_png(image)
+
+
+def _cut_out(page: PageImage, box: Box) -> bytes:
+    return images.to_png(ImageOps.expand(cut_out(page, box), MARGIN, "white"))

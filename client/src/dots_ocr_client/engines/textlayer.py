@@ -90,7 +90,7 @@ class TextLayerEngine:
         if page.origin is None or page.origin.kind != "pdf":
             raise NotApplicable("only pages of PDFs have a text layer")
         try:
-            layer = await self._rasterizer.read_text(page.origin, seconds)
+            layer = await self._rasterizer.extract_text(page.origin, seconds)
         except InputError as error:
             raise EngineError(str(error)) from error
         _check(layer)

@@ -184,9 +184,9 @@ class VLLMEngine:
         picture = await asyncio.to_thread(base64.b64encode, page.png)
         try:
             if task.mode == "layout":
-                answer = await self._read_layout(page, picture, deadline)
+                answer = await self._ask_for_layout(page, picture, deadline)
             else:
-                answer = await self._read_other(page, picture, task, deadline)
+                answer = await self._ask_for_other(page, picture, task, deadline)
         except UnusableAnswer as error:
             if self._served is not None and self._served.rehearses:
                 raise UnusableAnswer(REHEARSES) from error
@@ -198,7 +198,7 @@ class VLLMEngine:
         """Close the connections."""
         await self._server.aclose()
 
-    async def _read_layout(self, page: PageImage, picture: bytes, deadline: float) -> Answer:
+    async def _ask_for_layout(self, page: PageImage, picture: bytes, deadline: float) -> Answer:
         task, spec = Task("layout"), MODES["layout"]
         try:
             return await self._ask(page, picture, task, spec.temperature, deadline)
@@ -211,7 +211,7 @@ class VLLMEngine:
         note = f"{_what_happened(first, 'layout answer')}, so the page was read as plain text"
         return replace(answer, warnings=(note, *answer.warnings))
 
-    async def _read_other(self, page: PageImage, picture: bytes, task: Task, deadline: float) -> Answer:
+    async def _ask_for_other(self, page: PageImage, picture: bytes, task: Task, deadline: float) -> Answer:
         temperature = MODES[task.mode].temperature
         try:
             return await self._ask(page, picture, task, temperature, deadline)

@@ -164,8 +164,8 @@ def around(areas: Sequence[Area]) -> Area:
     return Area(min(left), min(top), max(right), max(bottom))
 
 
-def read(reference: PageReference) -> TextLayer:
-    """Read the text layer of a PDF's page. This blocks, and is for a process of its own; see `rasterizer`.
+def extract(reference: PageReference) -> TextLayer:
+    """Take the text layer out of a PDF's page. This blocks, and is for a process of its own; see `rasterizer`.
 
     Raises:
         InputError: The page is broken, or has more than `MAX_CHARACTERS`.

@@ -129,13 +129,13 @@ class Rasterizer:
         """
         return await self._run(_draw, reference, seconds, "drawn")
 
-    async def read_text(self, reference: PageReference, seconds: float = 60) -> TextLayer:
-        """Read the text layer of a PDF's page, as `draw` draws it.
+    async def extract_text(self, reference: PageReference, seconds: float = 60) -> TextLayer:
+        """Take the text layer out of a PDF's page, as `draw` draws it.
 
         Raises:
             InputError: As for `draw`.
         """
-        return await self._run(_read_text, reference, seconds, "read")
+        return await self._run(_extract_text, reference, seconds, "read")
 
     async def _run(
         self,
@@ -346,7 +346,7 @@ def _draw(worker: _Worker | None, reference: PageReference, seconds: float) -> P
     return worker.ask("drawn", reference, seconds, make)
 
 
-def _read_text(worker: _Worker | None, reference: PageReference, seconds: float) -> TextLayer:
+def _extract_text(worker: _Worker | None, reference: PageReference, seconds: float) -> TextLayer:
     assert worker is not None, "only PDFs have a text layer, and they are for workers"
     return worker.ask("read", reference, seconds, lambda fields, _: TextLayer.from_dict(fields))
 
@@ -478,7 +478,7 @@ def _answer_to(verb: str, reference: PageReference) -> tuple[bytes, bytes]:
         if verb == "opened":
             fields = dict(zip(("count", "warnings"), documents.look_into(reference), strict=True))
         elif verb == "read":
-            fields = asdict(pdf_text.read(reference))
+            fields = asdict(pdf_text.extract(reference))
         else:
             page = documents.draw(reference)
             png = page.png

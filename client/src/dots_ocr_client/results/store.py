@@ -375,9 +375,13 @@ class Store:
         if fd is None:
             return False
         self._entries.clear()
+        end = 0
         try:
             with os.fdopen(os.dup(fd), "rb") as file:
-                end = self._check_header(file.readline(_LONGEST_HEAD))
+                head = file.readline(_LONGEST_HEAD)
+                with contextlib.suppress(*_UNREADABLE):
+                    if head.endswith(b"\n") and json.loads(head)["journal"] == self._origin:
+                        end = len(head)
                 while end:
                     line = file.readline()
                     try:
@@ -397,13 +401,6 @@ class Store:
             return False
         self._journal, self._end = fd, end
         return True
-
-    def _check_header(self, line: bytes) -> int:
-        try:
-            ours = line.endswith(b"\n") and json.loads(line)["journal"] == self._origin
-        except _UNREADABLE:
-            ours = False
-        return len(line) if ours else 0
 
     def _read_head(self) -> dict[str, Any] | None:
         fd = self._folder.open(f"{self._name}.json")

@@ -224,11 +224,11 @@ async def _first(
         raise _Unavailable(str(error) or f"no answer within {seconds:g} s") from error
     reasons: list[str] = []
     for page in pages:
-        first = await _read(engine, page, page.image, task, seconds)
+        first = await _time(engine, page, page.image, task, seconds)
         if str(first.error) == REHEARSES:
             raise _Unavailable(REHEARSES)
         if not isinstance(first.error, _ABSENT):
-            again = await _read(engine, page, await asyncio.to_thread(page.variant, 0), task, seconds)
+            again = await _time(engine, page, await asyncio.to_thread(page.variant, 0), task, seconds)
             return first, again
         reasons.append(str(first.error))
         if not isinstance(first.error, NotApplicable):
@@ -236,7 +236,7 @@ async def _first(
     raise _Unavailable("; ".join(dict.fromkeys(reasons)))
 
 
-async def _read(engine: Engine, page: BenchmarkPage, image: PageImage, task: Task, seconds: float) -> _Reading:
+async def _time(engine: Engine, page: BenchmarkPage, image: PageImage, task: Task, seconds: float) -> _Reading:
     started = time.perf_counter()
     try:
         async with asyncio.timeout(seconds):
@@ -255,7 +255,7 @@ async def _sweep(
 
     async def read(page: BenchmarkPage, image: PageImage) -> _Reading:
         async with limiter:
-            return await _read(engine, page, image, task, seconds)
+            return await _time(engine, page, image, task, seconds)
 
     started = time.perf_counter()
     async with asyncio.TaskGroup() as group:
