@@ -732,7 +732,7 @@ class TestIntegration:
 
     def test_threads_do_not_all_ask_for_health(self, url: str, server: FakeServer, httpserver: HTTPServer) -> None:
         ocr = DotsOCRVLLMIntegration(url)
-        ocr._health = (False, float("-inf"))
+        ocr.vllm_client._state = client.State()
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda _: ocr.is_vllm_available(), range(8))) == [True] * 8
         assert server.asked_for("/health") == 2

@@ -43,7 +43,6 @@ def fresh_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forgets the clients and their states of the test before."""
     monkeypatch.setattr(client, "_clients", {})
     monkeypatch.setattr(settings, "_folder", None)
-    monkeypatch.setattr(page, "_config", (0.0, {}))
     yield
     client._close_all()
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 import asyncio
 import atexit
 import base64
+import contextlib
+import functools
 import logging
+import re
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -20,14 +24,15 @@ from PIL import Image
 
 from ..chain.loop_thread import LoopThread
 from ..credentials import bare, read_key, without_login
-from ..engines.base import Answer, Task
-from ..engines.server import Completion, Server, is_about_length
+from ..engines.base import Answer
+from ..engines.server import MAX_COUNT, Completion, Server, is_about_length
 from ..engines.vllm import VLLMEngine
 from ..errors import (
     ConfigurationError,
     CutOff,
     DeadlineExceeded,
     DotsOCRError,
+    InputError,
     RequestRejected,
     ServerUnavailable,
     UnusableAnswer,
@@ -38,7 +43,7 @@ from ..pages.rasterizer import draw
 from . import settings
 from .messages import Conversation, open_pages
 from .trained import content_of, task_of
-from .words import explain, status_of
+from .words import explain, is_absent
 
 T = TypeVar("T")
 
@@ -54,6 +59,7 @@ HEALTH_TIMEOUT, MODELS_TIMEOUT, METRICS_TIMEOUT = 5.0, 10.0, 5.0
 """In seconds, as in the application."""
 
 _log = logging.getLogger(__package__)
+_METRIC = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? (\d{1,9})(?:\.0*)?$", re.MULTILINE)
 
 
 class _Default(str):
@@ -62,6 +68,24 @@ class _Default(str):
 
 DEFAULT_URL: Final[str] = _Default("http://localhost:8000")
 """Without another address, ``DOTS_OCR_BASE_URL`` of the settings goes before this."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What was last known of the server.
+
+    Attributes:
+        fault: Why it cannot be used; ``None`` if it can.
+        context: Longest prompt and answer together, in tokens. Until the server says it, a number that bounds no more
+            than a field of the page.
+        queue: Requests that it works on and that wait, if it tells.
+        asked: When, on the monotonic clock, in seconds.
+    """
+
+    fault: Exception | None = None
+    context: int = 8192
+    queue: tuple[int, int] | None = None
+    asked: float = float("-inf")
 
 
 class VLLMDotsOCRClient:
@@ -87,14 +111,12 @@ class VLLMDotsOCRClient:
         self.base_url = without_login(self._root)
         self._api_key = api_key or settings.value("DOTS_OCR_API_KEY")
         self._loop = LoopThread()
-        self._lock = threading.Lock()
-        self._engine: VLLMEngine | None = None
-        self._server: Server | None = None
-        self._session: Any = None
+        self._asking = threading.Lock()
+        self._state = State()
         self._warned = False
         _open_clients.add(self)
 
-    @property
+    @functools.cached_property
     def session(self) -> Any:
         """A ``requests.Session`` for programs that use the application's; this client itself does without.
 
@@ -102,14 +124,12 @@ class VLLMDotsOCRClient:
             ImportError: The package ``requests`` is not installed.
             InvalidKey: The key can be none.
         """
-        with self._lock:
-            if self._session is None:
-                import requests  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        import requests  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-                self._session = requests.Session()
-                if key := read_key(self._api_key):
-                    self._session.headers["Authorization"] = f"Bearer {key}"
-            return self._session
+        session = requests.Session()
+        if key := read_key(self._api_key):
+            session.headers["Authorization"] = f"Bearer {key}"
+        return session
 
     def health_check(self) -> bool:
         """Ask the server now, for up to 5 s, whether it is healthy and serves dots.ocr and not another model."""
@@ -118,16 +138,24 @@ class VLLMDotsOCRClient:
     def fault(self) -> Exception | None:
         """Return why the server cannot be used; ``None`` if it can. Asks as `health_check` does."""
         try:
-            self._run(self._probe())
+            self._ask(HEALTH_TIMEOUT, lambda engine, _: engine.probe(HEALTH_TIMEOUT))
         except Exception as error:
             _log.warning("%s cannot be used: %s", self.base_url, error)
             return error
         return None
 
+    def state(self, seconds: float = 0.0) -> State:
+        """Return the server's state, as of the last so many seconds. It is asked by one thread, the others wait."""
+        with self._asking:
+            if time.monotonic() - self._state.asked >= seconds:
+                self._state = self._look()
+            return self._state
+
     def get_models(self) -> dict[str, Any]:
         """Return the answer to ``/v1/models``, or a dictionary with ``error``."""
         try:
-            return {"object": "list", "data": self._run(self._models())}
+            cards = self._ask(MODELS_TIMEOUT, lambda engine, _: engine.models(MODELS_TIMEOUT))
+            return {"object": "list", "data": cards}
         except Exception as error:
             return {"error": _describe(error)}
 
@@ -164,7 +192,7 @@ class VLLMDotsOCRClient:
         Returns:
             ``success``, ``content``, ``model``, ``processing_time``, ``usage`` and ``raw_response``; or ``success``,
             ``error`` and ``processing_time``. The content is text, or JSON for the prompts that ask for a layout. Of
-            several pages, `join_pages` makes one content, which says what went wrong on a page that cannot be read.
+            several pages, the content says what went wrong on one that cannot be read.
         """
         return self._process(image_path, prompt, page)
 
@@ -190,14 +218,12 @@ class VLLMDotsOCRClient:
         try:
             completion = self.complete(Conversation.of(messages), max_tokens)
         except Exception as error:
-            _note(error)
-            unreachable = status_of(error) is None and isinstance(
-                error, ServerUnavailable | DeadlineExceeded | ConfigurationError
-            )
-            prefix = "Connection error" if unreachable else "vLLM Error"
+            note(error)
+            unreachable = isinstance(error, ServerUnavailable | DeadlineExceeded | ConfigurationError)
+            prefix = "Connection error" if unreachable and _status(error) is None else "vLLM Error"
             usage = {"processing_time": _time(error, started), "model": MODEL, "error": True}
             return error_completion(_describe(error), f"{prefix}: {explain(error)}", usage)
-        completion["usage"] |= {"processing_time": _seconds(started), "model": MODEL}
+        completion["usage"] |= {"processing_time": seconds_since(started), "model": MODEL}
         return completion
 
     def get_server_info(self) -> dict[str, Any]:
@@ -229,22 +255,44 @@ class VLLMDotsOCRClient:
                 self._warned = True
                 _log.warning("dots.ocr was not trained with this prompt and may ignore it: %.100r", conversation.prompt)
             try:
-                completion = self._run(self._send(conversation, max_tokens))
+                completion = self._loop.run(self._work(lambda: self._send(conversation, max_tokens)))
             except CutOff as error:
                 if not error.text.strip():
                     raise
                 return completion_of(error.text + CUT_OFF, MODEL, finish_reason="length")
             if not completion.text.strip():
                 raise UnusableAnswer("the answer is empty")
-            return completion_of(
-                completion.text, completion.model, completion.prompt_tokens, completion.completion_tokens
-            )
-        answer = self._run(self._read(conversation, task))
+            return completion_of(completion.text, completion.model, completion)
+        assert conversation.page is not None
+        page = conversation.page
+        answer = self._loop.run(self._work(lambda: self._engine.read(page, task, TIMEOUT)))
         for warning in answer.warnings:
             _log.warning("%s", warning)
-        return completion_of(
-            content_of(answer, conversation.prompt), answer.model, answer.prompt_tokens, answer.completion_tokens
-        )
+        return completion_of(content_of(answer, conversation.prompt), answer.model, answer)
+
+    def attempt(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> dict[str, Any] | Exception:
+        """Answer a conversation as `complete` does, or return why the server does not.
+
+        Args:
+            conversation: What is asked.
+            max_tokens: See `complete`.
+            seconds: How long its `state` counts. That it is not there, or its settings are wrong, belongs to it.
+
+        Raises:
+            InputError: No model could read the picture.
+        """
+        fault = self.state(seconds).fault
+        if fault is not None:
+            return fault
+        try:
+            return self.complete(conversation, max_tokens)
+        except InputError:
+            raise
+        except Exception as error:
+            _log.warning("dots.ocr did not answer: %s", error, exc_info=not isinstance(error, DotsOCRError))
+            if is_absent(error) or isinstance(error, ConfigurationError):
+                self._state = replace(self._state, fault=error, asked=time.monotonic())
+            return error
 
     def for_pages(self, document: Any, page: int | None, ask: Callable[[PageImage], dict[str, Any]]) -> dict[str, Any]:
         """Ask for one page after another, and join the completions into one.
@@ -273,8 +321,10 @@ class VLLMDotsOCRClient:
         joined = completions[0]
         if len(parts) > 1:
             for error in errors:
-                _note(error)
-            joined["choices"][0]["message"]["content"] = join_pages(parts, opened.page_count)
+                note(error)
+            count = opened.page_count
+            pages = (f"--- Страница {number} из {count} ---\n\n{content}" for number, content in parts)
+            joined["choices"][0]["message"]["content"] = "\n\n".join(pages)
             counts = ("prompt_tokens", "completion_tokens", "total_tokens")
             joined["usage"] |= {name: sum(one["usage"].get(name, 0) for one in completions) for name in counts}
         return joined
@@ -289,13 +339,13 @@ class VLLMDotsOCRClient:
         try:
             completion = self.for_pages(picture, page, lambda one: self.complete(Conversation.about(one, prompt)))
         except Exception as error:
-            _note(error)
+            note(error)
             return {"success": False, "error": _describe(error), "processing_time": _time(error, started)}
         return {
             "success": True,
             "content": completion["choices"][0]["message"]["content"],
             "model": MODEL,
-            "processing_time": _seconds(started),
+            "processing_time": seconds_since(started),
             "usage": completion["usage"],
             "raw_response": completion,
         }
@@ -303,68 +353,58 @@ class VLLMDotsOCRClient:
     def metrics(self) -> str | None:
         """Return what the server tells Prometheus, if it tells anything."""
         try:
-            return self._run(self._metrics())
+            return self._ask(METRICS_TIMEOUT, lambda _, server: server.metrics(METRICS_TIMEOUT))
         except (DotsOCRError, TimeoutError):
             return None
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop of this client, where the connections are."""
-        return self._loop.run(work)
+    def _look(self) -> State:
+        context, queue, fault = self._state.context, None, self.fault()
+        if fault is None:
+            for card in self.get_models().get("data", ()):
+                length = card.get("max_model_len")
+                context = length if type(length) is int and 0 < length < MAX_COUNT else context
+            counts = dict(_METRIC.findall(self.metrics() or ""))
+            queue = (int(counts["running"]), int(counts["waiting"])) if len(counts) == 2 else None
+        return State(fault, context, queue, time.monotonic())
 
-    def _connect(self) -> tuple[VLLMEngine, Server]:
-        """Return the engine, and the server for prompts that the engine does not know; on the loop only."""
-        if self._engine is None or self._server is None:
-            self._server = Server(f"{self._root}/v1", self._api_key)
-            self._engine = VLLMEngine(f"{self._root}/v1", api_key=self._api_key)
-        return self._engine, self._server
+    # Both are made on the loop, where their connections are.
+    @functools.cached_property
+    def _engine(self) -> VLLMEngine:
+        return VLLMEngine(f"{self._root}/v1", api_key=self._api_key)
 
-    async def _probe(self) -> None:
-        engine, _ = self._connect()
-        async with asyncio.timeout(HEALTH_TIMEOUT):
-            await engine.probe(HEALTH_TIMEOUT)
+    @functools.cached_property
+    def _server(self) -> Server:
+        return Server(f"{self._root}/v1", self._api_key)
 
-    async def _models(self) -> list[dict[str, Any]]:
-        engine, _ = self._connect()
-        async with asyncio.timeout(MODELS_TIMEOUT):
-            return await engine.models(MODELS_TIMEOUT)
+    def _ask(self, seconds: float, what: Callable[[VLLMEngine, Server], Awaitable[T]]) -> T:
+        async def ask() -> T:
+            async with asyncio.timeout(seconds):
+                return await what(self._engine, self._server)
 
-    async def _metrics(self) -> str | None:
-        _, server = self._connect()
-        async with asyncio.timeout(METRICS_TIMEOUT):
-            return await server.metrics(METRICS_TIMEOUT)
+        return self._loop.run(ask())
 
-    async def _read(self, conversation: Conversation, task: Task) -> Answer:
-        assert conversation.page is not None
-        engine, _ = self._connect()
-        async with engine.limiter:
+    async def _work(self, work: Callable[[], Awaitable[T]]) -> T:
+        async with self._engine.limiter:
             try:
                 async with asyncio.timeout(TIMEOUT):
-                    return await engine.read(conversation.page, task, TIMEOUT)
+                    return await work()
             except TimeoutError:
-                raise _too_late() from None
+                raise DeadlineExceeded(f"no answer within {TIMEOUT:g} s: look at the server's load") from None
 
     async def _send(self, conversation: Conversation, max_tokens: int | None) -> Completion:
-        engine, server = self._connect()
-        request: dict[str, Any] = {
-            "model": engine.model,
-            "messages": await asyncio.to_thread(conversation.encoded),
-            "temperature": 0.0,
-        }
-        bounded = request if max_tokens is None else {**request, "max_completion_tokens": max_tokens}
-        async with engine.limiter:
+        messages = await asyncio.to_thread(conversation.encoded)
+        request: dict[str, Any] = {"model": self._engine.model, "messages": messages, "temperature": 0.0}
+        if max_tokens is not None:
             try:
-                async with asyncio.timeout(TIMEOUT):
-                    try:
-                        return await server.complete(bounded, b"", TIMEOUT, stream=False)
-                    except RequestRejected as error:
-                        if bounded is request or not is_about_length(error):
-                            raise
-                        return await server.complete(request, b"", TIMEOUT, stream=False)
-            except TimeoutError:
-                raise _too_late() from None
+                bounded = {**request, "max_completion_tokens": max_tokens}
+                return await self._server.complete(bounded, b"", TIMEOUT, stream=False)
+            except RequestRejected as error:
+                if not is_about_length(error):
+                    raise
+        return await self._server.complete(request, b"", TIMEOUT, stream=False)
 
     async def _aclose(self) -> None:
-        if self._engine is not None and self._server is not None:
+        with contextlib.suppress(DotsOCRError):  # the address or the key is none
             await self._engine.aclose()
             await self._server.aclose()
 
@@ -388,49 +428,26 @@ def root_of(base_url: str) -> str:
 
     It may have a user and a password in it: `credentials.without_login` takes them out.
     """
-    if isinstance(base_url, _Default):
+    if base_url is DEFAULT_URL:
         base_url = settings.value("DOTS_OCR_BASE_URL") or str(base_url)
     return bare(str(base_url)).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def is_given(base_url: str) -> bool:
-    """Tell whether a caller chose the address."""
-    return not isinstance(base_url, _Default)
-
-
-def join_pages(parts: Sequence[tuple[int, str]], count: int) -> str:
-    """Put the contents of pages one after another, each behind a line that says which page it is.
-
-    Args:
-        parts: Number and content of each.
-        count: Pages of the whole document.
-    """
-    return "\n\n".join(f"--- Страница {number} из {count} ---\n\n{content}" for number, content in parts)
-
-
 def completion_of(
-    content: str,
-    model: str,
-    prompt_tokens: int | None = None,
-    completion_tokens: int | None = None,
-    finish_reason: str = "stop",
+    content: str, model: str, counted: Answer | Completion | None = None, finish_reason: str = "stop"
 ) -> dict[str, Any]:
     """Make a completion as vLLM would send it.
 
     Args:
         content: The answer.
         model: As the server names it.
-        prompt_tokens: If they were counted; the usage is empty otherwise.
-        completion_tokens: As above.
+        counted: Has the numbers of tokens; the usage is empty without them.
         finish_reason: ``stop``, or ``length`` for an answer that was cut off.
     """
     usage: dict[str, Any] = {}
-    if prompt_tokens is not None and completion_tokens is not None:
-        usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        }
+    if counted is not None and counted.prompt_tokens is not None and counted.completion_tokens is not None:
+        usage = {"prompt_tokens": counted.prompt_tokens, "completion_tokens": counted.completion_tokens}
+        usage["total_tokens"] = sum(usage.values())
     message = {"role": "assistant", "content": content}
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -465,23 +482,26 @@ def _close_all() -> None:
         client.close()
 
 
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded(f"no answer within {TIMEOUT:g} s: look at the server's load")
+def note(error: Exception) -> str:
+    """Log an error, and return it explained."""
+    # A fault of our own is not for the user to explain.
+    _log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, DotsOCRError))
+    return explain(error)
+
+
+def seconds_since(started: float) -> str:
+    """Write the time since a moment of the monotonic clock as results do."""
+    return f"{time.monotonic() - started:.3f}s"
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(error, "status", None)
 
 
 def _describe(error: Exception) -> str:
-    status = status_of(error)
+    status = _status(error)
     return explain(error) if status is None else f"HTTP {status}: {explain(error)}"
 
 
-def _note(error: Exception) -> None:
-    # A fault of our own is not for the user to explain.
-    _log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, DotsOCRError))
-
-
 def _time(error: Exception, started: float) -> str:
-    return "N/A" if status_of(error) is None else _seconds(started)
-
-
-def _seconds(started: float) -> str:
-    return f"{time.monotonic() - started:.3f}s"
+    return "N/A" if _status(error) is None else seconds_since(started)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, cast
 
 from ..chain.fallback import Chain
 from ..chain.loop_thread import LoopThread
@@ -22,90 +22,66 @@ SECONDS: Final = 900.0
 """For one page by an engine of this package (our own choice: about twice what Qwen2-VL takes on a CPU,
 `engines.qwen.CPU_SECONDS`; the application sets no limit to its own models)."""
 
-Messages = Sequence[Mapping[str, Any]]
 
+class Fallback:
+    """Reads pages; any exception means that it could not.
 
-class Fallback(Protocol):
-    """Something that reads pages."""
-
-    def read(self, page: PageImage, prompt: str) -> str:
-        """Read a page; any exception means that it could not."""
-        ...
-
-    def chat(self, conversation: Conversation, messages: Messages, max_tokens: int) -> dict[str, Any]:
-        """Answer messages with a completion; any exception means that it could not."""
-        ...
-
-
-def adapt(model: Any) -> Fallback:
-    """Make a fallback of whatever the application has.
-
-    Args:
-        model: A model with ``process_image(image, prompt)``, ``chat(image, prompt)`` or ``chat_completion(messages,
-            max_tokens)``; an `Engine`; or the name of one.
-
-    Raises:
-        TypeError: It is none of these.
-        ValueError: There is no engine of that name.
+    A model in this process reads one page at a time: such models are not made for several threads.
     """
-    if isinstance(model, str):
-        return _EngineFallback(make_engines((cast(Name, model),), languages=LANGUAGES)[0])
-    if all(hasattr(model, name) for name in ("read", "modes", "limiter")):
-        return _EngineFallback(model)
-    if any(callable(getattr(model, name, None)) for name in ("process_image", "chat", "chat_completion")):
-        return _ModelFallback(model)
-    raise TypeError(
-        f"{type(model).__name__} cannot stand in for dots.ocr: it has no process_image, chat or chat_completion"
-    )
-
-
-class _ModelFallback:
-    """A model in this process. It reads one page at a time: such models are not made for several threads."""
 
     def __init__(self, model: Any) -> None:
+        """Take whatever the application has.
+
+        Args:
+            model: A model with ``process_image(image, prompt)``, ``chat(image, prompt)`` or
+                ``chat_completion(messages, max_tokens)``; an `Engine`; or the name of one.
+
+        Raises:
+            TypeError: It is none of these.
+            ValueError: There is no engine of that name.
+        """
+        if isinstance(model, str):
+            model = make_engines((cast(Name, model),), languages=LANGUAGES)[0]
         self._model = model
+        self._engine: Engine | None = None
+        if all(hasattr(model, name) for name in ("read", "modes", "limiter")):
+            self._engine = model
+            self._chain = Chain((model,), SECONDS)
+            self._loop = LoopThread()
+        elif not any(map(self._method, ("process_image", "chat", "chat_completion"))):
+            raise TypeError(
+                f"{type(model).__name__} cannot stand in for dots.ocr: it has no process_image, chat or chat_completion"
+            )
         self._lock = threading.Lock()
 
     def read(self, page: PageImage, prompt: str) -> str:
+        """Read a page."""
+        if self._engine is not None:
+            task = task_of(prompt)
+            if task is None:
+                task = Task("general", question=prompt) if "general" in self._engine.modes else Task("text")
+            return _checked(content_of(self._loop.run(self._chain.ask(page, task)), prompt))
         with self._lock:
-            if callable(getattr(self._model, "process_image", None)):
-                return _checked(self._model.process_image(page.image, prompt))
-            if callable(getattr(self._model, "chat", None)):
-                return _checked(self._model.chat(page.image, prompt))
-            messages = Conversation.about(page.image, prompt).encoded()
-            return _checked(_content(self._model.chat_completion(messages, 2048)))
+            if ask := self._method("process_image") or self._method("chat"):
+                return _checked(ask(page.image, prompt))
+            return _checked(_content(self._model.chat_completion(Conversation.about(page, prompt).encoded(), 2048)))
 
-    def chat(self, conversation: Conversation, messages: Messages, max_tokens: int) -> dict[str, Any]:
-        if callable(getattr(self._model, "chat_completion", None)):
+    def chat(
+        self, conversation: Conversation, messages: Sequence[Mapping[str, Any]], max_tokens: int
+    ) -> dict[str, Any]:
+        """Answer messages with a completion."""
+        if answer := self._method("chat_completion"):
             with self._lock:
-                completion = self._model.chat_completion(messages, max_tokens)
+                completion = answer(messages, max_tokens)
             _checked(_content(completion))
             return dict(completion)
-        return completion_of(self.read(_page(conversation), conversation.prompt), "fallback")
+        if conversation.page is None:
+            raise InputError("в сообщениях нет изображения")
+        return completion_of(self.read(conversation.page, conversation.prompt), "fallback")
 
-
-class _EngineFallback:
-    """An engine of this package."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._chain = Chain((engine,), SECONDS)
-        self._loop = LoopThread()
-
-    def read(self, page: PageImage, prompt: str) -> str:
-        task = task_of(prompt)
-        if task is None:
-            task = Task("general", question=prompt) if "general" in self._engine.modes else Task("text")
-        return _checked(content_of(self._loop.run(self._chain.ask(page, task)), prompt))
-
-    def chat(self, conversation: Conversation, messages: Messages, max_tokens: int) -> dict[str, Any]:
-        return completion_of(self.read(_page(conversation), conversation.prompt), "fallback")
-
-
-def _page(conversation: Conversation) -> PageImage:
-    if conversation.page is None:
-        raise InputError("в сообщениях нет изображения")
-    return conversation.page
+    def _method(self, name: str) -> Callable[..., Any] | None:
+        method = getattr(self._model, name, None)
+        return method if callable(method) else None
 
 
 def _content(completion: Any) -> Any:
@@ -115,11 +91,6 @@ def _content(completion: Any) -> Any:
 
 
 def _checked(text: Any) -> str:
-    """Return a text that says something.
-
-    Raises:
-        UnusableAnswer: It is none.
-    """
     if not isinstance(text, str) or not text.strip():
         raise UnusableAnswer(f"the fallback answered with {'nothing' if not text else type(text).__name__}")
     return text

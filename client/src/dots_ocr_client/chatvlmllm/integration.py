@@ -6,28 +6,26 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from PIL import Image
 
-from ..errors import ConfigurationError, DotsOCRError, Overloaded, ServerUnavailable
+from ..errors import DotsOCRError
 from ..pages.documents import PageImage
-from . import settings
 from .client import (
     DEFAULT_PROMPT,
     DEFAULT_URL,
     MODEL,
+    VLLMDotsOCRClient,
     completion_of,
     error_completion,
     get_vllm_dots_ocr_client,
-    is_given,
-    root_of,
+    note,
+    seconds_since,
 )
-from .fallback import Fallback, adapt
+from .fallback import Fallback
 from .messages import Conversation
-from .words import NO_FALLBACK, NO_SERVICE, UNAVAILABLE, Explained, explain, is_about_the_key
-
-T = TypeVar("T")
+from .words import NO_FALLBACK, NO_SERVICE, UNAVAILABLE, Explained, explain, is_about_the_key, is_absent
 
 HEALTH_SECONDS: Final = 10.0
 """How long the last word on the server's health counts, in seconds (our own choice: longer than the check itself may
@@ -58,16 +56,12 @@ class DotsOCRVLLMIntegration:
         self.vllm_url = self.vllm_client.base_url
         self._fallback_model: Any = None
         self._fallback: Fallback | None = None
-        self._checking = threading.Lock()
-        self._health = (False, float("-inf"))
-        self._why = UNAVAILABLE
-        self._key_is_wrong = False
         self.is_vllm_available()
 
     @property
     def is_available(self) -> bool:
         """Whether the server was there when it was last asked."""
-        return self._health[0]
+        return self.vllm_client.state(float("inf")).fault is None
 
     @property
     def fallback_model(self) -> Any:
@@ -90,7 +84,7 @@ class DotsOCRVLLMIntegration:
         if fallback_model is None:
             return
         try:
-            self._fallback = adapt(fallback_model)
+            self._fallback = Fallback(fallback_model)
         except Exception as error:
             _log.error("no fallback: %s", error)
             return
@@ -99,10 +93,7 @@ class DotsOCRVLLMIntegration:
 
     def is_vllm_available(self) -> bool:
         """Tell whether the server is healthy and serves dots.ocr, as of the last `HEALTH_SECONDS`."""
-        with self._checking:  # one asks, the others wait for what it finds out
-            if time.monotonic() - self._health[1] >= HEALTH_SECONDS:
-                self._check()
-            return self.is_available
+        return self.vllm_client.state(HEALTH_SECONDS).fault is None
 
     def process_image_file(
         self, image_path: str, prompt: str = DEFAULT_PROMPT, page: int | None = None
@@ -134,17 +125,17 @@ class DotsOCRVLLMIntegration:
         started = time.monotonic()
         try:
             conversation = Conversation.of(messages)
+            completion, method = self._ask(
+                conversation, max_tokens, lambda fallback: fallback.chat(conversation, messages, max_tokens)
+            )
         except Exception as error:
-            return _no_completion(_unreadable(error))
-        completion, why = self._ask(conversation, max_tokens)
-        if completion is not None:
-            details = {"model": MODEL, "method": "vllm", "server": self.vllm_url}
-            completion["usage"] |= {"processing_time": _seconds(started), **details}
-            return completion
-        answer, why = self._fall_back(why, lambda fallback: fallback.chat(conversation, messages, max_tokens))
-        if answer is None:
-            return _no_completion(why, NO_SERVICE)
-        return {**answer, "usage": {**(answer.get("usage") or {}), "method": "fallback"}}
+            content = NO_SERVICE if isinstance(error, Explained) else None
+            why = note(error)
+            return error_completion(why, content or why, {"method": "none", "error": True})
+        usage = {**(completion.get("usage") or {}), "method": method}
+        if method == "vllm":
+            usage |= {"processing_time": seconds_since(started), "model": MODEL, "server": self.vllm_url}
+        return {**completion, "usage": usage}
 
     def get_status(self) -> dict[str, Any]:
         """Ask the server now and tell who can read.
@@ -153,80 +144,69 @@ class DotsOCRVLLMIntegration:
             ``vllm_url``, ``vllm_available``, ``fallback_available`` and ``recommended_method``; with a server that is
             there also ``vllm_info`` (`VLLMDotsOCRClient.get_server_info`).
         """
-        with self._checking:
-            self._check()
+        is_available = self.vllm_client.state().fault is None
         status = {
             "vllm_url": self.vllm_url,
-            "vllm_available": self.is_available,
+            "vllm_available": is_available,
             "fallback_available": self._fallback is not None,
-            "recommended_method": "vllm" if self.is_available else "fallback",
+            "recommended_method": "vllm" if is_available else "fallback",
         }
-        if self.is_available:
+        if is_available:
             status["vllm_info"] = self.vllm_client.get_server_info()
         return status
-
-    def _check(self) -> None:
-        fault = self.vllm_client.fault()
-        self._why = "" if fault is None else _why(fault)
-        self._key_is_wrong = fault is not None and is_about_the_key(fault)
-        self._health = (fault is None, time.monotonic())
 
     def _process(self, picture: Any, prompt: str, page: int | None) -> dict[str, Any]:
         started = time.monotonic()
         methods = set()
 
         def read(image: PageImage) -> dict[str, Any]:
-            conversation = Conversation.about(image, prompt)
-            completion, why = self._ask(conversation, None)
-            if completion is None:
-                text, why = self._fall_back(why, lambda fallback: fallback.read(image, prompt))
-                if text is None:
-                    raise Explained(why)
-                completion = completion_of(text, "fallback")
-                methods.add("fallback")
+            completion, method = self._ask(
+                Conversation.about(image, prompt),
+                None,
+                lambda fallback: completion_of(fallback.read(image, prompt), "fallback"),
+            )
+            methods.add(method)
             return completion
 
         try:
             completion = self.vllm_client.for_pages(picture, page, read)
-        except Explained as error:
-            return _no_result(str(error))
         except Exception as error:
-            return _no_result(_unreadable(error))
-        content = completion["choices"][0]["message"]["content"]
-        if methods:
-            return _result(content, "fallback", "N/A", "fallback")
-        return _result(content, MODEL, _seconds(started), "vllm")
+            return {"success": False, "error": note(error), "model": "none", "method": "none"}
+        by_server = methods == {"vllm"}
+        return {
+            "success": True,
+            "content": completion["choices"][0]["message"]["content"],
+            "model": MODEL if by_server else "fallback",
+            "processing_time": seconds_since(started) if by_server else "N/A",
+            "method": "vllm" if by_server else "fallback",
+        }
 
-    def _ask(self, conversation: Conversation, max_tokens: int | None) -> tuple[dict[str, Any] | None, str]:
-        """Ask dots.ocr; return its answer, or why there is none, in Russian."""
-        if not self.is_vllm_available():
-            return None, self._why
-        try:
-            return self.vllm_client.complete(conversation, max_tokens), ""
-        except Exception as error:
-            why = _why(error)
-            if why == UNAVAILABLE or isinstance(error, ConfigurationError):
-                self._health, self._why = (False, time.monotonic()), why
-                self._key_is_wrong = is_about_the_key(error)
-            _log.warning("dots.ocr did not answer: %s", error, exc_info=not isinstance(error, DotsOCRError))
-            return None, why
+    def _ask(
+        self,
+        conversation: Conversation,
+        max_tokens: int | None,
+        ask: Callable[[Fallback], dict[str, Any]],
+    ) -> tuple[dict[str, Any], str]:
+        """Ask dots.ocr, or else the fallback; return the completion, and who made it.
 
-    def _fall_back(self, why: str, ask: Callable[[Fallback], T]) -> tuple[T | None, str]:
-        """Ask the fallback; return its answer, or why there is none, in Russian.
-
-        Args:
-            why: Why dots.ocr did not answer.
-            ask: What to ask.
+        Raises:
+            Explained: Neither had an answer. A server that is not there is called so in just the words of `UNAVAILABLE`,
+                which programs look for.
+            InputError: No model could read the picture.
         """
-        if self._key_is_wrong:
-            return None, why
+        answer = self.vllm_client.attempt(conversation, max_tokens, HEALTH_SECONDS)
+        if isinstance(answer, dict):
+            return answer, "vllm"
+        why = UNAVAILABLE if is_absent(answer) else explain(answer)
+        if is_about_the_key(answer):
+            raise Explained(why)
         if self._fallback is None:
-            return None, NO_FALLBACK if why == UNAVAILABLE else why
+            raise Explained(NO_FALLBACK if why == UNAVAILABLE else why)
         try:
-            return ask(self._fallback), ""
+            return ask(self._fallback), "fallback"
         except Exception as error:  # the application's models raise anything
             _log.error("the fallback failed, too: %s", error, exc_info=not isinstance(error, DotsOCRError))
-            return None, f"{why}; fallback модель не справилась: {explain(error)}"
+            raise Explained(f"{why}; fallback модель не справилась: {explain(error)}") from error
 
 
 def get_dots_ocr_vllm_integration(vllm_url: str = DEFAULT_URL, api_key: str | None = None) -> DotsOCRVLLMIntegration:
@@ -238,12 +218,11 @@ def get_dots_ocr_vllm_integration(vllm_url: str = DEFAULT_URL, api_key: str | No
     """
     global _current
     with _lock:
-        if _current is not None and not is_given(vllm_url) and api_key is None:
-            return _current
-        key = (root_of(vllm_url), api_key or settings.value("DOTS_OCR_API_KEY"))
-        if key not in _integrations:
-            _integrations[key] = DotsOCRVLLMIntegration(vllm_url, api_key)
-        _current = _integrations[key]
+        if _current is None or vllm_url is not DEFAULT_URL or api_key is not None:
+            client = get_vllm_dots_ocr_client(vllm_url, api_key)
+            if client not in _integrations:
+                _integrations[client] = DotsOCRVLLMIntegration(vllm_url, api_key)
+            _current = _integrations[client]
         return _current
 
 
@@ -266,38 +245,5 @@ def initialize_dots_ocr_vllm(
 
 
 _lock = threading.Lock()
-_integrations: dict[tuple[str, str | None], DotsOCRVLLMIntegration] = {}
+_integrations: dict[VLLMDotsOCRClient, DotsOCRVLLMIntegration] = {}
 _current: DotsOCRVLLMIntegration | None = None
-
-
-def _why(error: Exception) -> str:
-    """Say why dots.ocr has not read; a server that is not there in just those words, which programs look for."""
-    absent = isinstance(error, ServerUnavailable | TimeoutError) and not isinstance(error, Overloaded)
-    return UNAVAILABLE if absent else explain(error)
-
-
-def _result(content: str, model: str, processing_time: str, method: str) -> dict[str, Any]:
-    return {
-        "success": True,
-        "content": content,
-        "model": model,
-        "processing_time": processing_time,
-        "method": method,
-    }
-
-
-def _no_result(error: str) -> dict[str, Any]:
-    return {"success": False, "error": error, "model": "none", "method": "none"}
-
-
-def _no_completion(error: str, content: str | None = None) -> dict[str, Any]:
-    return error_completion(error, content or error, {"method": "none", "error": True})
-
-
-def _unreadable(error: Exception) -> str:
-    _log.error("%s", error, exc_info=not isinstance(error, DotsOCRError))
-    return explain(error)
-
-
-def _seconds(started: float) -> str:
-    return f"{time.monotonic() - started:.3f}s"

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from .client import DEFAULT_PROMPT, VLLMDotsOCRClient, get_vllm_dots_ocr_client
+from .client import DEFAULT_PROMPT, get_vllm_dots_ocr_client
 from .messages import Conversation
 from .page import words_for
 from .trained import task_of
@@ -22,11 +22,6 @@ class ServerModel:
         self.device = "server"
         self.model: Any = None
         self.processor: Any = None
-
-    @property
-    def client(self) -> VLLMDotsOCRClient:
-        """The client, by the settings of now."""
-        return get_vllm_dots_ocr_client()
 
     def load_model(self) -> None:
         """Do nothing: the server has the model."""
@@ -48,11 +43,12 @@ class ServerModel:
         Raises:
             RuntimeError: It cannot be read.
         """
+        client = get_vllm_dots_ocr_client()  # by the settings of now
         prompt = prompt if prompt and task_of(prompt) else DEFAULT_PROMPT
         try:
-            completion = self.client.complete(Conversation.about(image, prompt))
+            completion = client.complete(Conversation.about(image, prompt))
         except Exception as error:
-            raise RuntimeError(words_for(error, self.client)) from error
+            raise RuntimeError(words_for(error, client)) from error
         return str(completion["choices"][0]["message"]["content"])
 
     def extract_text(self, image: Image.Image, language: str | None = None) -> str:

@@ -10,37 +10,40 @@ into the text, in a chat into a message of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
-import re
 import subprocess
-import threading
 import time
-import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from PIL import Image
 
-from ..engines.server import MAX_COUNT, is_loopback
-from ..errors import DotsOCRError, InputError, Overloaded, ServerUnavailable
+from ..engines.server import is_loopback
+from ..errors import InputError
 from ..pages.documents import PageImage
 from ..prompts import MODES
 from . import settings
-from .client import DEFAULT_PROMPT, DEFAULT_URL, VLLMDotsOCRClient, get_vllm_dots_ocr_client
-from .fallback import Fallback, adapt
+from .client import (
+    DEFAULT_PROMPT,
+    DEFAULT_URL,
+    State,
+    VLLMDotsOCRClient,
+    completion_of,
+    get_vllm_dots_ocr_client,
+)
+from .fallback import Fallback
 from .messages import Conversation
 from .trained import task_of
-from .words import Explained, explain, is_about_the_key
+from .words import Explained, explain, is_about_the_key, is_absent
 
 KEY, MODEL_PATH, UNIT = "dots.ocr", "rednote-hilab/dots.ocr", "dots-ocr.service"
 STATE_SECONDS: Final = 5.0
 """How long the server's state counts, in seconds (our own choice): the page asks for it several times in each run."""
-UNKNOWN_CONTEXT: Final = 8192
-"""In tokens, while the server does not say; the page only bounds a field with it."""
 WEIGHTS_GB: Final = 6
 """The weights of dots.ocr in bfloat16 (6.1 GB on disk); the page shows it as the model's memory."""
 START_SECONDS: Final = 300
@@ -48,53 +51,12 @@ START_SECONDS: Final = 300
 NO_TESSERACT: Final = "Чтобы страницы читались и без сервера: sudo apt-get install tesseract-ocr tesseract-ocr-rus"
 
 _log = logging.getLogger(__package__)
-_METRIC = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? (\d{1,9})(?:\.0*)?$", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """What is known of the server.
-
-    Attributes:
-        fault: Why it cannot be used and what to do, in Russian; empty if it can.
-        context: Longest prompt and answer together, in tokens.
-        queue: Requests that it works on and that wait, if it tells.
-        asked: When, on the monotonic clock.
-        is_open: Another engine may read meanwhile; not if the fault is the API key, which that would hide.
-    """
-
-    fault: str
-    context: int
-    queue: tuple[int, int] | None
-    asked: float
-    is_open: bool = True
-
-    @property
-    def summary(self) -> str:
-        """Context and queue, or the fault."""
-        if self.fault:
-            return self.fault
-        queue = "" if self.queue is None else f"; в работе {self.queue[0]}, в очереди {self.queue[1]}"
-        return f"контекст {self.context} токенов{queue}"
-
-
-def state_of(client: VLLMDotsOCRClient, *, fresh: bool = False) -> State:
-    """Return the server's state, as of the last `STATE_SECONDS`.
-
-    Args:
-        client: Of the server.
-        fresh: Ask now.
-    """
-    with _lock:  # one asks, the others wait for what it finds out
-        known = _states.get(client)
-        if known is None or fresh or time.monotonic() - known.asked >= STATE_SECONDS:
-            known = _states[client] = _ask(client, known)
-        return known
-
-
+@functools.lru_cache(4)  # the page asks for the state's words several times in each run, and systemd is slow
 def words_for(error: Exception, client: VLLMDotsOCRClient) -> str:
     """Say what went wrong and what to do about it, to somebody in front of the page."""
-    if not isinstance(error, ServerUnavailable | TimeoutError) or isinstance(error, Overloaded):
+    if not is_absent(error):
         return explain(error)
     host = urlsplit(client.base_url).hostname or ""
     if not is_loopback(host):
@@ -125,6 +87,24 @@ class SingleContainerManager:
         return get_vllm_dots_ocr_client(self._base_url)
 
     @property
+    def state(self) -> State:
+        """What is known of the server."""
+        return self.vllm.state(STATE_SECONDS)
+
+    @property
+    def fault(self) -> str:
+        """Why the server cannot be used and what to do, in Russian; empty if it can."""
+        error = self.state.fault
+        return "" if error is None else words_for(error, self.vllm)
+
+    @property
+    def summary(self) -> str:
+        """Context and queue, or the fault."""
+        state = self.state
+        queue = "" if state.queue is None else f"; в работе {state.queue[0]}, в очереди {state.queue[1]}"
+        return self.fault or f"контекст {state.context} токенов{queue}"
+
+    @property
     def models_config(self) -> dict[str, dict[str, Any]]:
         """The one model. The application's own config.yaml is in it, too.
 
@@ -140,13 +120,13 @@ class SingleContainerManager:
             "display_name": KEY,
             "memory_gb": WEIGHTS_GB,
             "startup_time": START_SECONDS,
-            "description": f"Сервер {url}: {state_of(self.vllm).summary}",
+            "description": f"Сервер {url}: {self.summary}",
         }
         return {KEY: {**_application_config(), **model}}
 
     def get_container_status(self, container_name: str) -> dict[str, Any]:
         """Tell of the server in Docker's words."""
-        fault = state_of(self.vllm).fault
+        fault = self.fault
         known = container_name == UNIT
         return {
             "exists": known,
@@ -158,12 +138,12 @@ class SingleContainerManager:
 
     def check_api_health(self, port: int, timeout: int = 5) -> tuple[bool, str]:
         """Tell whether the server can be used, and why not."""
-        fault = state_of(self.vllm).fault
+        fault = self.fault
         return not fault, fault or "API healthy"
 
     def get_active_model(self) -> str | None:
         """Return the model's key if the server can be used."""
-        self.current_active_model = None if state_of(self.vllm).fault else KEY
+        self.current_active_model = None if self.state.fault else KEY
         return self.current_active_model
 
     def stop_all_containers(self) -> tuple[list[str], list[str]]:
@@ -174,27 +154,26 @@ class SingleContainerManager:
         """Start nothing; tell whether the server is there, and how it is started."""
         if model_key != KEY:
             return False, f"этот сервер читает только {KEY}"
-        fault = state_of(self.vllm, fresh=True).fault
-        return not fault, fault or f"{KEY} уже работает: {self.vllm.base_url}"
+        self.vllm.state()
+        return not self.fault, self.fault or f"{KEY} уже работает: {self.vllm.base_url}"
 
     def _build_docker_command(self, model_key: str, config: dict[str, Any]) -> list[str]:
         return []  # the page asks whether this is there
 
     def get_system_status(self) -> dict[str, Any]:
         """Return what the page's sidebar shows, and show there what it has no place for."""
-        state = state_of(self.vllm)
-        active = self.get_active_model()
+        fault, active = self.fault, self.get_active_model()
         config = self.models_config[KEY]
         if (streamlit := _streamlit()) is not None:
-            if state.fault:
-                streamlit.warning(f"⚠️ {state.fault}")
+            if fault:
+                streamlit.warning(f"⚠️ {fault}")
             else:
-                streamlit.caption(f"📏 {state.summary}")
+                streamlit.caption(f"📏 {self.summary}")
         status = {
             "config": config,
             "container_status": self.get_container_status(UNIT),
-            "api_healthy": not state.fault,
-            "api_message": state.fault or "API healthy",
+            "api_healthy": not fault,
+            "api_message": fault or "API healthy",
             "is_active": active == KEY,
         }
         return {
@@ -208,12 +187,16 @@ class SingleContainerManager:
     def create_model_selector_ui(self) -> str:
         """Show the model."""
         self.get_system_status()
-        _required_streamlit().info(f"🎯 {KEY}, {MODEL_PATH}")
+        import streamlit
+
+        streamlit.info(f"🎯 {KEY}, {MODEL_PATH}")
         return KEY
 
     def create_status_dashboard(self) -> None:
         """Show the server's state."""
-        _required_streamlit().json({**self.get_system_status(), "models": list(self.models_config)})
+        import streamlit
+
+        streamlit.json({**self.get_system_status(), "models": list(self.models_config)})
 
 
 class _Ready(SingleContainerManager):
@@ -253,7 +236,7 @@ class VLLMStreamlitAdapter:
     @property
     def healthy_endpoints(self) -> dict[str, str]:
         """`model_endpoints`, as far as they can be used."""
-        return {} if self._state.fault else self.model_endpoints
+        return {} if self.container_manager.state.fault else self.model_endpoints
 
     @property
     def available_models(self) -> list[str]:
@@ -263,11 +246,11 @@ class VLLMStreamlitAdapter:
     @property
     def model_limits(self) -> dict[str, int]:
         """The context of each model, in tokens."""
-        return dict.fromkeys(self.healthy_endpoints, self._state.context)
+        return dict.fromkeys(self.healthy_endpoints, self.container_manager.state.context)
 
     def check_all_connections(self) -> bool:
         """Ask the server now whether it can be used."""
-        return not state_of(self.container_manager.vllm, fresh=True).fault
+        return self.container_manager.vllm.state().fault is None
 
     check_connection = check_all_connections
 
@@ -287,7 +270,7 @@ class VLLMStreamlitAdapter:
 
     def get_model_max_tokens(self, model_id: str) -> int:
         """Return the context, in tokens."""
-        return self._state.context
+        return self.container_manager.state.context
 
     def get_server_status(self) -> dict[str, Any]:
         """Return what `create_vllm_interface` of the application shows."""
@@ -336,17 +319,13 @@ class VLLMStreamlitAdapter:
             "endpoint": self.base_url,
             "mode": "vLLM",
             "tokens_used": tokens,
-            "max_tokens_limit": self._state.context,
+            "max_tokens_limit": self.container_manager.state.context,
             "actual_max_tokens": max_tokens,
         }
 
     def chat_with_image(self, image: Any, prompt: str, model: str = MODEL_PATH) -> dict[str, Any]:
         """Read a picture; see `process_image`."""
         return self.process_image(image, prompt, model)
-
-    @property
-    def _state(self) -> State:
-        return state_of(self.container_manager.vllm)
 
     def _read(self, image: Any, prompt: str) -> tuple[str, str, int]:
         """Return the text, what a person has to know of how it came about, and the tokens."""
@@ -355,21 +334,15 @@ class VLLMStreamlitAdapter:
         notes: list[str] = []
 
         def read(page: PageImage) -> dict[str, Any]:
-            fault, is_open = self._state.fault, self._state.is_open
-            try:
-                if not fault:
-                    return client.complete(Conversation.about(page, prompt))
-            except InputError:
-                raise
-            except Exception as error:
-                _log.warning("dots.ocr did not answer: %s", error, exc_info=not isinstance(error, DotsOCRError))
-                fault, is_open = words_for(error, client), not is_about_the_key(error)
-            notes[:] = [fault]
-            if not is_open:
-                raise Explained(fault)
+            answer = client.attempt(Conversation.about(page, prompt), None, STATE_SECONDS)
+            if isinstance(answer, dict):
+                return answer
+            notes[:] = [words_for(answer, client)]
+            if is_about_the_key(answer):
+                raise Explained(notes[0])
             text = self._read_without(page, prompt)
             notes.append("Страницу прочитал Tesseract: проверьте текст.")
-            return {"choices": [{"message": {"content": text}}], "usage": {}}
+            return completion_of(text, "tesseract")
 
         try:
             completion = client.for_pages(_frames(image, prompt), None, read)
@@ -381,17 +354,18 @@ class VLLMStreamlitAdapter:
 
     def _read_without(self, page: PageImage, prompt: str) -> str:
         """Have Tesseract read a page, whose layouts always have texts."""
-        self._fallback = self._fallback or adapt("tesseract")
+        self._fallback = self._fallback or Fallback("tesseract")
         task = task_of(prompt)
         return self._fallback.read(page, MODES["layout"].prompt if task and task.mode == "layout_only" else prompt)
 
 
 def create_vllm_interface() -> None:
     """Show a page that reads documents, PDFs among them, which the application's own page refuses."""
-    st = _required_streamlit()
+    import streamlit as st
+
     st.header("🚀 dots.ocr")
     adapter = VLLMStreamlitAdapter()
-    st.caption(f"{adapter.base_url}: {adapter._state.summary}")
+    st.caption(f"{adapter.base_url}: {adapter.container_manager.summary}")
     document = st.file_uploader("Документ", type=["pdf", "png", "jpg", "jpeg", "bmp", "tif", "tiff", "webp"])
     prompt = st.text_input("Промпт", DEFAULT_PROMPT)
     if document is not None and st.button("🚀 Извлечь текст", type="primary"):
@@ -401,27 +375,10 @@ def create_vllm_interface() -> None:
 
 def create_single_container_ui() -> None:
     """Show the server's state."""
-    st = _required_streamlit()
+    import streamlit as st
+
     st.title("🎯 dots.ocr")
     SingleContainerManager().create_status_dashboard()
-
-
-_lock = threading.Lock()
-_states: weakref.WeakKeyDictionary[VLLMDotsOCRClient, State] = weakref.WeakKeyDictionary()
-_config: tuple[float, dict[str, Any]] = (0.0, {})
-
-
-def _ask(client: VLLMDotsOCRClient, known: State | None) -> State:
-    context = known.context if known is not None else UNKNOWN_CONTEXT
-    fault = client.fault()
-    if fault is not None:
-        return State(words_for(fault, client), context, None, time.monotonic(), is_open=not is_about_the_key(fault))
-    for card in client.get_models().get("data", ()):
-        length = card.get("max_model_len")
-        context = length if type(length) is int and 0 < length < MAX_COUNT else context
-    counts = dict(_METRIC.findall(client.metrics() or ""))
-    queue = (int(counts["running"]), int(counts["waiting"])) if len(counts) == 2 else None
-    return State("", context, queue, time.monotonic())
 
 
 def _is_active() -> bool:
@@ -435,18 +392,19 @@ def _is_active() -> bool:
 
 def _application_config() -> dict[str, Any]:
     """Return the application's config.yaml; an empty one if it cannot be read, of which the page itself complains."""
-    global _config
     path = settings.folder() / "config.yaml"
     try:
-        import yaml
-
-        changed = path.stat().st_mtime
-        if _config[0] != changed:
-            _config = (changed, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return _parsed(path, path.stat().st_mtime)
     except Exception as error:
         _log.warning("%s: %s", path, error)
         return {}
-    return _config[1]
+
+
+@functools.lru_cache(1)
+def _parsed(path: Path, changed: float) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
 def _frames(image: Any, prompt: str) -> Any:
@@ -469,12 +427,6 @@ def _streamlit() -> Any:
     except ImportError:
         return None
     return streamlit if get_script_run_ctx(suppress_warning=True) is not None else None
-
-
-def _required_streamlit() -> Any:
-    import streamlit
-
-    return streamlit
 
 
 def _tell_chat(prompt: str, note: str) -> bool:

@@ -51,8 +51,13 @@ _WORDS: Final[tuple[tuple[type[Exception], str], ...]] = (  # the first that fit
 )
 
 
-class Explained(Exception):
+class Explained(DotsOCRError):
     """Says already, in Russian, what went wrong."""
+
+
+def is_absent(error: Exception) -> bool:
+    """Tell whether there is no server that could answer; one that has too much to do is there."""
+    return isinstance(error, ServerUnavailable | TimeoutError) and not isinstance(error, Overloaded)
 
 
 def is_about_the_key(error: Exception) -> bool:
@@ -66,8 +71,3 @@ def explain(error: Exception) -> str:
         return str(error)
     words = next((words for kind, words in _WORDS if isinstance(error, kind)), "непредвиденная ошибка")
     return f"{words} ({error or type(error).__name__})"
-
-
-def status_of(error: Exception) -> int | None:
-    """Return the HTTP status that the server answered with, if that is what went wrong."""
-    return error.status if isinstance(error, DotsOCRError) else None
