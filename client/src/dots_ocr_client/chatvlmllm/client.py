@@ -1,7 +1,5 @@
 """The client of one vLLM server, under the names of chatvlmllm's ``vllm_dots_ocr_client.py``."""
 
-# Russian
-
 from __future__ import annotations
 
 import asyncio
@@ -22,21 +20,12 @@ from typing import Any, Final, TypeVar
 
 from PIL import Image
 
+from .. import errors
 from ..chain.loop_thread import LoopThread
 from ..credentials import bare, read_key, without_login
 from ..engines.base import Answer
 from ..engines.server import MAX_COUNT, Completion, Server, is_about_length
 from ..engines.vllm import VLLMEngine
-from ..errors import (
-    ConfigurationError,
-    CutOff,
-    DeadlineExceeded,
-    DotsOCRError,
-    InputError,
-    RequestRejected,
-    ServerUnavailable,
-    UnusableAnswer,
-)
 from ..pages import images
 from ..pages.documents import PageImage
 from ..pages.rasterizer import draw
@@ -53,6 +42,8 @@ MODEL: Final = "dots.ocr-vllm"
 """What results call the model."""
 CUT_OFF: Final = "\n\n[ответ обрезан: увеличьте max_tokens]"
 """Behind an answer that did not fit."""
+NO_TIME: Final = "N/A"
+"""Of what did not come from a server."""
 TIMEOUT: Final = 120.0
 """For one answer, in seconds, as in the application."""
 HEALTH_TIMEOUT, MODELS_TIMEOUT, METRICS_TIMEOUT = 5.0, 10.0, 5.0
@@ -76,8 +67,7 @@ class State:
 
     Attributes:
         fault: Why it cannot be used; ``None`` if it can.
-        context: Longest prompt and answer together, in tokens. Until the server says it, a number that bounds no more
-            than a field of the page.
+        context: Longest prompt and answer together, in tokens; before the server says it, a usual number.
         queue: Requests that it works on and that wait, if it tells.
         asked: When, on the monotonic clock, in seconds.
     """
@@ -157,7 +147,7 @@ class VLLMDotsOCRClient:
             cards = self._ask(MODELS_TIMEOUT, lambda engine, _: engine.models(MODELS_TIMEOUT))
             return {"object": "list", "data": cards}
         except Exception as error:
-            return {"error": _describe(error)}
+            return {"error": _failed(error)[0]}
 
     def encode_image_to_base64(self, image_path: str) -> str:
         """Return the bytes of a file in base64.
@@ -194,11 +184,24 @@ class VLLMDotsOCRClient:
             ``error`` and ``processing_time``. The content is text, or JSON for the prompts that ask for a layout. Of
             several pages, the content says what went wrong on one that cannot be read.
         """
-        return self._process(image_path, prompt, page)
+        started = time.monotonic()
+        try:
+            completion = self.for_pages(image_path, page, lambda one: self.complete(Conversation.about(one, prompt)))
+        except Exception as error:
+            said, lasted = _failed(error, started)
+            return {"success": False, "error": said, "processing_time": lasted}
+        return {
+            "success": True,
+            "content": completion["choices"][0]["message"]["content"],
+            "model": MODEL,
+            "processing_time": seconds_since(started),
+            "usage": completion["usage"],
+            "raw_response": completion,
+        }
 
     def process_pil_image(self, image: Image.Image, prompt: str = DEFAULT_PROMPT) -> dict[str, Any]:
         """Read a PIL image; as `process_image`, but without ``raw_response``."""
-        result = self._process(image, prompt, None)
+        result = self.process_image(image, prompt)  # type: ignore[arg-type]
         result.pop("raw_response", None)
         return result
 
@@ -218,11 +221,13 @@ class VLLMDotsOCRClient:
         try:
             completion = self.complete(Conversation.of(messages), max_tokens)
         except Exception as error:
-            note(error)
-            unreachable = isinstance(error, ServerUnavailable | DeadlineExceeded | ConfigurationError)
-            prefix = "Connection error" if unreachable and _status(error) is None else "vLLM Error"
-            usage = {"processing_time": _time(error, started), "model": MODEL, "error": True}
-            return error_completion(_describe(error), f"{prefix}: {explain(error)}", usage)
+            said, lasted = _failed(error, started)
+            unreachable = isinstance(
+                error, errors.ServerUnavailable | errors.DeadlineExceeded | errors.ConfigurationError
+            )
+            prefix = "Connection error" if unreachable and lasted == NO_TIME else "vLLM Error"
+            usage = {"processing_time": lasted, "model": MODEL, "error": True}
+            return error_completion(said, f"{prefix}: {explain(error)}", usage)
         completion["usage"] |= {"processing_time": seconds_since(started), "model": MODEL}
         return completion
 
@@ -236,14 +241,7 @@ class VLLMDotsOCRClient:
         }
 
     def complete(self, conversation: Conversation, max_tokens: int | None = None) -> dict[str, Any]:
-        """Answer a conversation; what `chat_completion` and the others stand on.
-
-        Args:
-            conversation: What is asked.
-            max_tokens: See `chat_completion`; ``None`` for as many as the context allows.
-
-        Returns:
-            A completion as vLLM would send it.
+        """Return the answer to a conversation as a completion of vLLM; `None` tokens: as many as the context allows.
 
         Raises:
             EngineError: The server cannot be reached, or cannot answer this.
@@ -256,12 +254,12 @@ class VLLMDotsOCRClient:
                 _log.warning("dots.ocr was not trained with this prompt and may ignore it: %.100r", conversation.prompt)
             try:
                 completion = self._loop.run(self._work(lambda: self._send(conversation, max_tokens)))
-            except CutOff as error:
+            except errors.CutOff as error:
                 if not error.text.strip():
                     raise
                 return completion_of(error.text + CUT_OFF, MODEL, finish_reason="length")
             if not completion.text.strip():
-                raise UnusableAnswer("the answer is empty")
+                raise errors.UnusableAnswer("the answer is empty")
             return completion_of(completion.text, completion.model, completion)
         assert conversation.page is not None
         page = conversation.page
@@ -273,10 +271,7 @@ class VLLMDotsOCRClient:
     def attempt(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> dict[str, Any] | Exception:
         """Answer a conversation as `complete` does, or return why the server does not.
 
-        Args:
-            conversation: What is asked.
-            max_tokens: See `complete`.
-            seconds: How long its `state` counts. That it is not there, or its settings are wrong, belongs to it.
+        Its `state` counts for so many seconds; that it is not there, or its settings are wrong, belongs to that.
 
         Raises:
             InputError: No model could read the picture.
@@ -286,21 +281,16 @@ class VLLMDotsOCRClient:
             return fault
         try:
             return self.complete(conversation, max_tokens)
-        except InputError:
+        except errors.InputError:
             raise
         except Exception as error:
-            _log.warning("dots.ocr did not answer: %s", error, exc_info=not isinstance(error, DotsOCRError))
-            if is_absent(error) or isinstance(error, ConfigurationError):
+            _log.warning("dots.ocr did not answer: %s", error, exc_info=not isinstance(error, errors.DotsOCRError))
+            if is_absent(error) or isinstance(error, errors.ConfigurationError):
                 self._state = replace(self._state, fault=error, asked=time.monotonic())
             return error
 
     def for_pages(self, document: Any, page: int | None, ask: Callable[[PageImage], dict[str, Any]]) -> dict[str, Any]:
-        """Ask for one page after another, and join the completions into one.
-
-        Args:
-            document: See `messages.read_picture`; it may have several pages.
-            page: Only this one, counted from 1; all if ``None``.
-            ask: Returns the completion for a page.
+        """Have the pages of a document asked for, all or one counted from 1, and join the completions into one.
 
         Raises:
             Exception: What went wrong on the first page, if something went wrong on all of them.
@@ -334,27 +324,11 @@ class VLLMDotsOCRClient:
         _open_clients.discard(self)
         self._loop.close(self._aclose())
 
-    def _process(self, picture: Any, prompt: str, page: int | None) -> dict[str, Any]:
-        started = time.monotonic()
-        try:
-            completion = self.for_pages(picture, page, lambda one: self.complete(Conversation.about(one, prompt)))
-        except Exception as error:
-            note(error)
-            return {"success": False, "error": _describe(error), "processing_time": _time(error, started)}
-        return {
-            "success": True,
-            "content": completion["choices"][0]["message"]["content"],
-            "model": MODEL,
-            "processing_time": seconds_since(started),
-            "usage": completion["usage"],
-            "raw_response": completion,
-        }
-
     def metrics(self) -> str | None:
         """Return what the server tells Prometheus, if it tells anything."""
         try:
             return self._ask(METRICS_TIMEOUT, lambda _, server: server.metrics(METRICS_TIMEOUT))
-        except (DotsOCRError, TimeoutError):
+        except (errors.DotsOCRError, TimeoutError):
             return None
 
     def _look(self) -> State:
@@ -389,7 +363,7 @@ class VLLMDotsOCRClient:
                 async with asyncio.timeout(TIMEOUT):
                     return await work()
             except TimeoutError:
-                raise DeadlineExceeded(f"no answer within {TIMEOUT:g} s: look at the server's load") from None
+                raise errors.DeadlineExceeded(f"no answer within {TIMEOUT:g} s: look at the server's load") from None
 
     async def _send(self, conversation: Conversation, max_tokens: int | None) -> Completion:
         messages = await asyncio.to_thread(conversation.encoded)
@@ -398,24 +372,19 @@ class VLLMDotsOCRClient:
             try:
                 bounded = {**request, "max_completion_tokens": max_tokens}
                 return await self._server.complete(bounded, b"", TIMEOUT, stream=False)
-            except RequestRejected as error:
+            except errors.RequestRejected as error:
                 if not is_about_length(error):
                     raise
         return await self._server.complete(request, b"", TIMEOUT, stream=False)
 
     async def _aclose(self) -> None:
-        with contextlib.suppress(DotsOCRError):  # the address or the key is none
+        with contextlib.suppress(errors.DotsOCRError):  # the address or the key is none
             await self._engine.aclose()
             await self._server.aclose()
 
 
 def get_vllm_dots_ocr_client(base_url: str = DEFAULT_URL, api_key: str | None = None) -> VLLMDotsOCRClient:
-    """Return the client of a server, the same one for every caller.
-
-    Args:
-        base_url: See `VLLMDotsOCRClient`.
-        api_key: See `VLLMDotsOCRClient`.
-    """
+    """Return the client of a server and key, the same one for every caller; see `VLLMDotsOCRClient`."""
     key = (root_of(base_url), api_key or settings.value("DOTS_OCR_API_KEY"))
     with _lock:
         if key not in _clients:
@@ -436,14 +405,7 @@ def root_of(base_url: str) -> str:
 def completion_of(
     content: str, model: str, counted: Answer | Completion | None = None, finish_reason: str = "stop"
 ) -> dict[str, Any]:
-    """Make a completion as vLLM would send it.
-
-    Args:
-        content: The answer.
-        model: As the server names it.
-        counted: Has the numbers of tokens; the usage is empty without them.
-        finish_reason: ``stop``, or ``length`` for an answer that was cut off.
-    """
+    """Make a completion as vLLM would send it; its usage is empty unless both numbers of tokens are known."""
     usage: dict[str, Any] = {}
     if counted is not None and counted.prompt_tokens is not None and counted.completion_tokens is not None:
         usage = {"prompt_tokens": counted.prompt_tokens, "completion_tokens": counted.completion_tokens}
@@ -460,13 +422,7 @@ def completion_of(
 
 
 def error_completion(error: str, content: str, usage: dict[str, Any]) -> dict[str, Any]:
-    """Make what the application takes for a completion that failed.
-
-    Args:
-        error: For programs.
-        content: For people.
-        usage: Says who failed.
-    """
+    """Make what the application takes for a completion that failed: the error for programs, the content for people."""
     message = {"role": "assistant", "content": content}
     return {"error": error, "choices": [{"message": message, "finish_reason": "error"}], "usage": usage}
 
@@ -485,7 +441,7 @@ def _close_all() -> None:
 def note(error: Exception) -> str:
     """Log an error, and return it explained."""
     # A fault of our own is not for the user to explain.
-    _log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, DotsOCRError))
+    _log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, errors.DotsOCRError))
     return explain(error)
 
 
@@ -494,14 +450,7 @@ def seconds_since(started: float) -> str:
     return f"{time.monotonic() - started:.3f}s"
 
 
-def _status(error: Exception) -> int | None:
-    return getattr(error, "status", None)
-
-
-def _describe(error: Exception) -> str:
-    status = _status(error)
-    return explain(error) if status is None else f"HTTP {status}: {explain(error)}"
-
-
-def _time(error: Exception, started: float) -> str:
-    return "N/A" if _status(error) is None else seconds_since(started)
+def _failed(error: Exception, started: float = 0.0) -> tuple[str, str]:
+    """Log an error; return its words, and the time that it took if the server answered at all."""
+    words, status = note(error), getattr(error, "status", None)
+    return (words, NO_TIME) if status is None else (f"HTTP {status}: {words}", seconds_since(started))

@@ -46,12 +46,7 @@ class DotsOCRVLLMIntegration:
     """
 
     def __init__(self, vllm_url: str = DEFAULT_URL, api_key: str | None = None) -> None:
-        """Ask the server, for up to 5 s, whether it is there.
-
-        Args:
-            vllm_url: See `VLLMDotsOCRClient`.
-            api_key: See `VLLMDotsOCRClient`.
-        """
+        """Ask the server, for up to 5 s, whether it is there; for the arguments see `VLLMDotsOCRClient`."""
         self.vllm_client = get_vllm_dots_ocr_client(vllm_url, api_key)
         self.vllm_url = self.vllm_client.base_url
         self._fallback_model: Any = None
@@ -70,26 +65,23 @@ class DotsOCRVLLMIntegration:
 
     @fallback_model.setter
     def fallback_model(self, model: Any) -> None:
-        self.set_fallback_model(model)
+        self._fallback_model = self._fallback = None
+        if model is None:
+            return
+        try:
+            self._fallback, self._fallback_model = Fallback(model), model
+        except Exception as error:
+            _log.error("no fallback: %s", error)
+            return
+        _log.info("the fallback is %s", model if isinstance(model, str) else type(model))
 
     def set_fallback_model(self, fallback_model: Any) -> None:
         """Choose what reads when dots.ocr does not.
 
         Args:
-            fallback_model: A model of the application, which has ``process_image(image, prompt)``, ``chat(image,
-                prompt)`` or ``chat_completion(messages, max_tokens)``; ``"qwen"``, ``"tesseract"`` or an engine of
-                this package; or ``None`` for nothing. Anything else is logged, and leaves no fallback.
+            fallback_model: See `Fallback`; or ``None`` for nothing. What is neither is logged, and leaves no fallback.
         """
-        self._fallback_model = self._fallback = None
-        if fallback_model is None:
-            return
-        try:
-            self._fallback = Fallback(fallback_model)
-        except Exception as error:
-            _log.error("no fallback: %s", error)
-            return
-        self._fallback_model = fallback_model
-        _log.info("the fallback is %s", fallback_model if isinstance(fallback_model, str) else type(fallback_model))
+        self.fallback_model = fallback_model
 
     def is_vllm_available(self) -> bool:
         """Tell whether the server is healthy and serves dots.ocr, as of the last `HEALTH_SECONDS`."""
@@ -98,22 +90,40 @@ class DotsOCRVLLMIntegration:
     def process_image_file(
         self, image_path: str, prompt: str = DEFAULT_PROMPT, page: int | None = None
     ) -> dict[str, Any]:
-        """Read a picture, or the pages of a PDF or a TIFF.
-
-        Args:
-            image_path: As for `VLLMDotsOCRClient.process_image`.
-            prompt: As for `VLLMDotsOCRClient.process_image`; the fallback gets it unchanged.
-            page: As for `VLLMDotsOCRClient.process_image`.
+        """Read a picture, or the pages of a PDF or a TIFF; arguments as for `VLLMDotsOCRClient.process_image`.
 
         Returns:
             ``success``, ``content``, ``model`` and ``processing_time``, or ``success``, ``error`` and ``model``; and
             ``method``, which is ``vllm``, ``none``, or ``fallback`` if that has read any of the pages.
         """
-        return self._process(image_path, prompt, page)
+        started = time.monotonic()
+        methods = set()
+
+        def read(image: PageImage) -> dict[str, Any]:
+            completion, method = self._ask(
+                Conversation.about(image, prompt),
+                None,
+                lambda fallback: completion_of(fallback.read(image, prompt), "fallback"),
+            )
+            methods.add(method)
+            return completion
+
+        try:
+            completion = self.vllm_client.for_pages(image_path, page, read)
+        except Exception as error:
+            return {"success": False, "error": note(error), "model": "none", "method": "none"}
+        by_server = methods == {"vllm"}
+        return {
+            "success": True,
+            "content": completion["choices"][0]["message"]["content"],
+            "model": MODEL if by_server else "fallback",
+            "processing_time": seconds_since(started) if by_server else "N/A",
+            "method": "vllm" if by_server else "fallback",
+        }
 
     def process_pil_image(self, image: Image.Image, prompt: str = DEFAULT_PROMPT) -> dict[str, Any]:
         """Read a PIL image; see `process_image_file`."""
-        return self._process(image, prompt, None)
+        return self.process_image_file(image, prompt)  # type: ignore[arg-type]
 
     def chat_completion(self, messages: Sequence[Mapping[str, Any]], max_tokens: int = 2048) -> dict[str, Any]:
         """Answer messages in the format of the OpenAI API; see `VLLMDotsOCRClient.chat_completion`.
@@ -138,12 +148,7 @@ class DotsOCRVLLMIntegration:
         return {**completion, "usage": usage}
 
     def get_status(self) -> dict[str, Any]:
-        """Ask the server now and tell who can read.
-
-        Returns:
-            ``vllm_url``, ``vllm_available``, ``fallback_available`` and ``recommended_method``; with a server that is
-            there also ``vllm_info`` (`VLLMDotsOCRClient.get_server_info`).
-        """
+        """Ask the server now and tell who can read; with a server that is there, also what it says about itself."""
         is_available = self.vllm_client.state().fault is None
         status = {
             "vllm_url": self.vllm_url,
@@ -155,43 +160,13 @@ class DotsOCRVLLMIntegration:
             status["vllm_info"] = self.vllm_client.get_server_info()
         return status
 
-    def _process(self, picture: Any, prompt: str, page: int | None) -> dict[str, Any]:
-        started = time.monotonic()
-        methods = set()
-
-        def read(image: PageImage) -> dict[str, Any]:
-            completion, method = self._ask(
-                Conversation.about(image, prompt),
-                None,
-                lambda fallback: completion_of(fallback.read(image, prompt), "fallback"),
-            )
-            methods.add(method)
-            return completion
-
-        try:
-            completion = self.vllm_client.for_pages(picture, page, read)
-        except Exception as error:
-            return {"success": False, "error": note(error), "model": "none", "method": "none"}
-        by_server = methods == {"vllm"}
-        return {
-            "success": True,
-            "content": completion["choices"][0]["message"]["content"],
-            "model": MODEL if by_server else "fallback",
-            "processing_time": seconds_since(started) if by_server else "N/A",
-            "method": "vllm" if by_server else "fallback",
-        }
-
     def _ask(
-        self,
-        conversation: Conversation,
-        max_tokens: int | None,
-        ask: Callable[[Fallback], dict[str, Any]],
+        self, conversation: Conversation, max_tokens: int | None, ask: Callable[[Fallback], dict[str, Any]]
     ) -> tuple[dict[str, Any], str]:
         """Ask dots.ocr, or else the fallback; return the completion, and who made it.
 
         Raises:
-            Explained: Neither had an answer. A server that is not there is called so in just the words of `UNAVAILABLE`,
-                which programs look for.
+            Explained: Neither had an answer. Programs look for just the word `UNAVAILABLE` if there is no server.
             InputError: No model could read the picture.
         """
         answer = self.vllm_client.attempt(conversation, max_tokens, HEALTH_SECONDS)
@@ -210,11 +185,9 @@ class DotsOCRVLLMIntegration:
 
 
 def get_dots_ocr_vllm_integration(vllm_url: str = DEFAULT_URL, api_key: str | None = None) -> DotsOCRVLLMIntegration:
-    """Return the integration of a server, the same one for every caller.
+    """Return the integration of a server, the same one for every caller; see `VLLMDotsOCRClient`.
 
-    Args:
-        vllm_url: See `VLLMDotsOCRClient`. Without one, the integration that was last asked for is returned.
-        api_key: See `VLLMDotsOCRClient`.
+    Without an address, it is the one that was last asked for.
     """
     global _current
     with _lock:
@@ -232,9 +205,9 @@ def initialize_dots_ocr_vllm(
     """Prepare the integration that `get_dots_ocr_vllm_integration` returns, and tell whether anything can read.
 
     Args:
-        vllm_url: See `get_dots_ocr_vllm_integration`.
-        fallback_model: See `DotsOCRVLLMIntegration.set_fallback_model`; ``None`` changes nothing.
-        api_key: See `VLLMDotsOCRClient`.
+        vllm_url: As the key, see `get_dots_ocr_vllm_integration`.
+        fallback_model: See `Fallback`; ``None`` changes nothing.
+        api_key: The server's key.
     """
     integration = get_dots_ocr_vllm_integration(vllm_url, api_key)
     if fallback_model is not None:

@@ -56,8 +56,7 @@ class Conversation:
             InputError: The picture cannot be read.
         """
         page, prompt = picture if isinstance(picture, PageImage) else read_picture(picture), prompt or ""
-        parts = [_picture_part(page), {"type": "text", "text": prompt}]
-        return cls(({"role": "user", "content": parts},), page, prompt, True)
+        return cls(({"role": "user", "content": [page, {"type": "text", "text": prompt}]},), page, prompt, True)
 
     @classmethod
     def of(cls, messages: Sequence[Mapping[str, Any]]) -> Conversation:
@@ -68,10 +67,10 @@ class Conversation:
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise MessageError("нет ни одного сообщения: передайте список сообщений в формате OpenAI")
-        read = tuple(_read_message(message) for message in messages)
-        if not any(_pages(message) or _text(message).strip() for message in read):
-            raise MessageError("в сообщениях нет ни текста, ни изображения: передайте хотя бы одно из них")
+        read = tuple(map(_read_message, messages))
         pages = [page for message in read for page in _pages(message)]
+        if not pages and not any(_text(message).strip() for message in read):
+            raise MessageError("в сообщениях нет ни текста, ни изображения: передайте хотя бы одно из них")
         spoken = [message for message in read if message.get("role") != "system"]
         return cls(read, pages[-1] if pages else None, _text(spoken[-1]) if spoken else "", len(pages) == 1)
 
@@ -80,19 +79,16 @@ class Conversation:
 
         Where a message has several pictures, vLLM puts the marks in by itself.
         """
-        return [_encode(message) for message in self.messages]
+        return list(map(_encode, self.messages))
 
 
 def read_picture(picture: Any) -> PageImage:
-    """Draw a picture, or another document of one page.
-
-    Args:
-        picture: A path, a ``file:`` or ``data:`` URL, base64, bytes, an open file, or a PIL image.
+    """Draw a document of one page: a path, a ``file:`` or ``data:`` URL, base64, bytes, an open file, or a PIL image.
 
     Raises:
         InputError: It cannot be read.
     """
-    with open_document(_source(picture)) as opened:
+    with open_pages(picture, None) as opened:
         if len(opened.numbers) != 1:
             raise InputError(
                 f"в документе {len(opened.numbers)} стр.: прочитайте их через process_image_file или по одной"
@@ -101,11 +97,7 @@ def read_picture(picture: Any) -> PageImage:
 
 
 def open_pages(document: Any, page: int | None) -> OpenDocument:
-    """Open a document of any number of pages, for a ``with`` statement.
-
-    Args:
-        document: As `read_picture` takes it, but a PDF or a TIFF may have several pages.
-        page: Only this one, counted from 1; all if ``None``.
+    """Open a document as `read_picture` takes it, of several pages or of one of them, for a ``with`` statement.
 
     Raises:
         InputError: The document cannot be opened, or has no such page.
@@ -155,7 +147,7 @@ def _read_message(message: Any) -> dict[str, Any]:
     return {**message, "content": [_read_part(part) for part in content]}
 
 
-def _read_part(part: Any) -> dict[str, Any]:
+def _read_part(part: Any) -> dict[str, Any] | PageImage:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
@@ -163,30 +155,19 @@ def _read_part(part: Any) -> dict[str, Any]:
     for field in ("image_url", "image"):  # the second is how Qwen's own messages name it
         if field in part:
             picture = part[field]
-            return _picture_part(read_picture(picture.get("url") if isinstance(picture, Mapping) else picture))
+            return read_picture(picture.get("url") if isinstance(picture, Mapping) else picture)
     return dict(part)
 
 
-def _picture_part(page: PageImage) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": page}}
-
-
-def _page(part: Mapping[str, Any]) -> PageImage | None:
-    page = part["image_url"]["url"] if "image_url" in part else None
-    return page if isinstance(page, PageImage) else None
-
-
-def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    content = message.get("content")
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-
-
 def _pages(message: Mapping[str, Any]) -> list[PageImage]:
-    return [page for part in _parts(message) if (page := _page(part)) is not None]
+    return [part for part in message.get("content") or () if isinstance(part, PageImage)]
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    return "\n".join(str(part["text"]) for part in _parts(message) if "text" in part)
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(part["text"]) for part in content if isinstance(part, dict) and "text" in part)
 
 
 def _encode(message: dict[str, Any]) -> dict[str, Any]:
@@ -194,10 +175,9 @@ def _encode(message: dict[str, Any]) -> dict[str, Any]:
     if not pages:
         return message
     parts: list[dict[str, Any]] = []
-    for part in _parts(message):
-        page = _page(part)
-        if page is not None:
-            url = PICTURE + base64.b64encode(page.png).decode()
+    for part in message["content"]:
+        if isinstance(part, PageImage):
+            url = PICTURE + base64.b64encode(part.png).decode()
             parts.append({"type": "image_url", "image_url": {"url": url}})
         elif len(pages) > 1 or "text" not in part:
             parts.append(part)

@@ -28,14 +28,7 @@ from ..errors import InputError
 from ..pages.documents import PageImage
 from ..prompts import MODES
 from . import settings
-from .client import (
-    DEFAULT_PROMPT,
-    DEFAULT_URL,
-    State,
-    VLLMDotsOCRClient,
-    completion_of,
-    get_vllm_dots_ocr_client,
-)
+from .client import DEFAULT_PROMPT, DEFAULT_URL, State, VLLMDotsOCRClient, completion_of, get_vllm_dots_ocr_client
 from .fallback import Fallback
 from .messages import Conversation
 from .trained import task_of
@@ -44,10 +37,8 @@ from .words import Explained, explain, is_about_the_key, is_absent
 KEY, MODEL_PATH, UNIT = "dots.ocr", "rednote-hilab/dots.ocr", "dots-ocr.service"
 STATE_SECONDS: Final = 5.0
 """How long the server's state counts, in seconds (our own choice): the page asks for it several times in each run."""
-WEIGHTS_GB: Final = 6
-"""The weights of dots.ocr in bfloat16 (6.1 GB on disk); the page shows it as the model's memory."""
-START_SECONDS: Final = 300
-"""What the page says of the start: minutes, most of them for the weights and the graphs."""
+WEIGHTS_GB, START_SECONDS = 6, 300
+"""What the page shows: the weights in bfloat16 as the model's memory, and how long a start takes."""
 NO_TESSERACT: Final = "Чтобы страницы читались и без сервера: sudo apt-get install tesseract-ocr tesseract-ocr-rus"
 
 _log = logging.getLogger(__package__)
@@ -73,11 +64,7 @@ class SingleContainerManager:
     compose_file = ""
 
     def __init__(self, base_url: str = DEFAULT_URL) -> None:
-        """Choose the server.
-
-        Args:
-            base_url: See `VLLMDotsOCRClient`.
-        """
+        """Choose the server; see `VLLMDotsOCRClient`."""
         self._base_url = base_url
         self.current_active_model: str | None = None
 
@@ -214,11 +201,7 @@ class VLLMStreamlitAdapter:
     """Reads the page's pictures with the server, and with Tesseract while that cannot, unless the API key is wrong."""
 
     def __init__(self, base_url: str = DEFAULT_URL) -> None:
-        """Choose the server; nothing is sent yet.
-
-        Args:
-            base_url: See `VLLMDotsOCRClient`.
-        """
+        """Choose the server; nothing is sent yet; see `VLLMDotsOCRClient`."""
         self.container_manager = _Ready(base_url)
         self.model_priorities = {MODEL_PATH: 1}
         self._fallback: Fallback | None = None
@@ -290,8 +273,7 @@ class VLLMStreamlitAdapter:
 
         Args:
             image: A PIL image; whatever `VLLMDotsOCRClient.process_image` takes will do as well.
-            prompt: One of those that dots.ocr was trained with, or that mean the same. Any other is answered with the
-                text of the picture, from which the page makes its answer.
+            prompt: Any but those that dots.ocr was trained with, or that mean the same, is answered with the text.
             model: There is but one.
             max_tokens: Not used: a page is read to its end, as far as the context allows.
 

@@ -20,7 +20,6 @@ def _normal(text: str) -> str:
 
 _TEXT: Final = (
     "Extract all text",
-    "Extract all text.",
     "Extract all text and structured data from this invoice",
     "Extract all text content from this image while maintaining reading order. Exclude headers and footers",
     "Extract all text from this document",
@@ -40,12 +39,12 @@ _TEXT: Final = (
     "Распознай текст",
     "Извлеките весь текст из этого документа, сохраняя структуру и форматирование",
 )
-_LAYOUT: Final = ("Please output the layout information from the PDF image, including bbox, category, and text",)
+_LAYOUT: Final = "Please output the layout information from the PDF image, including bbox, category, and text"
 _LAYOUT_ONLY: Final = (
     "Perform layout detection only. Identify and locate all layout elements in the document without text recognition. "
     "For each element provide: 1. Bbox coordinates: [x1, y1, x2, y2] 2. Category from: ['Caption', 'Footnote', "
     "'Formula', 'List-item', 'Page-footer', 'Page-header', 'Picture', 'Section-header', 'Table', 'Text', 'Title'] "
-    "3. Confidence score if available Output as JSON array of detected layout elements",
+    "3. Confidence score if available Output as JSON array of detected layout elements"
 )
 _PICTURES: Final = (
     "Analyze this document image and detect all visual elements including pictures, logos, stamps, signatures, and "
@@ -63,9 +62,8 @@ _TABLES: Final = (
 _MODES: Final[dict[str, Mode]] = {
     **{_normal(spec.prompt): mode for mode, spec in MODES.items() if "{" not in spec.prompt},
     **{_normal(text): "text" for text in ("", *_TEXT)},
-    **{_normal(text): "layout" for text in _LAYOUT},
-    **{_normal(text): "layout_only" for text in (*_LAYOUT_ONLY, _PICTURES)},
-    _normal(_TABLES): "layout",
+    **{_normal(text): "layout" for text in (_LAYOUT, _TABLES)},
+    **{_normal(text): "layout_only" for text in (_LAYOUT_ONLY, _PICTURES)},
 }
 """The prompts of the modes, and the application's own words for the same wishes. Without any words: all the text."""
 _CATEGORIES: Final = {_normal(_PICTURES): "Picture", _normal(_TABLES): "Table"}
