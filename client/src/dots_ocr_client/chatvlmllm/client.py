@@ -295,26 +295,25 @@ class VLLMDotsOCRClient:
         Raises:
             Exception: What went wrong on the first page, if something went wrong on all of them.
         """
-        parts: list[tuple[int, str]] = []
+        contents: list[str] = []
         completions: list[dict[str, Any]] = []
-        errors: list[Exception] = []
+        faults: list[Exception] = []
         with open_pages(document, page) as opened:
             for number in opened.numbers:
                 try:
                     completions.append(ask(draw(opened.reference(number))))
-                    parts.append((number, completions[-1]["choices"][0]["message"]["content"]))
-                except Exception as fault:
-                    errors.append(fault)
-                    parts.append((number, f"❌ {explain(fault)}"))
+                    content = completions[-1]["choices"][0]["message"]["content"]
+                except Exception as error:
+                    faults.append(error)
+                    content = f"❌ {explain(error)}"
+                contents.append(f"--- Страница {number} из {opened.page_count} ---\n\n{content}")
         if not completions:
-            raise errors[0]
+            raise faults[0]
         joined = completions[0]
-        if len(parts) > 1:
-            for error in errors:
-                note(error)
-            count = opened.page_count
-            pages = (f"--- Страница {number} из {count} ---\n\n{content}" for number, content in parts)
-            joined["choices"][0]["message"]["content"] = "\n\n".join(pages)
+        if len(contents) > 1:
+            for fault in faults:
+                note(fault)
+            joined["choices"][0]["message"]["content"] = "\n\n".join(contents)
             counts = ("prompt_tokens", "completion_tokens", "total_tokens")
             joined["usage"] |= {name: sum(one["usage"].get(name, 0) for one in completions) for name in counts}
         return joined

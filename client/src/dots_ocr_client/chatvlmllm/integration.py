@@ -58,30 +58,21 @@ class DotsOCRVLLMIntegration:
         """Whether the server was there when it was last asked."""
         return self.vllm_client.state(float("inf")).fault is None
 
-    @property
-    def fallback_model(self) -> Any:
-        """What `set_fallback_model` was given; ``None`` if nothing, or nothing that can read."""
-        return self._fallback_model
-
-    @fallback_model.setter
-    def fallback_model(self, model: Any) -> None:
-        self._fallback_model = self._fallback = None
-        if model is None:
-            return
-        try:
-            self._fallback, self._fallback_model = Fallback(model), model
-        except Exception as error:
-            _log.error("no fallback: %s", error)
-            return
-        _log.info("the fallback is %s", model if isinstance(model, str) else type(model))
-
     def set_fallback_model(self, fallback_model: Any) -> None:
         """Choose what reads when dots.ocr does not.
 
         Args:
             fallback_model: See `Fallback`; or ``None`` for nothing. What is neither is logged, and leaves no fallback.
         """
-        self.fallback_model = fallback_model
+        try:
+            self._fallback = None
+            self._fallback = None if fallback_model is None else Fallback(fallback_model)
+            _log.info("the fallback is %s", fallback_model if isinstance(fallback_model, str) else type(fallback_model))
+        except Exception as error:
+            _log.error("no fallback: %s", error)
+        self._fallback_model = self._fallback and fallback_model
+
+    fallback_model = property(lambda self: self._fallback_model, set_fallback_model)
 
     def is_vllm_available(self) -> bool:
         """Tell whether the server is healthy and serves dots.ocr, as of the last `HEALTH_SECONDS`."""
@@ -139,9 +130,9 @@ class DotsOCRVLLMIntegration:
                 conversation, max_tokens, lambda fallback: fallback.chat(conversation, messages, max_tokens)
             )
         except Exception as error:
-            content = NO_SERVICE if isinstance(error, Explained) else None
             why = note(error)
-            return error_completion(why, content or why, {"method": "none", "error": True})
+            content = NO_SERVICE if isinstance(error, Explained) else why
+            return error_completion(why, content, {"method": "none", "error": True})
         usage = {**(completion.get("usage") or {}), "method": method}
         if method == "vllm":
             usage |= {"processing_time": seconds_since(started), "model": MODEL, "server": self.vllm_url}
@@ -204,10 +195,7 @@ def initialize_dots_ocr_vllm(
 ) -> bool:
     """Prepare the integration that `get_dots_ocr_vllm_integration` returns, and tell whether anything can read.
 
-    Args:
-        vllm_url: As the key, see `get_dots_ocr_vllm_integration`.
-        fallback_model: See `Fallback`; ``None`` changes nothing.
-        api_key: The server's key.
+    No fallback leaves that which was chosen.
     """
     integration = get_dots_ocr_vllm_integration(vllm_url, api_key)
     if fallback_model is not None:
