@@ -6,15 +6,12 @@ Ansible's own waits for a prompt of its making at the start of a line. sudo-rs p
 
 from __future__ import annotations
 
-from ansible.module_utils.common.text.converters import to_bytes
-from ansible.plugins.become.sudo import BecomeModule as Sudo
-
 # The options of Ansible's own plugin, which it reads from the file that the plugin is in.
 DOCUMENTATION = """
 name: any_sudo
 short_description: become another user with sudo, classic or in Rust
 description: As Ansible's own plugin sudo, and with the prompt and the messages of sudo-rs.
-author: The dots-ocr-deploy founders
+author: The dots-ocr-deploy founders !UNKNOWN
 options:
   become_user:
     description: who the commands run as
@@ -51,6 +48,9 @@ options:
     vars: [{name: ansible_sudo_chdir}]
     env: [{name: ANSIBLE_SUDO_CHDIR}]
 """
+
+from ansible.module_utils.common.text.converters import to_bytes
+from ansible.plugins.become.sudo import BecomeModule as Sudo
 
 
 class BecomeModule(Sudo):  # type: ignore[misc]

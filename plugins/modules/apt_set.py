@@ -13,60 +13,39 @@ description:
   - Pins versions in C(/etc/apt/preferences.d), holds the packages, and keeps unattended-upgrades off them.
   - C(ansible.builtin.apt) does the first half only. Nothing is needed on the host but apt.
 options:
-  id:
-    description: Names the files.
-    type: str
-    required: true
+  id: {description: Names the files., type: str, required: true}
   name:
     description: The packages; with C(absent) all that were recorded if it is empty.
     type: list
     elements: str
     default: []
-  state:
-    description: Whether they shall be there.
-    type: str
-    choices: [present, absent]
-    default: present
+  state: {description: Whether they shall be there., type: str, choices: [present, absent], default: present}
   version:
     description:
       - Per package the version to have, also if that is a downgrade; a pattern such as C(5:28.5.*) means its newest.
     type: dict
     default: {}
-  hold:
-    description: Whether nobody else shall change their versions.
-    type: bool
-    default: false
+  hold: {description: Whether nobody else shall change their versions., type: bool, default: false}
   blacklist:
     description: Regular expressions of packages that unattended-upgrades shall leave alone.
     type: list
     elements: str
     default: []
-  release:
-    description: Release to install from; empty for what apt prefers.
-    type: str
-    default: ""
-  refresh:
-    description: Whether all lists are fetched before something is installed.
-    type: bool
-    default: true
+  release: {description: Release to install from; empty for what apt prefers., type: str, default: ""}
+  refresh: {description: Whether all lists are fetched before something is installed., type: bool, default: true}
   replace:
     description: Packages that are removed in the same go if they are installed.
     type: list
     elements: str
     default: []
-  upgrade:
-    description: Whether packages that are there are brought to apt's candidate.
-    type: bool
-    default: false
+  upgrade: {description: "Whether packages that are there are brought to apt's candidate.", type: bool, default: false}
   lock_timeout:
     description: Seconds to wait while another program holds a lock of apt or dpkg.
     type: int
     default: 600
 attributes:
-  check_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""

@@ -16,28 +16,11 @@ description:
     host either. This needs nothing but apt.
   - If anything fails, what was there before stays.
 options:
-  name:
-    description: Names the files.
-    type: str
-    required: true
-  state:
-    description: Whether the source shall be there.
-    type: str
-    choices: [present, absent]
-    default: present
-  uri:
-    description: Where the repository is.
-    type: str
-    default: ""
-  suite:
-    description: Suite, or C(/) for a repository without any.
-    type: str
-    default: /
-  components:
-    description: Components; none for a repository without suites.
-    type: list
-    elements: str
-    default: []
+  name: {description: Names the files., type: str, required: true}
+  state: {description: Whether the source shall be there., type: str, choices: [present, absent], default: present}
+  uri: {description: Where the repository is., type: str, default: ""}
+  suite: {description: "Suite, or C(/) for a repository without any.", type: str, default: /}
+  components: {description: Components; none for a repository without suites., type: list, elements: str, default: []}
   key:
     description: The public key, armored or not, as a URL or as a path on the host. It is fetched once.
     type: str
@@ -65,10 +48,8 @@ options:
     type: int
     default: 600
 attributes:
-  check_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""
@@ -85,15 +66,8 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-removed:
-  description: Files of older entries that were removed.
-  returned: always
-  type: list
-  elements: str
-refreshed:
-  description: Whether the lists of this source were fetched.
-  returned: always
-  type: bool
+removed: {description: Files of older entries that were removed., returned: always, type: list, elements: str}
+refreshed: {description: Whether the lists of this source were fetched., returned: always, type: bool}
 """
 
 import base64

@@ -17,31 +17,14 @@ options:
     description: Checkout, or installed collection, to build the client from; the rest is what C(requirements.lock)
       pins, from pip's index.
     type: path
-  wheels:
-    description: Folder that has all wheels, instead.
-    type: str
-    default: ""
-  python:
-    description: Version of the other machine's Python, such as C(3.13.5).
-    type: str
-    required: true
-  machine:
-    description: Its processor as C(uname) names it, such as C(x86_64).
-    type: str
-    required: true
-  glibc:
-    description: Version of its C library, such as C(2.41).
-    type: str
-    required: true
-  archive:
-    description: Tar archive to write; none if it is not set.
-    type: path
+  wheels: {description: "Folder that has all wheels, instead.", type: str, default: ""}
+  python: {description: "Version of the other machine's Python, such as C(3.13.5).", type: str, required: true}
+  machine: {description: "Its processor as C(uname) names it, such as C(x86_64).", type: str, required: true}
+  glibc: {description: "Version of its C library, such as C(2.41).", type: str, required: true}
+  archive: {description: Tar archive to write; none if it is not set., type: path}
 attributes:
-  check_mode:
-    support: full
-    details: In check mode nothing is collected.
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: "Names what it would collect, and collects nothing.", support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""

@@ -21,42 +21,28 @@ options:
     type: str
     choices: [present, absent]
     default: present
-  required:
-    description: Options that must have these values.
-    type: dict
-    default: {}
+  required: {description: Options that must have these values., type: dict, default: {}}
   defaults:
     description: Groups of options; a group is set only where none of its options is.
     type: list
     elements: dict
     default: []
-  options:
-    description: Further options.
-    type: dict
-    default: {}
+  options: {description: Further options., type: dict, default: {}}
   proxy:
     description: Proxy of the engine, as C(http), C(https) and C(no_proxy).
     type: dict
     default: {}
-    options:
-      http:
-        description: For addresses with http.
-        type: str
-      https:
-        description: For addresses with https.
-        type: str
-      no_proxy:
-        description: Where no proxy is used, separated by commas.
-        type: str
+    suboptions:
+      http: {description: For addresses with http., type: str}
+      https: {description: For addresses with https., type: str}
+      no_proxy: {description: "Where no proxy is used, separated by commas.", type: str}
   registry_ca:
     description: Certificate of the authority (PEM), or its path on the host, of each registry as C(HOST:PORT).
     type: dict
     default: {}
 attributes:
-  check_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""
@@ -72,10 +58,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-restart:
-  description: Whether the engine has to be restarted to know the configuration.
-  returned: always
-  type: bool
+restart: {description: Whether the engine has to be restarted to know the configuration., returned: always, type: bool}
 """
 
 import base64

@@ -12,10 +12,8 @@ description:
     folder, so that an engine that is stopped or broken does not look like an empty one.
   - Judges what an engine that answers says of itself (C(docker info)); C(problems) is why it cannot run the server.
 attributes:
-  check_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""

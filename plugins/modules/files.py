@@ -18,11 +18,8 @@ options:
     type: list
     elements: dict
     required: true
-    options:
-      path:
-        description: Where it is.
-        type: path
-        required: true
+    suboptions:
+      path: {description: Where it is., type: path, required: true}
       state:
         description: A file, a folder (its parents are made, too), or nothing.
         type: str
@@ -78,12 +75,9 @@ options:
     description: Group of all of them; without it the one that they have.
     type: str
 attributes:
-  check_mode:
-    support: full
-  diff_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+  diff_mode: {description: Shows what changes in files., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""

@@ -12,10 +12,7 @@ description:
     the driver, and opens the device in a container that leaves nothing behind.
   - The proof is given again after every boot and after every change of the engine, the driver or the specification.
 options:
-  device:
-    description: The CDI device that a container shall get.
-    type: str
-    default: nvidia.com/gpu=all
+  device: {description: The CDI device that a container shall get., type: str, default: nvidia.com/gpu=all}
   disabled_hooks:
     description:
       - Hooks of NVIDIA's that the specification shall not have, beside those that the host's own settings name. They
@@ -31,10 +28,8 @@ options:
     choices: [present, absent]
     default: present
 attributes:
-  check_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""
@@ -45,19 +40,9 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-devices:
-  description: The CDI devices.
-  returned: always
-  type: list
-  elements: str
-stale:
-  description: Why the specification was written anew; empty if it was not.
-  returned: always
-  type: str
-proven:
-  description: Whether a container was started to prove it this time.
-  returned: always
-  type: bool
+devices: {description: The CDI devices., returned: always, type: list, elements: str}
+stale: {description: Why the specification was written anew; empty if it was not., returned: always, type: str}
+proven: {description: Whether a container was started to prove it this time., returned: always, type: bool}
 services:
   description: Services of dots.ocr with a GPU that run, or try to, with what another specification gave them.
   returned: always

@@ -17,51 +17,34 @@ options:
   requirements:
     description: What the host must offer; without it the host is only measured, and ports and processes are not.
     type: dict
-    options:
+    suboptions:
       disk_free:
         description: Free space that must be left. What lies on one file system is added up.
         type: list
         elements: dict
         default: []
-        options:
+        suboptions:
           path:
             description:
               - A folder, or where one will be. C(images) is where the engine of this host keeps images, C(weights) what
                 O(requirements.weights) says.
             type: str
             required: true
-          gib:
-            description: Free space in GiB.
-            type: int
-            required: true
+          gib: {description: Free space in GiB., type: int, required: true}
           unless_exists:
             description: A path that exists once the space is in use; then nothing more is demanded.
             type: path
-      weights:
-        description: The folder of the model's weights.
-        type: path
-        default: /var/lib/dots-ocr/models
-      ports:
-        description: TCP ports that must be free.
-        type: list
-        elements: int
-        default: []
-      installed:
-        description: A path that exists once our server is there; then the ports are its own.
-        type: path
-      wsl_memory_mib:
-        description: Main memory that a WSL host must have, in MiB; 0 is any.
-        type: int
-        default: 0
+      weights: {description: "The folder of the model's weights.", type: path, default: /var/lib/dots-ocr/models}
+      ports: {description: TCP ports that must be free., type: list, elements: int, default: []}
+      installed: {description: A path that exists once our server is there; then the ports are its own., type: path}
+      wsl_memory_mib: {description: "Main memory that a WSL host must have, in MiB; 0 is any.", type: int, default: 0}
       manages_windows:
         description: Whether the role C(wsl) may change what Windows gives to WSL.
         type: bool
         default: false
 attributes:
-  check_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""

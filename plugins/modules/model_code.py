@@ -13,10 +13,7 @@ description:
   - So they do with the model's own module where C(architectures) names a class that vLLM does not have.
   - Names every such target that is not allowed. Executes nothing and changes nothing.
 options:
-  path:
-    description: Folder with the weights; it need not be there.
-    type: str
-    required: true
+  path: {description: Folder with the weights; it need not be there., type: str, required: true}
   allowed:
     description:
       - Targets that may be named, such as C(modeling.Model), and modules of which all may be, such as C(configuration).
@@ -29,10 +26,8 @@ options:
     elements: str
     default: [DotsOCRForCausalLM]
 attributes:
-  check_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""
@@ -45,10 +40,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-exists:
-  description: Whether the folder has a C(config.json).
-  returned: success
-  type: bool
+exists: {description: Whether the folder has a C(config.json)., returned: success, type: bool}
 refused:
   description: What is not allowed, a text each, with its file.
   returned: success

@@ -13,10 +13,7 @@ description:
   - A driver that is good enough and came from elsewhere is left alone. One that is not is never mixed with ours.
   - Refreshes apt's lists if they do not know the packages yet; changes nothing else.
 options:
-  host:
-    description: The fact C(gpu_host).
-    type: dict
-    required: true
+  host: {description: The fact C(gpu_host)., type: dict, required: true}
   branch:
     description:
       - NVIDIA's driver branch, such as C(580). With C(auto) what we installed stays on its branch; else it is 580,
@@ -38,11 +35,8 @@ options:
     type: int
     default: 600
 attributes:
-  check_mode:
-    support: full
-    details: The lists are refreshed in check mode too; without them not even a check can tell what there is.
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: "Refreshes lists too, since without them not even a check can tell.", support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""
@@ -58,10 +52,7 @@ install:
   description: Whether the packages below are ours to keep in place; false leaves a good driver from elsewhere alone.
   returned: always
   type: bool
-branch:
-  description: The branch that was chosen, or the oldest one that is good enough.
-  returned: always
-  type: str
+branch: {description: "The branch that was chosen, or the oldest one that is good enough.", returned: always, type: str}
 key:
   description: The file of NVIDIA's key in the folder below, and its fingerprint; both empty if none is needed.
   returned: always
@@ -80,11 +71,7 @@ unpin:
   returned: always
   type: list
   elements: str
-packages:
-  description: The driver's packages.
-  returned: always
-  type: list
-  elements: str
+packages: {description: "The driver's packages.", returned: always, type: list, elements: str}
 versions:
   description: Patterns of the versions to have, by package or pattern of packages.
   returned: always
@@ -99,28 +86,15 @@ kernel:
   returned: always
   type: list
   elements: str
-missing:
-  description: Which of the packages are not installed.
-  returned: always
-  type: list
-  elements: str
-reboot:
-  description: Why the machine has to reboot, or empty.
-  returned: always
-  type: str
+missing: {description: Which of the packages are not installed., returned: always, type: list, elements: str}
+reboot: {description: "Why the machine has to reboot, or empty.", returned: always, type: str}
 faults:
   description: What is wrong with the driver as it runs now; empty is the proof that it works.
   returned: always
   type: list
   elements: str
-persistenced:
-  description: Whether the unit nvidia-persistenced.service is there.
-  returned: always
-  type: bool
-machine_id:
-  description: The machine's identity, to tell it from the controller.
-  returned: always
-  type: str
+persistenced: {description: Whether the unit nvidia-persistenced.service is there., returned: always, type: bool}
+machine_id: {description: "The machine's identity, to tell it from the controller.", returned: always, type: str}
 """
 
 import os

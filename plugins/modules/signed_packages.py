@@ -14,14 +14,8 @@ description:
     index is does not matter, since nothing newer can be fetched.
   - Writes C(Packages) and C(Release) anew, from the vendors' own words. Nothing else in the folder is offered to apt.
 options:
-  path:
-    description: The folder.
-    type: path
-    required: true
-  suite:
-    description: Suite to offer the packages as.
-    type: str
-    required: true
+  path: {description: The folder., type: path, required: true}
+  suite: {description: Suite to offer the packages as., type: str, required: true}
   release:
     description: Code name of the host's release. A suite must be of it, or of one such as C(trixie-security).
     type: str
@@ -42,10 +36,8 @@ options:
     elements: str
     default: []
 attributes:
-  check_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""
@@ -59,15 +51,8 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-signed:
-  description: How many packages a signature covers.
-  returned: success
-  type: int
-unsigned:
-  description: The others, each with its version.
-  returned: success
-  type: list
-  elements: str
+signed: {description: How many packages a signature covers., returned: success, type: int}
+unsigned: {description: "The others, each with its version.", returned: success, type: list, elements: str}
 """
 
 import email.utils
@@ -244,7 +229,7 @@ def main() -> None:
             "path": {"type": "path", "required": True},
             "suite": text,
             "release": text,
-            "keyrings": {"type": "list", "elements": "path", "required": True},
+            "keyrings": {"type": "list", "elements": "path", "required": True, "no_log": False},
             "fingerprints": {**texts, "required": True},
             "unsigned": {**texts, "default": []},
         },

@@ -16,46 +16,24 @@ description:
     What is no longer asked for is put back as well, but Windows is not asked at all unless O(windows) is given.
   - Checks everything that it can before it changes anything. It never shuts WSL down, which would end the play.
 options:
-  state:
-    description: Whether the settings shall be there.
-    type: str
-    choices: [present, absent]
-    default: present
-  conf:
-    description: Keys for C(/etc/wsl.conf), by section.
-    type: dict
-    default: {}
+  state: {description: Whether the settings shall be there., type: str, choices: [present, absent], default: present}
+  conf: {description: "Keys for C(/etc/wsl.conf), by section.", type: dict, default: {}}
   windows:
     description: What to do in Windows; without it nothing.
     type: dict
-    options:
-      config:
-        description: Keys for C(.wslconfig), by section. Empty values are left out.
-        type: dict
-        default: {}
-      logon_task:
-        description: Whether the distribution starts when the user logs on.
-        type: bool
-        default: true
-      distribution:
-        description: Name of the distribution; empty to ask WSL.
-        type: str
-        default: ""
-      floor:
-        description: The oldest version of WSL that knows the keys; empty for any.
-        type: str
-        default: ""
+    suboptions:
+      config: {description: "Keys for C(.wslconfig), by section. Empty values are left out.", type: dict, default: {}}
+      logon_task: {description: Whether the distribution starts when the user logs on., type: bool, default: true}
+      distribution: {description: Name of the distribution; empty to ask WSL., type: str, default: ""}
+      floor: {description: The oldest version of WSL that knows the keys; empty for any., type: str, default: ""}
       update:
         description: Whether an older WSL may be updated. Windows may end the distribution for it.
         type: bool
         default: false
 attributes:
-  check_mode:
-    support: full
-  diff_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: Foresees what it would change., support: full}
+  diff_mode: {description: Shows what changes in files., support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""
@@ -74,10 +52,7 @@ config_changed:
   description: Whether C(.wslconfig) was changed, which has effect once WSL was shut down.
   returned: success
   type: bool
-updated:
-  description: Whether WSL was updated.
-  returned: success
-  type: bool
+updated: {description: Whether WSL was updated., returned: success, type: bool}
 windows:
   description: What was found in Windows, C({}) if it was not asked.
   returned: success
