@@ -73,6 +73,7 @@ def test_readme_is_generated_from_the_specification(role: Path, tmp_path: Path) 
 def test_role_has_a_scenario_of_its_own_or_tests_beside_it(role: Path) -> None:
     elsewhere = {
         "chatvlmllm": "molecule/cpu/application.yml",
+        "dots_ocr_cpu": "molecule/cpu/molecule.yml",
         "dots_ocr_gateway": "tests/gateway/test_behaviour.py",
         "monitoring": "tests/monitoring/test_rules.py",
     }

@@ -151,7 +151,9 @@ def test_every_profile_is_recorded(key: str, recorded: dict[str, str]) -> None:
 
 
 def test_engine_cpu_has_the_names_of_its_role() -> None:
-    of_server = yaml.safe_load((SERVER / "vars/main.yml").read_text())["_dots_ocr_server_cpu_metrics"]
+    of_server = yaml.safe_load((SERVER.with_name("dots_ocr_cpu") / "vars/main.yml").read_text())[
+        "_dots_ocr_cpu_metrics"
+    ]
     ours = yaml.safe_load((ROLE / "vars/main.yml").read_text())["_monitoring_cpu"]
     assert ours["metrics"] == {key: of_server[key] for key in ("running", "waiting")}
     assert f"{ours['latency']}_count" == of_server["success"]
