@@ -910,6 +910,24 @@ def test_a_script_of_the_application(url: str, sheet_file: Path) -> None:
     assert results["chat"]["usage"]["method"] == "vllm"
 
 
+def test_what_is_slow_to_import_is_no_fault_of_the_server(url: str) -> None:
+    script = f"""
+import sys, time
+from dots_ocr_client.chatvlmllm import VLLMDotsOCRClient, client
+
+class Slow:
+    def find_spec(self, name, *rest):
+        if name == "openai":
+            time.sleep(client.HEALTH_TIMEOUT)
+
+sys.meta_path.insert(0, Slow())
+client.HEALTH_TIMEOUT = 2.0
+print(repr(VLLMDotsOCRClient({url!r}).fault()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "None\n", done.stderr
+
+
 def test_a_script_of_the_application_without_a_server(dead_url: str, sheet_file: Path) -> None:
     results = run_application(sheet_file, dead_url)
     assert results["ready"] is True

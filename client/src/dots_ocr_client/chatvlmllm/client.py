@@ -351,6 +351,8 @@ class VLLMDotsOCRClient:
 
     def _ask(self, seconds: float, what: Callable[[VLLMEngine, Server], Awaitable[T]]) -> T:
         async def ask() -> T:
+            import openai  # noqa: F401  # seconds on a busy machine, which are not the server's
+
             async with asyncio.timeout(seconds):
                 return await what(self._engine, self._server)
 
