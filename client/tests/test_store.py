@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path, PurePath
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import pytest
 from hypothesis import given, settings
@@ -199,6 +199,27 @@ def test_other_formats_or_headers_are_made_without_reading(tmp_path: Path) -> No
         assert wanted(store) == []
         store.assemble(frozenset({"txt"}), headers=True, draw=no_page)
     assert (tmp_path / "a.pdf.txt").read_text("utf-8").startswith("Grüße")
+
+
+@pytest.mark.parametrize("again", [{"sha256": "34cd"}, {"mode": "text"}, {}])
+def test_outputs_in_other_formats_go_once_pages_have_changed(tmp_path: Path, again: dict[str, Any]) -> None:
+    finish(tmp_path, [page(1, "tesseract")])
+    (tmp_path / "a.pdf.pictures/page-1-1.png").write_bytes(b"cut out")
+    (tmp_path / "a.pdf.notes").write_text("somebody's own")
+    with opened(tmp_path, **again) as store:
+        store.reopen()
+        store.record(page(1))
+        store.assemble(frozenset({"md"}), headers=True, draw=no_page)
+    assert names(tmp_path) - {"a.pdf.csv", "a.pdf.pictures"} == {"a.pdf.json", "a.pdf.md", "a.pdf.notes"}
+    assert names(tmp_path / "a.pdf.pictures") == set()
+
+
+def test_a_folder_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    finish(tmp_path)
+    (tmp_path / "a.pdf.pictures").rmdir()
+    with opened(tmp_path) as store:
+        assert not is_unchanged(store)
+        assert is_unchanged(store, FORMATS - {"pictures"})
 
 
 OURS = b'{"dots_ocr": {"format": 1, "sha256": "12ab", "mode": "layout"'

@@ -97,7 +97,10 @@ def _unit(page: Any, number: int) -> float:
         return 1.0
     finally:
         copy.close()
-    found = re.search(rb"/UserUnit\s+(\d{1,9}\.?\d{0,9})", buffer.getvalue())
+    outside = re.sub(
+        rb"stream\r?\n.*?endstream", b"", buffer.getvalue(), flags=re.DOTALL
+    )  # what a page says is no unit
+    found = re.search(rb"/UserUnit\s+(\d{1,9}\.?\d{0,9})", outside)
     return max(1.0, float(found[1])) if found else 1.0
 
 

@@ -122,10 +122,10 @@ class Folder:
         """Return the names of all that is in it."""
         return os.listdir(self._fd)  # noqa: PTH208  # Path knows no descriptors
 
-    def exists(self, name: str) -> bool:
-        """Tell whether there is a regular file of that name."""
+    def exists(self, name: str, kind: Callable[[int], bool] = stat.S_ISREG) -> bool:
+        """Tell whether there is a regular file of that name, or something of another kind, such as `stat.S_ISDIR`."""
         try:
-            return stat.S_ISREG(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode)
+            return kind(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode)
         except OSError:
             return False
 
@@ -219,6 +219,8 @@ class Store:
         self._entries: dict[int, _Entry] = {}
         self._journal: int | None = None
         self._end = 0
+        self._formats_before: frozenset[str] = frozenset()
+        self._pages_changed = False
 
     def open(self) -> None:
         """Look for what earlier runs left.
@@ -228,8 +230,9 @@ class Store:
             OSError: The disk says no.
         """
         self._opened = self._root.inner(self._place)
-        if not self._resume():
-            self.finished = self._read_head()
+        head = self._read_head()
+        self._pages_changed = self._resume()
+        self.finished = None if self._pages_changed else head
 
     @property
     def _folder(self) -> Folder:
@@ -243,8 +246,10 @@ class Store:
             return False
         could_retry = retry_failed and head["failed_pages"] > 0
         could_upgrade = upgrade and any(engine != FIRST_ENGINE for engine in head["engines"])
-        files = formats - _FOLDERS
-        written = formats <= set(head["formats"]) and all(self._folder.exists(f"{self._name}.{f}") for f in files)
+        written = formats <= set(head["formats"]) and all(
+            self._folder.exists(f"{self._name}.{form}", stat.S_ISDIR if form in _FOLDERS else stat.S_ISREG)
+            for form in formats
+        )
         same = head["headers"] == headers and head.get("selection") == self._selection
         return written and same and not could_retry and not could_upgrade
 
@@ -293,6 +298,7 @@ class Store:
             self._journal = self._folder.create(self._name + JOURNAL)
             self._end = 0
             self._append(self._header())
+        self._pages_changed = True
         line = to_json(page.to_dict())
         offset = self._end
         self._append(line + b"\n")
@@ -314,6 +320,8 @@ class Store:
 
     def assemble(self, formats: frozenset[str], *, headers: bool, draw: Callable[[int], PageImage]) -> None:
         """Make the outputs, one page in memory at a time, and delete the journal.
+
+        If pages have changed, what an earlier run wrote in other formats goes: it is of another state of the document.
 
         Args:
             formats: Which; the JSON is always made, because later runs go on from it.
@@ -339,6 +347,11 @@ class Store:
                     parts = self._render(suffix, formats, headers, draw)
                     file.writelines(part.encode("utf-8", "backslashreplace") for part in parts)
                 file.flush()
+        for suffix in self._formats_before - formats - {"json"} if self._pages_changed else ():
+            if suffix in _FOLDERS:
+                self._write_parts(suffix, iter(()))
+            else:
+                self._folder.remove(f"{self._name}.{suffix}")
         self._folder.sync()
         self._delete_journal()
 
@@ -410,6 +423,7 @@ class Store:
             line = file.readline(_LONGEST_HEAD)
         try:
             head: dict[str, Any] = json.loads(line.removesuffix(b",\n") + b"}")["dots_ocr"]
+            self._formats_before = FORMATS.intersection(head["formats"])
             ours = all(head[key] == value for key, value in self._origin.items()) and all(
                 isinstance(head[key], kind) for key, kind in _HEAD.items()
             )
