@@ -292,7 +292,7 @@ NORMAL = typed(11, "1 0 0 1 72 500")
         (raw_pdf(typed(2), size=(100, 140), page="/UserUnit 6"), (1667, 2334), 200),
         (raw_pdf(typed(1), size=(100, 140), page="/UserUnit 4.5"), (1389, 1945), 222),
         (raw_pdf(NORMAL, size=A4, page="/UserUnit 0.001"), (1653, 2339), 200),  # nothing would be left
-        (raw_pdf(NORMAL + "% /UserUnit 6", size=A4), (1653, 2339), 200),  # a remark among what is drawn
+        (raw_pdf(NORMAL, size=A4, page="/PieceInfo << /A (/UserUnit 6) >>"), (1653, 2339), 200),  # only a text
     ],
 )
 def test_a_pdf_page_is_drawn_as_large_as_what_it_holds_needs(data: bytes, size: tuple[int, int], dpi: int) -> None:

@@ -97,11 +97,9 @@ def _unit(page: Any, number: int) -> float:
         return 1.0
     finally:
         copy.close()
-    outside = re.sub(
-        rb"stream\r?\n.*?endstream", b"", buffer.getvalue(), flags=re.DOTALL
-    )  # what a page says is no unit
-    found = re.search(rb"/UserUnit\s+(\d{1,9}\.?\d{0,9})", outside)
-    return max(1.0, float(found[1])) if found else 1.0
+    # PDFium writes a dictionary in the order of its keys, and the page that was asked for before any other.
+    found = re.search(rb"/Type/Page(?!s)(?:/UserUnit (\d{1,9}\.?\d{0,9})\b(?! \d+ R))?", buffer.getvalue())
+    return max(1.0, float(found[1])) if found and found[1] else 1.0
 
 
 def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool]:
