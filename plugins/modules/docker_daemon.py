@@ -200,15 +200,8 @@ def flags_of(unit: str) -> set[str]:
         return set()
     words = re.sub(rf"--config-file[= ]{DAEMON}(?=\s|$)", "", starts[-1]).split()
     # Options that may be repeated have a plural name in the file.
-    plural = {
-        "host": "hosts",
-        "H": "hosts",
-        "insecure-registry": "insecure-registries",
-        "label": "labels",
-        "registry-mirror": "registry-mirrors",
-        "storage-opt": "storage-opts",
-        "exec-opt": "exec-opts",
-    }
+    plural = {name: f"{name}s" for name in ("host", "label", "registry-mirror", "storage-opt", "exec-opt")}
+    plural |= {"H": "hosts", "insecure-registry": "insecure-registries"}
     names = [match[1] for word in words if (match := re.match(r"--?([A-Za-z-]+)", word))]
     return {plural.get(name, name) for name in names}
 

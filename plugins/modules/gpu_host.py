@@ -131,11 +131,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import (
-    OLDEST_OPEN,
-    needs_open_modules,
-    version,
-)
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import OLDEST_OPEN, needs_open_modules, version
 from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import ask, read_text, run
 
 Host = dict[str, Any]
@@ -858,8 +854,7 @@ def main() -> None:
         "manages_windows": {"type": "bool", "default": False},
     }
     module = AnsibleModule(
-        argument_spec={"requirements": {"type": "dict", "options": requirements}},
-        supports_check_mode=True,
+        argument_spec={"requirements": {"type": "dict", "options": requirements}}, supports_check_mode=True
     )
     wanted = module.params["requirements"]
     if not wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,13 @@ def test_mode_and_link_stay(host: Host, tmp_path: Path) -> None:
     real = tmp_path / "elsewhere.json"
     real.write_text('{"mtu": 1400}')
     real.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(real, 12, 34)
+    owner = (real.stat().st_uid, real.stat().st_gid)
     host.file.symlink_to(real)
     host.present()
     assert (real.stat().st_mode & 0o777, host.file.is_symlink()) == (0o640, True)
+    assert (real.stat().st_uid, real.stat().st_gid) == owner
     # It may hold a proxy's password.
     assert host.record.stat().st_mode & 0o777 == 0o600
     host.absent()

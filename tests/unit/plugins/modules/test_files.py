@@ -92,6 +92,8 @@ def test_a_link_is_replaced_and_what_it_names_stays(tmp_path: Path, capsys: pyte
     kept, link = tmp_path / "kept", tmp_path / "link"
     kept.write_text("kept")
     link.symlink_to(kept)
+    assert run(capsys, {"path": str(link), "content": "kept"})["changed"]
+    assert not link.is_symlink()
     run(capsys, {"path": str(link), "content": "new"})
     assert (kept.read_text(), link.read_text(), link.is_symlink()) == ("kept", "new", False)
     folder = tmp_path / "folder"
