@@ -11,6 +11,10 @@ description:
   - Looks without changing anything. What runs is asked of an engine that answers; what it keeps is counted in its
     folder, so that an engine that is stopped or broken does not look like an empty one.
   - Judges what an engine that answers says of itself (C(docker info)); C(problems) is why it cannot run the server.
+options:
+  set:
+    description: Name of the set of packages with which M(dots_ocr.deploy.apt_set) installs an engine here.
+    type: str
 attributes:
   check_mode: {description: Foresees what it would change., support: full}
 author: The dots-ocr-deploy founders !UNKNOWN
@@ -33,6 +37,8 @@ engine:
     origin: package
     package: docker-ce
     package_version: 5:28.5.2-1~debian.13~trixie
+    brought: true # by the set
+    up: true # runs, and will at boot
     running: [web]
     containers: 2
     volumes: 1
@@ -48,7 +54,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine as engines
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import ask
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import RECORDS, ask
 
 COMMAND = Path("/usr/bin/docker")
 SOCKET = Path("/var/run/docker.sock")
@@ -128,8 +134,8 @@ def judge(info: dict[str, Any], components: str, has_iptables: bool) -> Iterator
         }
 
 
-def look() -> dict[str, Any]:
-    """Look at the engine of this host."""
+def look(packages: str | None = None) -> dict[str, Any]:
+    """Look at the engine of this host, and whether that set of packages brought it."""
     program = shutil.which("dockerd", path=engines.PLACES)
     package = ask("dpkg-query", "--search", program).split(":")[0] if program else ""
     package_version = ask("dpkg-query", "--show", "--showformat=${Version}", package) if package else ""
@@ -139,6 +145,7 @@ def look() -> dict[str, Any]:
         "origin": "package" if package else "other" if program else "none",
         "package": package,
         "package_version": package_version,
+        "brought": bool(packages) and (RECORDS / f"{packages}.json").exists(),
         "running": [],
         "problems": [],
         **kept_in({ROOT, Path(str(engines.settings().get("data-root", ROOT)))}),
@@ -150,6 +157,7 @@ def look() -> dict[str, Any]:
     elif is_podman(COMMAND):
         engine["origin"] = "podman"
     active = ask("systemctl", "is-active", "docker.service").strip() == "active"
+    engine["up"] = active and ask("systemctl", "is-enabled", "docker.service").strip() == "enabled"
     # An engine that is stopped stays so: to ask Docker's socket would start it.
     if shutil.which("docker", path=engines.PLACES) and (active or ask("systemctl", "is-active", "docker.socket") == ""):
         answer = engines.read_object(ask("docker", "info", "--format", "{{json .}}"))
@@ -165,8 +173,8 @@ def look() -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(argument_spec={}, supports_check_mode=True)
-    module.exit_json(changed=False, engine=look())
+    module = AnsibleModule(argument_spec={"set": {"type": "str"}}, supports_check_mode=True)
+    module.exit_json(changed=False, engine=look(module.params["set"]))
 
 
 if __name__ == "__main__":

@@ -423,6 +423,8 @@ class Commands:
         if command[:2] == ("systemctl", "is-active"):
             state = self.units.get(command[2].removeprefix("docker."), "inactive")
             return f"{state}\n" if state == "active" else ""
+        if command[:2] == ("systemctl", "is-enabled"):
+            return self.units.get("boot", "disabled")
         return json.dumps({**INFO, "SecurityOptions": ["name=userns"]}) if command[:2] == ("docker", "info") else ""
 
 
@@ -438,3 +440,21 @@ def test_engine_that_is_stopped_is_not_started_by_asking(
     monkeypatch.setattr(info, "ask", commands.ask)
     problems = info.look()["problems"]
     assert ("docker info" in commands.asked, len(problems)) == (asked, int(asked))
+
+
+@pytest.mark.parametrize(
+    ("units", "up"),
+    [
+        ({"service": "active", "boot": "enabled"}, True),
+        ({"service": "active", "boot": "masked"}, False),
+        ({"boot": "enabled"}, False),
+    ],
+)
+def test_tells_whether_there_is_anything_to_start_and_who_brought_it(
+    units: dict[str, str], up: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(info, "ask", Commands(**units).ask)
+    monkeypatch.setattr(info, "RECORDS", tmp_path)
+    (tmp_path / "docker-engine.json").touch()
+    found = info.look("docker-engine")
+    assert (found["up"], found["brought"], info.look("other")["brought"]) == (up, True, False)
