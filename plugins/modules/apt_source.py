@@ -191,6 +191,8 @@ class Source:
             Problem: the repository cannot be reached, or no accepted key has signed it.
         """
         alone = (f"Dir::Etc::sourcelist={self.file}", "Dir::Etc::sourceparts=-", "APT::Get::List-Cleanup=0")
+        # What apt keeps of all sources stays: it takes it seconds to read them anew.
+        alone += ("Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
         command = ["apt-get", "update", *(word for text in (*alone, "Acquire::Retries=2") for word in ("-o", text))]
         status, text = apt.apt(command, self.params["lock_timeout"])
         # Older releases of apt end with 0 when a repository cannot be reached.
