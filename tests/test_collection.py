@@ -7,8 +7,10 @@ import subprocess
 import tarfile
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests import collection
 
@@ -50,6 +52,12 @@ def play(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+def load(playbook: str) -> list[dict[str, Any]]:
+    """Return the plays of a playbook, those that it imports as what they are."""
+    plays: list[dict[str, Any]] = yaml.safe_load((REPOSITORY / f"playbooks/{playbook}.yml").read_text())
+    return plays
+
+
 def test_tarball_has_what_is_needed_and_nothing_else(folder: Path) -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate"],
@@ -74,3 +82,9 @@ def test_every_readme_has_an_example_that_is_valid_outside_of_the_repository(fol
     said = play(folder, "--syntax-check", "site.yml", *(f"{role}.yml" for role in ROLES))
     assert said.split() == [word for name in ["site", *ROLES] for word in ("playbook:", f"{name}.yml")]
     assert all(f"role: dots_ocr.deploy.{role}\n" in (folder / f"{role}.yml").read_text() for role in ROLES)
+
+
+def test_every_play_says_whether_it_gathers_facts() -> None:
+    """An operator's ansible.cfg may have another default."""
+    plays = {f"{name}: {play['name']}": play for name in PLAYBOOKS for play in load(name) if "hosts" in play}
+    assert [name for name, play in plays.items() if "gather_facts" not in play] == []
