@@ -487,6 +487,20 @@ def test_an_upgrade_reads_again_what_another_engine_read_behind_the_server(
     assert "1 unchanged" in run("read", sheet_file, "--out", out, "--upgrade")[2]
 
 
+@pytest.mark.parametrize(("root", "status"), [("tesseract", 0), ("vllm,tesseract", 3), (None, 3)])
+def test_the_engine_that_a_service_is_for_is_no_fallback(
+    server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run, root: str | None, status: int
+) -> None:
+    about = {"id": "dots.ocr", "owned_by": "vllm" if root is None else "dots-ocr-client", "root": root}
+    server.models_answer = lambda: reply({"object": "list", "data": [about]})
+    choice = {"index": 0, "message": {"role": "assistant", "content": LAYOUT}, "finish_reason": "stop"}
+    answer = {"id": "1", "model": "dots.ocr", "choices": [choice], "dots_ocr": {"engine": "tesseract"}}
+    server.answer = lambda: reply(answer)
+    assert run("read", sheet_file)[0] == status
+    assert run("read", sheet_file, "--out", tmp_path / "out")[0] == status
+    assert run("read", sheet_file, "--out", tmp_path / "out")[0] == status
+
+
 def test_the_second_run_has_nothing_to_do(server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run) -> None:
     server.script = [(LAYOUT, "stop")]
     run("read", sheet_file, "--out", tmp_path / "out")

@@ -11,9 +11,10 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from enum import StrEnum
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # what takes long to import waits until a command needs it
 
 T = TypeVar("T")
 
+SERVICE_SECONDS = 5.0  # for a server to say what it is, when other engines than the first read pages
 EXIT_OK, EXIT_UNREAD, EXIT_USAGE, EXIT_FALLBACK, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 app = typer.Typer(
@@ -332,14 +334,14 @@ def read(
         on_unavailable=on_unavailable or "fallback",
         max_wait=max_wait,
     )
-    first = None if on_unavailable == "fallback" else names[0]
+    fallback = partial(_fallback, None if on_unavailable == "fallback" else names[0], base_url, model)
     if out is not None:
         chosen = formats or (Format.JSON, Format.MD)
         kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
         kinds |= frozenset({"pictures"} if pictures else ())
         wanted = {"formats": kinds, "headers": headers, "upgrade": upgrade, "pages": pages, "dpi": dpi}
         report = _batch(client, files, out, mode=spoken, password=password, **wanted)
-        return _summarize(report, out, as_json, first)
+        return _summarize(report, out, as_json, fallback)
     form = Format.JSON if as_json else (formats or [Format.MD])[0]
     wanted = {"box": None if box is None else _box(box), "question": question, "pages": pages, "dpi": dpi}
     document = _one(client, files[0], form, headers, output, mode=spoken, password=password, **wanted)
@@ -347,8 +349,28 @@ def read(
         print(printable(note), file=sys.stderr)
     if document.failures:
         return EXIT_UNREAD
-    readers = {page.engine for page in document.pages if isinstance(page, Page)} - {"", first}
-    return EXIT_FALLBACK if first and readers else EXIT_OK
+    return fallback({page.engine for page in document.pages if isinstance(page, Page)})
+
+
+def _fallback(first: str | None, base_url: str | None, model: str, readers: set[str]) -> int:
+    """Return the exit status of pages that were all read: by the engine that was asked first, or by others."""
+    from .engines.server import SERVICE
+    from .engines.vllm import VLLMEngine
+
+    async def run() -> str | None:
+        """Return the engine that ``dots-ocr serve`` is for, if that was asked."""
+        async with aclosing(VLLMEngine(base_url, model=model)) as engine:
+            with suppress(DotsOCRError, TimeoutError):
+                async with asyncio.timeout(SERVICE_SECONDS):
+                    cards = {card["id"]: card for card in await engine.models(SERVICE_SECONDS)}
+                if (card := cards.get(model, {})).get("owned_by") == SERVICE:
+                    return str(card.get("root")).partition(",")[0]
+        return None
+
+    others = readers - {"", first}
+    if first == "vllm" and others:
+        others.discard(asyncio.run(run()) or "")
+    return EXIT_FALLBACK if first and others else EXIT_OK
 
 
 def _may_be_written(file: Path) -> bool:
@@ -439,7 +461,7 @@ def _one(
     return document
 
 
-def _summarize(report: Report, out: Path, as_json: bool, first: str | None) -> int:
+def _summarize(report: Report, out: Path, as_json: bool, fallback: Callable[[set[str]], int]) -> int:
     if as_json:
         _print_json(report.to_dict())
     totals = report.totals
@@ -457,7 +479,7 @@ def _summarize(report: Report, out: Path, as_json: bool, first: str | None) -> i
     print(printable(f"{said}{rate}{'; passed over: ' * bool(over)}{over}{why}"), file=sys.stderr)
     if bad:
         return EXIT_UNREAD
-    return EXIT_FALLBACK if first and totals["engines"].keys() - {first} else EXIT_OK
+    return fallback({*totals["engines"]})
 
 
 @app.command()
