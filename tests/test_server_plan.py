@@ -281,13 +281,16 @@ def test_advisories_are_whole() -> None:
 def by_role(variables: dict[str, Any]) -> dict[str, Any]:
     """Return the plan as the role's own task makes it, with the variables that a user may set."""
     loader = data_loader()
-    known = {}
-    for file in ("defaults/main.yml", "vars/main.yml"):
-        known |= loader.load_from_file(str(ROLE / file), trusted_as_template=True)
-    for file in (ROLE / "profiles").glob("*.yml"):
-        known.setdefault("_dots_ocr_server_profiles", {}).update(
-            loader.load_from_file(str(file), trusted_as_template=True)
-        )
+    parts = (
+        loader.load_from_file(str(ROLE / part), trusted_as_template=True)
+        for part in ("defaults/main.yml", "vars/main.yml")
+    )
+    known: dict[str, Any] = {name: value for part in parts for name, value in part.items()}
+    known["_dots_ocr_server_profiles"] = {
+        name: profile
+        for one in (ROLE / "profiles").glob("*.yml")
+        for name, profile in loader.load_from_file(str(one), trusted_as_template=True).items()
+    }
     tasks = loader.load_from_file(str(ROLE / "tasks/plan.yml"), trusted_as_template=True)
     (task,) = (task for task in tasks if "ansible.builtin.set_fact" in task)
     loader.set_basedir(str(ROLE / "files"))
