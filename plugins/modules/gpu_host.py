@@ -12,7 +12,7 @@ description:
   - Compares them with the requirements and returns every problem with its fix. It never fails because of a problem and
     never changes anything; what to do about the problems is the caller's business.
   - Whether an image can run on the GPUs, and whether the model fits, is not judged here but by the filter
-    C(gpu_problems), since both depend on the image.
+    C(server_plan), since both depend on the image.
 options:
   requirements:
     description: What the host must offer; without it the host is only measured, and ports and processes are not.

@@ -10,12 +10,12 @@ import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
 from ansible.template import Templar, trust_as_template
+from ansible_collections.dots_ocr.deploy.plugins.filter import server_plan as plugin
 from packaging.version import Version
 
-from tests.templating import data_loader, filter_module
+from tests.templating import data_loader
 
-ROLE = Path(__file__).resolve().parent.parent / "roles/dots_ocr_server"
-plugin = filter_module("server_plan")
+ROLE = Path(__file__).resolve().parents[4] / "roles/dots_ocr_server"
 CONSTANTS = yaml.safe_load((ROLE / "vars/main.yml").read_text())
 ORDER: list[str] = CONSTANTS["_dots_ocr_server_data"]["order"]
 ADVISORIES: list[dict[str, Any]] = yaml.safe_load((ROLE / "advisories.yml").read_text())
