@@ -267,7 +267,10 @@ def test_folder_is_taken_under_the_commit_that_it_names(tmp_path: Path) -> None:
 
 def test_what_programs_leave_beside_the_files_is_not_taken(tmp_path: Path) -> None:
     left = {".cache/huggingface/download/config.json.metadata": b"", ".git/HEAD": b""}
-    assert_whole(take(write(tmp_path / "source", {**MODEL, **left}), tmp_path / "home"))
+    source = write(tmp_path / "source", {**MODEL, **left})
+    assert_whole(take(source, tmp_path / "home"))
+    subprocess.run(["tar", "--create", f"--file={tmp_path}/model.tar", "--directory", source.parent, "source"], check=True)
+    assert_whole(take(tmp_path / "model.tar", tmp_path / "other"))
 
 
 @pytest.mark.parametrize(("kind", "top"), [("", ""), ("gz", "./"), ("bz2", "dots.ocr/"), ("xz", "./dots.ocr/")])

@@ -53,7 +53,7 @@ def fetch(url, file, size, headers):
                 http_get(url, content, resume_size=there, headers=headers, expected_size=size)
         except Exception as error:
             there = part.stat().st_size
-            furthest, in_vain = max(furthest, there), 0 if furthest < there <= size else in_vain + 1
+            furthest, in_vain = max(furthest, there), 0 if furthest < there else in_vain + 1
             if is_final(error) or in_vain == TRIES:
                 raise
             time.sleep(FIRST_DELAY_SECONDS * 2**in_vain)
