@@ -269,7 +269,9 @@ def test_what_programs_leave_beside_the_files_is_not_taken(tmp_path: Path) -> No
     left = {".cache/huggingface/download/config.json.metadata": b"", ".git/HEAD": b""}
     source = write(tmp_path / "source", {**MODEL, **left})
     assert_whole(take(source, tmp_path / "home"))
-    subprocess.run(["tar", "--create", f"--file={tmp_path}/model.tar", "--directory", source.parent, "source"], check=True)
+    subprocess.run(
+        ["tar", "--create", f"--file={tmp_path}/model.tar", "--directory", source.parent, "source"], check=True
+    )
     assert_whole(take(tmp_path / "model.tar", tmp_path / "other"))
 
 
