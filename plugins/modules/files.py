@@ -33,21 +33,11 @@ options:
         description: File of the controller with the content, looked for as M(ansible.builtin.copy) does; or a folder,
           whose files come below O(files[].path).
         type: str
-      template:
-        description: Template of the controller, looked for as M(ansible.builtin.template) does.
-        type: str
-      vars:
-        description: Variables for the template beside those of the task.
-        type: dict
-      base64:
-        description: The content, as the controller sends what it has read.
-        type: str
-      secret:
-        description: The content, to be shown nowhere.
-        type: str
-      copy_of:
-        description: File of the host with the content, to be shown nowhere.
-        type: path
+      template: {description: "Template of the controller, looked for as M(ansible.builtin.template) does.", type: str}
+      vars: {description: Variables for the template beside those of the task., type: dict}
+      base64: {description: "The content, as the controller sends what it has read.", type: str}
+      secret: {description: "The content, to be shown nowhere.", type: str}
+      copy_of: {description: "File of the host with the content, to be shown nowhere.", type: path}
       token:
         description: The content of a file that is missing, C(%s) being a random secret. A file that is there stays.
         type: str
@@ -56,24 +46,12 @@ options:
         type: list
         elements: str
         default: []
-      owner:
-        description: Owner, if not that of the task.
-        type: str
-      group:
-        description: Group, if not that of the task.
-        type: str
-      mode:
-        description: Mode; 0644 for files and 0755 for folders.
-        type: raw
-      validate:
-        description: Command that accepts the content; C(%s) is the file to check.
-        type: str
-  owner:
-    description: Owner of all of them; without it the one that they have.
-    type: str
-  group:
-    description: Group of all of them; without it the one that they have.
-    type: str
+      owner: {description: "Owner, if not that of the task.", type: str}
+      group: {description: "Group, if not that of the task.", type: str}
+      mode: {description: Mode; 0644 for files and 0755 for folders., type: raw}
+      validate: {description: "Command that accepts the content; C(%s) is the file to check.", type: str}
+  owner: {description: Owner of all of them; without it the one that they have., type: str}
+  group: {description: Group of all of them; without it the one that they have., type: str}
 attributes:
   check_mode: {description: Foresees what it would change., support: full}
   diff_mode: {description: Shows what changes in files., support: full}
@@ -108,11 +86,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-paths:
-  description: What has changed, or would change.
-  returned: success
-  type: list
-  elements: str
+paths: {description: "What has changed, or would change.", returned: success, type: list, elements: str}
 affected:
   description: What has to take over what has changed, each once.
   returned: success

@@ -198,7 +198,6 @@ FIRST_ENGINE_WITH_CONTAINERD_STORE = 29
 
 TIMEOUT = 10  # seconds, for whatever is asked; a driver that hangs gets a minute
 GPU_TIMEOUT = 60
-LISTENING = "0A"
 
 
 def trouble(problem: str, fix: str, mended_by: str = "") -> Problem:
@@ -743,28 +742,16 @@ def starts_with_containerd() -> bool:
 
 
 def measure_ports(ports: list[int]) -> list[Host]:
-    """Return which of the ports somebody listens on, with the process and its name where /proc shows them."""
-    taken: dict[str, int] = {}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in read(table).splitlines()[1:]:
-            fields = line.split()
-            port = int(fields[1].rpartition(":")[2], 16)
-            if fields[3] == LISTENING and port in ports:
-                taken[fields[9]] = port
-    if not taken:
-        return []
-    owners = {}
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            inode = re.fullmatch(r"socket:\[(\d+)\]", str(descriptor.readlink()))
-        except OSError:
-            continue
-        if inode and inode.group(1) in taken:
-            owners[taken[inode.group(1)]] = int(descriptor.parts[2])
-    return [
-        {"port": port, "pid": owners.get(port), "process": read(f"/proc/{owners.get(port)}/comm")}
-        for port in sorted(set(taken.values()))
-    ]
+    """Return which of the ports somebody listens on, with the process and its name where they are known."""
+    found = {}
+    listening = ask("ss", "--no-header", "--listening", "--numeric", "--tcp", "--processes", timeout=TIMEOUT)
+    for line in listening.splitlines():
+        port = int(line.split()[3].rpartition(":")[2])
+        holder = re.search(r'\("([^"]*)",pid=(\d+)', line)
+        pid, process = (int(holder[2]), holder[1]) if holder else (None, "")
+        if port in ports:
+            found[port] = {"port": port, "pid": pid, "process": process}
+    return [found[port] for port in sorted(found)]
 
 
 def existing(path: str) -> Path:

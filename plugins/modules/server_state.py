@@ -12,13 +12,8 @@ description:
   - On request takes the lock of this host first, so that two deployments do not meet, and has each server prove that it
     reads. Changes nothing else.
 options:
-  lock:
-    description: Take the lock under this description. In check mode it is not taken.
-    type: str
-  lock_seconds:
-    description: When systemd takes the lock back, should the controller die.
-    type: int
-    default: 86400
+  lock: {description: Take the lock under this description. In check mode it is not taken., type: str}
+  lock_seconds: {description: "When systemd takes the lock back, should the controller die.", type: int, default: 86400}
   prove:
     description: Servers that have to prove that a container gets their GPU, and that they read.
     type: list
@@ -28,15 +23,10 @@ options:
     description: Whether they have to prove that nothing gets out of their containers, too.
     type: bool
     default: false
-  unlock:
-    description: Give the lock back if all of them have.
-    type: bool
-    default: false
+  unlock: {description: Give the lock back if all of them have., type: bool, default: false}
 attributes:
-  check_mode:
-    support: full
-author:
-  - The dots-ocr-deploy founders
+  check_mode: {description: "Takes no lock, and looks all the same.", support: full}
+author: The dots-ocr-deploy founders !UNKNOWN
 """
 
 EXAMPLES = r"""
@@ -50,14 +40,8 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-servers:
-  description: The settings of each server, by its name.
-  returned: success
-  type: dict
-proven:
-  description: The same of the state that was last proven to read.
-  returned: success
-  type: dict
+servers: {description: "The settings of each server, by its name.", returned: success, type: dict}
+proven: {description: The same of the state that was last proven to read., returned: success, type: dict}
 running:
   description: Names of the servers that hold their memory and ports.
   returned: success
@@ -72,22 +56,10 @@ images:
   description: What Docker knows of the servers' images, by name. Those that are not there are left out.
   returned: success
   type: dict
-listeners:
-  description: Who listens at each TCP port, as ss says it.
-  returned: success
-  type: dict
-now:
-  description: Seconds since 1970.
-  returned: success
-  type: int
-locked:
-  description: Whether the lock that was asked for has been taken.
-  returned: success
-  type: bool
-holder:
-  description: Why it has not been.
-  returned: success
-  type: str
+listeners: {description: "Who listens at each TCP port, as ss says it.", returned: success, type: dict}
+now: {description: Seconds since 1970., returned: success, type: int}
+locked: {description: Whether the lock that was asked for has been taken., returned: success, type: bool}
+holder: {description: Why it has not been., returned: success, type: str}
 proofs:
   description: What each server that was asked for it said. Empty if one could not prove it.
   returned: success
