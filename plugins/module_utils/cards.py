@@ -33,3 +33,16 @@ def needs_open_modules(host: dict[str, Any]) -> bool:
     capabilities = [version(gpu.get("compute_capability", "")) for gpu in host["gpus"]]
     older = any(OLDEST_CAPABILITY <= capability < BLACKWELL_CAPABILITY for capability in capabilities)
     return is_blackwell(host) and not older
+
+
+def why_none(host: dict[str, Any]) -> tuple[str, str] | None:
+    """Return why a machine has no NVIDIA GPU that a driver could have, and the fix; nothing if it has one."""
+    if host["nvidia_pci_devices"] or host["gpus"]:
+        return None
+    if not (reserved := host.get("nvidia_pci_reserved")):
+        return "there is no NVIDIA GPU in this machine", "choose a machine that has one"
+    return (
+        f"the NVIDIA GPU at {reserved[0]['address']} is kept for a virtual machine by {reserved[0]['driver']}",
+        "deploy to that virtual machine; or give the card back (no such driver in /etc/modprobe.d and on the kernel's"
+        " command line, update-initramfs -u) and reboot",
+    )

@@ -131,7 +131,12 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import OLDEST_OPEN, needs_open_modules, version
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import (
+    OLDEST_OPEN,
+    needs_open_modules,
+    version,
+    why_none,
+)
 from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import ask, read_text, run
 
 Host = dict[str, Any]
@@ -314,16 +319,8 @@ def judge_wsl_gpu(host: Host) -> Iterator[Problem]:
 def judge_gpu(host: Host) -> Iterator[Problem]:
     """Yield which link between the GPU and us is broken, on a machine with drivers of its own."""
     driver, mender = host["driver"], "nvidia_driver"
-    reserved = host.get("nvidia_pci_reserved", [])
-    if not host["nvidia_pci_devices"] and not host["gpus"] and reserved:
-        yield trouble(
-            f"the NVIDIA GPU at {reserved[0]['address']} is kept for a virtual machine by {reserved[0]['driver']}",
-            "deploy to that virtual machine; or give the card back (no such driver in /etc/modprobe.d and on the"
-            " kernel's command line, update-initramfs -u) and reboot",
-        )
-        return
-    if not host["nvidia_pci_devices"] and not host["gpus"]:
-        yield trouble("there is no NVIDIA GPU in this machine", "choose a machine that has one")
+    if none := why_none(host):
+        yield trouble(*none)
         return
     known = False
     if host["nouveau"]:

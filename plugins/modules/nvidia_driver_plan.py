@@ -106,7 +106,12 @@ from typing import Any, NamedTuple
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.dots_ocr.deploy.plugins.module_utils import apt
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import OLDEST_OPEN, is_blackwell, needs_open_modules
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import (
+    OLDEST_OPEN,
+    is_blackwell,
+    needs_open_modules,
+    why_none,
+)
 from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
     RECORDS,
     Problem,
@@ -483,13 +488,8 @@ def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
             "this is a container, and kernel modules belong to the machine that runs it",
             "install the driver on that machine, and deploy to it or to a virtual machine that has the GPU",
         )
-    if not host["nvidia_pci_devices"] and not host["gpus"]:
-        if reserved := host.get("nvidia_pci_reserved"):
-            raise Problem(
-                f"the NVIDIA GPU at {reserved[0]['address']} is kept for a virtual machine by {reserved[0]['driver']}",
-                "deploy to that virtual machine, or give the card back to this one and reboot",
-            )
-        raise Problem("there is no NVIDIA GPU in this machine", "choose a machine that has one")
+    if none := why_none(host):
+        raise Problem(*none)
     there = bool(version_on_disk(host) or host["nvidia_packages"])
     ours = system.owned or not there
     if not ours and not foreign_is_good(host, wishes):
