@@ -30,6 +30,7 @@ USE = """
 - hosts: ocr_servers
   gather_facts: false
   tasks:
+    - ansible.builtin.include_role: {name: dots_ocr_model, tasks_from: look}
     - ansible.builtin.include_role: {name: dots_ocr_model, tasks_from: resolve, public: true}
     - ansible.builtin.include_role: {name: dots_ocr_server, tasks_from: show}
     # What is pinned comes last: it would take the other's place in the recap.
