@@ -286,6 +286,8 @@ FETCHING = {"ansible.builtin.apt", "dots_ocr.deploy.apt_set", "dots_ocr.deploy.a
 
 def included(file: Path, name: str) -> Iterator[Path]:
     """Yield the files beside this one that a name can stand for, which may be a template; not those that remove."""
+    if name == "{{ dots_ocr_server_bring }}":  # what a role for another engine sets
+        yield from REPOSITORY.glob("roles/*/tasks/bring*.yml")
     found = re.search("{{.*}}", name)
     template = found[0] if found else ""
     words = ["present"] if re.fullmatch(r"{{ \w+_state }}", template) else re.findall(r"'(\w+)'", template) or ["*"]
