@@ -177,3 +177,13 @@ def test_nothing_installed_is_an_error(host: Host) -> None:
     assert done.returncode == 1
     assert "No server is installed" in done.stderr
     assert not (host.root / "var/lib/dots-ocr/states/good").exists()
+
+
+def test_folder_that_is_put_back_can_be_read_as_before(host: Host) -> None:
+    host.install("1")
+    folder = host.root / "etc/dots-ocr/server"
+    folder.chmod(0o755)
+    host.ask("record")
+    host.install("2")
+    host.ask("restore", "good")
+    assert folder.stat().st_mode & 0o777 == 0o755
