@@ -183,10 +183,7 @@ class VLLMEngine:
         deadline = time.monotonic() + seconds
         picture = await asyncio.to_thread(base64.b64encode, page.png)
         try:
-            if task.mode == "layout":
-                answer = await self._ask_for_layout(page, picture, deadline)
-            else:
-                answer = await self._ask_for_other(page, picture, task, deadline)
+            answer = await self._ask_twice(page, picture, task, deadline)
         except UnusableAnswer as error:
             if self._served is not None and self._served.rehearses:
                 raise UnusableAnswer(REHEARSES) from error
@@ -198,28 +195,27 @@ class VLLMEngine:
         """Close the connections."""
         await self._server.aclose()
 
-    async def _ask_for_layout(self, page: PageImage, picture: bytes, deadline: float) -> Answer:
-        task, spec = Task("layout"), MODES["layout"]
-        try:
-            return await self._ask(page, picture, task, spec.temperature, deadline)
-        except UnusableAnswer as error:
-            first = error
-        try:
-            answer = await self._ask(page, picture, Task("text"), MODES["text"].temperature, deadline)
-        except UnusableAnswer as error:
-            raise UnusableAnswer(f"the layout: {first}; as plain text: {error}") from error
-        note = f"{_what_happened(first, 'layout answer')}, so the page was read as plain text"
-        return replace(answer, warnings=(note, *answer.warnings))
-
-    async def _ask_for_other(self, page: PageImage, picture: bytes, task: Task, deadline: float) -> Answer:
-        temperature = MODES[task.mode].temperature
+    async def _ask_twice(self, page: PageImage, picture: bytes, task: Task, deadline: float) -> Answer:
+        """Ask, and once more in another way if the answer is of a kind that this may help."""
+        temperature, is_layout = MODES[task.mode].temperature, task.mode == "layout"
         try:
             return await self._ask(page, picture, task, temperature, deadline)
-        except (Repetition, CutOff) as error:
+        except UnusableAnswer as error:
+            if not (is_layout or isinstance(error, Repetition | CutOff)):
+                raise
             first = error
-        other = max(temperature, OTHER_TEMPERATURE)
-        answer = await self._ask(page, picture, task, other, deadline)
-        note = f"{_what_happened(first, 'first answer')}, so the page was read again at temperature {other:g}"
+        if is_layout:
+            task, temperature = Task("text"), MODES["text"].temperature
+            note = f"{_what_happened(first, 'layout answer')}, so the page was read as plain text"
+        else:
+            temperature = max(temperature, OTHER_TEMPERATURE)
+            note = f"{_what_happened(first, 'first answer')}, so the page was read again at temperature {temperature:g}"
+        try:
+            answer = await self._ask(page, picture, task, temperature, deadline)
+        except UnusableAnswer as error:
+            if is_layout:
+                raise UnusableAnswer(f"the layout: {first}; as plain text: {error}") from error
+            raise
         return replace(answer, warnings=(note, *answer.warnings))
 
     async def _ask(self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float) -> Answer:
