@@ -18,8 +18,8 @@ from rehearsal.shell import RehearsalError, fingerprint, output, pins, run, say,
 HERE = Path(__file__).resolve().parent
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 VLLM_PYTHON = "3.11"  # Debian 12's; the CPU build of torch is at hand for it on every machine that has one
-# What downloads from the Hub in any image of vLLM: of its wheels all that the stand-in has.
-HUB_CLIENT = ["huggingface_hub", "filelock", "PyYAML", "tqdm", "typing_extensions", "httpx2"]
+# What downloads from the Hub in any image of vLLM: of its wheels all that the stand-in has; PyYAML it has from Debian.
+HUB_CLIENT = ["huggingface_hub", "filelock", "tqdm", "typing_extensions", "httpx2"]
 HUB_CLIENT += ["anyio", "h11", "httpcore2", "idna", "sniffio", "truststore"]  # what httpx2 needs
 NEWEST_GLIBC_MINOR = 36  # Debian 12 has glibc 2.36
 
@@ -72,9 +72,9 @@ def vllm_stand_in() -> str:
             pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile", *pip_platform_options()]
             pip += ["--require-hashes", "--requirement", str(client), "--target"]
             copy = " && ".join(f'cp -r "{source}" "$1/golden"' for source in golden)
-            packages = f'"$1/usr/local/lib/python{VLLM_PYTHON}/dist-packages"'
+            packages = '"$1/usr/lib/python3/dist-packages"'
             hook = f'{copy} && chmod -R a+rX "$1/golden" && {shlex.join(pip)} {packages} && rm -r {packages}/bin'
-            _debian(name, "bookworm", folder, hook, ['ENTRYPOINT ["vllm", "serve"]', "ENV HOME=/home/vllm"])
+            _debian(name, "trixie", folder, hook, ['ENTRYPOINT ["vllm", "serve"]', "ENV HOME=/home/vllm"])
     return name
 
 
