@@ -5,6 +5,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -287,6 +288,36 @@ def test_a_key_with_the_line_end_of_windows_reaches_the_server_without_it(
     with DotsOCR() as ocr:
         assert ocr.read_page(page.image, mode="text").engine == "vllm"
     assert server.requests[0].headers["Authorization"] == "Bearer sesame"
+
+
+@pytest.mark.parametrize(
+    ("variable", "host", "sent"),
+    [
+        (None, "127.0.0.1", "Bearer of-this-host"),
+        (None, "ocr.example", "Bearer none"),
+        ("", "127.0.0.1", "Bearer none"),
+        ("mine", "127.0.0.1", "Bearer mine"),
+    ],
+)
+def test_the_key_of_this_host_is_for_its_own_server_where_nothing_else_is_said(
+    server: FakeServer,
+    page: PageImage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str | None,
+    host: str,
+    sent: str,
+) -> None:
+    file = tmp_path / "api-key"
+    file.write_text("of-this-host\n")
+    monkeypatch.setattr("dots_ocr_client.credentials.KEY_FILE", file)
+    # A name that is no loopback address, and leads there all the same.
+    monkeypatch.setattr("dots_ocr_client.engines.vllm.is_loopback", lambda name: host == "127.0.0.1")
+    if variable is not None:
+        monkeypatch.setenv("DOTS_OCR_API_KEY", variable)
+    with DotsOCR(engines=[VLLMEngine(server.base_url)]) as ocr:
+        ocr.read_page(page.image, mode="text")
+    assert server.requests[0].headers["Authorization"] == sent
 
 
 def test_cards_of_models_keep_what_is_no_secret() -> None:

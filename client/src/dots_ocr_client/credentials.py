@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
@@ -15,6 +16,8 @@ from .errors import ConfigurationError, InvalidKey
 
 KEY_VARIABLE: Final = "DOTS_OCR_API_KEY"
 """The environment's variable with the key of the server that is asked."""
+KEY_FILE: Final = Path("/etc/dots-ocr/api-key")
+"""Where the server's host has its key, for root alone."""
 HIDDEN: Final = "***"
 """What stands in the place of a secret."""
 SHORTEST: Final = 8
@@ -54,6 +57,14 @@ def read_key(text: str | None, origin: str = "the API key") -> str | None:
             f"it. Fix: set {KEY_VARIABLE} (or api_key=) to the server's key alone, or to nothing if it has none"
         )
     return key
+
+
+def key_of_this_host() -> str | None:
+    """Return the key of the server on this host; ``None`` if there is none, or it is not for this user."""
+    try:
+        return read_key(KEY_FILE.read_text(encoding="utf-8", errors="replace"), str(KEY_FILE))
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from PIL import Image
 
-from ..credentials import KEY_VARIABLE, read_key
+from ..credentials import KEY_VARIABLE, Address, key_of_this_host, read_key
 from ..errors import (
     ConfigurationError,
     CutOff,
@@ -32,7 +32,7 @@ from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
 from ..results import layout
 from .admission import Limiter
 from .base import Answer, Task, is_blank, place
-from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Completion, Server, is_about_length
+from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Completion, Server, is_about_length, is_loopback
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"
 """Where the server of this project listens."""
@@ -108,8 +108,9 @@ class VLLMEngine:
         Args:
             base_url: With scheme and ``/v1``. Default: ``DOTS_OCR_BASE_URL`` of the environment, or `DEFAULT_BASE_URL`.
                 Its ``user:password@``, if any, go in the key's place.
-            api_key: The key that the server wants. Default: ``DOTS_OCR_API_KEY`` of the environment, or none. Line ends
-                and quotation marks around it are taken off.
+            api_key: The key that the server wants. Default: ``DOTS_OCR_API_KEY`` of the environment; where that is not
+                set, for a server at a loopback address, the key of this host, if this user may read it (root may); or
+                none. Line ends and quotation marks around it are taken off.
             model: One of the names in ``/v1/models``.
             limiter: How many pages it is given at once. Default: found out by trying.
             stream: Take answers piece by piece, which ends a loop early but costs about 0.1 ms for each token. Default:
@@ -121,6 +122,8 @@ class VLLMEngine:
         """
         base_url = base_url or os.environ.get("DOTS_OCR_BASE_URL") or DEFAULT_BASE_URL
         key = read_key(api_key, "api_key=") or read_key(os.environ.get(KEY_VARIABLE), KEY_VARIABLE)
+        if api_key is None and KEY_VARIABLE not in os.environ and is_loopback(Address.of(base_url).host):
+            key = key_of_this_host()
         self._server = Server(base_url, key)
         self.base_url = self._server.base_url
         self.model = model
