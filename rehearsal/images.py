@@ -69,8 +69,8 @@ def vllm_stand_in() -> str:
         with step("build the image of vLLM's stand-in"):
             client = STATE / "hub-client.lock"
             client.write_text("\n".join(pin for package, pin in pins(lock).items() if package in HUB_CLIENT))
-            pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile", *pip_platform_options()]
-            pip += ["--require-hashes", "--requirement", str(client), "--target"]
+            pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile", "--require-hashes"]
+            pip += [*pip_platform_options(), "--requirement", str(client), "--target"]
             copy = " && ".join(f'cp -r "{source}" "$1/golden"' for source in golden)
             packages = '"$1/usr/lib/python3/dist-packages"'
             hook = f'{copy} && chmod -R a+rX "$1/golden" && {shlex.join(pip)} {packages} && rm -r {packages}/bin'
