@@ -31,6 +31,7 @@ options:
       - Limits that are taken as they are; the others are planned around them.
       - Any of C(gpu_memory_utilization), C(max_model_len), C(max_num_seqs), C(max_pixels), C(max_num_queued_reqs) and
         C(api_server_count). One that is missing, empty or 0 is planned.
+      - C(fp8), 1 for weights that vLLM quantizes to 8 bits when it loads them.
     type: dict
     default: {}
   previous:
@@ -111,6 +112,9 @@ GIB = 1 << 30
 # Sizes. The first two are in a published log of vLLM serving dots.ocr, and the second is also arithmetic; the encoder's
 # peak is inferred from such a log; none was measured by us.
 WEIGHTS_GIB = 5.72
+# With fp8, the weights of the linear layers take one byte each and not two: 1.310e9 of the language model, 1.214e9 of the
+# encoder, 0.047e9 between them. The embeddings stay. Arithmetic from the model's configuration; no card has run it.
+FP8_WEIGHTS_GIB = WEIGHTS_GIB - 2.571e9 / (1 << 30)
 KV_BYTES_PER_TOKEN = 2 * 28 * 2 * 128 * 2  # key and value x layers x KV heads x head dimension x bytes of bfloat16
 ENCODER_GIB_PER_IMAGE_TOKEN = 3.37 / 14_400
 OVERHEAD_GIB = 0.35  # CUDA graphs and context
@@ -149,11 +153,13 @@ LADDER = (
     (11_289_600, 64, 16_384),
 )
 
-# The wishes that cost memory, and those that do not.
-MEMORY_WISHES = ("gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_pixels")
-WISHES = (*MEMORY_WISHES, "max_num_queued_reqs", "api_server_count")
-MEASURED = (*MEMORY_WISHES, "kv_tokens")  # of the plan that a measurement belongs to
-PLAN = ("fits", *WISHES, "kv_tokens", "memory_total_mib", "platform", "wishes", "explanation")
+# What is planned that costs memory, all that is planned, and the wishes.
+COSTLY = ("gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_pixels")
+PLANNED = (*COSTLY, "max_num_queued_reqs", "api_server_count")
+MEMORY_WISHES = (*COSTLY, "fp8")
+WISHES = (*PLANNED, "fp8")
+MEASURED = (*COSTLY, "kv_tokens")  # of the plan that a measurement belongs to
+PLAN = ("fits", *PLANNED, "kv_tokens", "memory_total_mib", "platform", "wishes", "explanation")
 
 Plan = dict[str, Any]
 Wishes = dict[str, Any]
@@ -173,15 +179,20 @@ class Memory(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a plan allows: largest image (pixels), pages at once, longest request (tokens)."""
+    """What a plan allows: largest image (pixels), pages at once, longest request (tokens); how the weights are loaded."""
 
     max_pixels: int
     max_num_seqs: int
     max_model_len: int
+    fp8: bool = False
+
+    def weights_gib(self) -> float:
+        """Return what the weights take, in GiB."""
+        return FP8_WEIGHTS_GIB if self.fp8 else WEIGHTS_GIB
 
     def fixed_gib(self) -> float:
         """Return what is taken before the first token is stored, in GiB."""
-        return WEIGHTS_GIB + encoder_gib(self.max_pixels) + OVERHEAD_GIB
+        return self.weights_gib() + encoder_gib(self.max_pixels) + OVERHEAD_GIB
 
     def needed_kv_tokens(self) -> int:
         """Return how many tokens the KV cache must hold: the usual pages at once, and one longest request."""
@@ -234,7 +245,7 @@ def rungs(wishes: Wishes) -> Iterator[Limits]:
         max_model_len = wishes.get("max_model_len", math.ceil((request + answer) / MODEL_LEN_STEP) * MODEL_LEN_STEP)
         # Who wishes for both knows how little is left for the answer; but vLLM refuses an image that cannot fit at all.
         if max_model_len > request + (0 if "max_pixels" in wishes else ANSWER_TOKENS):
-            yield Limits(max_pixels, wishes.get("max_num_seqs", seqs), max_model_len)
+            yield Limits(max_pixels, wishes.get("max_num_seqs", seqs), max_model_len, "fp8" in wishes)
 
 
 def memory_plan(
@@ -256,7 +267,7 @@ def memory_plan(
     less = sum(entry.get("utilization", 0.0) for entry in lowering)
     utilization = wanted.get("gpu_memory_utilization", round(max(memory.planned_utilization() - less, 0.0), 2))
     # As it was recorded, explanation and all: a file that says the same thing in other words is a change too.
-    recorded = {key: last[key] for key in (*PLAN[:-1], "lowered", "learned", PLAN[-1]) if key in last}
+    recorded = {key: last[key] for key in (*PLAN[:-1], "fp8", "lowered", "learned", PLAN[-1]) if key in last}
     recorded["wishes"] = wanted
     figures = read_mapping(measured, "what was measured")
     learned = learn_from(last, figures, memory, wanted, lowering) if learn else Learned()
@@ -295,6 +306,7 @@ def memory_plan(
         "memory_total_mib": int(memory.total),
         "platform": memory.platform,
         "wishes": wanted,
+        **({"fp8": 1} if limits.fp8 else {}),
         **({"lowered": lowering} if lowering else {}),
         **({"learned": learned._asdict()} if learned.gib else {}),
     }
@@ -303,14 +315,14 @@ def memory_plan(
 
 def limits_of(last: Plan) -> Limits:
     """Return the limits of a plan that was recorded."""
-    return Limits(last["max_pixels"], last["max_num_seqs"], last["max_model_len"])
+    return Limits(last["max_pixels"], last["max_num_seqs"], last["max_model_len"], "fp8" in last)
 
 
 def same_wishes(last: Plan, wishes: Wishes, keys: Sequence[str]) -> bool:
     """Tell whether the plan of the last run agrees with these of the wishes."""
     now, then = ({key: given[key] for key in keys if key in given} for given in (wishes, last["wishes"]))
     # A wish that was taken back has to be planned, even though no wish contradicts what it left behind.
-    return all(last[key] == value for key, value in now.items()) and set(then) <= set(now)
+    return all(last.get(key) == value for key, value in now.items()) and set(then) <= set(now)
 
 
 def learn_from(last: Plan, measured: Plan, memory: Memory, wishes: Wishes, lowering: Sequence[Plan]) -> Learned:
@@ -363,7 +375,7 @@ def explain(memory: Memory, plan: Plan) -> str:
     return (
         f"{availability(memory)};"
         f" utilization {share(memory, plan['gpu_memory_utilization'], plan['wishes'])}"
-        f" - weights {WEIGHTS_GIB:.2f} - encoder {encoder_gib(plan['max_pixels']):.2f} - overhead {OVERHEAD_GIB:.2f}"
+        f" - weights {limits_of(plan).weights_gib():.2f} - encoder {encoder_gib(plan['max_pixels']):.2f} - overhead {OVERHEAD_GIB:.2f}"
         f"{known} = {tokens * KV_BYTES_PER_TOKEN / GIB:.2f} GiB for {tokens:,} KV tokens,"
         f" {tokens // PAGE_TOKENS} usual pages;"
         f" limits: images up to {megapixels(plan['max_pixels'])}, requests up to {plan['max_model_len']:,} tokens,"
@@ -424,7 +436,7 @@ def refuse(memory: Memory, wishes: Wishes, utilization: float, unknown: bool) ->
         )
     needed = lowest.needed_gib()
     problem = (
-        f"the model needs weights {WEIGHTS_GIB:.2f} + encoder {encoder_gib(lowest.max_pixels):.2f} for images up to"
+        f"the model needs weights {lowest.weights_gib():.2f} + encoder {encoder_gib(lowest.max_pixels):.2f} for images up to"
         f" {megapixels(lowest.max_pixels)} + overhead {OVERHEAD_GIB:.2f}"
         f" + KV cache {needed - lowest.fixed_gib():.2f} for {lowest.needed_kv_tokens():,} tokens"
         f" = {needed:.2f} GiB at least, but vLLM gets utilization {share(memory, utilization, wishes)}"
@@ -437,15 +449,18 @@ def fix(memory: Memory, wishes: Wishes, needed: float, unknown: bool) -> str:
     """Return what to do where vLLM does not get the GiB that it needs: the cheapest thing that helps."""
     if unknown:
         return "stop the server first: it runs, but how much memory it holds is not recorded"
-    guilty = [variable(key) for key in MEMORY_WISHES if key in wishes]
+    guilty = [variable(key) for key in COSTLY if key in wishes]
+    weights = {key: value for key, value in wishes.items() if key == "fp8"}
     planned = gib(memory.planned_utilization() * memory.total)
-    if guilty and any(limits.fit(planned) for limits in rungs({})):
+    if guilty and any(limits.fit(planned) for limits in rungs(weights)):
         return f"change {', '.join(guilty)}, or set to 0 to have it planned: without these wishes it fits"
     idle = memory._replace(free=memory.total)
     if gib(idle.planned_utilization() * idle.total) >= needed:
         percent = math.ceil(needed / gib(memory.total) * 100)
         return free_memory(memory, percent / 100 * memory.total + RESERVE_MIB[memory.platform])
     smaller = ", or smaller wishes" if guilty else ""
+    if any(limits.fit(gib(idle.planned_utilization() * idle.total)) for limits in rungs({**wishes, "fp8": 1})):
+        smaller += f", or try {variable('fp8')}: true (weights of 8 bits; never run on a card)"
     return f"use a GPU with {math.ceil(needed / UTILIZATION_CAP)} GiB of memory or more{smaller}"
 
 

@@ -1,6 +1,6 @@
 """Each profile's command line, rendered by Ansible and parsed by the vLLM version that the profile is for.
 
-vLLM 0.32 is the rehearsal's image. An older one, vllm-VERSION.txt, is laid over that image: enough for its parser.
+vLLM 0.32 is the rehearsal's image. Another one, vllm-VERSION.txt, is laid over that image: enough for its parser.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ from rehearsal.shell import fingerprint, run, step
 
 HERE = Path(__file__).resolve().parent
 ROLE = HERE.parent.parent / "roles/dots_ocr_server"
-PROFILES = sorted(file.stem for file in (ROLE / "profiles").glob("native_*.yml"))
+FILES = sorted((ROLE / "profiles").glob("*.yml"))
+PROFILES = sorted(re.findall(r"^(native_\w+):", "\n".join(file.read_text() for file in FILES), re.MULTILINE))
 
 # Unlike every default, so that a default cannot pass for them.
 PLAN = {
@@ -41,6 +44,7 @@ SETTINGS = {
     "dots_ocr_server_model_names": ["first", "second/name"],
     "dots_ocr_server_extra_args": ["--seed=42"],
     "dots_ocr_server_shutdown_timeout": 71,
+    "dots_ocr_server_fp8": True,
     "dots_ocr_server_tls_certificate": "/etc/ssl/certificate.pem",
 }
 RENDERED = """{{ {
@@ -66,7 +70,7 @@ class Profile:
 
 def render(name: str, folder: Path) -> dict[str, Any]:
     """Let Ansible render what the profile makes of SETTINGS and of the role's variables."""
-    files = [ROLE / "defaults/main.yml", ROLE / "vars/main.yml", ROLE / f"profiles/{name}.yml"]
+    files = [ROLE / "defaults/main.yml", ROLE / "vars/main.yml", *FILES]
     target = folder / "rendered.json"
     copy = {"content": RENDERED, "dest": str(target), "mode": "0600"}
     command = ["ansible", "localhost", "--inventory", "localhost,", "--connection", "local"]
@@ -88,11 +92,14 @@ def overlay(requirements: Path) -> Path:
         with step(f"download what {requirements.name} names"):
             growing = folder.with_name("growing")
             shutil.rmtree(growing, ignore_errors=True)
-            run(sys.executable, "-m", "pip", "install", "-qq", "--no-compile", *images.pip_platform_options(),
-                "--require-hashes", "--requirement", requirements, "--target", growing)  # fmt: skip
-            # Large, made for another torch than the image's, and nothing that a parser needs.
-            for library in (growing / "vllm").glob("*.so"):
-                library.unlink()
+            with tempfile.TemporaryDirectory(dir=STATE) as wheels:
+                run(sys.executable, "-m", "pip", "download", "-qq", "--no-deps", *images.pip_platform_options(),
+                    "--require-hashes", "--requirement", requirements, "--dest", wheels)  # fmt: skip
+                for wheel in map(zipfile.ZipFile, Path(wheels).iterdir()):
+                    # vLLM's libraries are large, made for another torch than the image's, and nothing that a parser needs.
+                    # Its metadata would say that it is made for CUDA, which it then looks for.
+                    unwanted = re.compile(r"vllm/.*\.so|vllm-[^/]*\.dist-info/.*")
+                    wheel.extractall(growing, (name for name in wheel.namelist() if not unwanted.fullmatch(name)))
             growing.rename(folder)
     return folder
 
@@ -153,6 +160,7 @@ def test_values_arrive_as_meant(profile: Profile) -> None:
     assert values["ssl_certfile"] == "/run/secrets/tls/certificate.pem"
     assert values["ssl_keyfile"] == "/run/secrets/tls/key.pem"
     assert values["seed"] == 42
+    assert values["quantization"] == "fp8"
     assert values["mm_processor_kwargs"]["max_pixels"] == PLAN["max_pixels"]
     assert values["limit_mm_per_prompt"] == {"image": 1, "video": 0}
     assert values["chat_template_content_format"] == "string"

@@ -91,8 +91,27 @@ def test_card_that_is_too_small_is_refused_with_the_arithmetic() -> None:
         "problem": "the model needs weights 5.72 + encoder 1.50 for images up to 5.02 MP + overhead 0.35"
         " + KV cache 0.44 for 16,384 tokens = 8.01 GiB at least, but vLLM gets utilization 0.85 (the most we plan)"
         " = 6.77 GiB (7.71 of 7.96 GiB free, 0.50 kept back)",
-        "fix": "use a GPU with 10 GiB of memory or more",
+        "fix": "use a GPU with 10 GiB of memory or more,"
+        " or try dots_ocr_server_fp8: true (weights of 8 bits; never run on a card)",
     }
+
+
+def test_weights_of_8_bits_fit_into_a_card_with_8_gb() -> None:
+    found = plan(8151, 7900, wishes={"fp8": 1})
+    assert {key: found[key] for key in ("fits", "fp8", "max_pixels", "max_num_seqs")} == {
+        "fits": True,
+        "fp8": 1,
+        "max_pixels": 5_017_600,
+        "max_num_seqs": 4,
+    }
+    assert "weights 3.33 - encoder 1.50" in found["explanation"]
+    assert plan(8151, 7900, wishes={"fp8": 1}, previous=found) == found
+    assert plan(16303, 16000, previous=plan(16303, 16000, wishes={"fp8": 1})) == plan(16303, 16000)
+    without = plan(16303, 16000)
+    assert plan(16303, 16000, wishes={"fp8": 1}, previous=without)["kv_tokens"] > without["kv_tokens"]
+    # Windows keeps more of it.
+    assert plan(8151, 7127, "wsl2", wishes={"fp8": 1})["max_num_seqs"] == 2
+    assert "fp8" not in plan(8151, 3000, wishes={"fp8": 1})["fix"]
 
 
 @pytest.mark.parametrize(("platform", "where"), [("bare_metal", "programs that"), ("wsl2", "programs in Windows that")])
