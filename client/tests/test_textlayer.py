@@ -393,6 +393,14 @@ def test_text_that_cannot_be_seen_is_not_sound(how: str) -> None:
     assert "cannot be seen" in refusal(pdf(HIDDEN[how], b"/CropBox [0 100 400 300]" if how.startswith("cut") else b""))
 
 
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize(("left", "words"), [(360, "shown unseen unseen"), (-80, "unseen unseen shown")])
+def test_words_beside_the_page_are_left_out(rotation: int, left: int, words: str) -> None:
+    answer = read(pdf(line(left, 250, words), b"/Rotate %d" % rotation))
+    assert answer.text == "shown"
+    assert any("cannot be seen on the page were left out: 12" in warning for warning in answer.warnings)
+
+
 STAMP = line(100, 150, "RECEIVED 3 May 2026")
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median
@@ -165,6 +166,7 @@ def lay_out(layer: TextLayer) -> tuple[Cell, ...]:
 
 
 _Line = list[Run]
+_Halves = dict[tuple[int, int], tuple[_Line, _Line]]  # by the line's id and where it is divided
 
 
 def _paragraphs_of(pieces: Sequence[Run]) -> Iterator[list[_Line]]:
@@ -175,8 +177,9 @@ def _paragraphs_of(pieces: Sequence[Run]) -> Iterator[list[_Line]]:
     whole = around([piece.line for piece in pieces])
     least = GUTTER * median(piece.line.height for piece in pieces)
     start = position = 0
+    known: _Halves = {}
     while position < len(lines):
-        count, gutter = _columns(lines[position:], whole, least)
+        count, gutter = _columns(lines[position:], whole, least, known)
         if not count:
             position += 1
             continue
@@ -200,13 +203,14 @@ def _lines(pieces: Sequence[Run]) -> list[_Line]:
     return lines
 
 
-def _columns(lines: Sequence[_Line], whole: Area, least: float) -> tuple[int, float]:
+def _columns(lines: Sequence[_Line], whole: Area, least: float, known: _Halves) -> tuple[int, float]:
     """Look for columns that begin with the first line.
 
     Args:
         lines: From the first one on.
         whole: What is around these lines and those above them.
         least: Width of a gutter at least.
+        known: What `_halve` returned before for these lines.
 
     Returns:
         How many lines they have, as many as possible, and where the second column begins; 0 if there are none.
@@ -218,7 +222,7 @@ def _columns(lines: Sequence[_Line], whole: Area, least: float) -> tuple[int, fl
         for gap in free:
             rest = [] if line is None else [part for part in _without(gap, line) if part[1] - part[0] >= least]
             ends_here = not rest and whole.left < gap[0] and gap[1] < whole.right  # and is no margin
-            if ends_here and (height := _height_of_columns(lines[:count], gap)):
+            if ends_here and (height := _height_of_columns(lines[:count], gap, known)):
                 best = max(best, (height, gap[1]))
             left_over += rest
         free = left_over
@@ -236,12 +240,9 @@ def _without(gap: tuple[float, float], line: _Line) -> Iterator[tuple[float, flo
     yield left, right
 
 
-def _height_of_columns(lines: Sequence[_Line], gap: tuple[float, float]) -> int:
+def _height_of_columns(lines: Sequence[_Line], gap: tuple[float, float], known: _Halves) -> int:
     """Return how many of the lines, from the first one on, are in two columns with this gap between."""
-    rows = [
-        [[piece for piece in line if (piece.line.left >= gap[1]) is right] for right in (False, True)] for line in lines
-    ]
-    phrases = [[list(_phrases(half)) for half in row] for row in rows]
+    phrases = [_halve(line, gap[1], known) for line in lines]
     if not _are_columns(phrases):
         return 0
     widest = [max(phrase.line.width for row in phrases for phrase in row[side]) for side in (0, 1)]
@@ -251,6 +252,14 @@ def _height_of_columns(lines: Sequence[_Line], gap: tuple[float, float]) -> int:
         if full or all(row) or (end == count - 1 and end and _apart(lines[end - 1][0], lines[end][0]) <= PARAGRAPH):
             end = count
     return end
+
+
+def _halve(line: _Line, gutter: float, known: _Halves) -> tuple[_Line, _Line]:
+    """Return the phrases of a line before and behind a gutter; most gutters divide a line in the same few ways."""
+    split = bisect_left(line, gutter, key=lambda piece: piece.line.left)
+    if (id(line), split) not in known:
+        known[id(line), split] = list(_phrases(line[:split])), list(_phrases(line[split:]))
+    return known[id(line), split]
 
 
 def _are_columns(rows: Sequence[Sequence[_Line]]) -> bool:

@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import groupby, pairwise, repeat
+from operator import or_
 from typing import Any, Final, NamedTuple, Self
 
 import pypdfium2
@@ -184,8 +185,8 @@ def extract(reference: PageReference) -> TextLayer:
             for owner in modes.keys() - hidden:
                 raw.FPDFTextObj_SetTextRenderMode(texts[owner], raw.FPDF_TEXTRENDERMODE_INVISIBLE)
             without = _draw(page, scale)
-            seen = _difference(with_text, without)
-            unread = _unread(seen, without)
+            seen = _Mask(with_text, without)
+            unread = _unread(seen.image, without)
             parts = [
                 [word for line in group for word in layer.pieces(_WORDS, line.first, line.first + len(line.text))]
                 if _holes(seen, group)
@@ -197,7 +198,7 @@ def extract(reference: PageReference) -> TextLayer:
             blank = _draw(page, scale, grey=False) if doubtful else without
             for owner in doubtful:  # draw them alone, so that all ink near them is theirs, and see what differs in hue
                 raw.FPDFTextObj_SetTextRenderMode(texts[owner], modes[owner])
-            alone = _difference(_draw(page, scale, grey=False), blank) if doubtful else seen
+            alone = _Mask(_draw(page, scale, grey=False), blank) if doubtful else seen
             groups = [
                 rest
                 for group, words in zip(groups, parts, strict=True)
@@ -320,7 +321,9 @@ class _Layer:
 
 def _characters(textpage: Any, count: int) -> list[str]:
     """Return each character: a space for white space of any width, U+FFFD for one without a meaning."""
-    codes = map(raw.FPDFText_GetUnicode, repeat(textpage), range(count))
+    buffer = (ctypes.c_ushort * (count + 1))()
+    whole = raw.FPDFText_GetText(textpage, 0, count, buffer) == count + 1  # otherwise PDFium left some out
+    codes = buffer[:count] if whole else [raw.FPDFText_GetUnicode(textpage, index) for index in range(count)]
     errors = map(raw.FPDFText_HasUnicodeMapError, repeat(textpage), range(count))
     characters = ["\ufffd" if error == 1 else _meaning(code) for code, error in zip(codes, errors, strict=True)]
     for index in (index for index, text in enumerate(characters) if text == "\ufffd"):
@@ -376,7 +379,7 @@ def _continues(line: Area, more: Area) -> bool:
     return overlap > height / 2 and -height <= more.left - line.right <= GAP * height
 
 
-def _holes(mask: Image.Image, words: Sequence[_Word], across: float = 0.0) -> list[tuple[float, float]]:
+def _holes(mask: _Mask, words: Sequence[_Word], across: float = 0.0) -> list[tuple[float, float]]:
     """Return the parts of a run in which nothing can be seen, each from where to where along the line of text.
 
     Its ink may be so far above and below the line, as a multiple of its height: fonts may lie.
@@ -384,15 +387,9 @@ def _holes(mask: Image.Image, words: Sequence[_Word], across: float = 0.0) -> li
     turn = words[0].turn
     height = max(word.line.height for word in words)
     area = around([area for word in words for area in ((word.ink, word.line) if across else (word.ink,))])
-    area = turned(area._replace(top=area.top - across * height, bottom=area.bottom + across * height), -turn)
-    edges = [min(max(edge / COARSE, -side), 2 * side) for edge, side in zip(area, mask.size * 2, strict=True)]
-    crop = Area(*(math.floor(edge) - MARGIN for edge in edges[:2]), *(math.ceil(edge) + MARGIN for edge in edges[2:]))
-    strip = mask.crop(crop)
-    if turn:
-        strip = strip.transpose(Image.Transpose(turn + 1))  # ROTATE_90 and so on: counter-clockwise
-    ink = strip.reduce((1, strip.height)).tobytes()
+    area = area._replace(top=area.top - across * height, bottom=area.bottom + across * height)
+    begin, ink = mask.ink(area, turn)
     holes = [] if words[0].slanted and any(ink) else [hole.span() for hole in re.finditer(rb"\0+", ink)]
-    begin = turned(crop, turn).left
     return [
         ((begin + start) * COARSE if start else -math.inf, (begin + end) * COARSE if end < len(ink) else math.inf)
         for start, end in holes
@@ -400,13 +397,37 @@ def _holes(mask: Image.Image, words: Sequence[_Word], across: float = 0.0) -> li
     ]
 
 
+class _Mask:
+    """The pixels in which two drawings differ, and the same turned; see `turned`."""
+
+    def __init__(self, one: Image.Image, other: Image.Image) -> None:
+        bands = ImageChops.difference(one, other).split()
+        self.image = reduce(ImageChops.lighter, bands).point(_from(VISIBLE))
+        self._rows: dict[int, list[bytes]] = {}
+
+    def ink(self, area: Area, turn: int) -> tuple[int, bytes]:
+        """Return what differs in an area that is turned so, a byte for each column, and where the first of them is."""
+        if turn not in self._rows:
+            image = self.image.transpose(Image.Transpose(turn + 1)) if turn else self.image  # counter-clockwise
+            data, width = image.tobytes(), image.width
+            self._rows[turn] = [data[start : start + width] for start in range(0, len(data), width)]
+        rows = self._rows[turn]
+        whole = turned(Area(0, 0, *self.image.size), turn)
+        sides = (int(whole.width), int(whole.height)) * 2
+        edges = [  # PDFium may say anything
+            min(max(edge / COARSE - start, -side), 2 * side)
+            for edge, start, side in zip(area, whole[:2] * 2, sides, strict=True)
+        ]
+        pixels = (*(math.floor(edge) - MARGIN for edge in edges[:2]), *(math.ceil(edge) + MARGIN for edge in edges[2:]))
+        first, top, last, bottom = (min(max(edge, 0), side) for edge, side in zip(pixels, sides, strict=True))
+        ink = reduce(or_, (int.from_bytes(row[first:last], "big") for row in rows[top:bottom]), 0)
+        ink <<= 8 * max(0, pixels[2] - last)  # there is nothing beside the page
+        return int(whole.left) + pixels[0], ink.to_bytes(pixels[2] - pixels[0], "big")
+
+
 def _draw(page: Any, scale: float, *, grey: bool = True) -> Image.Image:
     image: Image.Image = page.render(scale=scale / COARSE, grayscale=grey).to_pil()
-    return image.copy()  # its pixels are PDFium's
-
-
-def _difference(one: Image.Image, other: Image.Image) -> Image.Image:
-    return reduce(ImageChops.lighter, ImageChops.difference(one, other).split()).point(_from(VISIBLE))
+    return image
 
 
 def _from(level: int) -> list[int]:
