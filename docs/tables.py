@@ -215,26 +215,50 @@ def remedies(remedy: dict[str, Any]) -> Iterator[str]:
 # Which table goes where.
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "memory_plan": (DOCS / "tuning.md", memory_plans),
-    "host_matrix": (DOCS / "verification.md", host_matrix),
     "diagnoses": (DOCS / "troubleshooting.md", diagnoses),
-    "attacks": (DOCS / "verification.md", attacks),
-    "left_on_purpose": (DOCS / "verification.md", left_on_purpose),
 }
+# Tables of the page of cases.
+CASE_TABLES = {"host_matrix": host_matrix, "attacks": attacks, "left_on_purpose": left_on_purpose}
+CASES_HEAD = """# What was verified, case by case
+
+<!-- Generated from docs/cases.yml by `make docs`: change it there. -->
+
+What was never run, and what only a stand-in has shown: [the summary](verification.md)."""
+
+
+def section(part: dict[str, Any]) -> str:
+    """Return one section of the page of cases: its heading, text, table and the text below it."""
+    rows = [list(row.values()) if isinstance(row, dict) else row for row in part.get("rows", ())]
+    columns = part.get("columns", ["case", "outcome", "proven by"][: len(rows[0])] if rows else [])
+    table = "\n".join(
+        f"| {' | '.join(map(str, cells))} |" for cells in ([columns, ["---"] * len(columns), *rows] if rows else ())
+    )
+    if "table" in part:
+        table = CASE_TABLES[part["table"]]()
+    return "\n\n".join(
+        filter(None, (f"## {part['title']}", part.get("before", "").strip(), table, part.get("after", "").strip()))
+    )
+
+
+def cases_page() -> str:
+    """Return the page of all that was verified, from docs/cases.yml."""
+    parts = yaml.safe_load((DOCS / "cases.yml").read_text())
+    return "\n\n".join([CASES_HEAD, *map(section, parts)]) + "\n"
 
 
 def main() -> int:
     """Rewrite the pages, or with --check return 1 if that would change one."""
     if sys.argv[1:2] == ["--attacks"]:
         return count_attacks(sys.argv[2:])
-    stale = False
+    wanted = {DOCS / "verification-cases.md": cases_page()}
     for name, (page, generate) in TABLES.items():
         begin, end = f"<!-- BEGIN {name}: python docs/tables.py -->", f"<!-- END {name} -->"
-        text = page.read_text()
-        before, rest = text.split(begin)
-        wanted = f"{before}{begin}\n\n{generate()}\n\n{end}{rest.split(end)[1]}"
-        stale |= text != wanted
-        if sys.argv[1:] != ["--check"]:
-            page.write_text(wanted)
+        before, rest = page.read_text().split(begin)
+        wanted[page] = f"{before}{begin}\n\n{generate()}\n\n{end}{rest.split(end)[1]}"
+    stale = any(not page.exists() or page.read_text() != text for page, text in wanted.items())
+    if sys.argv[1:] != ["--check"]:
+        for page, text in wanted.items():
+            page.write_text(text)
     return int(stale and sys.argv[1:] == ["--check"])
 
 

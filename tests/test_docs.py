@@ -1,8 +1,9 @@
-"""The generated tables of the documentation: up to date, and nothing of a scenario left out in silence."""
+"""The documentation: generated tables are up to date and complete, proofs exist, words are plain."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-FILE = Path(__file__).resolve().parent.parent / "docs/tables.py"
+REPOSITORY = Path(__file__).resolve().parent.parent
+FILE = REPOSITORY / "docs/tables.py"
 spec = importlib.util.spec_from_file_location("tables", FILE)
 assert spec
 assert spec.loader
@@ -35,6 +37,16 @@ PLAYBOOK = """
 def test_tables_are_up_to_date() -> None:
     done = subprocess.run([sys.executable, FILE, "--check"], check=False)
     assert done.returncode == 0, "run: python docs/tables.py"
+
+
+def test_what_proves_a_case_exists() -> None:
+    parts = yaml.safe_load((FILE.parent / "cases.yml").read_text())
+    proofs = [row["proof"] for part in parts for row in part.get("rows", ()) if "proof" in row]
+    paths = {path for proof in proofs for path in re.findall(r"`([^` ]+/[^` ]+)`", proof)}
+    scenarios = {name for proof in proofs for name in re.findall(r"scenario `(\w+)`", proof)}
+    assert len(proofs) > 50
+    assert [path for path in sorted(paths) if not list(REPOSITORY.glob(path))] == []
+    assert [name for name in sorted(scenarios) if not (REPOSITORY / "molecule" / name / "molecule.yml").is_file()] == []
 
 
 def test_cases_are_found_in_blocks_too() -> None:

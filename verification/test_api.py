@@ -88,7 +88,7 @@ def test_every_other_path_that_vllm_registers_is_closed(host: Host, server: Sett
     assert open_ones == {("GET", path) for path in ("/health", "/metrics", "/version")}
 
 
-# What vLLM takes, and some image of it does not survive, or reads no other page meanwhile (docs/verification.md).
+# What vLLM takes, and some image of it does not survive, or reads no other page meanwhile (docs/verification-cases.md).
 @pytest.mark.parametrize(
     ("name", "value"),
     [
