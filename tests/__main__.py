@@ -142,6 +142,7 @@ def lint() -> Count:
         command("ruff", "format", "--check", "."),
         command("mypy"),
         command("mypy", cwd=REPOSITORY / "client"),
+        command("typos"),
         command("yamllint", "--strict", "."),
         command("ansible-lint", "site.yml", "playbooks", "roles", "plugins", "inventory"),
         command("ansible-playbook", "--syntax-check", "site.yml", "-i", "inventory/local"),
