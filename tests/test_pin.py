@@ -171,7 +171,7 @@ def test_what_hub_and_registry_say_is_written_with_the_date_and_used(
 def test_only_a_digest_and_a_commit_are_written(digest: str, commit: str, sound: bool) -> None:
     (play,) = data_loader().load_from_file(str(REPOSITORY / "playbooks/pin.yml"), trusted_as_template=True)
     names = [task["name"] for task in play["tasks"][0]["block"]]
-    checked = names.index("Check that each digest is that of its manifest")
+    checked = names.index("Check that each digest matches its manifest")
     assert checked < min(number for number, name in enumerate(names) if name.endswith("pinned"))
     known = {
         "item": {"docker_content_digest": digest, "content": MANIFEST.decode()},
