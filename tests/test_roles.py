@@ -97,6 +97,22 @@ def tasks_of(tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield from tasks_of(task.get(key, []))
 
 
+# With what a name of a task or play begins: verbs that people who use Ansible expect.
+VERBS = re.compile(
+    r"(Apply|Build|Calculate|Check|Collect|Compare|Configure|Copy|Create|Deploy|Download|Drain|Ensure|Fail|Gather|Include|"
+    r"Install|Load|Mask|Measure|Pack|Pin|Plan|Prepare|Pull|Read|Reboot|Rebuild|Record|Refresh|Reload|Remove|Restart|Restore|Roll|"
+    r"Run|Save|Select|Show|Skip|Start|Stop|Undrain|Uninstall|Unpack|Update|Upgrade|Validate|Verify|Wait|Warn|Write)\b"
+)
+
+
+def test_tasks_begin_with_a_usual_verb() -> None:
+    folders = ("roles/*/tasks", "roles/*/handlers", "playbooks", "playbooks/tasks")
+    files = [file for folder in folders for file in REPOSITORY.glob(f"{folder}/*.yml")]
+    names = [(file, str(task["name"])) for file in files for task in tasks_of(load(file) or []) if "name" in task]
+    assert len(names) > 500
+    assert [f"{file.relative_to(REPOSITORY)}: {name}" for file, name in names if not VERBS.match(name)] == []
+
+
 def test_one_variable_sets_how_long_every_task_waits_for_the_locks_of_apt() -> None:
     modules = (
         "ansible.builtin.apt",
