@@ -38,7 +38,8 @@ options:
   installed:
     description:
       - C(recorded), the settings of each server by name; C(running), the names of those that run; C(proven), the
-        settings that were proven to read; C(adapted), what this deployment found to help each GPU, by its index.
+        settings that were proven to read; C(adapted), what this deployment found to help each GPU, by its index;
+        C(stopped), whether their owner has stopped the servers, who then counts on it that they get their memory back.
     type: dict
     default: {}
 """
@@ -56,12 +57,13 @@ _value:
 """
 
 import ipaddress
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.dots_ocr.deploy.plugins.filter.memory_plan import memory_plan
+from ansible_collections.dots_ocr.deploy.plugins.filter.memory_plan import RESERVE_MIB, memory_plan
 from packaging.version import Version
 
 Data = dict[str, Any]
@@ -228,11 +230,17 @@ def plan_gpu(gpu: Data, platform: str, image: Data, wanted: Data, installed: Dat
         ),
         [],
     )
+    memory = "wsl2" if platform.startswith("wsl") else "bare_metal"
+    if installed.get("stopped"):
+        # Whoever has the memory now, such as a game, has it only until the server is started.
+        total = gpu["memory_total_mib"]
+        planned = math.ceil(before.get("plan", {}).get("gpu_memory_utilization", 0) * total) + RESERVE_MIB[memory]
+        gpu = {**gpu, "memory_free_mib": max(gpu["memory_free_mib"], min(planned, total))}
     new = installed.get("adapted", {}).get(str(gpu["index"]), [])
     adaptations = [*kept, *(one for one in new if one not in kept)]
     plan = memory_plan(
         gpu,
-        "wsl2" if platform.startswith("wsl") else "bare_metal",
+        memory,
         wanted["limits"],
         before.get("plan", {}),
         before.get("name", "") in installed.get("running", []),

@@ -47,6 +47,10 @@ running:
   returned: success
   type: list
   elements: str
+stopped:
+  description: Since when servers that were proven to read are stopped, and disabled in systemd; empty if one is not.
+  returned: success
+  type: str
 settled:
   description: Whether there are servers, all as they were when they were last proven to read, up, without a restart, at
     boot, too, and watched as their settings say.
@@ -80,6 +84,7 @@ PROVEN = Path("/var/lib/dots-ocr/states/good/server")
 PROGRAMS = "/usr/local/lib/dots-ocr"
 LOCK = "dots-ocr-deployment.service"
 HELD = ("active", "deactivating")
+STOPPED = (("inactive", "disabled"), ("failed", "disabled"))
 
 Settings = dict[str, dict[str, Any]]
 
@@ -97,7 +102,7 @@ def timer(server: str) -> str:
 def ask_systemd(servers: Settings) -> dict[str, dict[str, str]]:
     """Return what systemd says of each server's unit and of the timer of its watchdog, by name."""
     names = [name for server in servers for name in (f"{server}.service", timer(server))]
-    properties = "--property=ActiveState,UnitFileState,NRestarts"
+    properties = "--property=ActiveState,UnitFileState,NRestarts,InactiveEnterTimestamp"
     blocks = ask("systemctl", "show", properties, *names).split("\n\n") if names else []
     return dict(zip(names, [dict(line.split("=", 1) for line in one.splitlines()) for one in blocks], strict=False))
 
@@ -123,11 +128,21 @@ def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
     for name, server in servers.items():
         unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
         watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
-        if unit != {"ActiveState": "active", "UnitFileState": "enabled", "NRestarts": "0"}:
+        if [unit.get(key) for key in ("ActiveState", "UnitFileState", "NRestarts")] != ["active", "enabled", "0"]:
             return False
         if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
             return False
     return bool(servers) and json.loads(ask(f"{PROGRAMS}/state", "compare") or "{}").get("same", False) is True
+
+
+def stopped(servers: Settings, units: dict[str, dict[str, str]]) -> str:
+    """Return since when the servers are stopped by their owner, or nothing."""
+    states = [(one.get("ActiveState"), one.get("UnitFileState")) for one in units.values()]
+    # An installation that was broken off before its first start has proven nothing yet.
+    if not states or not settings(PROVEN) or any(state not in STOPPED for state in states):
+        return ""
+    since = [date for name in servers if (date := units[f"{name}.service"].get("InactiveEnterTimestamp"))]
+    return since[0] if since else "before the last boot"
 
 
 def prove(name: str, server: dict[str, Any], isolated: bool) -> str:
@@ -170,6 +185,7 @@ def main() -> None:
         servers=servers,
         proven=settings(PROVEN),
         running=[name for name in servers if units.get(f"{name}.service", {}).get("ActiveState") in HELD],
+        stopped=stopped(servers, units),
         settled=settled(servers, units),
         images=ask_docker(servers),
         listeners=ask_listeners(),

@@ -388,6 +388,13 @@ def record(server: dict[str, Any], kv_tokens: int) -> dict[str, Any]:
     }
 
 
+def test_a_game_that_has_the_memory_of_a_stopped_server_changes_nothing_in_its_plan() -> None:
+    stopped = {"recorded": {"dots-ocr": record(planned({}), 130_000)}, "stopped": True}
+    busy = {**SECOND, "memory_free_mib": 3000}
+    assert plan(busy, installed=stopped)["servers"][0]["plan"] == planned({})["plan"]
+    assert plan(busy, installed={**stopped, "stopped": False})["servers"] == []
+
+
 def test_next_deployment_plans_with_what_the_card_showed_and_the_one_after_it_with_the_same() -> None:
     first = planned({})
     second = planned(record(first, 100_000))

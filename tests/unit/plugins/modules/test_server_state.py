@@ -94,6 +94,37 @@ def test_something_is_left_to_be_done(
     assert not host.look(capsys)["settled"]
 
 
+DOWN = "ActiveState=inactive\nUnitFileState=disabled\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "since"),
+    [
+        (f"NRestarts=0\n{DOWN}InactiveEnterTimestamp=Mon 2026-11-30\n\n{DOWN}", "Mon 2026-11-30"),
+        (f"NRestarts=0\n{DOWN}InactiveEnterTimestamp=\n\n{DOWN}", "before the last boot"),
+        (f"NRestarts=3\nActiveState=failed\nUnitFileState=disabled\n\n{DOWN}", "before the last boot"),
+        # Stopped for now, being started by hand, and a change of engines that was broken off.
+        (f"NRestarts=0\nActiveState=inactive\nUnitFileState=enabled\n\n{UP}", ""),
+        (f"NRestarts=0\nActiveState=activating\nUnitFileState=disabled\n\n{DOWN}", ""),
+        (f"NRestarts=0\n{DOWN}\n{UP}", ""),
+        (None, ""),
+    ],
+)
+def test_tells_since_when_the_owner_has_stopped_it(
+    host: Host, capsys: pytest.CaptureFixture[str], answer: str | None, since: str
+) -> None:
+    host.answers["systemctl show"] = answer
+    assert host.look(capsys)["stopped"] == since
+
+
+def test_an_installation_that_never_read_is_not_stopped(
+    host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    host.answers["systemctl show"] = f"NRestarts=0\n{DOWN}\n{DOWN}"
+    monkeypatch.setattr(module, "PROVEN", tmp_path / "nothing")
+    assert host.look(capsys)["stopped"] == ""
+
+
 def test_a_server_without_watchdog_has_no_timer(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.settings["watched"] = False
     assert not host.look(capsys)["settled"]
