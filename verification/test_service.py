@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -27,6 +28,16 @@ def test_watchdog_runs_now_and_at_boot(host: Host) -> None:
         assert timer.is_running
         assert timer.is_enabled
         assert not host.check_output("systemctl list-units --failed --plain --no-legend 'dots-ocr*'")
+
+
+def test_owner_sees_that_it_runs(host: Host) -> None:
+    with host.sudo():
+        done = host.run("dots-ocr-server status --json")
+    assert done.rc == 0, done.stdout
+    seen = {
+        one["name"]: (one["state"], one["model"], one["fault"] is None) for one in json.loads(done.stdout)["servers"]
+    }
+    assert seen == {server["name"]: ("running", server["model"], False) for server in servers(host)}
 
 
 def test_port_is_open_on_loopback_only(host: Host, server: Settings) -> None:

@@ -43,6 +43,9 @@ TEXT_CHARACTERS = 200_000
 # A shorter key may be a word that JSON needs; those that Ansible makes are longer.
 SHORTEST_HIDDEN = 8
 SYSTEMCTL_SECONDS = 15
+DIAGNOSES = Path(__file__).resolve().parent / "diagnoses.json"
+EVIDENCE_LENGTH = 300  # characters
+RESTART_SCHEDULED = "5eb03494b6584870a536b337290809b3"  # systemd's id of that message (sd-messages.h)
 
 REDEPLOY = "run 'ansible-playbook site.yml'."
 FOREIGN = "find out which program listens at this port."
@@ -101,8 +104,8 @@ def server_name(text: str) -> str:
     return text
 
 
-def load_server(name: str, folder: Path) -> Server:
-    """Return the settings of a server; raises Failed."""
+def load_server(name: str, folder: Path, *, key: bool = True) -> Server:
+    """Return the settings of a server, with its key unless nothing is asked that needs it; raises Failed."""
     file = folder / f"{name}.json"
     try:
         settings = json.loads(file.read_bytes())
@@ -124,7 +127,7 @@ def load_server(name: str, folder: Path) -> Server:
         model=setting(file, settings, "model", str),
         likeness=setting(file, settings, "likeness", float),
         api_key_file=key_file,
-        key=load_key(Path(key_file)) if key_file else "",
+        key=load_key(Path(key_file)) if key and key_file else "",
         settings=settings,
         file=file,
     )
@@ -392,13 +395,14 @@ class Entry(NamedTuple):
     text: str
     invocation: str
     message_id: str
+    time: float  # since 1970, in seconds
 
 
-def journal(unit: str, since: str, until: str = "") -> list[Entry]:
+def journal(unit: str, since: str, until: str = "", *more: str) -> list[Entry]:
     """Return a unit's entries, oldest first, between times as journalctl takes them; none if there is no journal."""
     entries: list[Entry] = []
-    times = ["--since", since] + ["--until", until] * bool(until)
-    for line in run("journalctl", "--unit", unit, *times, "--output=json", "--all", "--no-pager").splitlines():
+    words = ["--since", since, *["--until", until] * bool(until), *more]
+    for line in run("journalctl", "--unit", unit, *words, "--output=json", "--all", "--no-pager").splitlines():
         with contextlib.suppress(ValueError, AttributeError):
             found = json.loads(line)
             # A list of bytes where it is no plain text, such as a progress bar.
@@ -408,8 +412,36 @@ def journal(unit: str, since: str, until: str = "") -> list[Entry]:
             # that ended at once may have neither.
             invocation = found.get("INVOCATION_ID") or found.get("_SYSTEMD_INVOCATION_ID")
             before = entries[-1].invocation if entries else ""
-            entries.append(Entry(text, invocation or before, found.get("MESSAGE_ID", "")))
+            time = int(found.get("__REALTIME_TIMESTAMP", 0)) / 1e6
+            entries.append(Entry(text, invocation or before, found.get("MESSAGE_ID", ""), time))
     return entries
+
+
+class Diagnosed(Failed):
+    """Waiting will not help, and the journal says why: (problem, fix, diagnosis)."""
+
+
+def diagnose(
+    server: Server, entries: list[Entry], problem: str, *, late: bool = False, sure: bool = True
+) -> Diagnosed | None:
+    """Return what the first entry of diagnoses.json says that knows what the journal of a run says, if one does.
+
+    A run that is late goes on, all others have failed; sure is what failed often enough not to pass by itself.
+    """
+    said = "\n".join(entry.text for entry in entries)
+    for known in json.loads(DIAGNOSES.read_text(encoding="utf-8")):
+        found = re.search(known["pattern"], said) if late or not known.get("late") else None
+        if not found:
+            continue
+        if known.get("may_pass") and not sure:
+            return None
+        # A pattern may begin far above the line that tells what went wrong, which is where it ends.
+        line = said[: found.end()].rpartition("\n")[2] + said[found.end() :].partition("\n")[0]
+        evidence = line.strip()[:EVIDENCE_LENGTH]
+        diagnosis = {"server": server.name, "name": known["name"], "evidence": evidence}
+        problem = f"{problem} {known['cause']}. {known['meaning']} The journal says: {evidence}"
+        return Diagnosed(problem, known["advice"], diagnosis)
+    return None
 
 
 def run(*command: str) -> str:
