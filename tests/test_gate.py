@@ -22,6 +22,7 @@ from tests import programs
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY = "the-key-of-the-server-0123456789"
 CHAT = "/v1/chat/completions"
+START = "<p>$state</p>"
 MIB = 1 << 20
 
 gate = programs.load("dots_ocr_gate.py")
@@ -48,20 +49,21 @@ class Server:
     def __init__(self, folder: Path) -> None:
         """Start as the container does."""
         settings = folder / "dots_ocr_gate.settings"
-        settings.write_text(json.dumps({"paths": plugin.api_paths("server"), "max_body_mib": 2}))
+        settings.write_text(json.dumps({"paths": plugin.api_paths("server"), "max_body_mib": 2, "page": START}))
         self.gate = gate.Gate(self.vllm, settings)
         self.seen: list[tuple[str, dict[bytes, bytes], bytes]] = []
         self.held: list[int] = []
+        self.status = 200
 
     async def vllm(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer 200 with the body."""
+        """Answer with the body."""
         message = await receive() if scope["type"] == "http" else {}
         self.held.append(self.gate.held)
         assert not scope.get("query_string")
         self.seen.append((scope.get("path", scope["type"]), dict(scope.get("headers", [])), message.get("body", b"")))
         if scope["type"] == "http":
             assert not message["more_body"]
-            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.start", "status": self.status, "headers": []})
             await send({"type": "http.response.body", "body": json.dumps((await receive())["type"]).encode()})
 
     def ask(self, path: str, body: Any = b"", *, method: str = "POST", key: str | None = KEY, **more: Any) -> Answer:
@@ -90,9 +92,9 @@ class Server:
         asyncio.run(self.gate(scope, receive, send))
         content = b"".join(message.get("body", b"") for message in sent)
         start = sent[0] if sent else {}
-        return Answer(
-            start.get("status", 0), json.loads(content or "null"), dict(start.get("headers", [])), list(self.seen)
-        )
+        headers = dict(start.get("headers", []))
+        found = content.decode() if b"text/html" in headers.get(b"content-type", b"") else json.loads(content or "null")
+        return Answer(start.get("status", 0), found, headers, list(self.seen))
 
 
 @pytest.fixture
@@ -221,8 +223,18 @@ def test_key_is_needed_before_anything_is_read(server: Server) -> None:
         assert server.ask(path, [], method=method, key=None, headers=halves).refuses(401)
         basic = [(b"authorization", f"Basic {KEY}".encode())]
         assert server.ask(path, [], method=method, key=None, headers=basic).refuses(401)
-    for path in ("/health", "/metrics", "/version"):
+    for path in ("/", "/health", "/metrics", "/version"):
         assert server.ask(path, method="GET", key=None).status == 200
+
+
+def test_page_for_people_says_whether_vllm_is_healthy_and_asks_it_for_nothing_else(server: Server) -> None:
+    for status, state in ((200, "ready · готов"), (503, "not ready · не готов")):
+        server.status = status
+        answer = server.ask("/", method="GET", key=None, headers=[(b"cookie", b"x")])
+        assert (answer.status, answer.content) == (200, f"<p>{state}</p>")
+        assert answer.seen == [("/health", {}, b"")]
+        assert b"default-src 'none'" in answer.headers[b"content-security-policy"]
+        assert int(answer.headers[b"content-length"]) == len(answer.content.encode())
 
 
 def test_server_without_a_key_asks_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from server import Settings, ask, python, ready, servers, variable
 
 # All that is answered (plugins/filter/api_paths.py), said again here: a list that grows by mistake turns red.
 ANSWERED = {
-    *(("GET", path) for path in ("/health", "/metrics", "/version", "/v1/models")),
+    *(("GET", path) for path in ("/", "/health", "/metrics", "/version", "/v1/models")),
     ("POST", "/v1/chat/completions"),
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
@@ -85,7 +85,13 @@ def test_every_other_path_that_vllm_registers_is_closed(host: Host, server: Sett
     assert len(found) == 2 * len(wanted)
     assert [answer for answer in found if answer[3] != 404 and (answer[0], answer[1]) not in ANSWERED] == []
     open_ones = {(method, path) for method, path, with_key, status in found if status == 200 and not with_key}
-    assert open_ones == {("GET", path) for path in ("/health", "/metrics", "/version")}
+    assert open_ones == {("GET", path) for path in ("/", "/health", "/metrics", "/version")}
+
+
+def test_page_for_people_says_that_the_server_is_ready(host: Host, server: Settings) -> None:
+    status, text = ask(host, server, "/", key=False)
+    assert status == 200
+    assert '<strong id="state">ready' in text
 
 
 # What vLLM takes, and some image of it does not survive, or reads no other page meanwhile (docs/verification-cases.md).

@@ -419,7 +419,7 @@ def test_without_the_key_only_health_and_metrics_answer(
     headers = {} if header is None else {"Authorization": header.encode()}
     assert post(url, ask(picture(), TEXT), headers=headers).status_code == 401
     assert get(f"{url}/v1/models", headers=headers).status_code == 401
-    assert {get(f"{url}/{path}").status_code for path in ("health", "metrics", "version")} == {200}
+    assert {get(f"{url}/{path}").status_code for path in ("", "health", "metrics", "version")} == {200}
     assert engine.tasks == []
     assert post(url, ask(picture(), TEXT), headers={"Authorization": "Bearer secret"}).status_code == 200
 
@@ -661,6 +661,16 @@ def test_unknown_addresses_answer_in_json(url: str) -> None:
     answer = get(f"{url}/v1/completions")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, 404)
     assert get(f"{url}/v1/chat/completions").status_code == 405
+
+
+def test_the_page_for_people_says_whether_the_service_reads(start: Serve, engine: ScriptedEngine) -> None:
+    page = get(start(engine))
+    assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert '<strong id="state">ready · готов</strong>' in page.text
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    engine.error = ServerUnavailable("gone")
+    assert '<strong id="state">not ready · не готов</strong>' in get(start(engine)).text
+    assert engine.tasks == []
 
 
 # Load, and engines that fail

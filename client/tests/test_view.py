@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from dots_ocr_client import TesseractEngine
+from dots_ocr_client.apps import serve
 from dots_ocr_client.apps.view import write_view
 from dots_ocr_client.pages.documents import PageImage
 from dots_ocr_client.results import Attempt, Box, Cell, Document, FailedPage, Page
@@ -400,3 +403,21 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (file.read_text(), list(tmp_path.iterdir())) == ("before", [file])
     write_view(REPORT, [], file)
     assert (file.read_text()[:15], list(tmp_path.iterdir())) == ("<!doctype html>", [file])
+
+
+def test_a_browser_shows_the_page_of_the_service(browser: webdriver.Chrome) -> None:
+    listener = serve.listen("127.0.0.1", 0, public=False)
+    server = serve.make_server(serve.Service([TesseractEngine()]), 10)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        console(browser)
+        browser.get(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        assert browser.title == "dots.ocr server"
+        assert find(browser, "#state").text == "ready · готов"
+        assert find(browser, "body").value_of_css_property("max-width") == "768px"  # the policy lets the style pass
+        assert not [entry for entry in console(browser) if "favicon" not in entry["message"]]
+    finally:
+        browser.get("about:blank")
+        server.should_exit = True
+        thread.join()

@@ -38,6 +38,7 @@ PATHS = (
     {"name": "pages", "method": "POST", "path": "/v1/chat/completions", "key": True},
     {"name": "models", "method": "GET", "path": "/v1/models", "key": True},
     {"name": "health", "method": "GET", "path": "/health", "key": False},
+    {"name": "start", "method": "GET", "path": "/", "key": False},
 )
 # The monitoring and the watchdog read the metrics; the client looks at the version for what the server can do.
 OF_SERVERS = (

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import httpx2
 import openai
@@ -15,6 +16,7 @@ import pytest
 from tests.gateway.conftest import ALICE, NARROW, SLOW
 from tests.gateway.support import PAGE, SECRET_TEXT, SERVER_KEY, Answer, Backend, Gateway, in_background, wait_until
 
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 MIB = 1 << 20
 Backends = dict[str, Backend]
 
@@ -85,6 +87,21 @@ def test_whole_address_in_the_request_line_opens_nothing(main: Gateway, backends
     assert not [path for backend in backends.values() for path in backend.others]
 
 
+def test_page_for_people_comes_from_the_gateway_and_says_whether_a_server_can_be_used(
+    main: Gateway, backends: Backends
+) -> None:
+    page = main.ask("GET", "/")
+    text = page.body.decode()
+    assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert '<strong id="state">ready · готов</strong>' in text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert {"x-content-type-options", "cache-control"} <= set(page.headers)
+    source = REPOSITORY / "client/src/dots_ocr_client/apps/serve.html"
+    assert text == source.read_text().rstrip().replace("$state", "ready · готов")
+    assert main.ask("POST", "/").status == 404
+    assert not [path for backend in backends.values() for path in backend.others]
+
+
 def test_models_are_listed_with_a_key(main: Gateway) -> None:
     answer = main.ask("GET", "/v1/models", ALICE)
     assert answer.status == 200
@@ -110,6 +127,7 @@ def test_health_needs_no_key_and_fails_without_servers(main: Gateway) -> None:
     answer = main.ask("GET", "/health")
     assert answer.status == 503
     assert answer.headers["retry-after"] == "5"
+    assert '<strong id="state">not ready · не готов</strong>' in main.ask("GET", "/").body.decode()
     answer = main.ask(key=ALICE)
     assert answer.status == 503
     assert answer.headers["retry-after"] == "5"

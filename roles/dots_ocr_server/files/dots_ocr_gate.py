@@ -2,7 +2,8 @@
 
 vLLM's key guards only paths that begin with /v1, and some of what its API takes ends its engine or keeps it from every
 other page. So each request is looked at before vLLM sees it: its path, its key, its headers, and all of its body.
-dots_ocr_gate.settings, beside this file, has the paths (plugins/filter/api_paths.py) and the largest body.
+dots_ocr_gate.settings, beside this file, has the paths (plugins/filter/api_paths.py), the largest body, and the page
+at / (client/src/dots_ocr_client/apps/serve.html).
 
 Needs nothing but Python's standard library (3.9 or newer), so that it runs in any image.
 """
@@ -25,6 +26,14 @@ MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 # Of a request, what vLLM gets to see. From others it takes ids, priorities and ranks.
 HEADERS = {b"accept", b"authorization", b"connection", b"content-length", b"content-type", b"host", b"user-agent"}
+
+# Of the page: a browser loads nothing else, runs nothing and keeps nothing.
+PAGE_HEADERS = [
+    (b"content-type", b"text/html; charset=utf-8"),
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+]
 
 # A body has so long, and a second more for each of these; what comes more slowly only keeps memory from others.
 BODY_SECONDS, BYTES_PER_SECOND = 30, 4 << 10  # the least rate of the gateway, too
@@ -340,6 +349,7 @@ class Gate:
         self.app = app
         self.paths = {(one["method"], one["path"]): one for one in known["paths"]}
         self.most = known["max_body_mib"] << 20
+        self.page = known["page"]
         key = os.environ.get("VLLM_API_KEY")
         self.key = hashlib.sha256(key.encode()).digest() if key else None
         self.room, self.held = memory() // SHARE, 0
@@ -366,6 +376,9 @@ class Gate:
             self.check_key([value for name, value in scope["headers"] if name == b"authorization"])
         headers = [(name, value) for name, value in scope["headers"] if name in HEADERS]
         scope = {**scope, "headers": headers, "query_string": b""}
+        if scope["path"] == "/":
+            await self.show(scope, receive, send)
+            return
         if scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
@@ -385,6 +398,20 @@ class Gate:
             pass  # nobody waits for an answer
         finally:
             self.held -= mine
+
+    async def show(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with the page, and whether vLLM is healthy; it reads nothing for that."""
+        said: list[Any] = []
+
+        async def note(message: Message) -> None:
+            said.append(message.get("status"))
+
+        await self.app({**scope, "path": "/health", "raw_path": b"/health", "headers": []}, receive, note)
+        state = "ready · готов" if 200 in said else "not ready · не готов"
+        content = self.page.replace("$state", state).encode()
+        headers = [*PAGE_HEADERS, (b"content-length", b"%d" % len(content))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
 
     def check_key(self, given: Collection[bytes]) -> None:
         """Raise Refusal unless the request brings the key, where there is one."""

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ..chain.fallback import Chain
@@ -74,6 +75,12 @@ DEFAULT_SHUTDOWN: Final = 10.0
 """For pages that are being read when the service is told to end, in seconds."""
 PROBE_SECONDS: Final = 5.0
 """For all engines to say whether they could work."""
+PAGE_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+"""Of the page for people: a browser loads nothing else, runs nothing and keeps nothing."""
 PROBE_AGE: Final = 1.0
 """For so many seconds ``/health`` says the same, because anybody may ask it and a probe costs something."""
 
@@ -180,6 +187,7 @@ class Service:
         guarded = self._guarded
         return Starlette(
             routes=[
+                Route("/", self._answer_page),
                 Route("/health", self._answer_health),
                 Route("/metrics", self._answer_metrics),
                 Route("/version", self._answer_version),
@@ -231,6 +239,12 @@ class Service:
             return response
 
         return counted
+
+    async def _answer_page(self, request: Request) -> Response:
+        health = await self._answer_health(request)
+        state = "ready · готов" if health.status_code == 200 else "not ready · не готов"
+        page = files(__package__).joinpath("serve.html").read_text(encoding="utf-8")
+        return HTMLResponse(page.replace("$state", state), headers=PAGE_HEADERS)
 
     async def _answer_health(self, _: Request) -> Response:
         async with self._probing:
