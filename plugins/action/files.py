@@ -30,11 +30,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return result
 
     def contents(self, wanted: Entry, task_vars: Entry) -> Iterator[Entry]:
-        """Yield the entry with its content; for a folder one for each file and folder in it.
-
-        Raises:
-            AnsibleError: a file is not there, or a template cannot be filled in.
-        """
+        """Yield the entry with its content; for a folder one for each file and folder in it."""
         entry = dict(wanted)
         source, template, extra = (entry.pop(name, None) for name in ("src", "template", "vars"))
         if template:

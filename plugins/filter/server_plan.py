@@ -104,11 +104,7 @@ def oldest_driver(profile: Data) -> str:
 
 
 def choose(gpu: Data, profiles: Mapping[str, Data], order: Sequence[str], wanted: str = "auto") -> Data:
-    """Return {"fits": True, "name", "tag"} of the profile for a GPU, or {"fits": False, "problem", "fix"}.
-
-    Raises:
-        AnsibleFilterError: `wanted` names no profile.
-    """
+    """Return {"fits": True, "name", "tag"} of the profile for a GPU, or {"fits": False, "problem", "fix"}."""
     if wanted != "auto" and wanted not in profiles:
         raise AnsibleFilterError(f"unknown profile {wanted}; there are: {', '.join(order)}")
     reasons = {}

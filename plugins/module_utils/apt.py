@@ -173,10 +173,8 @@ def details(text: str, match: re.Match[str]) -> dict[str, str]:
 def explain(text: str, what: str, warnings: bool = False) -> Problem:
     """Return the words of apt and dpkg for what failed, and the fix of the most specific cause that they name.
 
-    Args:
-        text: all that they said.
-        what: what was tried, as in "installing docker-ce".
-        warnings: whether warnings tell of the failure too, as they do of lists that do not come.
+    `what` was tried, as in "installing docker-ce". With `warnings` these tell of the failure too, as they do of lists
+    that do not come.
     """
     told = "\n".join(line for line in text.splitlines() if not re.match(PROGRESS, line))
     cause, match = next((cause, match) for cause in CAUSES if (match := re.search(cause.pattern, told)))
@@ -192,13 +190,9 @@ def explain(text: str, what: str, warnings: bool = False) -> Problem:
 
 
 def apt(command: list[str], lock_timeout: int) -> tuple[int, str]:
-    """Run a program of apt once the locks are free; return its status and what it says.
+    """Run a program of apt once the locks are free, within so many seconds; return its status and what it says.
 
     apt itself waits for dpkg's locks alone: for that on its lists and that on its archives it does not.
-
-    Args:
-        command: the program and its words.
-        lock_timeout: seconds to wait for another program that holds a lock.
     """
     end = time.monotonic() + lock_timeout
     while True:
@@ -215,11 +209,7 @@ def apt(command: list[str], lock_timeout: int) -> tuple[int, str]:
 
 
 def refresh(lock_timeout: int) -> None:
-    """Fetch all lists, unless we just did; lists that do not come show when the packages do not.
-
-    Raises:
-        Problem: a lock is not let go, or no source can be read.
-    """
+    """Fetch all lists, unless we just did; lists that do not come show when the packages do not."""
     if REFRESHED.exists() and time.time() - REFRESHED.stat().st_mtime < FRESH_SECONDS:
         return
     status, text = apt(["apt-get", "update"], lock_timeout)

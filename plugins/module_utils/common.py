@@ -69,11 +69,7 @@ def ask(*command: str, timeout: float | None = None) -> str:
 
 
 def require(*command: str) -> str:
-    """Return what a program prints.
-
-    Raises:
-        Problem: it fails.
-    """
+    """Return what a program prints; that it fails is a Problem."""
     status, output, errors = run(*command)
     if status != 0:
         said = " ".join((errors or output).split()) or f"status {status}"

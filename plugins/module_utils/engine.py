@@ -48,9 +48,8 @@ def settings(daemon: Path = DAEMON) -> dict[str, Any]:
 def unfit(info: dict[str, Any], components: str = "") -> str:
     """Return why the engine that answers cannot run the server, a key of UNFIT, or nothing.
 
-    Args:
-        info: what it says of itself, by its API or by `docker info`; empty if it does not answer.
-        components: their names, as `docker version` says of the server.
+    `info` is what it says of itself, by its API or by `docker info`; empty if it does not answer. `components` are
+    their names, as `docker version` says of the server.
     """
     # Podman's service has a field or a component of its own, and its command has other keys.
     if "BuildahVersion" in info or "Podman" in components or ("ServerVersion" not in info and "host" in info):

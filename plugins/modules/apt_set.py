@@ -174,22 +174,14 @@ class Set:
         return self.packages.get(package, {}).get("status") == "installed"
 
     def apt(self, *words: str, what: str, options: tuple[str, ...] = ()) -> str:
-        """Run apt-get.
-
-        Raises:
-            Problem: it fails.
-        """
+        """Run apt-get."""
         status, text = apt.apt([*APT, *options, *words], self.params["lock_timeout"])
         if status != 0:
             raise apt.explain(text, what)
         return text
 
     def wanted_versions(self, names: list[str]) -> dict[str, str]:
-        """Return the version to have of each package with a pin.
-
-        Raises:
-            Problem: there is none.
-        """
+        """Return the version to have of each package with a pin."""
         pinned = [name for name in names if self.params["version"].get(name)]
         if not pinned:
             return {}

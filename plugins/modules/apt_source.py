@@ -92,11 +92,7 @@ ARMOR = re.compile(
 
 
 def packets_of(key: bytes, origin: str) -> bytes:
-    """Return a key's packets, which apt reads: of an armored key the decoded ones, else the key itself.
-
-    Raises:
-        Problem: it is no key.
-    """
+    """Return a key's packets, which apt reads: of an armored key the decoded ones, else the key itself."""
     try:
         packets = b"".join(base64.b64decode(b"".join(block.split()), validate=True) for block in ARMOR.findall(key))
     except binascii.Error:
@@ -117,11 +113,7 @@ def is_replaced(file: Path, replaces: list[str]) -> bool:
 
 
 def find_older(own: Path, conflicts: str, replaces: list[str]) -> list[Path]:
-    """Return the files of older entries of the same repository, which this one takes the place of.
-
-    Raises:
-        Problem: there is an entry in a file that is not ours to remove.
-    """
+    """Return the files of older entries of the same repository, which this one takes the place of."""
     older = []
     for file, entries in apt.sources() if conflicts else ():
         same = [entry for entry in entries if re.search(conflicts, entry)]
@@ -157,11 +149,7 @@ class Source:
         return "\n".join([f"# Written by Ansible (module apt_source), for the key {total}.", *lines, ""])
 
     def fetch_key(self) -> bytes:
-        """Return the key's packets, from where it is.
-
-        Raises:
-            Problem: it is not there, or is none.
-        """
+        """Return the key's packets, from where it is."""
         place = self.params["key"]
         if not place.startswith("/"):
             response, info = fetch_url(self.module, place, timeout=60)
@@ -185,11 +173,7 @@ class Source:
         return found
 
     def refresh(self) -> None:
-        """Fetch the lists of this source.
-
-        Raises:
-            Problem: the repository cannot be reached, or no accepted key has signed it.
-        """
+        """Fetch the lists of this source; a Problem tells whether nobody answers, or no accepted key has signed it."""
         alone = (f"Dir::Etc::sourcelist={self.file}", "Dir::Etc::sourceparts=-", "APT::Get::List-Cleanup=0")
         # What apt keeps of all sources stays: it takes it seconds to read them anew.
         alone += ("Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")

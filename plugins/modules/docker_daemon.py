@@ -95,9 +95,6 @@ def parse(data: bytes | None) -> Options:
     """Return the options in the bytes of a daemon.json as dockerd reads them; no file, an empty one and null have none.
 
     Like dockerd it takes UTF-8, or what a byte order mark says, and merges objects whose key stands there twice.
-
-    Raises:
-        Problem: it is not JSON, or no object.
     """
     what = "valid JSON"
     try:
@@ -123,11 +120,7 @@ def merge_pairs(pairs: list[tuple[str, Any]]) -> Options:
 
 
 def refuse_constant(name: str) -> None:
-    """Refuse what only Python takes for JSON.
-
-    Raises:
-        ValueError: always.
-    """
+    """Refuse what only Python takes for JSON."""
     raise ValueError(f"{name} is no JSON")
 
 
@@ -151,11 +144,7 @@ def is_list_of_words(value: Any) -> bool:
 
 
 def merge(existing: Options, required: Options, defaults: list[Options], options: Options) -> Options:
-    """Return what daemon.json shall hold.
-
-    Raises:
-        Problem: options contradict what is required.
-    """
+    """Return what daemon.json shall hold."""
     contradicted = [key for key in required if combine(required, options)[key] != combine(options, required)[key]]
     if contradicted:
         value = json.dumps(required[contradicted[0]])
@@ -207,12 +196,7 @@ def flags_of(unit: str) -> set[str]:
 
 
 def check(options: Options, flags: set[str], wsl: bool) -> None:
-    """Check what the engine itself does not check.
-
-    Raises:
-        Problem: an option is given twice or in a place that is not read, names nothing, or is none that the server
-            can live with.
-    """
+    """Check what the engine itself does not check."""
     # Names with a dot or a slash are programs that need no definition (containerd's shims).
     runtime, runtimes = options.get("default-runtime"), options.get("runtimes")
     known = not runtime or "add-runtime" in flags or bool(re.search(r"^runc$|[./]", str(runtime)))
@@ -305,11 +289,7 @@ class Configuration:
         return self.write(PROXY, proxy, 0o600)
 
     def before(self, data: bytes | None) -> bytes | None:
-        """Return the daemon.json that would be there without us: that of before, with what others changed since then.
-
-        Raises:
-            Problem: it is not JSON, or no object.
-        """
+        """Return the daemon.json that would be there without us: that of before, with what others changed since."""
         kept = read(RECORD)
         if data is None or kept is None:
             return data
@@ -319,11 +299,7 @@ class Configuration:
         return before if left == parse(before) else render(left)
 
     def certificate(self, registry: str) -> str:
-        """Return the certificate for a registry.
-
-        Raises:
-            Problem: there is none.
-        """
+        """Return the certificate for a registry."""
         given = str(self.params["registry_ca"][registry])
         try:
             text = Path(given).read_text() if given.startswith("/") else given
@@ -354,11 +330,7 @@ def unit() -> str:
 
 
 def validate(options: Options) -> None:
-    """Let the engine check the options, if it is there.
-
-    Raises:
-        Problem: it would not start with them.
-    """
+    """Let the engine check the options, if it is there."""
     program = shutil.which("dockerd", path=PLACES)
     if program is None:
         return

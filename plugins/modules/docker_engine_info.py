@@ -103,14 +103,9 @@ def running_containers(inspected: list[dict[str, Any]]) -> list[str]:
 
 
 def judge(info: dict[str, Any], components: str, has_iptables: bool) -> Iterator[dict[str, str]]:
-    """Yield why the engine behind the command docker cannot run the server.
+    """Yield why the engine behind the command docker cannot run the server; see `unfit` for what it is told.
 
     Whether it manages the firewall, and with what, does not matter: the server has a rule of its own, by iptables.
-
-    Args:
-        info: what `docker info` says of it, as JSON; empty if it does not answer.
-        components: their names, as `docker version` says of the server.
-        has_iptables: whether the host has that program.
     """
     kind = engines.unfit(info, components)
     if kind:

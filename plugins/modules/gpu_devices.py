@@ -301,11 +301,7 @@ class Devices:
         return True
 
     def refresh(self, reason: str) -> None:
-        """Have the specification written anew.
-
-        Raises:
-            Problem: it was not.
-        """
+        """Have the specification written anew."""
         # Somebody else's failures of before do not count towards the limit of starts.
         self.ask("systemctl", "reset-failed", UNITS[1])
         status, _, _ = self.ask("systemctl", "restart", UNITS[1])
@@ -334,11 +330,7 @@ class Devices:
         )
 
     def prove(self, path: str) -> None:
-        """Open the device in a container that leaves nothing behind.
-
-        Raises:
-            Problem: it does not start, or cannot open the device.
-        """
+        """Open the device in a container that leaves nothing behind."""
         status, name, errors = self.ask("docker", "image", "import", "-", data=image())
         if status != 0:
             raise Problem(explain(errors, self.device))

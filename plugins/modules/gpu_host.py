@@ -575,11 +575,7 @@ def read_gpus(status: int, answer: str, errors: str) -> tuple[list[Host], list[H
 
 
 def parse_gpu(line: str) -> Host:
-    """Return one GPU from a row of nvidia-smi's answer to QUERY.
-
-    Raises:
-        ValueError: it is no such row, or a word stands where a value should; says which.
-    """
+    """Return one GPU from a row of nvidia-smi's answer to QUERY; the ValueError says which word is no value."""
     row = ROW.fullmatch(line.strip())
     if row is None:
         raise ValueError(f"nvidia-smi says '{line}'")

@@ -247,11 +247,7 @@ def upgrade_kernel(host: Host, flavour: str, what: str) -> NotInLists:
 
 
 def resolve_ubuntu(host: Host, system: System, wishes: Wishes) -> Resolution:
-    """Choose Canonical's modules, signed and built for the running kernel.
-
-    Raises:
-        Problem: the archive has none of this branch, or none for this kernel.
-    """
+    """Choose Canonical's modules, signed and built for the running kernel."""
     if wishes.package_version:
         raise Problem(
             f"nvidia_driver_package_version is {wishes.package_version}, but Canonical's modules go with the kernel and"
@@ -288,11 +284,7 @@ def resolve_ubuntu(host: Host, system: System, wishes: Wishes) -> Resolution:
 
 
 def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
-    """Choose NVIDIA's own packages, whose modules are built on the machine by DKMS.
-
-    Raises:
-        Problem: Secure Boot would not load such modules, or the kernel's headers are not to be had.
-    """
+    """Choose NVIDIA's own packages, whose modules are built on the machine by DKMS."""
     # One that is loaded in spite of it was signed by an enrolled key, and so the next will be.
     if host["secure_boot"] and not host["driver"]["loaded"]:
         first = "turn Secure Boot off in the firmware and run again"
@@ -341,11 +333,7 @@ def folder_of(host: Host) -> str:
 
 
 def resolve(host: Host, system: System, wishes: Wishes) -> Resolution:
-    """Choose the packages for a machine that has no driver but ours.
-
-    Raises:
-        Problem: no source has a driver for this GPU on this machine.
-    """
+    """Choose the packages for a machine that has no driver but ours."""
     distribution, release = host["distribution"], host["distribution_version"]
     if folder_of(host) not in FOLDERS:
         supported = "Debian 12 or 13, or Ubuntu 22.04, 24.04 or 26.04"
@@ -447,11 +435,7 @@ def judge(host: Host, wishes: Wishes, ours: bool) -> list[str]:
 
 
 def make_plan(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
-    """Return the plan; RETURN describes it.
-
-    Raises:
-        Problem: there is no good way.
-    """
+    """Return the plan; RETURN describes it."""
     if wishes.branch != "auto":
         return plan_branch(host, system, wishes)
     branches = list(DEFAULT_BRANCHES)
@@ -469,11 +453,7 @@ def make_plan(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
 
 
 def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
-    """Return the plan for one branch.
-
-    Raises:
-        Problem: there is no good way; NoBranch if only another branch can help.
-    """
+    """Return the plan for one branch; NoBranch if only another branch can help."""
     if not wishes.branch.isdecimal():
         raise Problem(
             f"nvidia_driver_branch is '{wishes.branch}'", "set it to 'auto' or to a branch of NVIDIA's, such as '580'"

@@ -82,11 +82,7 @@ class Folder:
     """The folder on this host."""
 
     def __init__(self, module: AnsibleModule) -> None:
-        """Take what is wanted.
-
-        Raises:
-            Problem: a fingerprint is none.
-        """
+        """Take what is wanted."""
         self.module = module
         self.params = module.params
         self.path = Path(self.params["path"])
@@ -96,11 +92,7 @@ class Folder:
                 raise Problem(f"{text!r} is no fingerprint of a key", "give all of its 40 or 64 digits")
 
     def source(self, root: Path, base: Path) -> str:
-        """Return the apt source for one signed list of indexes, in deb822 form.
-
-        Raises:
-            Problem: no key may check it.
-        """
+        """Return the apt source for one signed list of indexes, in deb822 form."""
         keys = [path for path in (root / f"key.{suffix}" for suffix in ("gpg", "asc", "pgp")) if path.exists()]
         signers = [*map(str, keys), *self.fingerprints] if keys else self.params["keyrings"]
         if keys and not self.fingerprints:
@@ -128,11 +120,7 @@ class Folder:
         return "\n".join([*lines, ""])
 
     def indexes(self, root: Path, base: Path, work: Path) -> list[Path]:
-        """Return the indexes below a folder of the bundle, as apt has checked them.
-
-        Raises:
-            Problem: apt refuses them, or they are of another release.
-        """
+        """Return the indexes below a folder of the bundle, as apt has checked them."""
         lists = work / "lists"
         (lists / "partial").mkdir(parents=True)
         source = work / "signed.sources"
@@ -180,11 +168,7 @@ class Folder:
         return found, refused
 
     def description(self, package: Path) -> str:
-        """Return what a package without a signature says of itself.
-
-        Raises:
-            Problem: it is no package.
-        """
+        """Return what a package without a signature says of itself."""
         status, output, errors = run("dpkg-deb", "--field", str(package))
         if status != 0:
             raise Problem(f"{package.name} is no package: {errors.strip()}", "make a new bundle")

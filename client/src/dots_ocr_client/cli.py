@@ -84,16 +84,7 @@ class _Ended(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: Without the program's name; default: those of this process.
-
-    Returns:
-        The exit status: 0; 1 if something could not be read or does not work; 2 for wrong usage or bad input; 3 if
-        everything was read, but some of it by another engine than the first, and nobody asked for that; 130 if it was
-        interrupted (Ctrl-C or SIGTERM).
-    """
+    """Run the command with these arguments, by default this process's; return the exit status that --help names."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments in ([], ["read"], ["view"]):  # which do nothing by themselves
         arguments.append("--help")
@@ -774,11 +765,7 @@ def serve(
 
 
 def _result(file: Path) -> tuple[Document, str | None]:
-    """Load a result, and the SHA-256 of the document that it is of, if it tells.
-
-    Raises:
-        InputError: It is none.
-    """
+    """Load a result, and the SHA-256 of the document that it is of, if it tells."""
     from .results import Document
 
     try:
@@ -792,11 +779,7 @@ def _result(file: Path) -> tuple[Document, str | None]:
 
 
 def _pictures(document: Document, source: Path, digest: str | None, password: str | None) -> Iterator[PageImage]:
-    """Draw the pages that a document has results of, one at a time.
-
-    Raises:
-        InputError: The source cannot be opened, or has fewer pages.
-    """
+    """Draw the pages that a document has results of, one at a time."""
     import hashlib
 
     from .pages.rasterizer import draw, open_document

@@ -17,11 +17,11 @@ from .pages.documents import OpenDocument, Source, describe, parse_pages
 from .prompts import MODES, Mode
 from .results import Box, Document, FailedPage, Page
 
+# For one page and all engines together, in seconds; a busy GPU takes 10 to 30 s for a full page.
 DEFAULT_TIMEOUT: Final = 120.0
-"""For one page and all engines together, in seconds; a busy GPU takes 10 to 30 s for a full page."""
 
+# Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all.
 Pages = str | Iterable[int] | None
-"""Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all."""
 
 
 class ClientOptions(TypedDict, total=False):

@@ -14,16 +14,13 @@ from urllib.parse import quote, unquote, urlsplit
 
 from .errors import ConfigurationError, InvalidKey
 
-KEY_VARIABLE: Final = "DOTS_OCR_API_KEY"
-"""The environment's variable with the key of the server that is asked."""
-KEY_FILE: Final = Path("/etc/dots-ocr/api-key")
-"""Where the server's host has its key, for root alone."""
-HIDDEN: Final = "***"
-"""What stands in the place of a secret."""
+KEY_VARIABLE: Final = "DOTS_OCR_API_KEY"  # the environment's variable with the key of the server that is asked
+KEY_FILE: Final = Path("/etc/dots-ocr/api-key")  # where the server's host has its key, for root alone
+HIDDEN: Final = "***"  # what stands in the place of a secret
+# A key of fewer characters is not hidden in what a page says (our own choice: ``test`` or ``none`` is a word, too).
 SHORTEST: Final = 8
-"""A key of fewer characters is not hidden in what a page says (our own choice: ``test`` or ``none`` is a word, too)."""
+# How deeply JSON that a server says of itself may be nested (our own choice: that of vLLM has three levels).
 DEEPEST: Final = 32
-"""How deeply JSON that a server says of itself may be nested (our own choice: that of vLLM has three levels)."""
 
 _AROUND: Final = re.compile(r"\A[\s\ufeff]+|[\s\ufeff]+\Z")
 _QUOTED: Final = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
@@ -38,15 +35,11 @@ def bare(text: str) -> str:
 
 
 def read_key(text: str | None, origin: str = "the API key") -> str | None:
-    """Return a key as it can be sent; ``None`` if there is none, or nothing at all in its place.
-
-    Args:
-        text: As it was given, with whatever stands around it (`bare`).
-        origin: Where it comes from, for the message.
+    """Return a key as it can be sent, without what stands around it (`bare`); ``None`` if there is none, or nothing.
 
     Raises:
         InvalidKey: It is no printable ASCII, or has spaces, lines or quotes in it, or nothing but these. The message
-            says nothing of what it holds.
+            says where it comes from (`origin`), and nothing of what it holds.
     """
     if text is None or text == "":
         return None
@@ -69,16 +62,11 @@ def key_of_this_host() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server is.
+    """Where a server is."""
 
-    Attributes:
-        url: With scheme and path, without user, password and a slash at the end: this may be shown.
-        host: Its name or number.
-        login: User and password, if the base URL had them; they go as HTTP's basic authentication.
-    """
-
-    url: str
-    host: str
+    url: str  # with scheme and path, without user, password and a slash at the end: this may be shown
+    host: str  # its name or number
+    # User and password, if the base URL had them; they go as HTTP's basic authentication.
     login: tuple[str, str] | None = field(default=None, repr=False)
 
     @classmethod
@@ -144,11 +132,7 @@ class Secrets:
         return text if self._in_pages is None else self._in_pages.sub(HIDDEN, text)
 
     def hide_all(self, value: Any, depth: int = DEEPEST) -> Any:
-        """Return JSON that a server says of itself without the secrets; short ones stay, since ids consist of words.
-
-        Raises:
-            ValueError: It is nested more deeply than `depth`.
-        """
+        """Return JSON that a server says of itself without the secrets; short ones stay, since ids consist of words."""
         if isinstance(value, str):
             return self.hide_in_page(value)
         if not isinstance(value, dict | list):

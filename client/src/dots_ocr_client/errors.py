@@ -32,18 +32,14 @@ if TYPE_CHECKING:
     from .results import Attempt
 
 
+# Of the models that a server serves, so many are named at most (our own choice: a server can say thousands).
 NAMES: Final = 20
-"""Of the models that a server serves, so many are named at most (our own choice: a server can say thousands)."""
 
 
 class DotsOCRError(Exception):
-    """Base class of all errors that this package raises on purpose.
+    """Base class of all errors that this package raises on purpose."""
 
-    Attributes:
-        status: The HTTP status that the server answered with, if that is what went wrong.
-    """
-
-    status: int | None = None
+    status: int | None = None  # the HTTP status that the server answered with, if that is what went wrong
 
 
 class InputError(DotsOCRError):
@@ -99,12 +95,9 @@ class NotApplicable(EngineError):
 
 
 class ServerUnavailable(EngineError):
-    """The server cannot be reached, is still starting, or failed inside (5xx).
+    """The server cannot be reached, is still starting, or failed inside (5xx)."""
 
-    Attributes:
-        passing: Whether it may soon be over; not if the host swallows packets, which takes seconds to find out.
-    """
-
+    # Whether it may soon be over; not if the host swallows packets, which takes seconds to find out.
     passing: bool = True
 
 

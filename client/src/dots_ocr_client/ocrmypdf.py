@@ -57,11 +57,7 @@ class DotsOcrEngine(TesseractOcrEngine):  # type: ignore[misc]
 
     @staticmethod
     def generate_hocr(input_file: Path, output_hocr: Path, output_text: Path, options: Any) -> None:
-        """Read a page.
-
-        Raises:
-            PageNotRead: No engine could.
-        """
+        """Read a page, or raise `PageNotRead`."""
         try:
             with _lock:
                 client = _client("+".join(options.languages))

@@ -8,16 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+# What to read; see `MODES`.
 Mode = Literal["layout", "layout_only", "text", "grounding", "web", "scene", "svg", "general"]
-"""What to read; see `MODES`."""
 
+# Where the image goes. It belongs in front of the prompt exactly once: a server that runs with
+# ``--chat-template-content-format string`` and finds none adds one with a line break, which the model never saw.
 PLACEHOLDER: Final = "<|img|><|imgpad|><|endofimg|>"
-"""Where the image goes. It belongs in front of the prompt exactly once: a server that runs with
-``--chat-template-content-format string`` and finds none adds one with a line break, which the model never saw."""
 
 TEMPERATURE: Final = 0.1
-TOP_P: Final = 0.9
-"""Both as in upstream's client (dots_ocr/model/inference.py)."""
+TOP_P: Final = 0.9  # both as in upstream's client (dots_ocr/model/inference.py)
 
 _CATEGORIES = (
     "['Caption', 'Footnote', 'Formula', 'List-item', 'Page-footer', "
@@ -27,24 +26,17 @@ _CATEGORIES = (
 
 @dataclass(frozen=True, slots=True)
 class ModeSpec:
-    """How one mode is asked for.
+    """How one mode is asked for."""
 
-    Attributes:
-        prompt: With ``{box}``, ``{width}``, ``{height}`` or ``{question}`` where something is filled in; boxes and
-            sizes are in pixels of the image as the model sees it.
-        answer: ``cells`` is JSON with boxes, categories and texts, ``boxes`` the same without texts, ``text`` free.
-        temperature: Of sampling.
-        top_p: Of sampling.
-        system: A system prompt, which only the general mode was trained with.
-        mocr: Only dots.mocr knows the mode.
-    """
-
+    # With ``{box}``, ``{width}``, ``{height}`` or ``{question}`` where something is filled in; boxes and sizes are in
+    # pixels of the image as the model sees it.
     prompt: str
+    # ``cells`` is JSON with boxes, categories and texts, ``boxes`` the same without texts, ``text`` free.
     answer: Literal["cells", "boxes", "text"]
-    temperature: float = TEMPERATURE
-    top_p: float = TOP_P
-    system: str | None = None
-    mocr: bool = False
+    temperature: float = TEMPERATURE  # of sampling
+    top_p: float = TOP_P  # of sampling
+    system: str | None = None  # a system prompt, which only the general mode was trained with
+    mocr: bool = False  # only dots.mocr knows the mode
 
 
 MODES: Final[dict[Mode, ModeSpec]] = {

@@ -26,8 +26,7 @@ def count(number: int, noun: str) -> str:
 def write(file: Path, parts: Iterable[str]) -> None:
     """Write a file that takes its name, and keeps its permissions, when it is whole; a pipe or device keeps its place.
 
-    Raises:
-        OSError: It cannot be written; what was there still is.
+    If it cannot be written (`OSError`), what was there still is.
     """
     file = file.resolve()
     if file.exists() and not file.is_file():

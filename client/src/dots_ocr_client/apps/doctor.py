@@ -33,39 +33,29 @@ if TYPE_CHECKING:
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
-A4_PIXELS: Final = (1654, 2339)
-"""An A4 page at 200 dpi, the resolution at which PDFs are drawn."""
-ANSWER_TOKENS: Final = 4096
-"""Room for the answer, in tokens (our own choice: a densely printed page with its layout)."""
-SAMPLE: Final = "The quick brown fox jumps over 1234567890 lazy dogs."
-"""What the page says that is read as a test."""
+A4_PIXELS: Final = (1654, 2339)  # an A4 page at 200 dpi, the resolution at which PDFs are drawn
+ANSWER_TOKENS: Final = 4096  # room for the answer, in tokens (our own choice: a densely printed page with its layout)
+SAMPLE: Final = "The quick brown fox jumps over 1234567890 lazy dogs."  # what the page says that is read as a test
+# How alike the text that was read must be, from 0 to 1 as `difflib` counts (our own choice: a letter or two may be
+# wrong, but without its number or its last two words the sentence comes to less).
 ALIKE: Final = 0.9
-"""How alike the text that was read must be, from 0 to 1 as `difflib` counts (our own choice: a letter or two may be
-wrong, but without its number or its last two words the sentence comes to less)."""
 PACKAGES: Final = ("dots-ocr-client", "openai", "pypdfium2", "pillow")
 QWEN_PACKAGES: Final = ("torch", "transformers")
+# Where the role dots_ocr_server writes what it knows of the servers of a host.
 DEPLOYED: Final = Path("/etc/dots-ocr/server")
-"""Where the role dots_ocr_server writes what it knows of the servers of a host."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """One thing that was looked at."""
 
-    Attributes:
-        name: What, in a word or two.
-        status: ``failed`` if reading with dots.ocr cannot work without it, ``warning`` if it can but something is
-            amiss, ``skipped`` if it was not or could not be looked at.
-        detail: What was found.
-        fix: What to do about it; empty for ``ok``.
-        seconds: How long the server or another engine took, where it was asked.
-    """
-
-    name: str
+    name: str  # what, in a word or two
+    # ``failed`` if reading with dots.ocr cannot work without it, ``warning`` if it can but something is amiss,
+    # ``skipped`` if it was not or could not be looked at.
     status: Status
-    detail: str
-    fix: str = ""
-    seconds: float | None = None
+    detail: str  # what was found
+    fix: str = ""  # what to do about it; empty for ``ok``
+    seconds: float | None = None  # how long the server or another engine took, where it was asked
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -75,18 +65,11 @@ class Check:
 async def examine(
     engine: VLLMEngine, seconds: float = 120.0, *, ocr: bool = False, languages: str = "eng"
 ) -> list[Check]:
-    """Check the server, its model, the other engines and the packages, in this order.
+    """Check the server, its model, the other engines and the packages, in this order; with `ocr` have each read a page.
 
-    Args:
-        engine: Says which server and model; stays open.
-        seconds: For each question to the server, and for each page.
-        ocr: Have every engine that is there read a page, and compare what it read.
-        languages: Of Tesseract. The page is in English.
-
-    Returns:
-        What was found; nothing is raised for what does not work. PDFs' own text is not checked: it needs nothing but
-        the packages. That a server of this very host only starts with a remedy, or found another KV cache on its card
-        than planned, is a check of its own, where it is so.
+    A question to the server, and a page, may take so many seconds. PDFs' own text is not checked: it needs nothing but
+    the packages. That a server of this very host only starts with a remedy, or found another KV cache on its card than
+    planned, is a check of its own. Nothing is raised for what does not work.
     """
     from ..engines.qwen import QwenEngine
     from ..engines.tesseract import TesseractEngine
@@ -222,11 +205,7 @@ async def _page(name: str, engine: Engine, seconds: float, wrong: str, fix: str)
 
 
 async def _try(name: str, engine: Engine, seconds: float, fix: str) -> Check:
-    """Have an engine read the page, and compare.
-
-    Raises:
-        DotsOCRError, TimeoutError: There is nothing to compare.
-    """
+    """Have an engine read the page, and compare; raises what leaves nothing to compare."""
     sheet = Image.new("RGB", (1120, 140), "white")
     ImageDraw.Draw(sheet).text((28, 42), SAMPLE, "black", font=ImageFont.load_default(36))
     page = await asyncio.to_thread(PageImage.of, 1, sheet)

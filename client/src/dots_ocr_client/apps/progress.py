@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from ..results import FailedPage, Page
 
-EVERY_SECONDS: Final = 10.0
-"""Between two lines about pages in a log (our own choice)."""
+EVERY_SECONDS: Final = 10.0  # between two lines about pages in a log (our own choice)
 
 
 def shown() -> Silent:

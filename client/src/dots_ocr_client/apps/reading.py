@@ -31,21 +31,10 @@ async def run(
     password: str | None = None,
     **options: Any,
 ) -> Document:
-    """Read a document, with progress.
+    """Read a document, with progress; `options` are those of `AsyncDotsOCR.stream`, and so are the errors.
 
-    Args:
-        client: Reads the pages.
-        source: The document.
-        progress: Is told of each page.
-        write: Writes pages in their order, as soon as those before them are there; ``None``: nothing is written.
-        render: Makes the text of a document of one page.
-        pages: Which; default: all.
-        password: Of an encrypted PDF.
-        options: Of `AsyncDotsOCR.stream`.
-
-    Raises:
-        InputError: It cannot be opened, or drawn.
-        AllEnginesFailed: Not one page could be read.
+    `write` is given the pages in their order, as soon as those before them are there, each as `render` makes a text of
+    a document of one page.
     """
     results: dict[int, Page | FailedPage] = {}
     begun = good = False  # what failed waits for a page that did not: of nothing at all there is no output

@@ -53,36 +53,29 @@ from ..version import __version__
 from . import serve_http
 from .serve_api import Refused, answer, task_of, understand
 
+# The model's names, as the servers of this project serve them: whoever asks for dots.ocr is to find this service.
 SERVED_NAMES: Final = ("dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model")
-"""The model's names, as the servers of this project serve them: whoever asks for dots.ocr is to find this service."""
-KEY_VARIABLE: Final = "DOTS_OCR_SERVE_API_KEY"
-"""Of the environment."""
-DEFAULT_TIMEOUT: Final = 120.0
-"""For one page and all engines together, in seconds; the client's own default."""
-DEFAULT_QUEUE: Final = 64
-"""Pages that wait at most (our own choice: some minutes of Tesseract's work on two cores)."""
+KEY_VARIABLE: Final = "DOTS_OCR_SERVE_API_KEY"  # of the environment
+DEFAULT_TIMEOUT: Final = 120.0  # for one page and all engines together, in seconds; the client's own default
+DEFAULT_QUEUE: Final = 64  # pages that wait at most (our own choice: some minutes of Tesseract's work on two cores)
+# What is said to be the context, in tokens: that of dots.ocr, so that no client refuses a page for its length.
 CONTEXT: Final = 131_072
-"""What is said to be the context, in tokens: that of dots.ocr, so that no client refuses a page for its length."""
+# Of a request. The largest page that the model takes, uncompressed and in base64, has 43 MiB.
 MAX_BODY_BYTES: Final = 64 * 2**20
-"""Of a request. The largest page that the model takes, uncompressed and in base64, has 43 MiB."""
-BODY_SECONDS: Final = 60.0
-"""For a whole request to arrive, so that slow senders do not fill the queue (our own choice)."""
-BODY_SHARE: Final = 0.125
-"""Of all memory that requests may take together while they arrive and wait (our own choice)."""
+BODY_SECONDS: Final = 60.0  # for a whole request to arrive, so that slow senders do not fill the queue (our own choice)
+BODY_SHARE: Final = 0.125  # of all memory that requests may take together while they arrive and wait (our own choice)
+# ``/health`` is ill when no worker has finished a picture for so long and all are busy (our own choice).
 FULL_SECONDS: Final = 5.0
-"""``/health`` is ill when no worker has finished a picture for so long and all are busy (our own choice)."""
-DEFAULT_SHUTDOWN: Final = 10.0
-"""For pages that are being read when the service is told to end, in seconds."""
-PROBE_SECONDS: Final = 5.0
-"""For all engines to say whether they could work."""
+DEFAULT_SHUTDOWN: Final = 10.0  # for pages that are being read when the service is told to end, in seconds
+PROBE_SECONDS: Final = 5.0  # for all engines to say whether they could work
+# Of the page for people: a browser loads nothing else, runs nothing and keeps nothing.
 PAGE_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
-"""Of the page for people: a browser loads nothing else, runs nothing and keeps nothing."""
+# For so many seconds ``/health`` says the same, because anybody may ask it and a probe costs something.
 PROBE_AGE: Final = 1.0
-"""For so many seconds ``/health`` says the same, because anybody may ask it and a probe costs something."""
 
 _PASSING: Final = frozenset(
     kind.__name__ for kind in (ServerUnavailable, Overloaded, CircuitOpen, DeadlineExceeded, EngineMissing)
@@ -150,18 +143,15 @@ class Service:
         max_queue: int = DEFAULT_QUEUE,
         hosts: Iterable[str] = (),
     ) -> None:
-        """Take the engines, which are closed with the service.
+        """Take the engines, in the order in which they are to be asked; they are closed with the service.
 
         Args:
-            engines: In the order in which they are to be asked.
+            engines: At least one.
             names: Of the model, as clients may call it.
             api_key: What clients have to send as a bearer token; ``None`` for no key.
             timeout: For one page and all engines together, in seconds of their work.
             max_queue: Pages that wait at most, 1 or more; further ones are refused with 503.
             hosts: Names of the service with a dot in them, which count only without a key; see `serve_http`.
-
-        Raises:
-            ValueError: There are no engines or names, or a number is not positive.
         """
         if not names or max_queue < 1:
             raise ValueError("the model needs a name, and the queue at least one place")
@@ -376,14 +366,10 @@ class Service:
 
 
 def read_key(file: Path | None) -> str | None:
-    """Return the key that clients have to send.
-
-    Args:
-        file: Holds it; ``None`` for that of the environment (`KEY_VARIABLE`), if there is one.
+    """Return the key that clients have to send: that in the file, or else of the environment (`KEY_VARIABLE`).
 
     Raises:
         ConfigurationError: It is empty, or no printable ASCII.
-        OSError: The file cannot be read.
     """
     key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8", errors="replace")
     if key is None:
@@ -395,15 +381,10 @@ def read_key(file: Path | None) -> str | None:
 
 
 def listen(host: str, port: int, *, public: bool) -> socket.socket:
-    """Open the socket that the service is to listen at.
-
-    Args:
-        host: An address of this machine, or a name of one.
-        port: 0 for any that is free.
-        public: Whether other machines may reach it.
+    """Open the socket that the service is to listen at; port 0 is any that is free.
 
     Raises:
-        ConfigurationError: The address is none of the loopback interface, and `public` is false.
+        ConfigurationError: Other machines can reach the address, and it is not to be `public`.
         OSError: There is no such address, or the port is taken.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -416,12 +397,7 @@ def listen(host: str, port: int, *, public: bool) -> socket.socket:
 
 
 def is_own(base_url: str, listener: socket.socket) -> bool:
-    """Tell whether a server that is to be asked is the very one that is asking, which would go on for ever.
-
-    Args:
-        base_url: With scheme and ``/v1``.
-        listener: Of `listen`.
-    """
+    """Tell whether a server that is to be asked is the very one that is asking, which would go on for ever."""
     parts = urlsplit(base_url)
     own, own_port = listener.getsockname()[:2]
     if own_port != (parts.port or {"http": 80, "https": 443}.get(parts.scheme)):
@@ -435,12 +411,7 @@ def is_own(base_url: str, listener: socket.socket) -> bool:
 
 
 def make_server(service: Service, shutdown: float = DEFAULT_SHUTDOWN) -> uvicorn.Server:
-    """Return the HTTP server; asked to exit, it finishes the pages that are being read.
-
-    Args:
-        service: What answers.
-        shutdown: For these pages, in seconds; what is not finished then is given up.
-    """
+    """Return the HTTP server; asked to exit, it goes on with the pages that are being read for so many seconds."""
     config = uvicorn.Config(
         service.app(),
         http=serve_http.Connection,
@@ -456,13 +427,7 @@ def make_server(service: Service, shutdown: float = DEFAULT_SHUTDOWN) -> uvicorn
 
 
 def run(service: Service, listener: socket.socket, shutdown: float = DEFAULT_SHUTDOWN) -> None:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Args:
-        service: What answers.
-        listener: Of `listen`.
-        shutdown: As of `make_server`.
-    """
+    """Serve until SIGTERM or Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has finished
         make_server(service, shutdown).run([listener])
 

@@ -22,8 +22,8 @@ from ..pages.documents import PageImage
 from ..prompts import MODES, PLACEHOLDER, Mode
 from ..results import Box, Page, layout
 
+# Commas and brackets of a request (our own choice: there are some 20, and those of the prompt).
 MAX_PARTS: Final = 100_000
-"""Commas and brackets of a request (our own choice: there are some 20, and those of the prompt)."""
 
 _IMAGE_URL: Final = re.compile(r"data:image/[\w.+-]+(?:;[\w.=-]+)*;base64,", re.IGNORECASE)
 _NUMBER: Final = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
@@ -35,15 +35,7 @@ _FIXED: Final[dict[str, Mode]] = {spec.prompt.strip(): mode for mode, spec in MO
 
 
 class Refused(Exception):
-    """A request is answered with an error.
-
-    Attributes:
-        status: Of HTTP.
-        kind: As vLLM names it, such as ``NotFoundError``.
-        param: The field of the request that is to blame, if one is.
-        more: Fields beside the error.
-        headers: Of HTTP.
-    """
+    """A request is answered with an error."""
 
     def __init__(self, status: int, kind: str, message: str, param: str | None = None, **more: Any) -> None:
         """Take what the answer is to say."""
@@ -57,23 +49,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a request asks for.
+    """What a request asks for."""
 
-    Attributes:
-        model: As the client calls it.
-        picture: An encoded image.
-        prompt: The last message of the user, without the image's placeholder.
-        system: The system prompt; empty if there is none.
-        stream: The answer is to come as events.
-        include_usage: The events are to tell the numbers of tokens.
-    """
-
-    model: str
-    picture: bytes
-    prompt: str
-    system: str
-    stream: bool
-    include_usage: bool
+    model: str  # as the client calls it
+    picture: bytes  # an encoded image
+    prompt: str  # the last message of the user, without the image's placeholder
+    system: str  # the system prompt; empty if there is none
+    stream: bool  # the answer is to come as events
+    include_usage: bool  # the events are to tell the numbers of tokens
 
 
 def _bad(message: str) -> Refused:
@@ -81,14 +64,10 @@ def _bad(message: str) -> Refused:
 
 
 def understand(body: bytes | bytearray, names: Sequence[str]) -> Question:
-    """Take what matters out of a request, and pass over how a model should sample.
-
-    Args:
-        body: JSON.
-        names: That the model may be called.
+    """Take what matters out of a request in JSON, and pass over how a model should sample.
 
     Raises:
-        Refused: 404 for another model, 400 for anything else that is not right.
+        Refused: 404 for a model of none of the names, 400 for anything else that is not right.
     """
     if (parts := sum(map(body.count, (b"[", b"{", b",")))) > MAX_PARTS:  # each would take much more memory than a byte
         message = f"the request has {parts} parts, and may have {MAX_PARTS}: send one image and its prompt"
@@ -157,9 +136,6 @@ def _picture(url: str) -> bytes:
 def task_of(question: Question, image: PageImage) -> tuple[Task, tuple[str, ...]]:
     """Find the mode whose trained prompt this is; with any other prompt the page is read as text.
 
-    Returns:
-        The task, with its box in pixels of the image, and warnings.
-
     Raises:
         InputError: The box lies outside the image.
     """
@@ -184,15 +160,7 @@ def _box(numbers: Sequence[float], image: PageImage) -> Box:
 
 
 def answer(question: Question, task: Task, image: PageImage, page: Page, doubts: tuple[str, ...]) -> Response:
-    """Write the answer as dots.ocr on vLLM would, and beside it which engine it is from.
-
-    Args:
-        question: What was asked.
-        task: What was understood.
-        image: What was sent.
-        page: What was read.
-        doubts: Warnings of `task_of`.
-    """
+    """Write the answer as dots.ocr on vLLM would, beside it which engine it is from, and the doubts of `task_of`."""
     form = MODES[task.mode].answer
     warnings = (*doubts, *page.warnings)
     if form != "text" and page.text and not page.cells:

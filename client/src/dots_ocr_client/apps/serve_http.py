@@ -20,14 +20,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..texts import printable
 from .serve_api import Refused
 
+# Our own choice: far more than pages may wait by default, and far fewer than files that a process may have open.
 MAX_CONNECTIONS: Final = 256
-"""Our own choice: far more than pages may wait by default, and far fewer than files that a process may have open."""
+# For the head of a request to arrive, from the connection or the answer before on (our own choice).
 HEAD_SECONDS: Final = 10.0
-"""For the head of a request to arrive, from the connection or the answer before on (our own choice)."""
-STALL_SECONDS: Final = 30.0
-"""For which a client may take nothing of its answer (our own choice)."""
-LOGGED_CHARACTERS: Final = 200
-"""Of an address in the log."""
+STALL_SECONDS: Final = 30.0  # for which a client may take nothing of its answer (our own choice)
+LOGGED_CHARACTERS: Final = 200  # of an address in the log
 
 _QUIET: Final = ("/health", "/metrics")
 
@@ -37,8 +35,8 @@ class Connection(H11Protocol):
 
     _timer: TimerHandle | None = None
     _stall: TimerHandle | None = None
+    # When it began to wait for a request, or for the rest of one; ``None`` while one is answered.
     _since: float | None = None
-    """When it began to wait for a request, or for the rest of one; ``None`` while one is answered."""
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Close the connection that has waited the longest, if this is one too many; if none waits, this one."""
@@ -97,17 +95,10 @@ class Connection(H11Protocol):
 
 
 def check_sender(request: Request, hosts: Collection[str]) -> None:
-    """Refuse what a page of the web has a browser send to a service that asks for no key.
+    """Refuse (403) what a page of the web has a browser send to a service that asks for no key.
 
     Under its own name such a page can reach any address (DNS rebinding), but not as an address, nor as a name without a
-    dot, which nobody can register.
-
-    Args:
-        request: Of a client.
-        hosts: Other names that the service is called by, in small letters.
-
-    Raises:
-        Refused: 403.
+    dot, which nobody can register. `hosts` are other names that the service is called by, in small letters.
     """
     given = request.headers.get("host", "")
     try:

@@ -21,12 +21,10 @@ from ..results import Box, Cell, Document, FailedPage, Page
 from ..results.store import FIRST_ENGINE
 from ..texts import count, printable, write
 
-LONGEST_SIDE: Final = 1600
-"""Of a picture, in pixels: print of a full page is still easy to read (our own choice)."""
+LONGEST_SIDE: Final = 1600  # of a picture, in pixels: print of a full page is still easy to read (our own choice)
+# What pages can be searched for beside their text: how the file calls it, and in words.
 STATES: Final = {"fallback": "read by a fallback", "noted": "with warnings", "failed": "not read"}
-"""What pages can be searched for beside their text: how the file calls it, and in words."""
-QUALITY: Final = 75
-"""Of the pictures, as Pillow counts for WebP (our own choice)."""
+QUALITY: Final = 75  # of the pictures, as Pillow counts for WebP (our own choice)
 
 
 def write_view(document: Document, pages: Iterable[PageImage], file: Path) -> None:
@@ -34,15 +32,7 @@ def write_view(document: Document, pages: Iterable[PageImage], file: Path) -> No
 
     The file needs no network and no other file. Nothing that the model, the server or the document's author wrote can
     run in it: all of it is escaped, and the file's own policy allows no script but ours. One picture at a time is held
-    in memory.
-
-    Args:
-        document: What was read.
-        pages: Pictures of its pages, in the same order; those that are missing leave an empty sheet.
-        file: Where to write; it is replaced when everything is written, and untouched if anything fails.
-
-    Raises:
-        OSError: It cannot be written.
+    in memory; they come in the order of the pages, and one that is missing leaves an empty sheet.
     """
     write(file, _parts(document, pages))
 

@@ -27,21 +27,20 @@ from ..errors import (
 from ..pages.documents import PageImage
 from ..results import Attempt, Box, Page
 
+# Part of the remaining time that an engine may use while others stand behind it (our own choice). Without this a server
+# that hangs would use up the time in which Tesseract, at 2 to 4 s for a page, could have read it.
 SHARE: Final = 0.75
-"""Part of the remaining time that an engine may use while others stand behind it (our own choice). Without this a
-server that hangs would use up the time in which Tesseract, at 2 to 4 s for a page, could have read it."""
+# How long a probe may take: a server that is there tells its health at once, however busy it is.
 PROBE_SECONDS: Final = 5.0
-"""How long a probe may take: a server that is there tells its health at once, however busy it is."""
-LOOK_SECONDS: Final = 0.25
-"""How long a page that waits for an engine leaves it alone at least."""
+LOOK_SECONDS: Final = 0.25  # how long a page that waits for an engine leaves it alone at least
+# How long a page waits for an engine to come back with ``wait`` at most, in seconds: as long as this project's servers
+# may take to start (``dots_ocr_server_ready_timeout``).
 MAX_WAIT: Final = 1800.0
-"""How long a page waits for an engine to come back with ``wait`` at most, in seconds: as long as this project's servers
-may take to start (``dots_ocr_server_ready_timeout``)."""
+# After a page failed more often with an engine that was there again, the page is to blame (our own choice).
 RETURNS: Final = 3
-"""After a page failed more often with an engine that was there again, the page is to blame (our own choice)."""
 
+# What to do with a page whose engine is not there: wait for it, ask the next engine, or give the page up.
 OnUnavailable = Literal["wait", "fallback", "fail"]
-"""What to do with a page whose engine is not there: wait for it, ask the next engine, or give the page up."""
 Draw = Callable[[], Awaitable[PageImage]]
 
 
@@ -120,10 +119,10 @@ class Chain:
         """Read one page.
 
         Args:
-            page: The page.
+            page: If `draw` is given, `PageImage.undrawn`; what it raises is passed on.
             task: What to read.
             started: Called once, when the first engine has a slot for the page; not at all if none ever has.
-            draw: Draws the page, which is `PageImage.undrawn`; what it raises is passed on.
+            draw: Draws the page.
 
         Raises:
             AllEnginesFailed: No engine could, or none was to be asked any more.
@@ -172,12 +171,7 @@ class Chain:
         return self._on_unavailable != "fail"
 
     async def _ask_one(self, engine: Engine, breaker: Breaker, task: Task, clock: _Clock, *, others: bool) -> Answer:
-        """Ask one engine.
-
-        Raises:
-            EngineError: It did not answer, or was not asked.
-            ConfigurationError: See `ask`.
-        """
+        """Ask one engine."""
         if task.mode not in engine.modes:
             raise ModeNotSupported(f"{engine.name} cannot read in the mode {task.mode!r}")
         if clock.left <= 0:
@@ -220,12 +214,7 @@ class Chain:
 
 
 async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
-    """Let a page through to its engine, if need be after probing that, and return how long that took, in seconds.
-
-    Args:
-        engine: The engine.
-        breaker: Its breaker.
-        seconds: How long a probe may take.
+    """Let a page through to its engine, if need be after a probe, which may take so many seconds; return what it took.
 
     Raises:
         CircuitOpen: The engine is not there, or another page is finding out whether it is.
@@ -255,11 +244,7 @@ async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
 
 
 def _refuse(breaker: Breaker) -> None:
-    """Refuse a page while the breaker is open.
-
-    Raises:
-        CircuitOpen: It is, and no probe is due.
-    """
+    """Refuse a page while the breaker is open and no probe is due."""
     was = "it was unavailable several times in a row"
     match breaker.state:
         case "half-open":

@@ -15,11 +15,11 @@ from ..pages.rasterizer import Rasterizer
 from ..results import FailedPage, Page
 from .fallback import Chain
 
+# Pages drawn before their turn, as a part of those that may be in flight. Pages that were sent together come back
+# together, and then as many others are wanted at once. They and the pages in flight are all that is in memory.
 AHEAD: Final = 0.5
-"""Pages drawn before their turn, as a part of those that may be in flight. Pages that were sent together come back
-together, and then as many others are wanted at once. They and the pages in flight are all that is in memory."""
+# Finished pages that may wait for a slow receiver; after that reading pauses. They hold text, not images.
 BACKLOG: Final = 64
-"""Finished pages that may wait for a slow receiver; after that reading pauses. They hold text, not images."""
 
 
 class Pipeline:
@@ -42,12 +42,9 @@ class Pipeline:
     async def deliver(
         self, document: OpenDocument, task: Task, numbers: Sequence[int] | None = None
     ) -> AsyncGenerator[Page | FailedPage, None]:
-        """Read the pages of a document and yield them as they finish; close the generator if you stop early.
+        """Read pages of a document, by default those for which it was opened, and yield them as they finish.
 
-        Args:
-            document: It stays open.
-            task: What to read.
-            numbers: Of the pages; default: those for which it was opened.
+        The document stays open. Close the generator if you stop early.
 
         Raises:
             ConfigurationError: Wrong base URL, model or API key; pages that are not finished are given up.

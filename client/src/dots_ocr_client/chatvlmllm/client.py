@@ -36,18 +36,13 @@ from .words import explain, is_absent
 
 T = TypeVar("T")
 
+# The application's own; dots.ocr is asked with the trained prompt that means the same.
 DEFAULT_PROMPT: Final = "Extract all text from this image"
-"""The application's own; dots.ocr is asked with the trained prompt that means the same."""
-MODEL: Final = "dots.ocr-vllm"
-"""What results call the model."""
-CUT_OFF: Final = "\n\n[ответ обрезан: увеличьте max_tokens]"
-"""Behind an answer that did not fit."""
-NO_TIME: Final = "N/A"
-"""Of what did not come from a server."""
-TIMEOUT: Final = 120.0
-"""For one answer, in seconds, as in the application."""
-HEALTH_TIMEOUT, MODELS_TIMEOUT, METRICS_TIMEOUT = 5.0, 10.0, 5.0
-"""In seconds, as in the application."""
+MODEL: Final = "dots.ocr-vllm"  # what results call the model
+CUT_OFF: Final = "\n\n[ответ обрезан: увеличьте max_tokens]"  # behind an answer that did not fit
+NO_TIME: Final = "N/A"  # of what did not come from a server
+TIMEOUT: Final = 120.0  # for one answer, in seconds, as in the application
+HEALTH_TIMEOUT, MODELS_TIMEOUT, METRICS_TIMEOUT = 5.0, 10.0, 5.0  # in seconds, as in the application
 
 _log = logging.getLogger(__package__)
 _METRIC = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? (\d{1,9})(?:\.0*)?$", re.MULTILINE)
@@ -57,25 +52,18 @@ class _Default(str):
     """An address that stands for "none was given"."""
 
 
+# Without another address, ``DOTS_OCR_BASE_URL`` of the settings goes before this.
 DEFAULT_URL: Final[str] = _Default("http://localhost:8000")
-"""Without another address, ``DOTS_OCR_BASE_URL`` of the settings goes before this."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What was last known of the server.
+    """What was last known of the server."""
 
-    Attributes:
-        fault: Why it cannot be used; ``None`` if it can.
-        context: Longest prompt and answer together, in tokens; before the server says it, a usual number.
-        queue: Requests that it works on and that wait, if it tells.
-        asked: When, on the monotonic clock, in seconds.
-    """
-
-    fault: Exception | None = None
-    context: int = 8192
-    queue: tuple[int, int] | None = None
-    asked: float = float("-inf")
+    fault: Exception | None = None  # why it cannot be used; ``None`` if it can
+    context: int = 8192  # longest prompt and answer together, in tokens; before the server says it, a usual number
+    queue: tuple[int, int] | None = None  # requests that it works on and that wait, if it tells
+    asked: float = float("-inf")  # when, on the monotonic clock, in seconds
 
 
 class VLLMDotsOCRClient:
@@ -84,9 +72,6 @@ class VLLMDotsOCRClient:
     Prompts that dots.ocr was trained with, and the application's own words for the same wishes, are read in the way of
     `dots_ocr_client.VLLMEngine`: retried, checked, repaired, with boxes in pixels of the upright picture. Any other
     prompt goes to the model as it is.
-
-    Attributes:
-        base_url: Of the server, without ``/v1``, user and password.
     """
 
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None) -> None:
@@ -108,12 +93,7 @@ class VLLMDotsOCRClient:
 
     @functools.cached_property
     def session(self) -> Any:
-        """A ``requests.Session`` for programs that use the application's; this client itself does without.
-
-        Raises:
-            ImportError: The package ``requests`` is not installed.
-            InvalidKey: The key can be none.
-        """
+        """A ``requests.Session`` for programs that use the application's, if there is that package; we do without."""
         import requests  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
         session = requests.Session()
@@ -150,22 +130,14 @@ class VLLMDotsOCRClient:
             return {"error": _failed(error)[0]}
 
     def encode_image_to_base64(self, image_path: str) -> str:
-        """Return the bytes of a file in base64.
-
-        Raises:
-            ValueError: The file cannot be read.
-        """
+        """Return the bytes of a file in base64, or raise `ValueError`."""
         try:
             return base64.b64encode(Path(image_path).read_bytes()).decode()
         except Exception as error:
             raise ValueError(f"Cannot encode image {image_path}: {error}") from error
 
     def encode_pil_image_to_base64(self, image: Image.Image) -> str:
-        """Return a picture as an upright PNG in base64.
-
-        Raises:
-            ValueError: It cannot be encoded.
-        """
+        """Return a picture as an upright PNG in base64, or raise `ValueError`."""
         try:
             return base64.b64encode(images.to_png(images.to_rgb(image))).decode()
         except Exception as error:
@@ -241,12 +213,7 @@ class VLLMDotsOCRClient:
         }
 
     def complete(self, conversation: Conversation, max_tokens: int | None = None) -> dict[str, Any]:
-        """Return the answer to a conversation as a completion of vLLM; `None` tokens: as many as the context allows.
-
-        Raises:
-            EngineError: The server cannot be reached, or cannot answer this.
-            ConfigurationError: Wrong address, API key or model.
-        """
+        """Return the answer to a conversation as a completion of vLLM; `None` tokens: as many as the context allows."""
         task = task_of(conversation.prompt) if conversation.one_page else None
         if task is None:
             if not self._warned:
@@ -269,12 +236,9 @@ class VLLMDotsOCRClient:
         return completion_of(content_of(answer, conversation.prompt), answer.model, answer)
 
     def attempt(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> dict[str, Any] | Exception:
-        """Answer a conversation as `complete` does, or return why the server does not.
+        """Answer a conversation as `complete` does, or return why the server does not; only an `InputError` is raised.
 
         Its `state` counts for so many seconds; that it is not there, or its settings are wrong, belongs to that.
-
-        Raises:
-            InputError: No model could read the picture.
         """
         fault = self.state(seconds).fault
         if fault is not None:
@@ -292,8 +256,7 @@ class VLLMDotsOCRClient:
     def for_pages(self, document: Any, page: int | None, ask: Callable[[PageImage], dict[str, Any]]) -> dict[str, Any]:
         """Have the pages of a document asked for, all or one counted from 1, and join the completions into one.
 
-        Raises:
-            Exception: What went wrong on the first page, if something went wrong on all of them.
+        What went wrong on the first page is raised if something went wrong on all of them.
         """
         contents: list[str] = []
         completions: list[dict[str, Any]] = []

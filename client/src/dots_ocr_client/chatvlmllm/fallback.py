@@ -16,11 +16,10 @@ from .client import completion_of
 from .messages import Conversation
 from .trained import content_of, task_of
 
-LANGUAGES: Final = "rus+eng"
-"""Of Tesseract, if it is asked for by its name: those of the application's users."""
+LANGUAGES: Final = "rus+eng"  # of Tesseract, if it is asked for by its name: those of the application's users
+# For one page by an engine of this package (our own choice: about twice what Qwen2-VL takes on a CPU,
+# `engines.qwen.CPU_SECONDS`; the application sets no limit to its own models).
 SECONDS: Final = 900.0
-"""For one page by an engine of this package (our own choice: about twice what Qwen2-VL takes on a CPU,
-`engines.qwen.CPU_SECONDS`; the application sets no limit to its own models)."""
 
 
 class Fallback:
@@ -30,11 +29,10 @@ class Fallback:
     """
 
     def __init__(self, model: Any) -> None:
-        """Take whatever the application has.
+        """Take a model of the application, an `Engine`, or the name of one.
 
-        Args:
-            model: A model with ``process_image(image, prompt)``, ``chat(image, prompt)`` or
-                ``chat_completion(messages, max_tokens)``; an `Engine`; or the name of one.
+        A model has ``process_image(image, prompt)``, ``chat(image, prompt)`` or
+        ``chat_completion(messages, max_tokens)``.
 
         Raises:
             TypeError: It is none of these.

@@ -27,9 +27,9 @@ from .fallback import Fallback
 from .messages import Conversation
 from .words import NO_FALLBACK, NO_SERVICE, UNAVAILABLE, Explained, explain, is_about_the_key, is_absent
 
+# How long the last word on the server's health counts, in seconds (our own choice: longer than the check itself may
+# take). A page that does not reach the server ends it at once.
 HEALTH_SECONDS: Final = 10.0
-"""How long the last word on the server's health counts, in seconds (our own choice: longer than the check itself may
-take). A page that does not reach the server ends it at once."""
 
 _log = logging.getLogger(__package__)
 
@@ -39,10 +39,6 @@ class DotsOCRVLLMIntegration:
 
     It may be used by several threads. A picture that cannot be read is an error at once: no model could read it. So is
     an API key that the server refuses: the fallback would hide it on every page.
-
-    Attributes:
-        vllm_url: The server's address, without ``/v1``.
-        vllm_client: Its client.
     """
 
     def __init__(self, vllm_url: str = DEFAULT_URL, api_key: str | None = None) -> None:
@@ -59,11 +55,7 @@ class DotsOCRVLLMIntegration:
         return self.vllm_client.state(float("inf")).fault is None
 
     def set_fallback_model(self, fallback_model: Any) -> None:
-        """Choose what reads when dots.ocr does not.
-
-        Args:
-            fallback_model: See `Fallback`; or ``None`` for nothing. What is neither is logged, and leaves no fallback.
-        """
+        """Choose what reads when dots.ocr does not: see `Fallback`. What is none is logged, and leaves no fallback."""
         try:
             self._fallback = None
             self._fallback = None if fallback_model is None else Fallback(fallback_model)
@@ -158,7 +150,6 @@ class DotsOCRVLLMIntegration:
 
         Raises:
             Explained: Neither had an answer. Programs look for just the word `UNAVAILABLE` if there is no server.
-            InputError: No model could read the picture.
         """
         answer = self.vllm_client.attempt(conversation, max_tokens, HEALTH_SECONDS)
         if isinstance(answer, dict):

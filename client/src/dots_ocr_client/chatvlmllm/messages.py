@@ -22,8 +22,7 @@ from ..pages.documents import OpenDocument, PageImage, Source
 from ..pages.rasterizer import draw, open_document
 from ..prompts import PLACEHOLDER
 
-LONGEST_PATH: Final = 4096
-"""In bytes; Linux's PATH_MAX (linux/limits.h)."""
+LONGEST_PATH: Final = 4096  # in bytes; Linux's PATH_MAX (linux/limits.h)
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
@@ -34,37 +33,22 @@ class MessageError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What was asked.
+    """What was asked."""
 
-    Attributes:
-        messages: As they came, with a `PageImage` in the place of each picture.
-        page: The last picture; ``None`` if there is none.
-        prompt: The text of the last message, instructions to the model (``system``) aside.
-        one_page: There is just one picture, as in all that dots.ocr was trained for.
-    """
-
-    messages: tuple[dict[str, Any], ...]
-    page: PageImage | None
-    prompt: str
-    one_page: bool
+    messages: tuple[dict[str, Any], ...]  # as they came, with a `PageImage` in the place of each picture
+    page: PageImage | None  # the last picture; ``None`` if there is none
+    prompt: str  # the text of the last message, instructions to the model (``system``) aside
+    one_page: bool  # there is just one picture, as in all that dots.ocr was trained for
 
     @classmethod
     def about(cls, picture: Source | PageImage, prompt: str | None) -> Conversation:
-        """Ask one thing about one picture; without a prompt, for all its text.
-
-        Raises:
-            InputError: The picture cannot be read.
-        """
+        """Ask one thing about one picture; without a prompt, for all its text."""
         page, prompt = picture if isinstance(picture, PageImage) else read_picture(picture), prompt or ""
         return cls(({"role": "user", "content": [page, {"type": "text", "text": prompt}]},), page, prompt, True)
 
     @classmethod
     def of(cls, messages: Sequence[Mapping[str, Any]]) -> Conversation:
-        """Read messages.
-
-        Raises:
-            InputError: They are none, or one of the pictures cannot be read.
-        """
+        """Read messages."""
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise MessageError("нет ни одного сообщения: передайте список сообщений в формате OpenAI")
         read = tuple(map(_read_message, messages))
@@ -83,11 +67,7 @@ class Conversation:
 
 
 def read_picture(picture: Any) -> PageImage:
-    """Draw a document of one page: a path, a ``file:`` or ``data:`` URL, base64, bytes, an open file, or a PIL image.
-
-    Raises:
-        InputError: It cannot be read.
-    """
+    """Draw a document of one page: a path, a ``file:`` or ``data:`` URL, base64, bytes, an open file or a PIL image."""
     with open_pages(picture, None) as opened:
         if len(opened.numbers) != 1:
             raise InputError(
@@ -97,11 +77,7 @@ def read_picture(picture: Any) -> PageImage:
 
 
 def open_pages(document: Any, page: int | None) -> OpenDocument:
-    """Open a document as `read_picture` takes it, of several pages or of one of them, for a ``with`` statement.
-
-    Raises:
-        InputError: The document cannot be opened, or has no such page.
-    """
+    """Open a document as `read_picture` takes it, of several pages or of one of them, for a ``with`` statement."""
     return open_document(_source(document), None if page is None else (page,))
 
 

@@ -32,16 +32,10 @@ class ServerModel:
     unload_model = unload
 
     def process_image(self, image: Image.Image, prompt: str | None = None, **options: Any) -> str:
-        """Read a picture to its end.
+        """Read a picture to its end, with a prompt that dots.ocr was trained with, or that means the same.
 
-        Args:
-            image: The picture.
-            prompt: One of those that dots.ocr was trained with, or that mean the same. Without one, and for any other,
-                which dots.ocr does not follow, all the text is read.
-            options: Of other models, such as ``temperature``; not used.
-
-        Raises:
-            RuntimeError: It cannot be read.
+        Without one, and for any other, which dots.ocr does not follow, all the text is read. Options of other models,
+        such as ``temperature``, are not used.
         """
         client = get_vllm_dots_ocr_client()  # by the settings of now
         prompt = prompt if prompt and task_of(prompt) else DEFAULT_PROMPT

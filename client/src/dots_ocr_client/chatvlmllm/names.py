@@ -11,16 +11,12 @@ from pathlib import Path
 
 replacement = importlib.import_module(str(__package__))
 
+# Of the application as of January 2026: programs at the end of its modules, for which there is ``dots-ocr doctor``.
 DROPPED = {"test_vllm_client", "test_dots_ocr_vllm_integration", "main"}
-"""Of the application as of January 2026: programs at the end of its modules, for which there is ``dots-ocr doctor``."""
 
 
 def missing(source: str) -> list[str]:
-    """Return the public names in a module's source, ``Class.name`` for those in a class, that the replacement lacks.
-
-    Raises:
-        SyntaxError: It is no Python, at least not for this version.
-    """
+    """Return the public names in a module's source, ``Class.name`` for those in a class, that the replacement lacks."""
     return [name for name in _public(ast.parse(source)) if not _has(name)]
 
 

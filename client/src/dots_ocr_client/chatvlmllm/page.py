@@ -35,10 +35,10 @@ from .trained import task_of
 from .words import Explained, explain, is_about_the_key, is_absent
 
 KEY, MODEL_PATH, UNIT = "dots.ocr", "rednote-hilab/dots.ocr", "dots-ocr.service"
+# How long the server's state counts, in seconds (our own choice): the page asks for it several times in each run.
 STATE_SECONDS: Final = 5.0
-"""How long the server's state counts, in seconds (our own choice): the page asks for it several times in each run."""
+# What the page shows: the weights in bfloat16 as the model's memory, and how long a start takes.
 WEIGHTS_GB, START_SECONDS = 6, 300
-"""What the page shows: the weights in bfloat16 as the model's memory, and how long a start takes."""
 NO_TESSERACT: Final = "Чтобы страницы читались и без сервера: sudo apt-get install tesseract-ocr tesseract-ocr-rus"
 
 _log = logging.getLogger(__package__)
@@ -269,18 +269,11 @@ class VLLMStreamlitAdapter:
     def process_image(
         self, image: Any, prompt: str = DEFAULT_PROMPT, model: str = MODEL_PATH, max_tokens: int = 4096
     ) -> dict[str, Any]:
-        """Read a picture.
+        """Read a picture: a PIL image, or whatever `VLLMDotsOCRClient.process_image` takes.
 
-        Args:
-            image: A PIL image; whatever `VLLMDotsOCRClient.process_image` takes will do as well.
-            prompt: Any but those that dots.ocr was trained with, or that mean the same, is answered with the text.
-            model: There is but one.
-            max_tokens: Not used: a page is read to its end, as far as the context allows.
-
-        Returns:
-            ``success``, ``text``, ``error``, ``processing_time`` in seconds, ``model``, ``model_display_name``,
-            ``endpoint``, ``mode``, ``tokens_used``, ``max_tokens_limit``, ``actual_max_tokens``. In OCR mode a failure
-            is a success with the reason as its text, since the page drops everything else.
+        Any prompt but those that dots.ocr was trained with, or that mean the same, is answered with the text. A page is
+        read to its end, whatever `max_tokens` says. In OCR mode a failure is a success with the reason as its text,
+        since the page drops everything else.
         """
         started = time.monotonic()
         with _progress():

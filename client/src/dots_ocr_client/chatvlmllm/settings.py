@@ -10,18 +10,13 @@ from typing import Final
 from ..credentials import bare
 from ..errors import ConfigurationError
 
-FILE: Final = ".dots-ocr.env"
-"""In the application's folder; readable by its owner alone."""
+FILE: Final = ".dots-ocr.env"  # in the application's folder; readable by its owner alone
 
 _folder: Path | None = None
 
 
 def use(folder: Path) -> None:
-    """Read the settings of an application from now on.
-
-    Args:
-        folder: The application's, with `FILE` in it. The file is read at every use, so that a new key needs no restart.
-    """
+    """Read the settings of an application in this folder from now on, at every use: a new key needs no restart."""
     global _folder
     _folder = folder
 
@@ -32,11 +27,7 @@ def folder() -> Path:
 
 
 def value(name: str) -> str | None:
-    """Return a setting: that of the environment, or else that of the file; ``None`` if neither has one.
-
-    Raises:
-        ConfigurationError: The file cannot be understood; the message says nothing of what it holds.
-    """
+    """Return a setting: that of the environment, or else that of the file; ``None`` if neither has one."""
     return os.environ.get(name) or (_read().get(name) if _folder else None)
 
 

@@ -59,13 +59,13 @@ _TABLES: Final = (
     "with tables array containing bbox and html_content for each table"
 )
 
+# The prompts of the modes, and the application's own words for the same wishes. Without any words: all the text.
 _MODES: Final[dict[str, Mode]] = {
     **{_normal(spec.prompt): mode for mode, spec in MODES.items() if "{" not in spec.prompt},
     **{_normal(text): "text" for text in ("", *_TEXT)},
     **{_normal(text): "layout" for text in (_LAYOUT, _TABLES)},
     **{_normal(text): "layout_only" for text in (_LAYOUT_ONLY, _PICTURES)},
 }
-"""The prompts of the modes, and the application's own words for the same wishes. Without any words: all the text."""
 _CATEGORIES: Final = {_normal(_PICTURES): "Picture", _normal(_TABLES): "Table"}
 
 _GROUNDING: Final = re.compile(
@@ -75,11 +75,7 @@ _GROUNDING: Final = re.compile(
 
 
 def task_of(prompt: str) -> Task | None:
-    """Return what a prompt asks for, or ``None`` if dots.ocr was not trained with it or anything that means the same.
-
-    Args:
-        prompt: As a user wrote it. The box of the prompt for grounding is in pixels of the page's image.
-    """
+    """Return what a prompt asks for; ``None`` if dots.ocr was not trained with it or anything that means the same."""
     text = _normal(prompt)
     if text in _MODES:
         return Task(_MODES[text])
@@ -95,10 +91,6 @@ def content_of(answer: Answer | Page, prompt: str = "") -> str:
 
     The boxes are in pixels of the upright image, and a picture has no text. A cell without a usable box has no
     ``bbox``: the application passes over it when it draws.
-
-    Args:
-        answer: What was read.
-        prompt: Some ask for cells of one category.
     """
     wanted = _CATEGORIES.get(_normal(prompt))
     kind = MODES[answer.mode].answer

@@ -23,28 +23,24 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Literal, Self
 
+# Pages at once in the beginning. Our own choice: the smallest GPU server of this project takes 40 before it turns any
+# away. Whoever starts with less loses a whole round of the server's time in finding out.
 START: Final = 32
-"""Pages at once in the beginning. Our own choice: the smallest GPU server of this project takes 40 before it turns any
-away. Whoever starts with less loses a whole round of the server's time in finding out."""
-AGAIN: Final = 4
-"""The same for a server that is back: it may have gone under its load (our own choice)."""
-CAP: Final = 32
-"""Pages at once at most; upstream advises 32 to 128, and a single GPU gains little beyond."""
+AGAIN: Final = 4  # the same for a server that is back: it may have gone under its load (our own choice)
+CAP: Final = 32  # pages at once at most; upstream advises 32 to 128, and a single GPU gains little beyond
+# Seconds after a halving in which further complaints are taken for the same overload: they come from pages that were
+# sent before it.
 SAME_OVERLOAD: Final = 1.0
-"""Seconds after a halving in which further complaints are taken for the same overload: they come from pages that were
-sent before it."""
 
-FAILURES: Final = 3
-"""In a row, until it opens (our own choice: one may be the page's fault, three are not)."""
+FAILURES: Final = 3  # in a row, until it opens (our own choice: one may be the page's fault, three are not)
+# Seconds for which an engine that went away counts as one that will soon be back (our own choice: a short restart).
 PATIENCE: Final = 10.0
-"""Seconds for which an engine that went away counts as one that will soon be back (our own choice: a short restart)."""
+# Seconds between two probes while patience lasts (our own choice: pages wait, and a probe costs little).
 PAUSE: Final = 1.0
-"""Seconds between two probes while patience lasts (our own choice: pages wait, and a probe costs little)."""
+# Seconds between two probes at most: how late the return of an engine is noticed. A vLLM server takes minutes to start.
 MAX_PAUSE: Final = 10.0
-"""Seconds between two probes at most: how late the return of an engine is noticed. A vLLM server takes minutes to
-start."""
+# Each pause is shortened by up to this part, at random, so that many clients do not probe at the same moment.
 JITTER: Final = 0.5
-"""Each pause is shortened by up to this part, at random, so that many clients do not probe at the same moment."""
 
 Clock = Callable[[], float]
 
@@ -137,19 +133,10 @@ class Limiter:
 
 
 class Breaker:
-    """The state of one engine. It belongs to one event loop and holds no lock: its methods never wait.
-
-    Attributes:
-        age: How often it has closed: tells a failure of now from one of a page that was sent before.
-        reason: Why it opened last, or why the last probe failed.
-    """
+    """The state of one engine. It belongs to one event loop and holds no lock: its methods never wait."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
-        """Begin closed.
-
-        Args:
-            clock: Seconds that only ever grow.
-        """
+        """Begin closed; the clock's seconds only ever grow."""
         self._clock = clock
         self._failures = 0
         self._pause = PAUSE
@@ -196,10 +183,7 @@ class Breaker:
     def failed(self, age: int, reason: str, *, gone: bool = False) -> None:
         """Note that the engine was not there, and open after `FAILURES` of these in a row.
 
-        Args:
-            age: What `age` was when the page was let through.
-            reason: For those that are turned away.
-            gone: It could not be reached, or broke its answer off.
+        `age` is what it was when the page was let through; `gone`: it could not be reached, or broke its answer off.
         """
         if self.state != "closed" or age != self.age:
             return
@@ -211,11 +195,7 @@ class Breaker:
             self.open(reason)
 
     def open(self, reason: str) -> None:
-        """Refuse pages for a pause: after failures, or after a probe that failed, then longer each time.
-
-        Args:
-            reason: For those that are turned away.
-        """
+        """Refuse pages for a pause: after failures, or after a probe that failed, then longer each time."""
         self.reason = reason
         self._probing = False
         self._probe_at = self._clock() + self._pause * (1 - JITTER * random.random())

@@ -129,11 +129,7 @@ def cut_out(page: PageImage, box: Box) -> Image.Image:
 
 
 def place(page: PageImage, box: Box) -> tuple[int, int, int, int]:
-    """Return where on a page, as it is sent, a box is: left, top, right and bottom in pixels.
-
-    Args:
-        page: The page.
-        box: In pixels of the page's own image, as everywhere.
+    """Return where on a page as it is sent a box in pixels of its own image is: left, top, right and bottom, in pixels.
 
     Raises:
         RequestRejected: It shows nothing of the page.

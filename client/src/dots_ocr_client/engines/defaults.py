@@ -10,9 +10,9 @@ from .base import Engine
 
 Name = Literal["vllm", "qwen", "textlayer", "tesseract"]
 
+# Best first. A PDF's own text is exact where it is sound, so it comes before Tesseract; a vision model comes before
+# both, because it understands a page's layout.
 ENGINES: Final[tuple[Name, ...]] = ("vllm", "qwen", "textlayer", "tesseract")
-"""Best first. A PDF's own text is exact where it is sound, so it comes before Tesseract; a vision model comes before
-both, because it understands a page's layout."""
 
 
 def make_engines(

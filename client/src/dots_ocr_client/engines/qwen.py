@@ -46,29 +46,26 @@ from .admission import Limiter
 from .base import Answer, Task, cut_out
 from .server import LOOP_CHUNKS, LOOP_TAIL, is_loop
 
-DEFAULT_MODEL: Final = "Qwen/Qwen2-VL-2B-Instruct"
-"""4.4 GB of weights, Apache 2.0."""
+DEFAULT_MODEL: Final = "Qwen/Qwen2-VL-2B-Instruct"  # 4.4 GB of weights, Apache 2.0
 PROMPT: Final = (
     "Transcribe all text in this image, exactly as it is written, in reading order. Keep its line breaks. "
     "Do not translate, explain or add anything."
 )
-MIN_PIXELS: Final = 256 * 28 * 28
-"""Smaller images are enlarged; as ChatVLMLLM does."""
+MIN_PIXELS: Final = 256 * 28 * 28  # smaller images are enlarged; as ChatVLMLLM does
+# Larger images are shrunk; as ChatVLMLLM does. For Qwen2-VL this is 1,280 tokens. An A4 page at 200 dpi would be 4,956,
+# which a CPU takes minutes to look at.
 MAX_PIXELS: Final = 1280 * 28 * 28
-"""Larger images are shrunk; as ChatVLMLLM does. For Qwen2-VL this is 1,280 tokens. An A4 page at 200 dpi would be
-4,956, which a CPU takes minutes to look at."""
+# Longest answer, in tokens (our own choice: an A4 page of 3,800 characters takes about 1,000 in English, 1,700 in
+# Russian).
 MAX_NEW_TOKENS: Final = 2_048
-"""Longest answer, in tokens (our own choice: an A4 page of 3,800 characters takes about 1,000 in English, 1,700 in
-Russian)."""
+# How long the model stays in memory without a page (our own choice: longer than a reader looks at one).
 IDLE_SECONDS: Final = 300.0
-"""How long the model stays in memory without a page (our own choice: longer than a reader looks at one)."""
+# A page of 1,300 tokens on two cores with AVX-512, from 27 s until the first token and then 2.75 tokens/s, as measured
+# with Qwen2-VL-2B's architecture, random weights and 704 image tokens.
 CPU_SECONDS: Final = 480.0
-"""A page of 1,300 tokens on two cores with AVX-512, from 27 s until the first token and then 2.75 tokens/s, as measured
-with Qwen2-VL-2B's architecture, random weights and 704 image tokens."""
-GPU_SECONDS: Final = 30.0
-"""The same on a GPU (our own estimate, at 40 to 50 tokens/s; not measured)."""
+GPU_SECONDS: Final = 30.0  # the same on a GPU (our own estimate, at 40 to 50 tokens/s; not measured)
+# GPU memory beside the weights: CUDA itself, the picture's activations, the cache (our own estimate).
 WORKING_MIB: Final = 2_048
-"""GPU memory beside the weights: CUDA itself, the picture's activations, the cache (our own estimate)."""
 
 _CHATML = (
     "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"  # Qwen's format
@@ -81,27 +78,16 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU as ``nvidia-smi`` sees it.
+    """A GPU as ``nvidia-smi`` sees it."""
 
-    Attributes:
-        uuid: Names it whatever the order in which CUDA counts.
-        free_mib: Memory that nobody uses, in MiB.
-    """
-
-    uuid: str
-    free_mib: int
+    uuid: str  # names it whatever the order in which CUDA counts
+    free_mib: int  # memory that nobody uses, in MiB
 
 
 def choose_gpu(gpus: Sequence[Gpu], needed_mib: int, keep_free_mib: int | None) -> Gpu | None:
-    """Choose a GPU that a vLLM which comes back will not miss.
+    """Choose the GPU with the most free memory, if that is enough for the model and a vLLM which comes back, in MiB.
 
-    Args:
-        gpus: Those of the machine.
-        needed_mib: What the model takes, in MiB.
-        keep_free_mib: What has to stay free beside it, in MiB; ``None`` leaves every GPU to vLLM, as a whole.
-
-    Returns:
-        The one with the most free memory, if that is enough for both.
+    ``None`` MiB to keep free leaves every GPU to vLLM, as a whole.
     """
     if keep_free_mib is None:
         return None
@@ -177,12 +163,7 @@ class QwenEngine:
         return CPU_SECONDS if self._device == "cpu" else GPU_SECONDS
 
     async def probe(self, seconds: float) -> None:
-        """Look for the packages, the model's files and a GPU; nothing is loaded.
-
-        Raises:
-            EngineMissing: Packages or files are missing.
-            NotApplicable: No GPU has enough free memory.
-        """
+        """Look for the packages, the model's files and a GPU; nothing is loaded."""
         await self._run(self._check)
 
     async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
@@ -260,11 +241,7 @@ class QwenEngine:
         raise failure
 
     def _generate(self, loaded: _Loaded, picture: Image.Image, prompt: str, job: _Job) -> tuple[str, int, int]:
-        """Return the answer and the numbers of tokens of the prompt, with the image, and of the answer.
-
-        Raises:
-            EngineError: The answer is of no use, or the job ended.
-        """
+        """Return the answer and the numbers of tokens of the prompt, with the image, and of the answer."""
         pixels = loaded.image_processor(images=[picture], size=self._size, return_tensors="pt")
         image_tokens = int(pixels["image_grid_thw"].prod()) // loaded.image_processor.merge_size**2
         text = _prompt(loaded, prompt, image_tokens)
@@ -295,11 +272,7 @@ class QwenEngine:
         return text, int(ids.shape[1]), len(answer.tokens)
 
     def _load(self) -> _Loaded:
-        """Load the model.
-
-        Raises:
-            EngineMissing, NotApplicable: As `read`.
-        """
+        """Load the model."""
         folder, gpu = self._check()
         try:
             torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
@@ -321,11 +294,7 @@ class QwenEngine:
         return _Loaded(torch, tokenizer, image_processor, model.to(device).eval(), end_tokens)
 
     def _check(self) -> tuple[Path, Gpu | None]:
-        """Find the model's files, and the GPU if one has to be chosen.
-
-        Raises:
-            EngineMissing, NotApplicable: As `read`.
-        """
+        """Find the model's files, and the GPU if one has to be chosen."""
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise _packages_missing(f"there is no {package}")
@@ -345,11 +314,7 @@ class QwenEngine:
         return folder, gpu
 
     def _find_files(self) -> Path:
-        """Return the folder with the model's files.
-
-        Raises:
-            EngineMissing: There is none.
-        """
+        """Return the folder with the model's files."""
         if self._folder is not None:
             if not (self._folder / "config.json").is_file():
                 raise self._files_missing(f"there is no model in {self._folder}")
@@ -412,21 +377,13 @@ class _Job:
         self._cancelled.set()
 
     def check(self) -> None:
-        """Return if there is time left.
-
-        Raises:
-            DeadlineExceeded: There is none, or nobody waits any more.
-        """
+        """Raise `DeadlineExceeded` if no time is left, or nobody waits any more."""
         if self._cancelled.is_set() or time.monotonic() >= self._end:
             raise DeadlineExceeded(f"no answer within {self._seconds:.0f} s: allow more time, or use a GPU")
 
 
 class _Tokens:
-    """Takes the tokens of an answer while it is written; what transformers calls a streamer.
-
-    Attributes:
-        tokens: Of the answer so far.
-    """
+    """Takes the tokens of an answer while it is written; what transformers calls a streamer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokens: list[int] = []
@@ -434,11 +391,7 @@ class _Tokens:
         self._prompt_was_here = False
 
     def put(self, tokens: Any) -> None:
-        """Take the prompt, which comes first, or the next token.
-
-        Raises:
-            Repetition: The answer is a loop.
-        """
+        """Take the prompt, which comes first, or the next token; raise `Repetition` if the answer is a loop."""
         if not self._prompt_was_here:
             self._prompt_was_here = True
             return
@@ -482,11 +435,7 @@ def _without_progress_bars(transformers: Any) -> Iterator[None]:
 
 
 def _prompt(loaded: _Loaded, text: str, image_tokens: int) -> str:
-    """Write the prompt in the model's own format, with as many placeholders as the image has tokens.
-
-    Raises:
-        RequestRejected: The text holds a placeholder too.
-    """
+    """Write the prompt in the model's own format, with as many placeholders as the image has tokens."""
     tokenizer = loaded.tokenizer
     image = tokenizer.convert_ids_to_tokens(loaded.model.config.image_token_id)
     if image in text:
@@ -516,11 +465,7 @@ def _gpus() -> list[Gpu]:
 
 
 def _cuda_device(torch: Any, gpu: Gpu) -> str:
-    """Return torch's name for a GPU.
-
-    Raises:
-        EngineMissing: It has none: no CUDA build, or ``CUDA_VISIBLE_DEVICES`` hides it.
-    """
+    """Return torch's name for a GPU."""
     for index in range(torch.cuda.device_count()):
         if f"GPU-{torch.cuda.get_device_properties(index).uuid}" == gpu.uuid:
             return f"cuda:{index}"
@@ -528,11 +473,7 @@ def _cuda_device(torch: Any, gpu: Gpu) -> str:
 
 
 def _cut_out(page: PageImage, box: Box) -> Image.Image:
-    """Return what the box shows.
-
-    Raises:
-        RequestRejected: Nothing, or too narrow a strip.
-    """
+    """Return what the box shows."""
     picture = cut_out(page, box)
     if max(picture.size) >= images.MAX_ASPECT * min(picture.size):
         raise RequestRejected(f"the box {list(box)} is too narrow: the model takes aspect ratios below 200")

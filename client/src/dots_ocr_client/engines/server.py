@@ -38,38 +38,33 @@ if TYPE_CHECKING:  # openai takes half a second to import, so it waits until it 
     import httpx2
     import openai
 
+# For one connection, in seconds; a server that is there accepts at once, however busy it is.
 CONNECT_SECONDS: Final = 5.0
-"""For one connection, in seconds; a server that is there accepts at once, however busy it is."""
+# Until a streamed answer begins, in seconds: a place in the queue and the largest image (our own choice).
 FIRST_TOKEN_SECONDS: Final = 60.0
-"""Until a streamed answer begins, in seconds: a place in the queue and the largest image (our own choice)."""
+# Between two pieces of a streamed answer, in seconds: a busy server sends several in one (our own choice).
 IDLE_SECONDS: Final = 30.0
-"""Between two pieces of a streamed answer, in seconds: a busy server sends several in one (our own choice)."""
+# Longest stream that is read. The longest answer that a context of 131,072 tokens allows is below 40 MiB.
 MAX_BODY_BYTES: Final = 64 * 2**20
-"""Longest stream that is read. The longest answer that a context of 131,072 tokens allows is below 40 MiB."""
+# Longest body that is read in one piece. The longest answer is well below 1 MiB; JSON takes up to 30 times its length
+# in memory.
 MAX_ANSWER_BYTES: Final = 8 * 2**20
-"""Longest body that is read in one piece. The longest answer is well below 1 MiB; JSON takes up to 30 times its length
-in memory."""
+# Longest event of a stream that is read (our own choice: vLLM's have one token, or the few of a busy moment).
 MAX_EVENT_BYTES: Final = 2**20
-"""Longest event of a stream that is read (our own choice: vLLM's have one token, or the few of a busy moment)."""
-MAX_COUNT: Final = 2**31
-"""Numbers of tokens from here on are none (our own choice: no context is near it)."""
-WARNINGS: Final = 100
-"""Of ``dots-ocr serve``, about one page, at most (our own choice)."""
+MAX_COUNT: Final = 2**31  # numbers of tokens from here on are none (our own choice: no context is near it)
+WARNINGS: Final = 100  # of ``dots-ocr serve``, about one page, at most (our own choice)
 LOOP_TAIL: Final = 2_000
-LOOP_PERIOD: Final = 200
-"""A loop: the last 2,000 characters are one piece of at most 200, over and over."""
-LOOP_CHUNKS: Final = 64
-"""Pieces of a streamed answer between two looks for a loop; one look takes about 0.1 ms."""
+LOOP_PERIOD: Final = 200  # a loop: the last 2,000 characters are one piece of at most 200, over and over
+LOOP_CHUNKS: Final = 64  # pieces of a streamed answer between two looks for a loop; one look takes about 0.1 ms
 
+# A name that the server of a rehearsal (``make rehearse``) serves beside the others.
 REHEARSAL: Final = "rehearsal-model"
-"""A name that the server of a rehearsal (``make rehearse``) serves beside the others."""
 REHEARSES: Final = "this is the server of a rehearsal: its model reads only its own pages"
+# What ``dots-ocr serve`` says that its models are owned by; it never loops, so its answers need not be streamed.
 SERVICE: Final = "dots-ocr-client"
-"""What ``dots-ocr serve`` says that its models are owned by; it never loops, so its answers need not be streamed."""
+# Names the engine that read the page, in every answer of ``dots-ocr serve`` and of this project's gateway.
 ENGINE_HEADER: Final = "X-Dots-OCR-Engine"
-"""Names the engine that read the page, in every answer of ``dots-ocr serve`` and of this project's gateway."""
-PICTURE: Final = "data:image/png;base64,"
-"""The URL of the picture in a request, which is put in behind it."""
+PICTURE: Final = "data:image/png;base64,"  # the URL of the picture in a request, which is put in behind it
 
 _ENGINE = re.compile(r"[a-z][\w.:/+ -]{0,63}", re.ASCII | re.IGNORECASE)
 # Of the answer that this task got last: the SDK hands over no headers beside what it makes of an answer.
@@ -80,37 +75,22 @@ _LENGTH = re.compile(r"context length|max(imum)?[ _-]model[ _-]len|max_(completi
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished answer.
+    """A finished answer."""
 
-    Attributes:
-        text: What the model wrote.
-        model: As the server names it.
-        prompt_tokens: As the server counted them, if it did.
-        completion_tokens: As above.
-        warnings: Of ``dots-ocr serve``, which engine read the page first of all.
-        engine: That engine, if the server tells.
-        attempts: Those that it tried before, as above.
-    """
-
-    text: str
-    model: str
-    prompt_tokens: int | None
+    text: str  # what the model wrote
+    model: str  # as the server names it
+    prompt_tokens: int | None  # as the server counted them, if it did
     completion_tokens: int | None
-    warnings: tuple[str, ...] = ()
-    engine: str | None = None
-    attempts: tuple[Attempt, ...] = ()
+    warnings: tuple[str, ...] = ()  # of ``dots-ocr serve``, which engine read the page first of all
+    engine: str | None = None  # that engine, if the server tells
+    attempts: tuple[Attempt, ...] = ()  # those that it tried before, as above
 
 
 class Server:
     """One server; connections are opened when first needed. Nothing is retried here."""
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
-        """Say where the server is.
-
-        Args:
-            base_url: With scheme and ``/v1``. With ``user:password@``, these go in the key's place, and are shown
-                nowhere.
-            api_key: The key that the server wants, if any.
+        """Say where the server is: a URL with scheme and ``/v1``. A ``user:password@`` in it goes in the key's place.
 
         Raises:
             ConfigurationError: The base URL is not an http or https URL.
@@ -127,11 +107,7 @@ class Server:
         self._http: httpx2.AsyncClient | None = None
 
     async def models(self, seconds: float) -> list[dict[str, Any]]:
-        """Return the model cards of ``/v1/models``; each has an ``id``.
-
-        Raises:
-            EngineError, ConfigurationError: As `complete`.
-        """
+        """Return the model cards of ``/v1/models``; each has an ``id``."""
         fault: DotsOCRError
         try:
             # Not through models.list(), which breaks on JSON that is no list of models.
@@ -145,11 +121,7 @@ class Server:
         raise fault
 
     async def health(self, seconds: float) -> None:
-        """Ask for ``/health``; a server or gateway without it counts as healthy.
-
-        Raises:
-            ServerUnavailable: No answer, or another one than that.
-        """
+        """Ask for ``/health``; without it a server or gateway counts as healthy, else it is `ServerUnavailable`."""
         address = self.base_url.removesuffix("/v1") + "/health"
         fault: DotsOCRError
         try:
@@ -216,13 +188,7 @@ class Server:
         raise fault
 
     async def count_prompt(self, request: dict[str, Any], picture: bytes, seconds: float) -> int | None:
-        """Send one request for the sake of its tokens; return those of the prompt, if the server tells.
-
-        Args:
-            request: As for `complete`; the answer may be cut off.
-            picture: As for `complete`.
-            seconds: For each connect, read and write.
-        """
+        """Send a request as for `complete`, for the sake of the prompt's tokens; return these, if the server tells."""
         try:
             completion = await self._post(request, picture, seconds)
             return _count(completion.usage, "prompt_tokens")

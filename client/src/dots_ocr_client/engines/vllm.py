@@ -34,32 +34,28 @@ from .admission import Limiter
 from .base import Answer, Task, is_blank, place
 from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Completion, Server, is_about_length, is_loopback
 
-DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"
-"""Where the server of this project listens."""
+DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"  # where the server of this project listens
+# A PDF's page is shrunk to leave so much of the context for its answer (our own choice: a dense page takes it).
 ANSWER_TOKENS: Final = 4_096
-"""A PDF's page is shrunk to leave so much of the context for its answer (our own choice: a dense page takes it)."""
-PAGE_TOKENS: Final = 4_956
-"""To no less than this: A4 at 200 dpi."""
+PAGE_TOKENS: Final = 4_956  # to no less than this: A4 at 200 dpi
+# Asks vLLM to stop an answer that ends in 64 equal runs of 1 to 32 tokens. Loops are the model's most frequent fault.
+# The count is high because dot leaders and ruled lines repeat too, a few tokens at a time.
 REPETITION: Final = {"max_pattern_size": 32, "min_pattern_size": 1, "min_count": 64}
-"""Asks vLLM to stop an answer that ends in 64 equal runs of 1 to 32 tokens. Loops are the model's most frequent fault.
-The count is high because dot leaders and ruled lines repeat too, a few tokens at a time."""
-REPETITION_VERSION: Final = (0, 17)
-"""The first vLLM that knows the above (vllm-project/vllm#35451)."""
+REPETITION_VERSION: Final = (0, 17)  # the first vLLM that knows the above (vllm-project/vllm#35451)
+# Of a second try, which is to take another path (our own choice, the middle of what olmocr climbs through).
 OTHER_TEMPERATURE: Final = 0.5
-"""Of a second try, which is to take another path (our own choice, the middle of what olmocr climbs through)."""
-TRIES: Final = 3
-"""How often a request is sent at most, if the server is not there or fails."""
+TRIES: Final = 3  # how often a request is sent at most, if the server is not there or fails
+# The same, if it has too much to do: its queue moves on, and another engine would read the page worse. The waits come
+# to 16 s at most.
 OVERLOAD_TRIES: Final = 6
-"""The same, if it has too much to do: its queue moves on, and another engine would read the page worse. The waits come
-to 16 s at most."""
+# Longest wait before the second try; it doubles for the next one. With a server that is not there, both waits together
+# stay under 2 s, because another engine may be waiting for its turn.
 WAIT_SECONDS: Final = 0.5
-"""Longest wait before the second try; it doubles for the next one. With a server that is not there, both waits together
-stay under 2 s, because another engine may be waiting for its turn."""
+# Each wait is shortened by up to this part, at random, so that many clients do not come back at the same moment.
 JITTER: Final = 0.5
-"""Each wait is shortened by up to this part, at random, so that many clients do not come back at the same moment."""
+# A prompt in English takes at least one token for so many characters (our own bound; tokenizers need one for 4 or 5).
+# What is missing up to that shows that the server shrank the page.
 CHARACTERS_PER_TOKEN: Final = 6
-"""A prompt in English takes at least one token for so many characters (our own bound; tokenizers need one for 4 or 5).
-What is missing up to that shows that the server shrank the page."""
 
 # A folder may be called DotsOCR whatever is in it, because older servers want a name without a dot.
 _DOTS_OCR = re.compile(r"(^|/)dots\.ocr/?$", re.IGNORECASE)
@@ -67,23 +63,15 @@ _DOTS_OCR = re.compile(r"(^|/)dots\.ocr/?$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """What a server says about itself and the model.
+    """What a server says about itself and the model."""
 
-    Attributes:
-        context: Length in tokens, if it tells.
-        stops_loops: It knows `REPETITION`.
-        root: Where the model was loaded from, if it tells.
-        rehearses: Its model reads only its own pages.
-    """
-
-    context: int | None
-    stops_loops: bool
-    root: str
-    rehearses: bool
+    context: int | None  # length in tokens, if it tells
+    stops_loops: bool  # it knows `REPETITION`
+    root: str  # where the model was loaded from, if it tells
+    rehearses: bool  # its model reads only its own pages
 
 
-_Read = tuple[Completion, PageImage, tuple[str, ...]]
-"""An answer, the page as it was sent, and what was done to it."""
+_Read = tuple[Completion, PageImage, tuple[str, ...]]  # an answer, the page as it was sent, and what was done to it
 
 
 class VLLMEngine:
@@ -136,30 +124,15 @@ class VLLMEngine:
         self._max_pixels = images.MAX_PIXELS
 
     async def models(self, seconds: float) -> list[dict[str, Any]]:
-        """Return the model cards of the server, as it sends them; each has an ``id``.
-
-        Args:
-            seconds: For each connect, read and write.
-
-        Raises:
-            EngineError, ConfigurationError: As `read`.
-        """
+        """Return the model cards of the server, as it sends them; each has an ``id``. Errors are those of `read`."""
         return await self._server.models(seconds)
 
     async def version(self, seconds: float) -> str | None:
-        """Return vLLM's version, such as ``0.11.0``, or ``None`` if the server does not tell.
-
-        Args:
-            seconds: For each connect, read and write.
-        """
+        """Return vLLM's version, such as ``0.11.0``, or ``None`` if the server does not tell."""
         return await self._server.version(seconds)
 
     async def probe(self, seconds: float) -> None:
-        """Ask the server for its health and its models.
-
-        Raises:
-            EngineError, ConfigurationError: As `read`.
-        """
+        """Ask the server for its health and its models; errors are those of `read`."""
         await self._server.health(seconds)
         self._served = None
         await self._know(time.monotonic() + seconds)

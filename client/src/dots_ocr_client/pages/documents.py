@@ -28,39 +28,36 @@ from ..errors import InputError
 from ..texts import printable
 from . import images, pdf_resolution
 
+# Of an image. Our own limit: an uncompressed page of `MAX_PAGE_PIXELS` in RGB takes just this much.
 MAX_FILE_BYTES: Final = 256 * 2**20
-"""Of an image. Our own limit: an uncompressed page of `MAX_PAGE_PIXELS` in RGB takes just this much."""
-MAX_PDF_BYTES: Final = 4 * 2**30
-"""Of a PDF, which is not read into memory. Our own limit: scans of 5,000 pages fit."""
+MAX_PDF_BYTES: Final = 4 * 2**30  # of a PDF, which is not read into memory. Our own limit: scans of 5,000 pages fit
+# Of an image. Pillow's threshold for a decompression bomb: 1/4 GiB of RGB, or an A3 page at 680 dpi.
 MAX_PAGE_PIXELS: Final = 89_478_485
-"""Of an image. Pillow's threshold for a decompression bomb: 1/4 GiB of RGB, or an A3 page at 680 dpi."""
-PASSWORD_VARIABLE: Final = "DOTS_OCR_PASSWORD"
-"""The environment's variable with the password of encrypted PDFs."""
+PASSWORD_VARIABLE: Final = "DOTS_OCR_PASSWORD"  # the environment's variable with the password of encrypted PDFs
+# How much of a PDF is read before it is closed and opened again, because PDFium keeps all that it has read in memory.
+# Our own choice; counted in pages of average size.
 KEPT_BYTES: Final = 256 * 2**20
-"""How much of a PDF is read before it is closed and opened again, because PDFium keeps all that it has read in memory.
-Our own choice; counted in pages of average size."""
+# Scans of a JPEG times its pixels: a file may have thousands of scans, and each goes through the whole picture. Our own
+# choice: encoders make 10 to 20 scans, and the largest picture may have 33.
 MAX_SCANNED_PIXELS: Final = 3 * 10**9
-"""Scans of a JPEG times its pixels: a file may have thousands of scans, and each goes through the whole picture. Our
-own choice: encoders make 10 to 20 scans, and the largest picture may have 33."""
+# Our own limit: counting the pages takes time that grows with the square of their number.
 MAX_TIFF_PAGES: Final = 10_000
-"""Our own limit: counting the pages takes time that grows with the square of their number."""
+# That are read of a document at once. Our own limit: a PDF of 314 bytes may say that it has a million.
 MAX_PAGES: Final = 50_000
-"""That are read of a document at once. Our own limit: a PDF of 314 bytes may say that it has a million."""
+# What Pillow may open, and HEIF with a plugin. Its other readers are rarely used, and one starts Ghostscript.
 FORMATS: Final = (
     *(("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()),  # since Pillow 11.3
     *("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"),
 )
-"""What Pillow may open, and HEIF with a plugin. Its other readers are rarely used, and one starts Ghostscript."""
 
+# Rows of pixels that may be missing at the end of a file that is cut off, or 2 % of all (our own choice: two rows of a
+# JPEG's blocks, less than a margin).
 MAX_LOST: Final = 32
-"""Rows of pixels that may be missing at the end of a file that is cut off, or 2 % of all (our own choice: two rows of a
-JPEG's blocks, less than a margin)."""
-SHARP_SCANS: Final = 6
-"""With so many scans begun, libjpeg's progressive pictures have all that makes letters legible."""
+SHARP_SCANS: Final = 6  # with so many scans begun, libjpeg's progressive pictures have all that makes letters legible
+# Formats of which a picture of more than `MAX_PAGE_PIXELS` is decoded smaller.
 REDUCED: Final = ("JPEG", "MPO", "JPEG2000", "TIFF")
-"""Formats of which a picture of more than `MAX_PAGE_PIXELS` is decoded smaller."""
+# Of such a picture, at its full size if it is a TIFF. Our own limit: A0 in black and white at 600 dpi.
 MAX_DECODED_BYTES: Final = 8 * MAX_PAGE_PIXELS
-"""Of such a picture, at its full size if it is a TIFF. Our own limit: A0 in black and white at 600 dpi."""
 
 _HEAD = 1024  # PDF readers accept this much rubbish in front of a PDF
 _CHUNK = 2**20
@@ -97,8 +94,8 @@ def _renew_lock() -> None:
 
 os.register_at_fork(after_in_child=_renew_lock)
 
+# A path, a ``data:`` URL, the bytes of a file, a file opened for reading bytes, or a PIL image (its current frame).
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
-"""A path, a ``data:`` URL, the bytes of a file, a file opened for reading bytes, or a PIL image (its current frame)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,29 +156,19 @@ class PageReference:
     """Where to find a page: enough for `draw` in this process or, unless it holds an image, in another.
 
     Of the whole document, it is what `look_into` needs.
-
-    Attributes:
-        label: Names the page in messages.
-        number: Counted from 1.
-        kind: What the file is.
-        source: A path, or a single image.
-        stamp: Identifies the file's state.
-        in_process: It belongs into a process of its own, as any file: a decoder can crash, takes as much time and
-            memory as the file demands, and holds up all other threads meanwhile. PIL's images are the caller's own.
-        warnings: For the page image.
-        dpi: At which the page of a PDF is drawn; ``None``: as it needs.
-        password: Of an encrypted PDF.
     """
 
-    label: str
-    number: int
-    kind: Literal["pdf", "image"]
-    source: str | bytes | Image.Image = field(repr=False)
-    stamp: tuple[int, ...] | None
+    label: str  # names the page in messages
+    number: int  # counted from 1
+    kind: Literal["pdf", "image"]  # what the file is
+    source: str | bytes | Image.Image = field(repr=False)  # a path, or a single image
+    stamp: tuple[int, ...] | None  # identifies the file's state
+    # It belongs into a process of its own, as any file: a decoder can crash, takes as much time and memory as the file
+    # demands, and holds up all other threads meanwhile. PIL's images are the caller's own.
     in_process: bool
-    warnings: tuple[str, ...] = ()
-    dpi: int | None = None
-    password: str | None = field(default=None, repr=False)
+    warnings: tuple[str, ...] = ()  # for the page image
+    dpi: int | None = None  # at which the page of a PDF is drawn; ``None``: as it needs
+    password: str | None = field(default=None, repr=False)  # of an encrypted PDF
 
 
 class _Held:
@@ -224,14 +211,7 @@ class OpenDocument(_Held):
         self._temporary = temporary
 
     def reference(self, number: int) -> PageReference:
-        """Return what `draw` needs for a page.
-
-        Args:
-            number: From 1 to `page_count`; not only of those that are wanted.
-
-        Raises:
-            ValueError: There is no such page.
-        """
+        """Return what `draw` needs for any page of the document; `ValueError` if there is none of that number."""
         if not 1 <= number <= self.page_count:
             raise ValueError(f"{self.name} has {self.page_count} pages, and no page {number}")
         label = self.name if self.page_count == 1 else f"page {number} of {self.name}"
@@ -285,11 +265,7 @@ def open_document(
 
 
 class Taken(_Held):
-    """A document that nobody has looked into; made by `take`. Leaving its ``with`` statement removes what is left over.
-
-    Attributes:
-        reference: Of the whole document.
-    """
+    """A document that nobody has looked into; made by `take`. Leaving its ``with`` statement removes what is left."""
 
     def __init__(self, reference: PageReference, temporary: IO[bytes] | None) -> None:
         """Take over the temporary file."""
@@ -301,11 +277,8 @@ class Taken(_Held):
 
         Args:
             pages: As for `open_document`.
-            count: What `look_into` returned.
-            warnings: As ``count``.
-
-        Raises:
-            InputError: There are no such pages.
+            count: What `look_into` returned, and so the warnings.
+            warnings: Of the whole document.
         """
         whole = replace(self.reference, warnings=warnings)
         numbers = parse_pages(pages, count, whole.label)
@@ -357,13 +330,7 @@ def take(source: Source, password: str | None = None) -> Taken:
 
 
 def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
-    """Count the pages of a document. This blocks.
-
-    Args:
-        reference: Of `take`.
-
-    Returns:
-        How many pages there are, and warnings about the whole document.
+    """Count the pages of a document, and return that with warnings about the whole document. This blocks.
 
     Raises:
         InputError: It is broken, encrypted, of an unknown kind, has too many pages, or has changed.
@@ -405,11 +372,7 @@ def draw(reference: PageReference) -> PageImage:
 
 
 def forget(path: str | None = None) -> None:
-    """Close the PDF that the last `draw` in this process left open.
-
-    Args:
-        path: Only if it is this one.
-    """
+    """Close the PDF, if it is this one, that the last `draw` in this process left open."""
     global _kept
     with _pdfium:
         if _kept is not None and path in (None, _kept.path):
@@ -418,12 +381,7 @@ def forget(path: str | None = None) -> None:
 
 
 def parse_pages(pages: str | Iterable[int] | None, count: int, name: str) -> tuple[int, ...]:
-    """Return the numbers of the pages that are wanted, in ascending order.
-
-    Args:
-        pages: As for `open_document`.
-        count: How many pages there are.
-        name: Of the document, for messages.
+    """Return the numbers of the pages that are wanted, as for `open_document`, of so many, in ascending order.
 
     Raises:
         InputError: Not understood, no pages at all, one that does not exist, or more than `MAX_PAGES`.
@@ -814,15 +772,11 @@ def _draw_pdf(reference: PageReference) -> PageImage:
 def open_page(reference: PageReference, verb: str) -> Iterator[tuple[Any, pdf_resolution.Resolution]]:
     """Open a page of a PDF, and keep the PDF open for its next page; see `forget`. PDFium is locked meanwhile.
 
-    Args:
-        reference: The page; the file must be the one that was opened.
-        verb: For messages: what is to be done to it, such as ``drawn``.
-
     Yields:
         The page, of type `pypdfium2.PdfPage`, and how large it is drawn.
 
     Raises:
-        InputError: The page is broken, too large or too narrow, also if PDFium says so inside the ``with`` statement.
+        InputError: It cannot be ``drawn`` (or what `verb` says), also if PDFium says so inside the ``with`` statement.
     """
     assert reference.stamp is not None
     file_bytes = reference.stamp[2]

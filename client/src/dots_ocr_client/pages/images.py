@@ -16,44 +16,34 @@ from typing import Any, Final
 
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
-FACTOR: Final = 28
-"""Both sides of what the model sees are multiples of this, in pixels."""
-MIN_PIXELS: Final = 3_136
-"""Smallest page that the model accepts (2 x 2 tokens)."""
-MAX_PIXELS: Final = 11_289_600
-"""Largest page that the model accepts (14,400 tokens)."""
-MAX_ASPECT: Final = 200
-"""The longer side must be less than this many times the shorter one."""
+FACTOR: Final = 28  # both sides of what the model sees are multiples of this, in pixels
+MIN_PIXELS: Final = 3_136  # smallest page that the model accepts (2 x 2 tokens)
+MAX_PIXELS: Final = 11_289_600  # largest page that the model accepts (14,400 tokens)
+MAX_ASPECT: Final = 200  # the longer side must be less than this many times the shorter one
 
+# Pixels that claim to be longer than this many times their other side do not; those of a coarse fax are 2.1 or 4.2
+# times as high as wide, but nobody sends the latter (our own choice).
 MAX_STRETCH: Final = 4
-"""Pixels that claim to be longer than this many times their other side do not; those of a coarse fax are 2.1 or 4.2
-times as high as wide, but nobody sends the latter (our own choice)."""
 
+# Grey levels (of 255) between the darkest and the lightest spot below which a page counts as blank. Our own choice:
+# above the noise and shading of a scanned white sheet, below the faintest print that can be read.
 BLANK_SPREAD: Final = 48
-"""Grey levels (of 255) between the darkest and the lightest spot below which a page counts as blank. Our own choice:
-above the noise and shading of a scanned white sheet, below the faintest print that can be read."""
 
+# Of rows in a PNG, by the bytes of a pixel: none, the difference from the row above, or from the mean of that and the
+# pixel to the left (PNG specification, 9.2); Pillow computes these quickly.
 FILTERS: Final[dict[int, tuple[int, ...]]] = {1: (0, 2), 3: (0, 2, 3)}
-"""Of rows in a PNG, by the bytes of a pixel: none, the difference from the row above, or from the mean of that and the
-pixel to the left (PNG specification, 9.2); Pillow computes these quickly."""
 BAND: Final = {1: 128, 3: 64}
+# Rows that share a filter, by the bytes of a pixel, and those in their middle that it is tried on. Our own choice:
+# shorter bands and more rows made pages smaller by 2 % at most.
 TRIED: Final = 8
-"""Rows that share a filter, by the bytes of a pixel, and those in their middle that it is tried on. Our own choice:
-shorter bands and more rows made pages smaller by 2 % at most."""
-LEVEL: Final = 2
-"""Of compression: ISA-L's default, which is 1 % smaller than its level 1 in the same time."""
+LEVEL: Final = 2  # of compression: ISA-L's default, which is 1 % smaller than its level 1 in the same time
 
 
 def smart_resize(width: int, height: int, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Compute the size at which the model sees an image; the server's preprocessor does the same.
+    """Compute the size in pixels at which the model sees an image; the server's preprocessor does the same.
 
-    Args:
-        width: In pixels.
-        height: In pixels.
-        max_pixels: Of a server that was told to shrink pages further than the model needs.
-
-    Returns:
-        Width and height in pixels: multiples of `FACTOR`, between `MIN_PIXELS` and `max_pixels` in all.
+    Its sides are multiples of `FACTOR`, and it has between `MIN_PIXELS` and `max_pixels` in all: fewer than
+    `MAX_PIXELS` on a server that was told to shrink pages further than the model needs.
 
     Raises:
         ValueError: A side is not positive, or one is `MAX_ASPECT` or more times the other.
@@ -78,17 +68,10 @@ def image_tokens(width: int, height: int, *, max_pixels: int = MAX_PIXELS) -> in
 
 
 def server_limit(width: int, height: int, tokens: int) -> int | None:
-    """Find out how far a server shrinks pages, from the tokens that it counted for one.
+    """Find out how far a server shrinks pages, from the tokens that it counted for an image of a size in pixels.
 
-    The number of tokens rises with the limit, and so stands for one size only.
-
-    Args:
-        width: Of the image as it was sent, in pixels.
-        height: As `width`.
-        tokens: Of the image alone.
-
-    Returns:
-        The smallest ``max_pixels`` with which `smart_resize` gives that many tokens; ``None`` if there is none.
+    The number of tokens rises with the limit, and so stands for one size only. Returns the smallest ``max_pixels`` with
+    which `smart_resize` gives that many tokens; ``None`` if there is none.
     """
     limits = range(1, math.prod(smart_resize(width, height)) + 1)
 
@@ -127,14 +110,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, brightest: int = 0) -> Image.Image:
-    """Turn an image upright (EXIF) and into 8-bit RGB, with white behind whatever is transparent.
+    """Turn an image upright (EXIF) and into 8-bit RGB without metadata, with white behind whatever is transparent.
 
-    Args:
-        image: Any mode but ``F``; it is not changed.
-        brightest: Of the whole image, if this is a part of one with more than 8 bits.
-
-    Returns:
-        A new image without metadata.
+    `brightest` is of the whole image, if this is a part of one with more than 8 bits.
 
     Raises:
         ValueError: Mode ``F`` (floating point), which does not say what is black and what is white.
@@ -157,13 +135,10 @@ def to_rgb(image: Image.Image, brightest: int = 0) -> Image.Image:
 
 
 def to_png(image: Image.Image) -> bytes:
-    """Encode without loss: an image without colour as 8-bit grey, any other as 8-bit RGB.
+    """Encode an image of mode ``RGB``, ``RGBX`` or ``L`` without loss: as 8-bit grey if it has no colour, else as RGB.
 
     Most of Pillow's time goes into a choice of filters for each row. Text compresses best without any, photographs with
     one: here the rows of a band share the filter that makes some of them smallest.
-
-    Args:
-        image: Of mode ``RGB``, ``RGBX`` or ``L``; it is not changed.
     """
     deflate = _deflate()
     samples, step = _samples(image)

@@ -16,20 +16,18 @@ from pypdfium2 import raw
 
 from . import images
 
-PDF_DPI: Final = 200
-"""Resolution at which pages are drawn that hold nothing finer, as in dots.ocr's own client."""
+PDF_DPI: Final = 200  # resolution at which pages are drawn that hold nothing finer, as in dots.ocr's own client
+# The finest at which a page is drawn for its images (our own choice: at more, OCR reads no better).
 SCAN_DPI: Final = 300
-"""The finest at which a page is drawn for its images (our own choice: at more, OCR reads no better)."""
+# Up to here a page without text is drawn finer, as a scan can be on a page of any size (our own choice: A4 at 300).
 SCAN_PIXELS: Final = 9_000_000
-"""Up to here a page without text is drawn finer, as a scan can be on a page of any size (our own choice: A4 at 300)."""
+# Type of this size can be read at `PDF_DPI` (our own choice: an x has 7 pixels); smaller type is drawn as large.
 TYPE_POINTS: Final = 5
-"""Type of this size can be read at `PDF_DPI` (our own choice: an x has 7 pixels); smaller type is drawn as large."""
+# Small type counts from this length, as a multiple of its size (our own choice: 20 letters, not a footnote's mark).
 TYPE_LENGTH: Final = 10
-"""Small type counts from this length, as a multiple of its size (our own choice: 20 letters, not a footnote's mark)."""
-MAX_OBJECTS: Final = 5_000
-"""Of a page that are looked at. Our own limit: drawings have millions."""
+MAX_OBJECTS: Final = 5_000  # of a page that are looked at. Our own limit: drawings have millions
+# Of a PDF whose pages are asked for their unit. Our own limit: it takes a copy of all that a page refers to.
 MAX_UNIT_BYTES: Final = 16 * 2**20
-"""Of a PDF whose pages are asked for their unit. Our own limit: it takes a copy of all that a page refers to."""
 
 _HIDDEN_MODES: Final = (raw.FPDF_TEXTRENDERMODE_INVISIBLE, raw.FPDF_TEXTRENDERMODE_CLIP)
 _Matrix = tuple[float, float, float, float]
@@ -45,11 +43,7 @@ class Resolution(NamedTuple):
 
 
 def choose(page: Any, number: int, file_bytes: int, dpi: int | None = None) -> Resolution:
-    """Choose how large a page, of type `pypdfium2.PdfPage`, is drawn: at ``dpi``, or as what it holds needs.
-
-    Raises:
-        ValueError: It has no area, or is too narrow.
-    """
+    """Choose how large a page, of type `pypdfium2.PdfPage`, is drawn: at ``dpi``, or as what it holds needs."""
     width, height = page.get_size()
     unit = _unit(page, number) if file_bytes <= MAX_UNIT_BYTES else 1.0
     usual = PDF_DPI / 72 * unit
@@ -69,11 +63,7 @@ def choose(page: Any, number: int, file_bytes: int, dpi: int | None = None) -> R
 
 
 def limited(width: float, height: float, scale: float) -> float:
-    """Return pixels per unit: as many as are wanted, or fewer for a page that would be larger than the model accepts.
-
-    Raises:
-        ValueError: No area, or too narrow.
-    """
+    """Return pixels per unit: as many as are wanted, or fewer for a page that would be larger than the model takes."""
     if not (0 < width < math.inf and 0 < height < math.inf):
         raise ValueError(f"a page of {width} x {height} points has no area")
     # PDFium stores sizes in single precision and pypdfium2 rounds up, so 784.0000001 would become 785 pixels.

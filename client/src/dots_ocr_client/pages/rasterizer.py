@@ -39,22 +39,20 @@ from .pdf_text import TextLayer
 
 Result = TypeVar("Result")
 
-MAX_WORKERS: Final = 8
-"""By default; our own choice: together they draw more pages than one server takes in."""
+MAX_WORKERS: Final = 8  # by default; our own choice: together they draw more pages than one server takes in
+# Address space of a worker in bytes; our own choice: the largest page takes up to 1.8 GiB (WebP without loss).
 WORKER_MEMORY: Final = 2 * 2**30
-"""Address space of a worker in bytes; our own choice: the largest page takes up to 1.8 GiB (WebP without loss)."""
+# Of all memory that the workers may take together; the rest is for engines, and for what waits for them.
 MEMORY_SHARE: Final = 0.5
-"""Of all memory that the workers may take together; the rest is for engines, and for what waits for them."""
+# Of the processor that a single image may take; our own choice, several times what the largest page needs. Pages of
+# PDFs, which may be drawings of a million lines, have only the limit of `Rasterizer.draw`.
 IMAGE_SECONDS: Final = 20.0
-"""Of the processor that a single image may take; our own choice, several times what the largest page needs. Pages of
-PDFs, which may be drawings of a million lines, have only the limit of `Rasterizer.draw`."""
+# After which a worker closes its document, so that the space of a removed temporary file becomes free.
 IDLE_SECONDS: Final = 10
-"""After which a worker closes its document, so that the space of a removed temporary file becomes free."""
-PATIENCE: Final = 5.0
-"""Seconds after which a blocking call ends a worker whose own timers have not; our own choice."""
+PATIENCE: Final = 5.0  # seconds after which a blocking call ends a worker whose own timers have not; our own choice
+# Of a worker's environment, for glibc (mallopt(3)): it keeps the memory of a page (A4: some 50 MB) for the next one.
+# Getting it anew from the kernel, zeroed, took up to half of a page's time.
 MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
-"""Of a worker's environment, for glibc (mallopt(3)): it keeps the memory of a page (A4: some 50 MB) for the next one.
-Getting it anew from the kernel, zeroed, took up to half of a page's time."""
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
 
@@ -75,12 +73,8 @@ class Rasterizer:
     def __init__(self, workers: int | None = None) -> None:
         """Choose the number of pages drawn at once.
 
-        Args:
-            workers: By default the processors that this process may use, at most `MAX_WORKERS`, and as many as fit into
-                `MEMORY_SHARE` of its memory; at least one.
-
-        Raises:
-            ValueError: ``workers`` is not positive.
+        By default it is that of the processors that this process may use, at most `MAX_WORKERS`, and as many as fit
+        into `MEMORY_SHARE` of its memory; at least one.
         """
         self.workers = _default_workers() if workers is None else workers
         if self.workers < 1:
@@ -100,29 +94,18 @@ class Rasterizer:
     async def open(
         self, source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60, password: str | None = None
     ) -> OpenDocument:
-        """Open a document as soon as a worker is free. Cancelling this ends the worker.
-
-        Args:
-            source: As for `documents.open_document`.
-            pages: As for `documents.open_document`.
-            seconds: How long the worker may take.
-            password: As for `documents.take`.
+        """Do what `documents.open_document` does, as soon as a worker is free. Cancelling this ends the worker.
 
         Raises:
-            InputError: As for `documents.open_document`; or the document crashes the worker, or takes too long.
+            InputError: As for `documents.open_document`; or the document crashes the worker, or takes so many seconds.
             ConfigurationError: There is no Python to start workers with, as in a frozen application.
-            TypeError: ``source`` is nothing of what `Source` allows.
         """
         with await asyncio.to_thread(documents.take, source, password) as taken:
             found = await self._run(_look_into, taken.reference, seconds, "opened")
             return await asyncio.to_thread(taken.opened, pages, *found)
 
     async def draw(self, reference: PageReference, seconds: float = 60) -> PageImage:
-        """Draw a page as soon as a worker is free. Cancelling this ends the worker.
-
-        Args:
-            reference: The page.
-            seconds: How long drawing may take, not counting the wait for a worker.
+        """Draw a page as soon as a worker is free, which then has so many seconds. Cancelling this ends the worker.
 
         Raises:
             InputError: The page cannot be drawn, crashes its worker, or takes too long. Other pages are not affected.
@@ -130,11 +113,7 @@ class Rasterizer:
         return await self._run(_draw, reference, seconds, "drawn")
 
     async def extract_text(self, reference: PageReference, seconds: float = 60) -> TextLayer:
-        """Take the text layer out of a PDF's page, as `draw` draws it.
-
-        Raises:
-            InputError: As for `draw`.
-        """
+        """Take the text layer out of a PDF's page, as `draw` draws it."""
         return await self._run(_extract_text, reference, seconds, "read")
 
     async def _run(
@@ -214,11 +193,7 @@ class _Worker:
     def ask(
         self, verb: str, reference: PageReference, seconds: float, make: Callable[[dict[str, Any], bytes], Result]
     ) -> Result:
-        """Have a page ``drawn`` or ``read``, or a document ``opened``; return what is made of `_answer_to`'s answer.
-
-        Raises:
-            InputError: It cannot be, or the process ended over it, or answered anything else.
-        """
+        """Have a page ``drawn`` or ``read``, or a document ``opened``; return what is made of `_answer_to`'s answer."""
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
@@ -367,10 +342,8 @@ def _end(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
     threads.shutdown(wait=False, cancel_futures=True)
 
 
-_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
-"""All of this process."""
-_blocking: list[_Worker] = []
-"""The workers that wait for `open_document` and `draw`."""
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()  # all of this process
+_blocking: list[_Worker] = []  # the workers that wait for `open_document` and `draw`
 
 
 @cache
@@ -420,8 +393,7 @@ def _group() -> str:
     return Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
 
 
-_ENDING = (signal.SIGALRM, signal.SIGPROF, signal.SIGIO)
-"""They end a worker even inside a decoder."""
+_ENDING = (signal.SIGALRM, signal.SIGPROF, signal.SIGIO)  # they end a worker even inside a decoder
 
 
 def _serve() -> None:

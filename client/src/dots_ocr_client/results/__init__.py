@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, NamedTuple, Self, get_args
 from ..prompts import Mode
 from . import export
 
+# What dots.ocr tells apart. The mode ``web`` of dots.mocr has others, which stay as the model wrote them.
 Category = Literal[
     "Caption",
     "Footnote",
@@ -22,11 +23,10 @@ Category = Literal[
     "Text",
     "Title",
 ]
-"""What dots.ocr tells apart. The mode ``web`` of dots.mocr has others, which stay as the model wrote them."""
 
 
+# Numbers in results from here on are none (our own choice: no page, side or count of tokens is near it).
 LARGEST: Final = 2**31
-"""Numbers in results from here on are none (our own choice: no page, side or count of tokens is near it)."""
 
 
 class Box(NamedTuple):
@@ -120,11 +120,7 @@ class Page:
     dpi: int | None = None
 
     def markdown(self, *, headers: bool = True) -> str:
-        """Return the page as Markdown.
-
-        Args:
-            headers: With the headers and footers of the page; a mode without layout leaves them out by itself.
-        """
+        """Return the page as Markdown, with its headers and footers; a mode without layout leaves these out itself."""
         return export.markdown(self, headers=headers)
 
     def html(self, *, headers: bool = True) -> str:
@@ -140,11 +136,7 @@ class Page:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the page that `to_dict` described.
-
-        Raises:
-            ValueError: The values are of no page; the message names the field.
-        """
+        """Return the page that `to_dict` described, or raise `ValueError`, which names the wrong field."""
         read = _checked(cls, "the page", values)
         read["cells"] = tuple(_cell(cell, read["width"], read["height"]) for cell in read["cells"])
         return cls(**read)
@@ -185,11 +177,7 @@ class FailedPage:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the failed page that `to_dict` described.
-
-        Raises:
-            ValueError: The values are of no failed page; the message names the field.
-        """
+        """Return the failed page that `to_dict` described, or raise `ValueError`, which names the wrong field."""
         return cls(**_checked(cls, "the failed page", values))
 
 
@@ -216,19 +204,11 @@ class Document:
         return "\n\n".join(page.text for page in self.pages)
 
     def markdown(self, *, headers: bool = True) -> str:
-        """Return the document as Markdown, with an empty line between pages.
-
-        Args:
-            headers: With the headers and footers of the pages.
-        """
+        """Return the document as Markdown, with an empty line between pages; see `Page.markdown`."""
         return "\n\n".join(filter(None, (page.markdown(headers=headers) for page in self.pages)))
 
     def html(self, *, headers: bool = True) -> str:
-        """Return the document as a whole HTML page without pictures, safe to show, whatever the model wrote.
-
-        Args:
-            headers: With the headers and footers of the pages.
-        """
+        """Return the document as a whole HTML page without pictures, safe to show, whatever the model wrote."""
         return "".join(export.html_document(self.source, (page.html(headers=headers) for page in self.pages)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,11 +217,7 @@ class Document:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the document that `to_dict` described; what stands beside its source and pages is passed over.
-
-        Raises:
-            ValueError: The values are of no document; the message names the field.
-        """
+        """Return the document that `to_dict` described, or raise `ValueError`; of other keys nothing is read."""
         if isinstance(values, Mapping):
             values = {name: values[name] for name in ("source", "pages") if name in values}
         read = _checked(cls, "the document", values)
@@ -249,11 +225,7 @@ class Document:
 
 
 def page_of(values: Mapping[str, Any]) -> Page | FailedPage:
-    """Return the page that ``to_dict`` of either kind described.
-
-    Raises:
-        ValueError: The values are of no page; the message names the field.
-    """
+    """Return the page that ``to_dict`` of either kind described, or raise `ValueError`, which names the field."""
     failed = isinstance(values, Mapping) and "error" in values
     return (FailedPage if failed else Page).from_dict(values)
 
@@ -278,6 +250,7 @@ _TEXT: Final = _Kind("a text", lambda value: isinstance(value, str))
 _LIST: Final = _Kind("a list", lambda value: isinstance(value, list | tuple))
 _FROM_ONE: Final = _Kind("a whole number from 1 on", lambda value: _is_number(value, 1))
 _COUNT: Final = _Kind("a whole number from 0 on, or null", lambda value: value is None or _is_number(value, 0))
+# What the fields of all these classes may be, by their names, which mean the same in each.
 _KINDS: Final = {
     **dict.fromkeys(("source", "text", "category", "engine", "model", "error", "reason"), _TEXT),
     **dict.fromkeys(("pages", "cells", "attempts"), _LIST),
@@ -291,14 +264,12 @@ _KINDS: Final = {
     "warnings": _Kind("a list of texts", lambda value: _LIST.fits(value) and all(map(_TEXT.fits, value))),
     "dpi": _Kind("null or a whole number from 1", lambda value: value is None or _FROM_ONE.fits(value)),
 }
-"""What the fields of all these classes may be, by their names, which mean the same in each."""
 
 
 def _checked(kind: type[Any], what: str, values: Any) -> dict[str, Any]:
     """Return the fields of one of these classes if they are all that there must be, and nothing else.
 
-    Raises:
-        ValueError: They are not. The message has nothing of their values, which may be anything.
+    The message of the `ValueError` has nothing of their values, which may be anything.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} is no object")

@@ -27,11 +27,11 @@ _HEADINGS: Final = {"Title": "# ", "Section-header": "## "}
 _LINKS: Final = re.compile(r"(?:https?://|mailto:)", re.IGNORECASE)
 _LIST_MARKER: Final = re.compile(r"\s*(?:[-*+•·▪◦‣\u2013\u2014○●■□]|\(?\w{1,4}[.)])(?:\s|$)")
 _FORMULA_MARKS: Final = (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"), ("$", "$"))
+# LaTeX inside other text. A dollar sign before a space opens none, nor does one behind a space or before a digit close
+# one: those are prices (the rule is Pandoc's, but for the line breaks).
 MATH: Final = re.compile(
     r"\$\$[^$]+\$\$|\$(?![ $])[^$]+(?<! )\$(?!\d)|\\\((?:(?!\\[()]).)+\\\)|\\\[(?:(?!\\[\[\]]).)+\\\]", re.DOTALL
 )
-"""LaTeX inside other text. A dollar sign before a space opens none, nor does one behind a space or before a digit close
-one: those are prices (the rule is Pandoc's, but for the line breaks)."""
 
 _TABLE: Final = nh3.Cleaner(
     tags={"table", "thead", "tbody", "tr", "th", "td", "sub", "sup", "b", "i", "br"},
@@ -62,11 +62,8 @@ th, td { padding: 0.2rem 0.5rem; border: 1px solid #999; vertical-align: top; }
 def markdown(page: Page, *, headers: bool, picture: Callable[[int, Cell], str | None] | None = None) -> str:
     """Return a page as Markdown: its cells with an empty line between them, or its text if it has none.
 
-    Args:
-        page: The page.
-        headers: With its headers and footers.
-        picture: Gives the address of a picture's file, by the place of its cell among the page's cells; ``None`` or no
-            address leaves a comment with the box in its place.
+    `picture` gives the address of a picture's file, by the place of its cell among the page's cells; without an address
+    a comment with the box takes its place.
     """
     if not page.cells:
         return page.text.strip()
@@ -84,12 +81,7 @@ def failed_markdown(page: FailedPage) -> str:
 
 
 def html(page: Page, *, headers: bool) -> str:
-    """Return a page as an HTML fragment: a ``section`` with a ``div`` for each cell, or a ``pre`` with its text.
-
-    Args:
-        page: The page.
-        headers: With its headers and footers.
-    """
+    """Return a page as an HTML fragment: a ``section`` with a ``div`` for each cell, or a ``pre`` with its text."""
     if page.cells:
         lines = [_html(cell) for cell in page.cells if headers or cell.category not in _HEADERS]
     else:
@@ -104,12 +96,7 @@ def failed_html(page: FailedPage) -> str:
 
 
 def html_document(source: str, pages: Iterable[str]) -> Iterator[str]:
-    """Yield a whole HTML page that loads nothing, in parts, so that a large one is never in memory.
-
-    Args:
-        source: Its title.
-        pages: The fragments.
-    """
+    """Yield a whole HTML page of these fragments, which loads nothing, in parts: a large one is never in memory."""
     yield (
         "<!DOCTYPE html>\n<html>\n<head>\n"
         '<meta charset="utf-8">\n'

@@ -21,23 +21,22 @@ from ..errors import InputError
 from ..pages.documents import PageImage
 from . import Box, Cell, FailedPage, Page, layout
 
+# Grey levels (of 255) by which ink differs from the paper around it (our own choice: print on a grey ground does).
 INK: Final = 48
-"""Grey levels (of 255) by which ink differs from the paper around it (our own choice: print on a grey ground does)."""
+# Part of a box's width or height from which on ink is a rule of a table, not letters (our own choice).
 RULE: Final = 0.8
-"""Part of a box's width or height from which on ink is a rule of a table, not letters (our own choice)."""
+# Width of a letter as a part of the height of a line, where there is no picture (our own choice: print of most kinds
+# has between 0.4 and 0.5).
 SQUARE: Final = 0.45
-"""Width of a letter as a part of the height of a line, where there is no picture (our own choice: print of most kinds
-has between 0.4 and 0.5)."""
-LONG: Final = 30
-"""Letters of a word from which on it is taken for several without spaces (our own choice)."""
+LONG: Final = 30  # letters of a word from which on it is taken for several without spaces (our own choice)
+# Pixels of a letter's width from which on words are dealt to lines (our own choice: no smaller one can be read).
 LEAST: Final = 2.0
-"""Pixels of a letter's width from which on words are dealt to lines (our own choice: no smaller one can be read)."""
+# Words times lines of a paragraph up to which each word's own width counts (our own choice: a second a page).
 FINE: Final = 40_000
-"""Words times lines of a paragraph up to which each word's own width counts (our own choice: a second a page)."""
+# Pixels of a box's height from which on a column of ink can be a rule (our own choice: lower ones are letters).
 TALL: Final = 100
-"""Pixels of a box's height from which on a column of ink can be a rule (our own choice: lower ones are letters)."""
+# Lines by which words may run ahead of the room for them, or behind it, while they are dealt (our own choice).
 SLACK: Final = 2.5
-"""Lines by which words may run ahead of the room for them, or behind it, while they are dealt (our own choice)."""
 
 _MARKS: Final = re.compile(r"^#+ |(?<!\w)(\*\*|__|`)(?=\S)(.+?)(?<=\S)\1(?!\w)", re.MULTILINE)
 _GLUE: Final = "\0"  # in front of a piece that belongs to the one before
@@ -59,12 +58,9 @@ class Word(NamedTuple):
 
 
 def words(cell: Cell, page: Page, picture: Image.Image | None = None) -> list[list[Word]]:
-    """Return the words of a cell, line by line.
+    """Return the words of a cell, line by line; one without a box is taken for the whole page.
 
-    Args:
-        cell: Of the page; one without a box is taken for the whole page.
-        page: What was read.
-        picture: The page's image, of the same proportions, if there is one.
+    `picture` is the page's image, of the same proportions, if there is one.
     """
     box = cell.box or Box(0, 0, page.width, page.height)
     lines = _MARKS.sub(r"\2", layout.plain_text([cell])).replace(_GLUE, "\ufffd").splitlines()
@@ -128,10 +124,7 @@ def document_hocr(
 ) -> Iterator[str]:
     """Yield a document as hOCR, a page at a time; a page that failed is left out, with a comment in its place.
 
-    Args:
-        source: The document's name.
-        pages: What was read.
-        draw: Gives the image of a page, if there is one, by the page's number.
+    `draw` gives the image of a page, if there is one, by the page's number.
     """
     yield (
         '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml">\n<head>'

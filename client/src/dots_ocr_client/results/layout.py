@@ -44,11 +44,11 @@ _BROKEN_BOX: Final = re.compile(r'"bbox"\s*+:[^"{}]*+(["}])')
 _NO_NUMBER_COMMA: Final = re.compile(r"(?<=\d)\s++(?=-?\d)")
 _NUMBERS: Final = re.compile(r'"bbox"\s*+:\s*+\[[^\]"{}]*+')
 _NO_COMMA: Final = re.compile(r'(?<=["\]])\s*+(?="(?:bbox|category|text)"\s*+:)')
+# From here on spans are passed over, for the time would grow faster than the answer (our own choice).
 MAX_COLUMNS: Final = 100
-"""From here on spans are passed over, for the time would grow faster than the answer (our own choice)."""
 
+# What an answer may bring about in what reads it: a page must not stop others, whatever is in it.
 _FAULTS: Final = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
-"""What an answer may bring about in what reads it: a page must not stop others, whatever is in it."""
 
 _NOT_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 # JSON takes the first two characters of these for an escape if the model wrote one backslash only.
@@ -68,14 +68,10 @@ _LINE_START: Final = re.compile(r"(?:\$\$|\\\\|\\\[|\n|\\begin\{[^{}]*+\}(?:\{[^
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The layout of a page.
+    """The layout of a page."""
 
-    Attributes:
-        cells: In reading order; empty for a blank page.
-        repairs: What had to be mended in the answer, or was lost, in short sentences; empty for an answer in order.
-    """
-
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...]  # in reading order; empty for a blank page
+    # What had to be mended in the answer, or was lost, in short sentences; empty for an answer in order.
     repairs: tuple[str, ...] = ()
 
 
@@ -89,8 +85,7 @@ def parse(answer: str, seen: tuple[int, int], page: tuple[int, int], *, texts: b
         texts: Whether texts were asked for; if not, they are left out.
 
     Raises:
-        UnusableAnswer: There is no cell in the answer, and it does not say that the page is blank (``[]``); or it is of
-            a kind that nobody thought of.
+        UnusableAnswer: There is no cell in the answer, and it does not say that the page is blank (``[]``).
     """
     try:
         return _parse(answer, seen, page, texts=texts)
@@ -121,12 +116,9 @@ def _parse(answer: str, seen: tuple[int, int], page: tuple[int, int], *, texts: 
 
 
 def to_page(numbers: Sequence[float], seen: tuple[int, int], page: tuple[int, int]) -> Box:
-    """Turn a box on what the model saw into one on the page: the smallest in whole pixels that covers it.
+    """Turn a box (left, top, right, bottom) on what the model saw into one on the page, both of a size in pixels.
 
-    Args:
-        numbers: Left, top, right and bottom edge, in pixels of `seen`; finite.
-        seen: Width and height of the image as the model saw it.
-        page: Width and height of the page's image, in pixels; the box is cut off at its edges.
+    It is the smallest in whole pixels that covers it, cut off at the edges of the page.
     """
     left, top, right, bottom = map(Fraction, numbers)
     return Box(

@@ -30,67 +30,48 @@ from ...pages.documents import PageImage
 from ...prompts import Mode
 from .pages import BenchmarkPage
 
+# At each concurrency at least so many pages are read for each page at once, so that most of the time all slots are
+# taken (our own choice).
 READS_PER_SLOT: Final = 2
-"""At each concurrency at least so many pages are read for each page at once, so that most of the time all slots are
-taken (our own choice)."""
 
 _ABSENT = (ConfigurationError, EngineMissing, ModeNotSupported, NotApplicable, ServerUnavailable)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How an engine did with so many pages at once.
-
-    Attributes:
-        at_once: Pages at once.
-        read: Pages that were read.
-        failures: How many were not, by kind of error.
-        seconds: From the first page's start to the last one's end.
-        pages_per_second: Pages that were read, by `seconds`.
-        p50: Median seconds of the pages that were read, by nearest rank; ``None`` if there are none.
-        p95: The same of the 95th percentile: with fewer than 20 pages, the slowest.
-        tokens_per_second: Tokens of the answers, by `seconds`; ``None`` if the engine does not count them.
-    """
+    """How an engine did with so many pages at once."""
 
     at_once: int
     read: int
-    failures: Mapping[str, int]
-    seconds: float
-    pages_per_second: float
-    p50: float | None
-    p95: float | None
-    tokens_per_second: float | None
+    failures: Mapping[str, int]  # how many were not, by kind of error
+    seconds: float  # from the first page's start to the last one's end
+    pages_per_second: float  # pages that were read, by `seconds`
+    p50: float | None  # median seconds of the pages that were read, by nearest rank; ``None`` if there are none
+    p95: float | None  # the same of the 95th percentile: with fewer than 20 pages, the slowest
+    tokens_per_second: float | None  # tokens of the answers, by `seconds`; ``None`` if the engine does not count them
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """How an engine did.
-
-    Attributes:
-        engine: Its name.
-        unavailable: Why it was not measured; everything below is empty then.
-        model: What exactly read the pages; behind a server that tells, the engines that it had read them.
-        first_seconds: How long the first page took, with everything that is loaded for it; ``None`` if it failed.
-        load_seconds: How much longer that was than the same page once more.
-        loads: By pages at once, ascending.
-        character_errors: By language, ``all`` for all together: edits needed to make the text that was read the right
-            one (Levenshtein, white space collapsed), by the length of the right one. Only of pages that were read, each
-            once, and whose text is known. Empty without such pages or without rapidfuzz.
-        compared: How many pages `character_errors` is of.
-        process_mib: Peak memory of this process until then, which engines measured earlier count towards as well.
-        child_mib: The same of its largest child process, such as one Tesseract. An upper bound: Linux counts what this
-            process had when it started the child as the child's.
-    """
+    """How an engine did."""
 
     engine: str
-    unavailable: str | None = None
+    unavailable: str | None = None  # why it was not measured; everything below is empty then
+    # What exactly read the pages; behind a server that tells, the engines that it had read them.
     model: str | None = None
+    # How long the first page took, with everything that is loaded for it; ``None`` if it failed.
     first_seconds: float | None = None
-    load_seconds: float | None = None
-    loads: tuple[Load, ...] = ()
+    load_seconds: float | None = None  # how much longer that was than the same page once more
+    loads: tuple[Load, ...] = ()  # by pages at once, ascending
+    # By language, ``all`` for all together: edits needed to make the text that was read the right one (Levenshtein,
+    # white space collapsed), by the length of the right one. Only of pages that were read, each once, and whose text is
+    # known. Empty without such pages or without rapidfuzz.
     character_errors: Mapping[str, float] = field(default_factory=dict)
-    compared: int = 0
+    compared: int = 0  # how many pages `character_errors` is of
+    # Peak memory of this process until then, which engines measured earlier count towards as well.
     process_mib: float | None = None
+    # The same of its largest child process, such as one Tesseract. An upper bound: Linux counts what this process had
+    # when it started the child as the child's.
     child_mib: float | None = None
 
     @property
@@ -105,11 +86,7 @@ class Measurement:
         return sum(sum(failures.values()) - failures.get(NotApplicable.__name__, 0) for failures in counts)
 
     def to_dict(self, first: Measurement | None = None) -> dict[str, Any]:
-        """Return the fields as JSON-ready values.
-
-        Args:
-            first: What the ratios are to; see `ratios`.
-        """
+        """Return the fields as JSON-ready values, with the `ratios` to the first one that was measured."""
         return {**asdict(self), "ratios": ratios(self, first)}
 
 
@@ -128,12 +105,7 @@ class _Unavailable(Exception):
 
 
 def ratios(measurement: Measurement, first: Measurement | None) -> dict[str, float]:
-    """Compare an engine with the first one that was measured in the same run.
-
-    Returns:
-        ``pages_per_second`` at each one's best and ``p50`` at the lowest concurrency, each by that of `first`; what
-        either of them lacks is left out.
-    """
+    """Compare an engine with the first one: ``pages_per_second`` at its best, and ``p50`` at the lowest concurrency."""
     if first is None or not measurement.loads or not first.loads:
         return {}
     ours, theirs = measurement.loads[0].p50, first.loads[0].p50
@@ -158,18 +130,10 @@ async def measure(
     seconds: float = 120.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Measurement:
-    """Measure an engine: its first page, the same once more, and all pages at each concurrency.
+    """Measure an engine: its first page, the same once more, and all pages at each concurrency (pages at once).
 
-    Args:
-        engine: Its limiter's present limit bounds the concurrency; otherwise that limiter is not used. Stays open.
-        pages: At least one.
-        concurrency: Pages at once, each at least 1.
-        mode: What to read.
-        seconds: For one page. One that takes longer has failed.
-        say: Is told what comes next.
-
-    Returns:
-        What was found; nothing is raised for what does not work.
+    The engine stays open. Its limiter's present limit bounds the concurrency, and is not used otherwise. A page that
+    takes longer than so many seconds has failed. `say` is told what comes next. Nothing is raised for what fails.
     """
     if mode not in engine.modes:
         return Measurement(engine.name, f"it does not know the mode {mode}")
@@ -212,11 +176,7 @@ async def measure(
 async def _first(
     engine: Engine, pages: Sequence[BenchmarkPage], task: Task, seconds: float
 ) -> tuple[_Reading, _Reading]:
-    """Read the first page that is something for the engine, twice.
-
-    Raises:
-        _Unavailable: There is none, or the engine does not work at all.
-    """
+    """Read the first page that is something for the engine, twice."""
     try:
         async with asyncio.timeout(seconds):
             await engine.probe(seconds)

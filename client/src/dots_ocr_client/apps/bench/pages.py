@@ -17,12 +17,10 @@ from ...pages import images
 from ...pages.documents import PageImage
 from ...pages.rasterizer import Rasterizer
 
+# The size of a generated page in pixels: A4 at 200 dpi, the resolution at which PDFs are drawn.
 A4: Final = (1654, 2339)
-"""The size of a generated page in pixels: A4 at 200 dpi, the resolution at which PDFs are drawn."""
-MOST_PAGES: Final = 200
-"""All are held in memory, each as a PNG of up to some MB (our own choice)."""
-GIVEN: Final = "given"
-"""The language of a user's page, which nobody told."""
+MOST_PAGES: Final = 200  # all are held in memory, each as a PNG of up to some MB (our own choice)
+GIVEN: Final = "given"  # the language of a user's page, which nobody told
 
 _FONT = "DejaVuSans.ttf"  # Pillow's own font has no Cyrillic
 _LETTERS, _LINE, _MARGIN, _COLUMNS = 32, 47, 130, 78  # pixels, pixels, pixels, characters
@@ -61,26 +59,15 @@ _TEXTS: Final = {"English": _ENGLISH, "Russian": _RUSSIAN}
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkPage:
-    """A page and what it says.
+    """A page and what it says."""
 
-    Attributes:
-        name: For reports.
-        language: ``English`` or ``Russian`` of a generated page, else `GIVEN`.
-        image: As engines get it.
-        truth: What an engine should read; ``None`` if nobody knows.
-    """
-
-    name: str
-    language: str
-    image: PageImage
-    truth: str | None
+    name: str  # for reports
+    language: str  # ``English`` or ``Russian`` of a generated page, else `GIVEN`
+    image: PageImage  # as engines get it
+    truth: str | None  # what an engine should read; ``None`` if nobody knows
 
     def variant(self, number: int) -> PageImage:
-        """Return the page with the last bit of another pixel flipped, so that no server answers from a cache of images.
-
-        Args:
-            number: Different for each variant, from 0.
-        """
+        """Return the page with the last bit of its pixel of that number flipped, so that no cache of images answers."""
         picture = self.image.image
         place = number % picture.width, number // picture.width % picture.height
         red, green, blue = picture.getpixel(place)  # type: ignore[misc]  # three numbers for mode RGB
@@ -89,11 +76,7 @@ class BenchmarkPage:
 
 
 def generate_pages(count: int) -> list[BenchmarkPage]:
-    """Draw pages of printed text, English and Russian by turns; the same ones each time.
-
-    Args:
-        count: How many. Without a font that has Cyrillic, all of them are English.
-    """
+    """Draw pages of text, English and (with a font that has Cyrillic) Russian by turns; the same ones each time."""
     path = _font()
     languages = list(_TEXTS) if path else ["English"]
     font = ImageFont.truetype(path, _LETTERS) if path else ImageFont.load_default(_LETTERS)
@@ -137,9 +120,6 @@ async def load_pages(files: Sequence[Path]) -> list[BenchmarkPage]:
 
     Beside ``NAME.pdf`` (or another ending) there may be ``NAME.txt`` in UTF-8 with what it says, page after page with a
     form feed between them, as pdftotext writes it.
-
-    Args:
-        files: PDFs and images.
 
     Raises:
         InputError: A file cannot be read, a text has not as many parts as its document has pages, or there are more

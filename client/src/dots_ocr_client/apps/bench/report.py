@@ -15,8 +15,8 @@ from ...texts import count
 from .measure import Load, Measurement, first_measured, ratios
 from .pages import BenchmarkPage
 
+# Whose versions a report names.
 PACKAGES: Final = ("dots-ocr-client", "openai", "pillow", "pypdfium2", "torch", "transformers")
-"""Whose versions a report names."""
 EXTRA: Final = "pip install 'dots-ocr-client[bench]'"
 
 _NOTES = (
@@ -34,19 +34,12 @@ _NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkReport:
-    """A whole run.
+    """A whole run."""
 
-    Attributes:
-        measurements: One for each engine, in the order in which they were measured.
-        pages: What was read.
-        mode: How.
-        machine: On what; see `describe_machine`.
-    """
-
-    measurements: Sequence[Measurement]
+    measurements: Sequence[Measurement]  # one for each engine, in the order in which they were measured
     pages: Sequence[BenchmarkPage]
     mode: str
-    machine: dict[str, Any]
+    machine: dict[str, Any]  # on what; see `describe_machine`
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values; times are seconds."""
