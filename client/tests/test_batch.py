@@ -387,7 +387,6 @@ def test_failed_pages_are_read_again_and_only_those(tmp_path: Path, out: Path) -
     first = read(FakeClient(fails={2}), [document], out)
     assert statuses(first) == ["partial"]
     assert first.documents[0].error == "page 2: nobody could"
-    assert statuses(read(FakeClient(), [document], out, retry_failed=False)) == ["unchanged"]
     client = FakeClient()
     assert statuses(read(client, [document], out)) == ["read"]
     assert client.asked == [("a.pdf", 2)]

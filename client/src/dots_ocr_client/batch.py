@@ -26,20 +26,20 @@ from .prompts import MODES, Mode
 from .results import FailedPage, Page
 from .results.store import FORMATS, JOURNAL, Folder, Store, Summary, to_json
 
+# Of the files that are taken from a folder; upper case counts too. One without a suffix is looked into.
 SUFFIXES: Final = frozenset(
     ".pdf .png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .heic .heif .avif .ppm .pgm .pbm .pnm .jfif .jpe .j2k".split()  # noqa: SIM905
 )
-"""Of the files that are taken from a folder; upper case counts too. One without a suffix is looked into."""
 REPORT: Final = "report.json"
 LOCK: Final = ".dots-ocr.lock"
+# Seconds between two syncs of a journal. The death of this process loses nothing either way, that of the machine loses
+# the pages of this time. Measured: with a sync for each page, 2,000 pages that cost nothing took five times as long.
 SYNC_SECONDS: Final = 0.2
-"""Seconds between two syncs of a journal. The death of this process loses nothing either way, that of the machine loses
-the pages of this time. Measured: with a sync for each page, 2,000 pages that cost nothing took five times as long."""
+# Documents that are open beyond the pages in flight, so that opening and finishing keeps no slot empty.
 SPARE: Final = 4
-"""Documents that are open beyond the pages in flight, so that opening and finishing keeps no slot empty."""
 
+# Bytes of a document's name that leave room for what ours end with: Linux takes names of 255 bytes (NAME_MAX).
 LONGEST_NAME: Final = 255 - len(f"{JOURNAL}.tmp")
-"""Bytes of a document's name that leave room for what ours end with: Linux takes names of 255 bytes (NAME_MAX)."""
 
 _OURS: Final = (*(f".{suffix}" for suffix in FORMATS), JOURNAL)
 _Stamp = tuple[int, int, int]
@@ -76,49 +76,31 @@ class Client(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DocumentReport:
-    """What became of one document.
-
-    Attributes:
-        source: Its path.
-        status: ``read``, ``partial`` (some pages failed), ``failed`` (all did, or it cannot be opened or written), or
-            ``unchanged`` (nothing was left to do).
-        pages: All pages that are in the outputs, those that failed included.
-        failed_pages: Those that could not be read.
-        engines: Pages by the name of the engine that read them; blank ones are nobody's.
-        pages_read: Pages that this run read.
-        seconds: How long it took.
-        error: Why it failed, or why the first of its pages did.
-    """
+    """What became of one document."""
 
     source: str
+    # ``read``, ``partial`` (some pages failed), ``failed`` (all did, or it cannot be opened or written), or
+    # ``unchanged`` (nothing was left to do).
     status: Status
-    pages: int
-    failed_pages: int
-    engines: dict[str, int]
-    pages_read: int
-    seconds: float
-    error: str | None = None
+    pages: int  # all pages that are in the outputs, those that failed included
+    failed_pages: int  # those that could not be read
+    engines: dict[str, int]  # pages by the name of the engine that read them; blank ones are nobody's
+    pages_read: int  # pages that this run read
+    seconds: float  # how long it took
+    error: str | None = None  # why it failed, or why the first of its pages did
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of a batch.
+    """What became of a batch."""
 
-    Attributes:
-        started: Date and time in ISO 8601, UTC.
-        finished: As above.
-        seconds: How long it took.
-        documents: The documents that were finished, in the order in which they were given.
-        stopped: Why it ended before all documents were finished, if it did.
-        skipped: Files and folders in the given folders that were passed over, by the reason: ``hidden``, ``link to a
-            folder``, ``without a suffix`` (and no document that can be read), or a suffix that is not in `SUFFIXES`.
-    """
-
-    started: str
+    started: str  # date and time in ISO 8601, UTC
     finished: str
-    seconds: float
-    documents: tuple[DocumentReport, ...]
-    stopped: str | None = None
+    seconds: float  # how long it took
+    documents: tuple[DocumentReport, ...]  # the documents that were finished, in the order in which they were given
+    stopped: str | None = None  # why it ended before all documents were finished, if it did
+    # Files and folders in the given folders that were passed over, by the reason: ``hidden``, ``link to a folder``,
+    # ``without a suffix`` (and no document that can be read), or a suffix that is not in `SUFFIXES`.
     skipped: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -169,7 +151,6 @@ async def run(
     formats: frozenset[str] = frozenset({"json", "md"}),
     headers: bool = True,
     upgrade: bool = False,
-    retry_failed: bool = True,
     pages: str | None = None,
     dpi: int | None = None,
     password: str | None = None,
@@ -191,7 +172,6 @@ async def run(
         formats: Outputs, see `store.FORMATS`; the JSON is always made, because later runs go on from it.
         headers: With the headers and footers of the pages, in Markdown and HTML.
         upgrade: Read those pages again that another engine than vLLM read. The old page stays where that fails.
-        retry_failed: Read those pages again that failed in an earlier run.
         pages: Of each document, such as ``1-3,7``; default: all. Pages that an earlier run read stay in the outputs.
         dpi: At which pages of PDFs are drawn; see `AsyncDotsOCR.read`. Another one has them all read again.
         password: Of encrypted PDFs; the others need none. It is written nowhere.
@@ -211,7 +191,7 @@ async def run(
     skipped: Counter[str] = Counter()
     found = await _in_thread(_find, inputs, out, skipped)
     with _claimed(out) as root:
-        options = (mode, formats, headers, upgrade, retry_failed, pages, dpi, password, progress or Silent())
+        options = (mode, formats, headers, upgrade, pages, dpi, password, progress or Silent())
         return await _Batch(client, root, *options).run(found, dict((+skipped).most_common()))
 
 
@@ -223,7 +203,6 @@ class _Batch:
     formats: frozenset[str]
     headers: bool
     upgrade: bool
-    retry_failed: bool
     pages: str | None
     dpi: int | None
     password: str | None = field(repr=False)
@@ -304,7 +283,7 @@ class _Batch:
 
     async def _fill(self, store: Store, document: _Input, stamp: _Stamp, count: _Count) -> Status:
         """Read what is missing, and make the outputs."""
-        again = {"retry_failed": self.retry_failed, "upgrade": self.upgrade}
+        again = {"retry_failed": True, "upgrade": self.upgrade}
         if store.is_unchanged(self.formats, headers=self.headers, **again):
             return "unchanged"
         # By the client, once: what a file holds up is a process of the client's, no thread of ours.
@@ -381,11 +360,7 @@ async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
 
 
 def _find(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> list[_Input]:
-    """List the documents and where their outputs go, and count what is passed over.
-
-    Raises:
-        InputError: See `run`.
-    """
+    """List the documents and where their outputs go, and count what is passed over."""
     found: dict[PurePath, Path] = {}
     for path, name in _candidates(inputs, out, skipped):
         name = name.with_name(_shortened(name.name))

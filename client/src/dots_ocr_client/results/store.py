@@ -30,52 +30,37 @@ from ..version import __version__
 from . import Cell, FailedPage, Page, export, hocr, page_of
 from .layout import table_rows
 
+# What outputs there are, by what their names end with; ``csv`` and ``pictures`` are folders, with a file for each table
+# and each picture.
 FORMATS: Final = frozenset({"json", "md", "html", "txt", "hocr", "csv", "pictures"})
-"""What outputs there are, by what their names end with; ``csv`` and ``pictures`` are folders, with a file for each
-table and each picture."""
-JOURNAL: Final = ".pages.jsonl"
-"""What the name of a journal ends with."""
-FIRST_ENGINE: Final = "vllm"
-"""The engine whose pages are final; those of any other can be read again (``upgrade``)."""
-_FORMAT_VERSION: Final = 1
-"""Of journals and outputs: those of other versions are not gone on with."""
+JOURNAL: Final = ".pages.jsonl"  # what the name of a journal ends with
+FIRST_ENGINE: Final = "vllm"  # the engine whose pages are final; those of any other can be read again (``upgrade``)
+_FORMAT_VERSION: Final = 1  # of journals and outputs: those of other versions are not gone on with
 _FOLDERS: Final = frozenset({"csv", "pictures"})
 _PART: Final = re.compile(r"page-\d+-\d+\.(csv|png)")
 _NUMBER: Final = re.compile(r"[-+]*[€$£₽]?[\d\s.,]*([eE][-+]?\d+)? ?([%€$£₽]|\w{0,3})")
 _PAGES: Final = b'"pages": [\n'
 _END_OF_PAGES: Final = b"\n],\n"
 _HEAD: Final = {"headers": bool, "formats": list, "pages": int, "failed_pages": int, "engines": dict}
+# What reading a file raises that is damaged, or not by us.
 _UNREADABLE: Final = (KeyError, TypeError, ValueError, RecursionError)
-"""What reading a file raises that is damaged, or not by us."""
+# Bytes of a first line at most: ours stay far below, because the longest path has 4,096 bytes.
 _LONGEST_HEAD: Final = 1 << 16
-"""Bytes of a first line at most: ours stay far below, because the longest path has 4,096 bytes."""
 
 
 class Folder:
     """A folder that outputs are written to. Links in it are replaced or refused, never followed."""
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
-        """Open a folder that exists.
-
-        Args:
-            path: Where it is; this may be a link.
-            descriptor: The folder, if it is open already; it is closed with this object.
-
-        Raises:
-            OSError: It does not exist, or may not be opened.
-        """
+        """Open a folder that exists, or take over the descriptor of one that is open."""
         self.path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY) if descriptor is None else descriptor
 
     def inner(self, parts: Sequence[str]) -> Folder:
-        """Open the folder below, and make it if it is not there.
-
-        Args:
-            parts: The names on the way to it; none for this folder itself.
+        """Open the folder below by the names on the way to it, and make it if it is not there.
 
         Raises:
             InputError: One of them is a link or a file.
-            OSError: It cannot be made or opened.
         """
         path, fd = self.path, os.dup(self._fd)
         for part in parts:
@@ -92,13 +77,7 @@ class Folder:
         return Folder(path, fd)
 
     def open(self, name: str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int | None:
-        """Return a descriptor of a regular file, or ``None`` if there is none of that name.
-
-        Args:
-            name: Of a file in this folder.
-            flags: As for ``os.open``.
-            mode: Permissions of a file that this makes, less the umask.
-        """
+        """Return a descriptor of a regular file; ``None`` if there is none. Flags and mode are as for ``os.open``."""
         try:
             fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode, dir_fd=self._fd)
         except OSError:  # not there, a link, a folder, a pipe without a reader, or not ours to read
@@ -160,17 +139,11 @@ def to_json(value: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How many pages a document has, and who read them.
+    """How many pages a document has, and who read them."""
 
-    Attributes:
-        pages: All pages, those that failed included.
-        failed_pages: Those that could not be read.
-        engines: Pages by the name of the engine that read them; blank ones are nobody's.
-    """
-
-    pages: int
-    failed_pages: int
-    engines: dict[str, int]
+    pages: int  # all pages, those that failed included
+    failed_pages: int  # those that could not be read
+    engines: dict[str, int]  # pages by the name of the engine that read them; blank ones are nobody's
 
 
 class _Entry(NamedTuple):
@@ -180,12 +153,7 @@ class _Entry(NamedTuple):
 
 
 class Store:
-    """The pages of one document and its outputs. It belongs to one task; its methods block.
-
-    Attributes:
-        finished: What an earlier run wrote about this source in this mode; ``None`` if there is no such output, or if
-            there is a journal to go on with.
-    """
+    """The pages of one document and its outputs. It belongs to one task; its methods block."""
 
     def __init__(
         self,
@@ -223,12 +191,7 @@ class Store:
         self._pages_changed = False
 
     def open(self) -> None:
-        """Look for what earlier runs left.
-
-        Raises:
-            InputError: A folder on the way is a link or a file.
-            OSError: The disk says no.
-        """
+        """Look for what earlier runs left."""
         self._opened = self._root.inner(self._place)
         head = self._read_head()
         self._pages_changed = self._resume()
@@ -280,15 +243,9 @@ class Store:
         return retry_failed if entry.engine is None else upgrade and entry.engine not in (FIRST_ENGINE, "")
 
     def record(self, page: Page | FailedPage) -> bool:
-        """Append a page, so that the death of this process does not lose it.
+        """Append a page, so that the death of this process does not lose it; return whether it was taken.
 
         A page that is there already stays, unless the new one is by the first engine or the old one had failed.
-
-        Returns:
-            Whether the page was taken.
-
-        Raises:
-            OSError: The disk says no.
         """
         engine = page.engine if isinstance(page, Page) else None
         old = self._entries.get(page.number)
@@ -321,15 +278,10 @@ class Store:
     def assemble(self, formats: frozenset[str], *, headers: bool, draw: Callable[[int], PageImage]) -> None:
         """Make the outputs, one page in memory at a time, and delete the journal.
 
-        If pages have changed, what an earlier run wrote in other formats goes: it is of another state of the document.
-
-        Args:
-            formats: Which; the JSON is always made, because later runs go on from it.
-            headers: With the headers and footers of the pages, in Markdown and HTML.
-            draw: Draws a page, by its number, for its pictures and the places of its words; may raise `InputError`.
-
-        Raises:
-            OSError: The disk says no; there is no unfinished output, and the journal remains.
+        The JSON is always made, because later runs go on from it. If pages have changed, what an earlier run wrote in
+        other formats goes: it is of another state of the document. `draw` draws a page, by its number, for its pictures
+        and the places of its words; it may raise `InputError`. If the disk says no (`OSError`), there is no unfinished
+        output, and the journal remains.
         """
         if "csv" in formats:
             self._write_parts("csv", self._tables())
