@@ -9,21 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
+from .. import errors
 from ..engines.admission import PATIENCE, Breaker
 from ..engines.base import Answer, Engine, Task, is_blank
-from ..errors import (
-    AllEnginesFailed,
-    CircuitOpen,
-    ConfigurationError,
-    DeadlineExceeded,
-    EngineError,
-    EngineMissing,
-    ModeNotSupported,
-    NotApplicable,
-    Overloaded,
-    ServerUnavailable,
-    Unauthorized,
-)
 from ..pages.documents import PageImage
 from ..results import Attempt, Box, Page
 
@@ -133,10 +121,10 @@ class Chain:
             others = any(task.mode in other.modes for other in self.engines[position:])
             while True:
                 before = clock.left
-                failure: EngineError
+                failure: errors.EngineError
                 try:
                     answer = await self._ask_one(engine, breaker, task, clock, others=others)
-                except EngineError as error:
+                except errors.EngineError as error:
                     failure = error
                 else:
                     empty = not (answer.text or answer.cells) and bool(clock.page.png)
@@ -149,16 +137,16 @@ class Chain:
                 if not (self._may_wait(failure, breaker, clock) and await _back(breaker, clock)):
                     if self._on_unavailable == "fallback":
                         break
-                    raise AllEnginesFailed(page.number, tuple(clock.attempts.values())) from failure
+                    raise errors.AllEnginesFailed(page.number, tuple(clock.attempts.values())) from failure
                 clock.left = self._timeout
-        raise AllEnginesFailed(page.number, tuple(clock.attempts.values()))
+        raise errors.AllEnginesFailed(page.number, tuple(clock.attempts.values()))
 
     async def aclose(self) -> None:
         """Close the engines."""
         for engine in self.engines:
             await engine.aclose()
 
-    def _may_wait(self, failure: EngineError, breaker: Breaker, clock: _Clock) -> bool:
+    def _may_wait(self, failure: errors.EngineError, breaker: Breaker, clock: _Clock) -> bool:
         """Tell whether a page waits for its engine, and set how long."""
         patience = self._max_wait
         if self._on_unavailable == "fallback":
@@ -173,11 +161,11 @@ class Chain:
     async def _ask_one(self, engine: Engine, breaker: Breaker, task: Task, clock: _Clock, *, others: bool) -> Answer:
         """Ask one engine."""
         if task.mode not in engine.modes:
-            raise ModeNotSupported(f"{engine.name} cannot read in the mode {task.mode!r}")
+            raise errors.ModeNotSupported(f"{engine.name} cannot read in the mode {task.mode!r}")
         if clock.left <= 0:
-            raise NotApplicable(f"nothing was left of the {clock.limit:g} s for the page")
+            raise errors.NotApplicable(f"nothing was left of the {clock.limit:g} s for the page")
         if others and engine.expected_seconds > clock.left:
-            raise NotApplicable(
+            raise errors.NotApplicable(
                 f"{engine.name} takes {engine.expected_seconds:g} s for a page or more, and {clock.left:.1f} s were "
                 "left: allow more time (timeout=), or ask no other engine"
             )
@@ -198,13 +186,13 @@ class Chain:
                 except TimeoutError:
                     message = f"no answer within {seconds:.1f} s: look at its load, or allow more time"
                     breaker.failed(age, message)
-                    raise DeadlineExceeded(message) from None
-                except Overloaded:
+                    raise errors.DeadlineExceeded(message) from None
+                except errors.Overloaded:
                     raise
-                except (ServerUnavailable, DeadlineExceeded) as error:
+                except (errors.ServerUnavailable, errors.DeadlineExceeded) as error:
                     breaker.failed(age, str(error), gone=_is_gone(error))
                     raise
-                except EngineError:
+                except errors.EngineError:
                     breaker.succeeded()
                     raise
                 breaker.succeeded()
@@ -226,13 +214,13 @@ async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
         try:
             async with asyncio.timeout(seconds):
                 await engine.probe(seconds)
-        except Unauthorized:
+        except errors.Unauthorized:
             breaker.abandon_probe()
             raise  # the engines behind this one would hide a wrong key on every page
-        except (EngineError, ConfigurationError, TimeoutError) as error:
+        except (errors.EngineError, errors.ConfigurationError, TimeoutError) as error:
             reason = str(error) or f"no answer within {seconds:.1f} s"
             breaker.open(reason)
-            raise CircuitOpen(f"{engine.name} is not back: {reason}") from error
+            raise errors.CircuitOpen(f"{engine.name} is not back: {reason}") from error
         except BaseException:
             breaker.abandon_probe()
             raise
@@ -248,22 +236,22 @@ def _refuse(breaker: Breaker) -> None:
     was = "it was unavailable several times in a row"
     match breaker.state:
         case "half-open":
-            raise CircuitOpen(f"{was}; another page is finding out if it is back; last: {breaker.reason}")
+            raise errors.CircuitOpen(f"{was}; another page is finding out if it is back; last: {breaker.reason}")
         case "open" if (seconds := breaker.seconds_left) > 0:
-            raise CircuitOpen(f"{was}; it is asked again in {seconds:.1f} s; last: {breaker.reason}")
+            raise errors.CircuitOpen(f"{was}; it is asked again in {seconds:.1f} s; last: {breaker.reason}")
 
 
-def _is_absence(failure: EngineError, breaker: Breaker) -> bool:
+def _is_absence(failure: errors.EngineError, breaker: Breaker) -> bool:
     """Tell whether the engine failed, and not the page. One deadline may be the page's fault, several are not."""
-    return isinstance(failure, ServerUnavailable) or (
-        isinstance(failure, DeadlineExceeded) and breaker.state != "closed"
+    return isinstance(failure, errors.ServerUnavailable) or (
+        isinstance(failure, errors.DeadlineExceeded) and breaker.state != "closed"
     )
 
 
-def _is_gone(failure: EngineError) -> bool:
+def _is_gone(failure: errors.EngineError) -> bool:
     """Tell whether the engine is away and may soon be back: it is not full, and does not fail over the page."""
-    there = isinstance(failure, Overloaded) or failure.status not in (None, 502, 503)
-    return isinstance(failure, ServerUnavailable) and failure.passing and not there
+    there = isinstance(failure, errors.Overloaded) or failure.status not in (None, 502, 503)
+    return isinstance(failure, errors.ServerUnavailable) and failure.passing and not there
 
 
 async def _back(breaker: Breaker, clock: _Clock) -> bool:
@@ -277,10 +265,12 @@ async def _back(breaker: Breaker, clock: _Clock) -> bool:
             return True
 
 
-def _note(clock: _Clock, engine: Engine, error: EngineError, seconds: float) -> None:
+def _note(clock: _Clock, engine: Engine, error: errors.EngineError, seconds: float) -> None:
     """Keep why an engine did not deliver; of one that was asked again and again, the last real failure."""
-    skipped = isinstance(error, EngineMissing | ModeNotSupported | NotApplicable | CircuitOpen)
-    if isinstance(error, CircuitOpen) and engine.name in clock.attempts:
+    skipped = isinstance(
+        error, errors.EngineMissing | errors.ModeNotSupported | errors.NotApplicable | errors.CircuitOpen
+    )
+    if isinstance(error, errors.CircuitOpen) and engine.name in clock.attempts:
         return
     clock.attempts[engine.name] = Attempt(
         engine.name,

@@ -16,21 +16,8 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from .. import errors
 from ..credentials import Address, Secrets, read_key
-from ..errors import (
-    ConfigurationError,
-    CutOff,
-    DeadlineExceeded,
-    DotsOCRError,
-    EngineError,
-    ModelNotServed,
-    Overloaded,
-    Repetition,
-    RequestRejected,
-    ServerUnavailable,
-    Unauthorized,
-    UnusableAnswer,
-)
 from ..results import Attempt, attempts_of
 from ..texts import encodable
 
@@ -108,7 +95,7 @@ class Server:
 
     async def models(self, seconds: float) -> list[dict[str, Any]]:
         """Return the model cards of ``/v1/models``; each has an ``id``."""
-        fault: DotsOCRError
+        fault: errors.DotsOCRError
         try:
             # Not through models.list(), which breaks on JSON that is no list of models.
             listing: Any = await self._connect().get("/models", cast_to=object, options={"timeout": _timeout(seconds)})
@@ -123,16 +110,16 @@ class Server:
     async def health(self, seconds: float) -> None:
         """Ask for ``/health``; without it a server or gateway counts as healthy, else it is `ServerUnavailable`."""
         address = self.base_url.removesuffix("/v1") + "/health"
-        fault: DotsOCRError
+        fault: errors.DotsOCRError
         try:
             status = (await self._get("/health", seconds)).status_code
             if status in (200, 401, 403, 404):
                 return
-            fault = ServerUnavailable(f"{address} answered {status}")
-        except DotsOCRError as error:
+            fault = errors.ServerUnavailable(f"{address} answered {status}")
+        except errors.DotsOCRError as error:
             fault = error
         except Exception as error:
-            fault = ServerUnavailable(f"cannot reach {address} ({self._quote(error) or type(error).__name__})")
+            fault = errors.ServerUnavailable(f"cannot reach {address} ({self._quote(error) or type(error).__name__})")
         raise fault
 
     async def metrics(self, seconds: float) -> str | None:
@@ -174,7 +161,7 @@ class Server:
             RequestRejected: 400, 413 or 422; see `is_about_length`.
             Repetition, CutOff, UnusableAnswer: The answer is of no use.
         """
-        fault: DotsOCRError
+        fault: errors.DotsOCRError
         try:
             if stream:
                 return await self._collect(request, picture, seconds)
@@ -223,7 +210,7 @@ class Server:
                     http_client=self._http,
                 )
             except httpx2.InvalidURL:
-                raise ConfigurationError(
+                raise errors.ConfigurationError(
                     f"{self.base_url!r} is no base URL: write it like http://127.0.0.1:8000/v1"
                 ) from None
         return self._client
@@ -276,11 +263,11 @@ class Server:
                 message = f"{self.base_url} stopped in the middle of its answer for {IDLE_SECONDS:g} s"
             else:
                 message = f"{self.base_url} did not begin to answer within {FIRST_TOKEN_SECONDS:g} s"
-            raise DeadlineExceeded(f"{message}: look at its load and its log") from error
+            raise errors.DeadlineExceeded(f"{message}: look at its load and its log") from error
         if chunks == 0:
             raise self._not_an_api()
         if finish_reason is None:
-            raise ServerUnavailable(f"{self.base_url} broke its answer off: look at its log")
+            raise errors.ServerUnavailable(f"{self.base_url} broke its answer off: look at its log")
         return self._judge("".join(pieces), finish_reason, model, usage, about)
 
     def _judge(self, text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Completion:
@@ -292,16 +279,16 @@ class Server:
                 hidden = ("the server repeated the key that it was sent: *** stands in its place",)
         if finish_reason == "length":
             read = text if isinstance(text, str) else ""
-            raise CutOff("the answer was cut off at the end of the context: use a larger --max-model-len", read)
+            raise errors.CutOff("the answer was cut off at the end of the context: use a larger --max-model-len", read)
         if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
-            raise Repetition("the model repeated itself without end: try again, or with another resolution")
+            raise errors.Repetition("the model repeated itself without end: try again, or with another resolution")
         if finish_reason in ("abort", "error"):  # vLLM's own words (vllm/v1/engine); the status is 200 all the same
-            raise ServerUnavailable("the server gave the page up in the middle of its answer: look at its log")
+            raise errors.ServerUnavailable("the server gave the page up in the middle of its answer: look at its log")
         if finish_reason != "stop":
             reason = self._quote(finish_reason)
-            raise UnusableAnswer(f"the model stopped for the reason {reason!r}: look at the server's log")
+            raise errors.UnusableAnswer(f"the model stopped for the reason {reason!r}: look at the server's log")
         if not isinstance(text, str):
-            raise UnusableAnswer("the answer has no text: look at the server's log")
+            raise errors.UnusableAnswer("the answer has no text: look at the server's log")
         tokens = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
         # dots-ocr serve says beside its answer who read the page, a gateway in a header, and other servers not at all.
         about = about if isinstance(about, dict) else {}
@@ -324,7 +311,7 @@ class Server:
         """Return what a server said in one line, without the secrets, and cut off only then."""
         return " ".join(encodable(self._secrets.hide(str(self._secrets.hide_all(said)))).split())[:length]
 
-    async def _translate(self, error: Exception, seconds: float, model: str | None) -> DotsOCRError:
+    async def _translate(self, error: Exception, seconds: float, model: str | None) -> errors.DotsOCRError:
         """Make one of our errors of anything that went wrong; it does not carry the other, which holds the key."""
         try:
             fault = await self._explain(error, seconds, model)
@@ -333,28 +320,30 @@ class Server:
         fault.status = getattr(error, "status_code", fault.status)
         return fault
 
-    async def _explain(self, error: Exception, seconds: float, model: str | None) -> DotsOCRError:
+    async def _explain(self, error: Exception, seconds: float, model: str | None) -> errors.DotsOCRError:
         import httpx2
         import openai
 
-        if isinstance(error, DotsOCRError):
+        if isinstance(error, errors.DotsOCRError):
             return error
         cause = error.__cause__ or error
         if isinstance(cause, httpx2.ConnectTimeout):
-            absent = ServerUnavailable(f"cannot reach {self.base_url} (no connection in time): correct the base URL")
+            absent = errors.ServerUnavailable(
+                f"cannot reach {self.base_url} (no connection in time): correct the base URL"
+            )
             absent.passing = False
             return absent
         if isinstance(error, openai.APITimeoutError):
-            return DeadlineExceeded(
+            return errors.DeadlineExceeded(
                 f"{self.base_url} did not answer in time: look at its load, or allow more than {seconds:.0f} s"
             )
         if isinstance(cause, httpx2.ConnectError):
-            return ServerUnavailable(
+            return errors.ServerUnavailable(
                 f"cannot reach {self.base_url} ({self._quote(cause)}): start the server, or wait: it takes minutes to "
                 "start; or correct the base URL"
             )
         if isinstance(error, openai.APIConnectionError):
-            return ServerUnavailable(
+            return errors.ServerUnavailable(
                 f"{self.base_url} closed the connection ({self._quote(cause)}): wait if it is just starting, which "
                 "takes minutes; otherwise look at its log"
             )
@@ -362,19 +351,19 @@ class Server:
             return await self._translate_status(error, seconds, model)
         if isinstance(error, openai.APIError) and not isinstance(error, openai.APIResponseValidationError):
             said = self._quote(error.message)
-            return ServerUnavailable(f"{self.base_url} failed in the middle of its answer: {said}")
+            return errors.ServerUnavailable(f"{self.base_url} failed in the middle of its answer: {said}")
         return self._not_an_api(error)
 
     async def _translate_status(
         self, error: openai.APIStatusError, seconds: float, model: str | None
-    ) -> EngineError | ConfigurationError:
+    ) -> errors.EngineError | errors.ConfigurationError:
         status, said = error.status_code, self._quote(error.message)
         # A firewall between here and there says 403 to a page, too.
         if status == 401 or (status == 403 and (model is None or not await self._takes_the_key(seconds))):
             sent = "no key" if self._api_key is None else "the key"
             if self._login is not None:
                 sent = "the user and password of the base URL"
-            return Unauthorized(
+            return errors.Unauthorized(
                 f"{self.base_url} answered {status} to {sent}: set DOTS_OCR_API_KEY (or api_key=) to the key that the "
                 "server was started with"
             )
@@ -383,36 +372,38 @@ class Server:
         if status in (400, 403, 413, 422):
             fix = ": start it with a larger --max-model-len, or give a smaller image"
             more = fix if status == 400 and _LENGTH.search(error.message) else ""
-            return RequestRejected(f"{self.base_url} refused the page with {status}: {said}{more}")
+            return errors.RequestRejected(f"{self.base_url} refused the page with {status}: {said}{more}")
         message = f"{self.base_url} answered {status}: {said}"
         if status in (429, 503):
-            return Overloaded(message, _retry_after(error.response.headers.get("retry-after")))
-        return ServerUnavailable(message)
+            return errors.Overloaded(message, _retry_after(error.response.headers.get("retry-after")))
+        return errors.ServerUnavailable(message)
 
     async def _takes_the_key(self, seconds: float) -> bool:
         try:
             await self.models(seconds)
-        except ConfigurationError:
+        except errors.ConfigurationError:
             return False
-        except EngineError:
+        except errors.EngineError:
             return True  # which it does not say
         return True
 
-    async def _explain_not_found(self, seconds: float, model: str | None) -> EngineError | ConfigurationError:
+    async def _explain_not_found(
+        self, seconds: float, model: str | None
+    ) -> errors.EngineError | errors.ConfigurationError:
         if model is not None:
             try:
                 served = [card["id"] for card in await self.models(seconds)]
-            except (EngineError, ConfigurationError) as error:
-                if isinstance(error, ServerUnavailable) and error.status is None:
+            except (errors.EngineError, errors.ConfigurationError) as error:
+                if isinstance(error, errors.ServerUnavailable) and error.status is None:
                     return error  # it went away meanwhile, which no setting mends
                 served = []
             if served and model not in served:
-                return ModelNotServed(model, served, self.base_url)
-        return ConfigurationError(f"there is no OpenAI API at {self.base_url} (404): it usually ends in /v1")
+                return errors.ModelNotServed(model, served, self.base_url)
+        return errors.ConfigurationError(f"there is no OpenAI API at {self.base_url} (404): it usually ends in /v1")
 
-    def _not_an_api(self, error: Exception | None = None) -> ServerUnavailable:
+    def _not_an_api(self, error: Exception | None = None) -> errors.ServerUnavailable:
         kind = "" if error is None else f" ({type(error).__name__})"  # not its words: these quote the server's
-        return ServerUnavailable(
+        return errors.ServerUnavailable(
             f"{self.base_url} does not answer like an OpenAI API{kind}: look at what else listens there, or correct "
             "the base URL"
         )
@@ -427,7 +418,7 @@ def is_loop(text: str) -> bool:
     return any(tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1))
 
 
-def is_about_length(error: RequestRejected) -> bool:
+def is_about_length(error: errors.RequestRejected) -> bool:
     """Tell whether the server refused a request because prompt and answer together do not fit into its context."""
     return bool(_LENGTH.search(str(error)))
 
@@ -466,14 +457,16 @@ async def _bound(response: httpx2.Response) -> None:
                 last = chunk[-3:]
                 if length > longest or (streamed and event > MAX_EVENT_BYTES):
                     limit = longest if length > longest else MAX_EVENT_BYTES
-                    raise EngineError(f"the server's answer is longer than {limit} bytes: look at its log")
+                    raise errors.EngineError(f"the server's answer is longer than {limit} bytes: look at its log")
                 yield chunk
 
         async def aclose(self) -> None:
             await self.inner.aclose()
 
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise EngineError("the server compresses its answers, though it was asked not to: look at what else is there")
+        raise errors.EngineError(
+            "the server compresses its answers, though it was asked not to: look at what else is there"
+        )
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     response.stream = Bounded(response.stream)
 

@@ -13,19 +13,8 @@ from typing import Any, Final
 
 from PIL import Image
 
+from .. import errors
 from ..credentials import KEY_VARIABLE, Address, key_of_this_host, read_key
-from ..errors import (
-    ConfigurationError,
-    CutOff,
-    EngineError,
-    ModelNotServed,
-    ModeNotSupported,
-    Overloaded,
-    Repetition,
-    RequestRejected,
-    ServerUnavailable,
-    UnusableAnswer,
-)
 from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
@@ -160,9 +149,9 @@ class VLLMEngine:
         picture = await asyncio.to_thread(base64.b64encode, page.png)
         try:
             answer = await self._ask_twice(page, picture, task, deadline)
-        except UnusableAnswer as error:
+        except errors.UnusableAnswer as error:
             if self._served is not None and self._served.rehearses:
-                raise UnusableAnswer(REHEARSES) from error
+                raise errors.UnusableAnswer(REHEARSES) from error
             raise
         self.limiter.succeeded()
         return answer
@@ -176,8 +165,8 @@ class VLLMEngine:
         temperature, is_layout = MODES[task.mode].temperature, task.mode == "layout"
         try:
             return await self._ask(page, picture, task, temperature, deadline)
-        except UnusableAnswer as error:
-            if not (is_layout or isinstance(error, Repetition | CutOff)):
+        except errors.UnusableAnswer as error:
+            if not (is_layout or isinstance(error, errors.Repetition | errors.CutOff)):
                 raise
             first = error
         if is_layout:
@@ -188,9 +177,9 @@ class VLLMEngine:
             note = f"{_what_happened(first, 'first answer')}, so the page was read again at temperature {temperature:g}"
         try:
             answer = await self._ask(page, picture, task, temperature, deadline)
-        except UnusableAnswer as error:
+        except errors.UnusableAnswer as error:
             if is_layout:
-                raise UnusableAnswer(f"the layout: {first}; as plain text: {error}") from error
+                raise errors.UnusableAnswer(f"the layout: {first}; as plain text: {error}") from error
             raise
         return replace(answer, warnings=(note, *answer.warnings))
 
@@ -212,14 +201,14 @@ class VLLMEngine:
         if not completion.text.strip():
             if await asyncio.to_thread(is_blank, page):
                 return replace(answer, text="")
-            raise UnusableAnswer("the answer is empty, but the page is not blank")
+            raise errors.UnusableAnswer("the answer is empty, but the page is not blank")
         if spec.answer == "text":
             return answer
         seen, warnings = await self._seen(page, task.mode, completion.prompt_tokens, deadline)
         own = (page.width, page.height)
         found = await asyncio.to_thread(layout.parse, completion.text, seen, own, texts=spec.answer == "cells")
         if not found.cells and not await asyncio.to_thread(is_blank, page):
-            raise UnusableAnswer("the layout is empty, but the page is not blank")
+            raise errors.UnusableAnswer("the layout is empty, but the page is not blank")
         return replace(
             answer,
             text=layout.plain_text(found.cells),
@@ -234,18 +223,20 @@ class VLLMEngine:
         for attempt in range(max(TRIES, OVERLOAD_TRIES)):
             try:
                 return await self._complete_once(page, picture, task, temperature, deadline)
-            except UnusableAnswer:
+            except errors.UnusableAnswer:
                 raise
-            except ModelNotServed as error:
+            except errors.ModelNotServed as error:
                 self._served = None
                 if self._was_right:
-                    raise ServerUnavailable(f"another model was started in place of the right one: {error}") from error
+                    raise errors.ServerUnavailable(
+                        f"another model was started in place of the right one: {error}"
+                    ) from error
                 raise
-            except ServerUnavailable as error:
+            except errors.ServerUnavailable as error:
                 self._served = None  # it may come back as another one
                 wait = WAIT_SECONDS * 2**attempt * (1 - JITTER * random.random())
                 tries = TRIES
-                if isinstance(error, Overloaded):
+                if isinstance(error, errors.Overloaded):
                     if error.status == 503:  # also what a gateway says when there is nobody behind it
                         await self._server.health(_left(deadline))
                     tries = OVERLOAD_TRIES
@@ -253,7 +244,7 @@ class VLLMEngine:
                     wait = max(wait, error.retry_after or 0.0)
                 if attempt + 1 >= tries or not error.passing or wait >= deadline - time.monotonic():
                     raise
-            except (EngineError, ConfigurationError):
+            except (errors.EngineError, errors.ConfigurationError):
                 self._served = None
                 raise
             await asyncio.sleep(wait)
@@ -265,7 +256,7 @@ class VLLMEngine:
         served = await self._know(deadline)
         spec = MODES[task.mode]
         if spec.mocr and _DOTS_OCR.search(served.root):
-            raise ModeNotSupported(f"{served.root} is dots.ocr, and only dots.mocr knows the mode {task.mode!r}")
+            raise errors.ModeNotSupported(f"{served.root} is dots.ocr, and only dots.mocr knows the mode {task.mode!r}")
         page, picture, made = await self._with_room(page, picture, served.context)
         prompt = self._render(spec, page, task)
         request: dict[str, Any] = {
@@ -283,7 +274,9 @@ class VLLMEngine:
             try:
                 limited = {**request, "max_completion_tokens": limit}
                 return await self._send(limited, picture, served, deadline), page, made
-            except RequestRejected as error:  # a tokenizer may need more for the prompt, or the server shrinks less now
+            except (
+                errors.RequestRejected
+            ) as error:  # a tokenizer may need more for the prompt, or the server shrinks less now
                 if not is_about_length(error):
                     raise
         return await self._send(request, picture, served, deadline), page, made
@@ -312,7 +305,7 @@ class VLLMEngine:
         if self._served is None:
             cards = {card["id"]: card for card in await self._server.models(_left(deadline))}
             if self.model not in cards:
-                raise ModelNotServed(self.model, cards, self.base_url)
+                raise errors.ModelNotServed(self.model, cards, self.base_url)
             self._was_right = True
             context, root = (cards[self.model].get(name) for name in ("max_model_len", "root"))
             numbers = re.match(r"v?(\d{1,9})\.(\d{1,9})", await self._server.version(_left(deadline)) or "")
@@ -390,10 +383,10 @@ def _messages(spec: ModeSpec, prompt: str) -> list[dict[str, Any]]:
     return [*system, {"role": "user", "content": parts}]
 
 
-def _what_happened(error: UnusableAnswer, what: str) -> str:
-    if isinstance(error, Repetition):
+def _what_happened(error: errors.UnusableAnswer, what: str) -> str:
+    if isinstance(error, errors.Repetition):
         return f"the {what} repeated itself without end"
-    if isinstance(error, CutOff):
+    if isinstance(error, errors.CutOff):
         return f"the {what} was cut off"
     return f"the {what} was of no use ({error})"
 
