@@ -1,27 +1,4 @@
-"""Everything that this package raises on purpose; each message says what to do next.
-
-::
-
-    DotsOCRError
-    ├── InputError             the document cannot be read by any engine
-    ├── ConfigurationError     wrong settings: no other engine is tried, because that would hide the mistake
-    │   ├── ModelNotServed     the server has other models
-    │   ├── InvalidKey         what was set as the API key can be none
-    │   └── Unauthorized       the API key is missing or wrong
-    ├── EngineError            one engine could not read one page: the next one is tried
-    │   ├── EngineMissing      its program or its language data are not installed
-    │   ├── ModeNotSupported   it cannot read in this mode
-    │   ├── NotApplicable      the page is nothing for it: no text layer, or too slow for the time that is left
-    │   ├── ServerUnavailable  no connection, still starting, or a fault inside the server
-    │   │   ├── Overloaded     it has too much to do (429, 503)
-    │   │   └── CircuitOpen    not asked, because it was unavailable several times in a row
-    │   ├── DeadlineExceeded   no answer in its share of the time
-    │   ├── RequestRejected    the server refuses this page
-    │   └── UnusableAnswer     empty, no layout, or otherwise of no use
-    │       ├── Repetition     the model repeated itself without end
-    │       └── CutOff         the answer is longer than the context allows
-    └── AllEnginesFailed       every engine in the chain failed on a page; lists each cause
-"""
+"""Everything that this package raises on purpose; each message says what to do next."""
 
 from __future__ import annotations
 
@@ -47,7 +24,7 @@ class InputError(DotsOCRError):
 
 
 class ConfigurationError(DotsOCRError):
-    """The settings are wrong, for example the base URL."""
+    """The settings are wrong, for example the base URL: no other engine is tried, because that would hide it."""
 
 
 class ModelNotServed(ConfigurationError):
@@ -79,7 +56,7 @@ class Unauthorized(ConfigurationError):
 
 
 class EngineError(DotsOCRError):
-    """One engine could not read one page."""
+    """One engine could not read one page: the next one is tried."""
 
 
 class EngineMissing(EngineError):

@@ -31,7 +31,7 @@ from starlette.routing import Route
 
 from ..chain.fallback import Chain
 from ..credentials import bare
-from ..engines.admission import Turn
+from ..engines import admission
 from ..engines.base import Engine
 from ..engines.defaults import ENGINES
 from ..engines.server import SERVICE
@@ -289,13 +289,13 @@ class Service:
                 question = await asyncio.to_thread(understand, body, self._names)
             body.clear()
             await self._turns.acquire()
-            turn = Turn(self._turns)
+            end_turn = admission.turn(self._turns)
             try:
                 image = await self._draw(question.picture)
                 task, doubts = task_of(question, image)
-                page = await self._chain.ask(image, task, turn.end)
+                page = await self._chain.ask(image, task, end_turn)
             finally:
-                turn.end()
+                end_turn()
         except InputError as error:
             raise Refused(400, "BadRequestError", str(error), "messages") from error
         except ConfigurationError as error:

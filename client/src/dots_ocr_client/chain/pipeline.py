@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Final
 
-from ..engines.admission import Turn
+from ..engines import admission
 from ..engines.base import Task
 from ..errors import AllEnginesFailed, ConfigurationError, InputError
 from ..pages.documents import OpenDocument, PageImage, Source
@@ -51,12 +51,12 @@ class Pipeline:
         """
         finished: asyncio.Queue[Page | FailedPage | None] = asyncio.Queue(BACKLOG)
 
-        async def finish(number: int, turn: Turn) -> None:
+        async def finish(number: int, end_turn: Callable[..., None]) -> None:
             page: Page | FailedPage
             try:
                 reference = document.reference(number)
                 undrawn = PageImage.undrawn(reference)
-                page = await self._chain.ask(undrawn, task, turn.end, lambda: self._rasterizer.draw(reference))
+                page = await self._chain.ask(undrawn, task, end_turn, lambda: self._rasterizer.draw(reference))
             except InputError as error:
                 page = FailedPage(number, type(error).__name__, str(error))
             except AllEnginesFailed as error:
@@ -69,9 +69,9 @@ class Pipeline:
                 async with asyncio.TaskGroup() as group:
                     for number in numbers or document.numbers:
                         await self._turns.acquire()
-                        turn = Turn(self._turns)
-                        page = group.create_task(finish(number, turn))
-                        page.add_done_callback(turn.end)  # also of one that is cancelled before it began
+                        end_turn = admission.turn(self._turns)
+                        page = group.create_task(finish(number, end_turn))
+                        page.add_done_callback(end_turn)  # also of one that is cancelled before it began
             except* ConfigurationError as errors:
                 wrong = errors.exceptions[0]  # what is raised here, Python 3.11.2 hands on in a group
             finally:

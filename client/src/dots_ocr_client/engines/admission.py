@@ -210,15 +210,8 @@ class Breaker:
         self.age += 1
 
 
-class Turn:
-    """A place among the pages that are drawn ahead, given back once."""
-
-    def __init__(self, turns: asyncio.Semaphore) -> None:
-        """Take over a place, which was acquired."""
-        self._turns: asyncio.Semaphore | None = turns
-
-    def end(self, _: object = None) -> None:
-        """Give it back, unless that was done."""
-        if self._turns is not None:
-            self._turns.release()
-            self._turns = None
+def turn(turns: asyncio.Semaphore) -> Callable[..., None]:
+    """Return what gives a place among the pages that are drawn ahead back, once, whatever it is called with."""
+    place = contextlib.ExitStack()
+    place.callback(turns.release)
+    return lambda *_: place.close()
