@@ -36,9 +36,9 @@ CARDS = (
 )
 
 
-def load_filter() -> Any:
-    """Return the filter, which lies outside of any package."""
-    spec = importlib.util.spec_from_file_location("memory_plan", DOCS.parent / "plugins/filter/memory_plan.py")
+def load_plan() -> Any:
+    """Return the function, which lies outside of any package."""
+    spec = importlib.util.spec_from_file_location("memory_plan", DOCS.parent / "plugins/plugin_utils/memory_plan.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -63,7 +63,7 @@ def row(card: str, total: int, free: int, plan: dict[str, Any]) -> str:
 
 def memory_plans() -> str:
     """Return the table of cards, and the arithmetic behind one plan and behind each refusal."""
-    memory_plan = load_filter()
+    memory_plan = load_plan()
     plans = []
     for index, (card, platform, total, free) in enumerate(CARDS):
         plan = memory_plan({"memory_total_mib": total, "memory_free_mib": free}, platform)

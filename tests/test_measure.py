@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.dots_ocr.deploy.plugins.filter import memory_plan
+from ansible_collections.dots_ocr.deploy.plugins.plugin_utils import memory_plan
 
 from tests import programs
 

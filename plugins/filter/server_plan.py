@@ -8,7 +8,7 @@ short_description: Plan the servers of a host
 version_added: 0.1.0
 description:
   - Takes the first profile, in the order given, whose range of compute capabilities holds a GPU, and of it the first
-    tag whose CUDA the driver is new enough for; plans the memory of each GPU with the filter C(memory_plan); and
+    tag whose CUDA the driver is new enough for; plans the memory of each GPU; and
     defines a server for each GPU that the model fits into.
   - Returns what keeps the host from that instead of failing, so that the caller can report it. Says nothing of a host
     without a GPU that answers; that is the business of the module C(gpu_host). The image is then what a GPU that fits
@@ -63,7 +63,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.dots_ocr.deploy.plugins.filter.memory_plan import RESERVE_MIB, memory_plan
+from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import version
+from ansible_collections.dots_ocr.deploy.plugins.plugin_utils.memory_plan import RESERVE_MIB, memory_plan
 from packaging.version import Version
 
 Data = dict[str, Any]
@@ -71,11 +72,6 @@ Problem = dict[str, str]
 
 GPU_KEYS = ("index", "name", "compute_capability")  # what is recorded of one
 NEWEST_DRIVER = "9999"
-
-
-def version(text: str) -> tuple[int, ...]:
-    """Return the numbers of a version such as 580.65.06 for comparison."""
-    return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 def trouble(problem: str, fix: str, mended_by: str = "") -> Problem:

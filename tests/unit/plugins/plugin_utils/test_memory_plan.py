@@ -1,4 +1,4 @@
-"""The filter memory_plan: the limits for known cards, wishes, refusals, and what holds for every card."""
+"""The memory plan: the limits for known cards, wishes, refusals, and what holds for every card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.dots_ocr.deploy.plugins.filter import memory_plan as module
+from ansible_collections.dots_ocr.deploy.plugins.plugin_utils import memory_plan as module
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -33,9 +33,8 @@ def gpu(total: int, free: int) -> dict[str, Any]:
 
 
 def plan(total: int, free: int, platform: str = "bare_metal", **arguments: Any) -> Plan:
-    """Plan for a GPU with so much memory, in MiB, through the name that Ansible knows."""
-    memory_plan = module.FilterModule().filters()["memory_plan"]
-    found: Plan = memory_plan(gpu(total, free), platform, **arguments)
+    """Plan for a GPU with so much memory, in MiB."""
+    found: Plan = module.memory_plan(gpu(total, free), platform, **arguments)
     return found
 
 

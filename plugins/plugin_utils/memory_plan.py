@@ -1,4 +1,4 @@
-"""Ansible filter memory_plan: the limits that a measured GPU has memory for."""
+"""The limits with which vLLM serves dots.ocr on a measured GPU: what its memory allows."""
 
 from __future__ import annotations
 
@@ -7,104 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ansible.errors import AnsibleFilterError
-
-DOCUMENTATION = r"""
----
-name: memory_plan
-short_description: Plan vLLM's limits for dots.ocr on a measured GPU
-description:
-  - Maps the memory of one GPU to the limits with which vLLM serves dots.ocr on it.
-  - The sizes behind it come from published logs and arithmetic; no plan was tried on a real card yet.
-positional: platform, wishes, previous, running, lowered, measured, learn
-options:
-  _input:
-    description: One entry of the fact C(gpu_host.gpus), as the module C(gpu_host) measures it.
-    type: dict
-    required: true
-  platform:
-    description: The fact C(gpu_host.platform), which decides how much memory is kept back.
-    type: str
-    choices: [bare_metal, wsl2]
-    required: true
-  wishes:
-    description:
-      - Limits that are taken as they are; the others are planned around them.
-      - Any of C(gpu_memory_utilization), C(max_model_len), C(max_num_seqs), C(max_pixels), C(max_num_queued_reqs) and
-        C(api_server_count). One that is missing, empty or 0 is planned.
-      - C(fp8), 1 for weights that vLLM quantizes to 8 bits when it loads them.
-    type: dict
-    default: {}
-  previous:
-    description:
-      - The plan that was recorded at the last run. It is kept, so that the server need not restart, while the wishes
-        agree with it, it still fits, and the memory would not allow more than 0.05 of utilization on top of it.
-    type: dict
-    default: {}
-  running:
-    description: Whether the server runs now and holds the memory of O(previous).
-    type: bool
-    default: false
-  lowered:
-    description:
-      - By how much a failed start showed the plan to be too high. Each entry may have C(utilization), the fraction to
-        take off one that is planned, and C(below), the limits (C(max_pixels), C(max_num_seqs), C(max_model_len)) of
-        which a lower rung is wanted. Wishes stay as they are.
-    type: list
-    elements: dict
-    default: []
-  measured:
-    description:
-      - What vLLM said when it started with O(previous), as files/measure of the role C(dots_ocr_server) records it
-        (C(device), C(kv_tokens), and the C(planned) limits it belongs to). Where its KV cache on a GPU differs by more
-        than a tenth from what was planned, the difference is taken off, or added to, what the next plan counts on.
-      - The figure is used while card, platform and the wishes that cost memory stay, never where O(lowered) says that
-        a plan was too high, never for images larger than those it was measured with where it was more than planned,
-        and never to refuse what fits without it. A plan that learned learns again only that there is less. So a plan
-        changes once and then stays; where the limits come out the same, it does not change at all.
-    type: dict
-    default: {}
-  learn:
-    description: Whether O(measured), and what O(previous) learned before, may be used.
-    type: bool
-    default: true
-author:
-  - The dots-ocr-deploy founders
-"""
-
-EXAMPLES = r"""
-- name: Plan the limits
-  ansible.builtin.set_fact:
-    plan: "{{ host.gpus[0] | dots_ocr.deploy.memory_plan(host.platform, {'max_num_seqs': 4}) }}"
-  vars:
-    host: "{{ ansible_facts['gpu_host'] }}"
-
-- name: Stop where they do not fit
-  ansible.builtin.assert:
-    that: plan.fits
-    fail_msg: "{{ plan.problem }}; {{ plan.fix }}"
-"""
-
-RETURN = r"""
-_value:
-  description: The plan, or with C(fits) false the problem and its fix.
-  type: dict
-  sample:
-    fits: true
-    gpu_memory_utilization: 0.85
-    max_model_len: 32768
-    max_num_seqs: 16
-    max_pixels: 11289600
-    max_num_queued_reqs: 80
-    api_server_count: 1
-    kv_tokens: 153270
-    memory_total_mib: 16303
-    platform: bare_metal
-    wishes: {}
-    lowered: []
-    learned: {gib: -0.62, max_pixels: 11289600}
-    explanation: >-
-      15.42 of 15.92 GiB free, 0.50 kept back; utilization 0.85 (the most we plan) = 13.53 GiB - weights 5.72 ...
-"""
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -258,7 +160,31 @@ def memory_plan(
     measured: Mapping[str, Any] | None = None,
     learn: bool = True,
 ) -> Plan:
-    """Return the limits for vLLM on this GPU, or the problem and its fix; DOCUMENTATION has the rest."""
+    """Return the limits for vLLM on a GPU, with ``fits`` and the arithmetic in words, or the problem and its fix.
+
+    The sizes behind it come from published logs and arithmetic; no plan was tried on a real card yet.
+
+    Args:
+        gpu: One entry of the fact `gpu_host.gpus`, memory in MiB.
+        platform: bare_metal or wsl2, which decides how much memory is kept back.
+        wishes: Limits (PLANNED) that are taken as they are; the others, and those that are empty or 0, are planned. And
+            `fp8`, 1 for weights that vLLM quantizes to 8 bits when it loads them.
+        previous: The plan of the last run. It is kept, so that the server need not restart, while the wishes agree
+            with it, it still fits, and the memory would not allow more than 0.05 of utilization on top of it.
+        running: Whether the server runs now and holds the memory of `previous`.
+        lowered: By how much a failed start showed the plan to be too high: `utilization`, the fraction to take off one
+            that is planned, and `below`, the limits of which a lower rung is wanted. Wishes stay as they are.
+        measured: What vLLM said when it started with `previous`, as files/measure of the role dots_ocr_server records
+            it. Where its KV cache on a GPU differs by more than a tenth from what was planned, the next plan counts on
+            the difference: while card, platform and the wishes that cost memory stay, never where `lowered` says that
+            a plan was too high, never for images larger than those it was measured with where it was more than planned,
+            and never to refuse what fits without it. A plan that learned learns again only that there is less, so a
+            plan changes once and then stays.
+        learn: Whether `measured`, and what `previous` learned before, may be used.
+
+    Raises:
+        AnsibleFilterError: Something that is given is malformed.
+    """
     wanted = read_wishes(wishes)
     last = read_mapping(previous, "the previous plan")
     held = number(last.get("gpu_memory_utilization", 0), "the previous utilization") if running else 0.0
@@ -541,11 +467,3 @@ def read_gpu(gpu: Mapping[str, Any], platform: str, held: float) -> Memory:
     if not total or free > total:
         raise AnsibleFilterError(f"memory_plan: {free:g} MiB cannot be free of {total:g} MiB")
     return Memory(str(platform), total, min(total, free + held * total))
-
-
-class FilterModule:
-    """The filters of this file."""
-
-    def filters(self) -> dict[str, Any]:
-        """Return them by name."""
-        return {"memory_plan": memory_plan}
