@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from importlib.util import find_spec
@@ -504,7 +505,7 @@ def doctor(
     checks = asyncio.run(run())
     works = all(check.status != "failed" for check in checks)
     if as_json:
-        listed = [check.to_dict() for check in checks]
+        listed = [asdict(check) for check in checks]
         _print_json({"ok": works, "base_url": engine.base_url, "model": engine.model, "checks": listed})
     else:
         for check in checks:

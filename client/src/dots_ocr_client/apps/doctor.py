@@ -11,7 +11,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -56,10 +56,6 @@ class Check:
     detail: str  # what was found
     fix: str = ""  # what to do about it; empty for ``ok``
     seconds: float | None = None  # how long the server or another engine took, where it was asked
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values."""
-        return asdict(self)
 
 
 async def examine(

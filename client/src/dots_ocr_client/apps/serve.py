@@ -372,10 +372,7 @@ def read_key(file: Path | None) -> str | None:
         ConfigurationError: It is empty, or no printable ASCII.
     """
     key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8", errors="replace")
-    if key is None:
-        return None
-    key = bare(key)
-    if not key or not all("!" <= one <= "~" for one in key):
+    if key is not None and (not (key := bare(key)) or not all("!" <= one <= "~" for one in key)):
         raise ConfigurationError(f"{file or KEY_VARIABLE} holds no key: one line of printable ASCII without spaces")
     return key
 

@@ -12,8 +12,8 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Final
 
 from ...engines.admission import Limiter
 from ...engines.base import Answer, Engine, Task
@@ -84,10 +84,6 @@ class Measurement:
         """How often a page was not read for another reason than that it is nothing for the engine."""
         counts = (load.failures for load in self.loads)
         return sum(sum(failures.values()) - failures.get(NotApplicable.__name__, 0) for failures in counts)
-
-    def to_dict(self, first: Measurement | None = None) -> dict[str, Any]:
-        """Return the fields as JSON-ready values, with the `ratios` to the first one that was measured."""
-        return {**asdict(self), "ratios": ratios(self, first)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,7 +57,7 @@ class BenchmarkReport:
                 }
                 for page in self.pages
             ],
-            "engines": [one.to_dict(first) for one in self.measurements],
+            "engines": [{**asdict(one), "ratios": ratios(one, first)} for one in self.measurements],
         }
 
     def markdown(self) -> str:
