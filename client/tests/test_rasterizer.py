@@ -131,7 +131,7 @@ def test_nothing_is_decoded_in_this_process(sheet: Image.Image, tmp_path: Path) 
     for source, widths in sources(sheet, tmp_path):
         with rasterizer.open_document(source) as document:
             assert tuple(rasterizer.draw(document.reference(one)).width for one in document.numbers) == widths
-    rasterizer._end_all(rasterizer._blocking)
+    rasterizer._end_all(rasterizer._for_threads()[1]._idle)
 
 
 @pytest.mark.parametrize("data", [b"hello", b"%PDF-1.7 rubbish", b""])
@@ -143,7 +143,7 @@ def test_what_cannot_be_opened_fails_for_the_same_reason_everywhere(data: bytes)
         asyncio.run(Rasterizer(1).open(data))
     with pytest.raises(InputError, match=reason):
         rasterizer.open_document(data)
-    rasterizer._end_all(rasterizer._blocking)
+    rasterizer._end_all(rasterizer._for_threads()[1]._idle)
 
 
 @pytest.mark.attack("a picture that takes too long to decode", "its worker ends; only its page fails")
@@ -432,7 +432,7 @@ asyncio.run(leave())
 
 def test_a_worker_is_ended_by_its_timers_whatever_its_parent_blocks_and_ignores(document: OpenDocument) -> None:
     signals = (signal.SIGALRM, signal.SIGPROF, signal.SIGIO)
-    rasterizer._end_all(rasterizer._blocking)  # of an earlier test
+    rasterizer._end_all(rasterizer._for_threads()[1]._idle)  # of an earlier test
     before = children()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in signals]
@@ -444,17 +444,14 @@ def test_a_worker_is_ended_by_its_timers_whatever_its_parent_blocks_and_ignores(
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     (worker,) = children() - before
     status = Path(f"/proc/{worker}/status").read_text()
-    rasterizer._end_all(rasterizer._blocking)
+    rasterizer._end_all(rasterizer._for_threads()[1]._idle)
     kept = [int(mask, 16) for mask in re.findall(r"^Sig(?:Blk|Ign):\s*(\w+)$", status, re.MULTILINE)]
     assert len(kept) == 2
     assert not [number for number in signals for mask in kept if mask & 1 << number - 1]
 
 
-def test_a_blocking_call_ends_a_worker_whose_timers_do_not(
-    document: OpenDocument, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rasterizer, "PATIENCE", 0.0, raising=False)
-    rasterizer._end_all(rasterizer._blocking)  # of an earlier test
+def test_a_blocking_call_ends_a_worker_whose_timers_do_not(document: OpenDocument) -> None:
+    rasterizer._end_all(rasterizer._for_threads()[1]._idle)  # of an earlier test
     before = children()
     rasterizer.draw(document.reference(1))
     (worker,) = children() - before
@@ -470,10 +467,9 @@ def test_a_blocking_call_ends_a_worker_whose_timers_do_not(
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_child_made_by_fork_waits_for_no_thread_and_keeps_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rasterizer, "_BOOT", "import sys; sys.stdin.read()")
-    turns = rasterizer._default_workers()
     idle, busy = rasterizer._Worker(), rasterizer._Worker()
-    rasterizer._blocking.append(idle)
-    held = [rasterizer._turns().acquire(blocking=False) for _ in range(turns)]
+    parents = rasterizer._for_threads()
+    parents[1]._idle.append(idle)
     read, write = os.pipe()
     with documents._pdfium:
         child = os.fork()
@@ -481,15 +477,14 @@ def test_a_child_made_by_fork_waits_for_no_thread_and_keeps_no_worker(monkeypatc
         status = 1
         try:
             os.close(write)
-            own = rasterizer._blocking == [] and rasterizer._turns().acquire(blocking=False)
+            loop, drawing = rasterizer._for_threads()
+            own = loop is not parents[0] and drawing is not parents[1] and drawing._idle == []
             free = documents._pdfium.acquire(blocking=False)
             os.read(read, 1)  # until the workers have ended
             status = 0 if own and free else 1
         finally:
             os._exit(status)
     os.close(read)
-    for _ in held:
-        rasterizer._turns().release()
     ended = []
     for worker in (idle, busy):
         assert worker._process.stdin is not None
@@ -498,7 +493,7 @@ def test_a_child_made_by_fork_waits_for_no_thread_and_keeps_no_worker(monkeypatc
     os.close(write)
     assert os.waitpid(child, 0)[1] == 0
     assert ended == [True, True]
-    rasterizer._end_all(rasterizer._blocking)
+    rasterizer._end_all(rasterizer._for_threads()[1]._idle)
     busy.end()
 
 
@@ -577,7 +572,7 @@ def test_a_worker_runs_nothing_of_the_current_directory(
     monkeypatch.chdir(tmp_path)
     with contextlib.suppress(InputError):
         rasterizer.draw(document.reference(1))
-    rasterizer._end_all(rasterizer._blocking)
+    rasterizer._end_all(rasterizer._for_threads()[1]._idle)
     assert not Path("was-run").exists()
 
 

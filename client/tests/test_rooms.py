@@ -15,7 +15,7 @@ import dots_ocr_client
 PACKAGE = Path(dots_ocr_client.__file__).parent
 NAME = PACKAGE.name
 FLOORS = (
-    {"errors", "prompts", "texts", "version"},
+    {"errors", "loop_thread", "prompts", "texts", "version"},
     {"credentials"},
     {"pages"},  # files into pictures
     {"results"},  # what was read, and its formats

@@ -7,12 +7,12 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, Exit
 from typing import Final, NoReturn, TypedDict, Unpack
 
 from .chain.fallback import Chain, OnUnavailable
-from .chain.loop_thread import LoopThread
 from .chain.pipeline import Pipeline
 from .engines.admission import CAP
 from .engines.base import Engine, Task
 from .engines.defaults import make_engines
 from .errors import AllEnginesFailed, InputError
+from .loop_thread import LoopThread
 from .pages.documents import OpenDocument, Source, describe, parse_pages
 from .prompts import MODES, Mode
 from .results import Box, Document, FailedPage, Page

@@ -21,11 +21,11 @@ from typing import Any, Final, TypeVar
 from PIL import Image
 
 from .. import errors
-from ..chain.loop_thread import LoopThread
 from ..credentials import bare, read_key, without_login
 from ..engines.base import Answer
 from ..engines.server import MAX_COUNT, Completion, Server, is_about_length
 from ..engines.vllm import VLLMEngine
+from ..loop_thread import LoopThread
 from ..pages import images
 from ..pages.documents import PageImage
 from ..pages.rasterizer import draw

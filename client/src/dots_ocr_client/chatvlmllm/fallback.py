@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from ..chain.fallback import Chain
-from ..chain.loop_thread import LoopThread
 from ..engines.base import Engine, Task
 from ..engines.defaults import Name, make_engines
 from ..errors import InputError, UnusableAnswer
+from ..loop_thread import LoopThread
 from ..pages.documents import PageImage
 from .client import completion_of
 from .messages import Conversation

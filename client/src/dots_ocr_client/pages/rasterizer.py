@@ -9,7 +9,6 @@ not expect; these import only this module, `documents` and `pdf_text`.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import fcntl
 import json
@@ -20,7 +19,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +30,7 @@ from typing import Any, Final, TypeVar
 from PIL import Image
 
 from ..errors import ConfigurationError, InputError
+from ..loop_thread import LoopThread
 from . import documents, pdf_text
 from .documents import OpenDocument, PageImage, PageReference, Source
 from .pdf_text import TextLayer
@@ -48,7 +47,6 @@ MEMORY_SHARE: Final = 0.5
 IMAGE_SECONDS: Final = 20.0
 # After which a worker closes its document, so that the space of a removed temporary file becomes free.
 IDLE_SECONDS: Final = 10
-PATIENCE: Final = 5.0  # seconds after which a blocking call ends a worker whose own timers have not; our own choice
 # Of a worker's environment, for glibc (mallopt(3)): it keeps the memory of a page (A4: some 50 MB) for the next one.
 # Getting it anew from the kernel, zeroed, took up to half of a page's time.
 MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
@@ -140,39 +138,29 @@ class Rasterizer:
         self._finalizer()
 
 
+@cache
+def _for_threads() -> tuple[LoopThread, Rasterizer]:
+    return LoopThread(), Rasterizer()
+
+
 def open_document(
     source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60, password: str | None = None
 ) -> OpenDocument:
     """Do what `Rasterizer.open` does, for code that is not asynchronous; any thread may call it."""
-    with documents.take(source, password) as taken:
-        return taken.opened(pages, *_block(_look_into, taken.reference, seconds, "opened"))
+    loop, rasterizer = _for_threads()
+    return loop.run(rasterizer.open(source, pages, seconds, password))
 
 
 def draw(reference: PageReference, seconds: float = 60) -> PageImage:
     """Do what `Rasterizer.draw` does, for code that is not asynchronous; any thread may call it."""
-    return _block(_draw, reference, seconds, "drawn")
-
-
-def _block(
-    job: Callable[[_Worker | None, PageReference, float], Result], reference: PageReference, seconds: float, verb: str
-) -> Result:
-    if not reference.in_process:
-        return job(None, reference, seconds)
-    with _turns(), _lent(_blocking, reference, verb) as worker:
-        assert worker is not None
-        late = threading.Timer(min(seconds, _LONGEST) + PATIENCE, worker.give_up)
-        late.start()
-        try:
-            return job(worker, reference, seconds)
-        finally:
-            late.cancel()
+    loop, rasterizer = _for_threads()
+    return loop.run(rasterizer.draw(reference, seconds))
 
 
 class _Worker:
     """A process that draws one page at a time. It ends when this process does, because its input ends."""
 
     def __init__(self) -> None:
-        self._late = False
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _BOOT, *sys.path],  # -P: nothing of the current directory
             stdin=subprocess.PIPE,
@@ -212,7 +200,7 @@ class _Worker:
             status = self._process.returncode
             if status == -signal.SIGPROF:
                 raise InputError(_too_long(reference, verb, IMAGE_SECONDS)) from error
-            if status == -signal.SIGALRM or self._late:
+            if status == -signal.SIGALRM:
                 raise InputError(_too_long(reference, verb, seconds)) from error
             names = {number.value: number.name for number in signal.Signals}  # those for real time have none
             how = f"signal {names.get(-status, -status)}" if status < 0 else f"exit status {status}"
@@ -222,11 +210,6 @@ class _Worker:
             reason = f"its process gave no sound answer ({type(error).__name__})"
             raise InputError(f"{reference.label} cannot be {verb}: {reason}") from error
         raise InputError(reason)
-
-    def give_up(self) -> None:
-        """End the process while another thread waits for its answer: `ask` says there that it takes too long."""
-        self._late = True
-        self._process.kill()
 
     def leave(self) -> None:
         """Let go of another process's worker, which would not end with that one; without its pipes' locks."""
@@ -334,24 +317,14 @@ def _end_all(workers: list[_Worker]) -> None:
 
 
 _workers: weakref.WeakSet[_Worker] = weakref.WeakSet()  # all of this process
-_blocking: list[_Worker] = []  # the workers that wait for `open_document` and `draw`
-
-
-@cache
-def _turns() -> threading.Semaphore:
-    return threading.Semaphore(_default_workers())
-
-
-atexit.register(_end_all, _blocking)
 
 
 def _begin_anew() -> None:
-    """In a child made by fork: its parent's workers are not its own, and no thread is left to give turns back."""
+    """In a child made by fork: its parent's workers are not its own, and no thread is left to run their loop."""
     for worker in list(_workers):
         worker.leave()
     _workers.clear()
-    _end_all(_blocking)  # which closes their pipes
-    _turns.cache_clear()
+    _for_threads.cache_clear()
 
 
 os.register_at_fork(after_in_child=_begin_anew)
