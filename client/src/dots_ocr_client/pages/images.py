@@ -32,9 +32,9 @@ BLANK_SPREAD: Final = 48
 # Of rows in a PNG, by the bytes of a pixel: none, the difference from the row above, or from the mean of that and the
 # pixel to the left (PNG specification, 9.2); Pillow computes these quickly.
 FILTERS: Final[dict[int, tuple[int, ...]]] = {1: (0, 2), 3: (0, 2, 3)}
-BAND: Final = {1: 128, 3: 64}
 # Rows that share a filter, by the bytes of a pixel, and those in their middle that it is tried on. Our own choice:
 # shorter bands and more rows made pages smaller by 2 % at most.
+BAND: Final = {1: 128, 3: 64}
 TRIED: Final = 8
 LEVEL: Final = 2  # of compression: ISA-L's default, which is 1 % smaller than its level 1 in the same time
 
