@@ -14,8 +14,8 @@ GIB = 1 << 30
 # Sizes. The first two are in a published log of vLLM serving dots.ocr, and the second is also arithmetic; the encoder's
 # peak is inferred from such a log; none was measured by us.
 WEIGHTS_GIB = 5.72
-# With fp8, the weights of the linear layers take one byte each and not two: 1.310e9 of the language model, 1.214e9 of the
-# encoder, 0.047e9 between them. The embeddings stay. Arithmetic from the model's configuration; no card has run it.
+# With fp8, the weights of the linear layers take one byte each and not two: 1.310e9 of the language model, 1.214e9 of
+# the encoder, 0.047e9 between them. The embeddings stay. Arithmetic from the model's configuration; no card has run it.
 FP8_WEIGHTS_GIB = WEIGHTS_GIB - 2.571e9 / (1 << 30)
 KV_BYTES_PER_TOKEN = 2 * 28 * 2 * 128 * 2  # key and value x layers x KV heads x head dimension x bytes of bfloat16
 ENCODER_GIB_PER_IMAGE_TOKEN = 3.37 / 14_400
@@ -81,7 +81,7 @@ class Memory(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a plan allows: largest image (pixels), pages at once, longest request (tokens); how the weights are loaded."""
+    """What a plan allows: largest image (pixels), pages at once, longest request (tokens); how weights are loaded."""
 
     max_pixels: int
     max_num_seqs: int
@@ -301,7 +301,8 @@ def explain(memory: Memory, plan: Plan) -> str:
     return (
         f"{availability(memory)};"
         f" utilization {share(memory, plan['gpu_memory_utilization'], plan['wishes'])}"
-        f" - weights {limits_of(plan).weights_gib():.2f} - encoder {encoder_gib(plan['max_pixels']):.2f} - overhead {OVERHEAD_GIB:.2f}"
+        f" - weights {limits_of(plan).weights_gib():.2f} - encoder {encoder_gib(plan['max_pixels']):.2f}"
+        f" - overhead {OVERHEAD_GIB:.2f}"
         f"{known} = {tokens * KV_BYTES_PER_TOKEN / GIB:.2f} GiB for {tokens:,} KV tokens,"
         f" {tokens // PAGE_TOKENS} usual pages;"
         f" limits: images up to {megapixels(plan['max_pixels'])}, requests up to {plan['max_model_len']:,} tokens,"
@@ -362,8 +363,8 @@ def refuse(memory: Memory, wishes: Wishes, utilization: float, unknown: bool) ->
         )
     needed = lowest.needed_gib()
     problem = (
-        f"the model needs weights {lowest.weights_gib():.2f} + encoder {encoder_gib(lowest.max_pixels):.2f} for images up to"
-        f" {megapixels(lowest.max_pixels)} + overhead {OVERHEAD_GIB:.2f}"
+        f"the model needs weights {lowest.weights_gib():.2f} + encoder {encoder_gib(lowest.max_pixels):.2f} for images"
+        f" up to {megapixels(lowest.max_pixels)} + overhead {OVERHEAD_GIB:.2f}"
         f" + KV cache {needed - lowest.fixed_gib():.2f} for {lowest.needed_kv_tokens():,} tokens"
         f" = {needed:.2f} GiB at least, but vLLM gets utilization {share(memory, utilization, wishes)}"
         f" ({availability(memory)})"

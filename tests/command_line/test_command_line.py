@@ -96,7 +96,7 @@ def overlay(requirements: Path) -> Path:
                 run(sys.executable, "-m", "pip", "download", "-qq", "--no-deps", *images.pip_platform_options(),
                     "--require-hashes", "--requirement", requirements, "--dest", wheels)  # fmt: skip
                 for wheel in map(zipfile.ZipFile, Path(wheels).iterdir()):
-                    # vLLM's libraries are large, made for another torch than the image's, and nothing that a parser needs.
+                    # vLLM's libraries are large, made for another torch than the image's, and nothing a parser needs.
                     # Its metadata would say that it is made for CUDA, which it then looks for.
                     unwanted = re.compile(r"vllm/.*\.so|vllm-[^/]*\.dist-info/.*")
                     wheel.extractall(growing, (name for name in wheel.namelist() if not unwanted.fullmatch(name)))
