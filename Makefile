@@ -13,20 +13,28 @@ UV_VERSION := 0.13.9
 # By name: Ansible ignores the file in a folder that everybody may write, as all of a Windows drive is.
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help rehearse rehearse-down check scenario test bench-client bench-host bench-gateway deploy verify uninstall docs lock
+.PHONY: help rehearse rehearse-down deploy verify start stop status logs uninstall \
+    check scenario test bench-client bench-host bench-gateway docs lock
 
 help:
-	@echo "make rehearse        deploy dots.ocr on a rehearsal host (no GPU needed) and read a page with it"
-	@echo "make rehearse-down   remove every trace of the rehearsal"
-	@echo "make check           what a change needs at least, in five minutes: lint, unit tests, client"
-	@echo "make scenario NAME=  one scenario of molecule/, such as docker_engine"
-	@echo "make test            all of it: lint, unit tests, client, rehearsal, every scenario"
-	@echo "make bench-client    measure what the client costs (after make rehearse)"
-	@echo "make bench-host      measure what a run that changes nothing costs (after make rehearse)"
-	@echo "make bench-gateway   measure the gateway against its servers, one to three of them (needs haproxy)"
-	@echo "make deploy          deploy dots.ocr on this machine (needs the GPU)"
-	@echo "make verify          test what was deployed on this machine"
-	@echo "make uninstall       remove the service from this machine; the weights stay"
+	@echo "Try it, without a GPU:"
+	@echo "  make rehearse        deploy dots.ocr on a rehearsal host and read a page with it"
+	@echo "  make rehearse-down   remove every trace of the rehearsal"
+	@echo "On the machine with the GPU:"
+	@echo "  make deploy          deploy dots.ocr"
+	@echo "  make verify          test what was deployed"
+	@echo "  make start, stop     start the server; stop it and give the GPU's memory back"
+	@echo "  make status, logs    show how it is; show what it says"
+	@echo "  make uninstall       remove the service; the weights stay"
+	@echo "For developers:"
+	@echo "  make check           what a change needs at least, in five minutes: lint, unit tests, client"
+	@echo "  make scenario NAME=  one scenario of molecule/, such as docker_engine"
+	@echo "  make test            all of it: lint, unit tests, client, rehearsal, every scenario"
+	@echo "  make bench-client    measure what the client costs (after make rehearse)"
+	@echo "  make bench-host      measure what a run that changes nothing costs (after make rehearse)"
+	@echo "  make bench-gateway   measure the gateway against its servers, one to three of them (needs haproxy)"
+	@echo "  make docs            write the generated tables anew"
+	@echo "  make lock            resolve the Python packages anew"
 
 rehearse: .venv/ready
 	@$(SUDO) $(BIN)/python -m rehearsal run
@@ -60,6 +68,14 @@ deploy: .venv/ready
 
 uninstall: .venv/ready
 	@$(BIN)/ansible-playbook playbooks/uninstall.yml -i inventory/local $(ASK)
+
+# What the deployment installed. The journal of a system unit is root's.
+SERVER = $(or $(shell command -v dots-ocr-server),$(error there is no server on this machine. Fix: make deploy))
+start stop logs:
+	@$(SUDO) $(SERVER) $@
+
+status:
+	@$(SERVER) $@
 
 # The controller's Python environment, from the lock. Compiled by all cores, and of Ansible's collections those that are used.
 .venv/ready: requirements.lock client/pyproject.toml

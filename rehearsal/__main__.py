@@ -17,7 +17,7 @@ def main() -> None:
     whole = commands.add_parser("run", help="deploy on a rehearsal host, verify, read a page; leave it running")
     whole.add_argument("options", nargs="*", help="after --, for ansible-playbook: -- --user=me")
     commands.add_parser("down", help="remove every trace")
-    commands.add_parser("prepare", help="install what the rehearsal needs and make sure that an engine runs")
+    commands.add_parser("prepare", help="install what the tests need and make sure that an engine runs")
     commands.add_parser("train", help="train the tiny model anew, after a change of its sources")
     mirror = commands.add_parser("mirror", help="make sure that the engine and the mirror run")
     mirror.add_argument("--server", choices=hosts.SERVERS, help="with this in its registry, too")
@@ -34,8 +34,8 @@ def main() -> None:
     try:
         if os.geteuid() != 0:
             raise RehearsalError("needs root, to run a Docker Engine and to build images: use make, which asks sudo")
-        if arguments.command != "down":
-            engine.install_packages()
+        if arguments.command not in ("down", "run"):
+            engine.install_packages(tests=arguments.command == "prepare")
             engine.ensure()
         match arguments.command:
             case "run":

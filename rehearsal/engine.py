@@ -11,6 +11,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -37,15 +38,16 @@ INOTIFY_BEFORE = STATE / "inotify-before"
 INOTIFY_INSTANCES = 512  # each host's systemd takes five; the kernel's 128 suffice for some 20 hosts
 LOG = STATE / "dockerd.log"
 START_SECONDS = 60
+POLICY = Path("/usr/sbin/policy-rc.d")
+NO_SERVICES = "#!/bin/sh\n# Of dots.ocr's rehearsal, while it installs packages.\nexit 101\n"
 
 # Everything below the project talks to this engine and no other, and Ansible to its hosts in the cheaper way.
 os.environ["DOCKER_HOST"] = f"unix://{SOCKET}"
 os.environ["ANSIBLE_CONNECTION_PLUGINS"] = str(Path(__file__).resolve().parent / "connection")
 
 
-def packages() -> list[str]:
-    """Return the Debian/Ubuntu packages that a controller of the rehearsal needs and does not have."""
-    languages = output("tesseract", "--list-langs").split() if shutil.which("tesseract") else []
+def packages(*, tests: bool = False) -> list[str]:
+    """Return the Debian/Ubuntu packages that the rehearsal, or else the whole test suite, needs and does not have."""
     needed = {
         "mmdebstrap": shutil.which("mmdebstrap") is not None,
         "debian-archive-keyring": Path("/usr/share/keyrings/debian-archive-keyring.gpg").exists(),
@@ -53,24 +55,28 @@ def packages() -> list[str]:
         "gpg": shutil.which("gpg") is not None,  # mmdebstrap looks at keys with it
         "iptables": shutil.which("iptables") is not None,
         "docker.io": shutil.which("docker") is not None and (_dockerd() is not None or _system_engine_runs()),
-        "haproxy": Path("/usr/sbin/haproxy").exists(),
-        "prometheus": shutil.which("promtool") is not None,
-        "fonts-dejavu-core": FONT.exists(),
-        "fonts-wqy-microhei": Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc").exists(),
         "tesseract-ocr": shutil.which("tesseract") is not None,
-        "tesseract-ocr-eng": "eng" in languages,
-        "tesseract-ocr-rus": "rus" in languages,
-        "tesseract-ocr-chi-sim": "chi_sim" in languages,
-        "poppler-utils": shutil.which("pdftotext") is not None,
-        "chromium": shutil.which("chromium") is not None,
-        "chromium-driver": shutil.which("chromedriver") is not None,
     }
+    if tests:
+        languages = output("tesseract", "--list-langs").split() if needed["tesseract-ocr"] else []
+        snap = platform.freedesktop_os_release()["ID"] == "ubuntu"  # where no package has the browser itself
+        needed |= {
+            "haproxy": Path("/usr/sbin/haproxy").exists(),
+            "prometheus": shutil.which("promtool") is not None,
+            "fonts-dejavu-core": FONT.exists(),
+            "fonts-wqy-microhei": Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc").exists(),
+            "tesseract-ocr-rus": "rus" in languages,
+            "tesseract-ocr-chi-sim": "chi_sim" in languages,
+            "poppler-utils": shutil.which("pdftotext") is not None,
+            "chromium": snap or shutil.which("chromium") is not None,
+            "chromium-driver": snap or shutil.which("chromedriver") is not None,
+        }
     return [name for name, present in needed.items() if not present]
 
 
-def install_packages() -> None:
-    """Install what packages() names, through apt."""
-    missing = packages()
+def install_packages(*, tests: bool = False) -> None:
+    """Install what packages() names, through apt; services that come along neither start nor are left enabled."""
+    missing = packages(tests=tests)
     if not missing:
         return
     with step(f"install {' '.join(missing)}"):
@@ -79,7 +85,32 @@ def install_packages() -> None:
         # Debian 13 splits the command-line client off; the other releases have no such package.
         if "docker.io" in missing and succeeds("apt-cache", "show", "docker-cli"):
             missing.append("docker-cli")
-        run(*apt, "install", "-y", "--no-install-recommends", *missing, env={"DEBIAN_FRONTEND": "noninteractive"})
+        with _no_new_services():
+            run(*apt, "install", "-y", "--no-install-recommends", *missing, env={"DEBIAN_FRONTEND": "noninteractive"})
+
+
+@contextmanager
+def _no_new_services() -> Iterator[None]:
+    """Keep packages from starting services, as Debian's policy-rc.d allows, and disable what they enabled."""
+    before = _enabled_units()
+    ours = not POLICY.exists() or POLICY.read_text() == NO_SERVICES
+    if ours:
+        POLICY.write_text(NO_SERVICES)
+        POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        if ours:
+            POLICY.unlink()
+        if new := _enabled_units() - before:
+            output("systemctl", "disable", "--quiet", *sorted(new))
+
+
+def _enabled_units() -> set[str]:
+    if shutil.which("systemctl") is None:
+        return set()
+    listing = output("systemctl", "list-unit-files", "--state=enabled", "--plain", "--no-legend")
+    return {line.split()[0] for line in listing.splitlines()}
 
 
 def ensure() -> None:

@@ -6,12 +6,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehearsal import hosts, shell
+from rehearsal import engine, hosts, shell
 from rehearsal.engine import SOCKET
 from rehearsal.shell import REPOSITORY, RehearsalError, output, say, step
 
@@ -41,25 +41,33 @@ def run(options: Sequence[str] = ()) -> None:
     The options are for ansible-playbook.
     """
     os.environ["PATH"] = f"{PROGRAMS}:{os.environ['PATH']}"
-    start = time.monotonic()
-    hosts.mirror_up("vllm")
-    hosts.up(HOST, port=PORT)
-    timings = {}
-    with step("ansible-playbook site.yml -i inventory/rehearsal"):
-        timings["deploy"] = _timed("ansible-playbook", "site.yml", "-i", "inventory/rehearsal", *options)
-    with step("pytest verification"):
-        inventory = ("--hosts=ansible://ocr_servers", "--ansible-inventory=inventory/rehearsal")
-        timings["verify"] = _timed("pytest", "verification", *inventory)
-    with step("read the sample page, without the server too"):
-        readings = _demonstrate()
-    timings["all"] = time.monotonic() - start
-    _summarise(readings, timings)
+    readings: list[Reading] = []
+    inventory = ("--hosts=ansible://ocr_servers", "--ansible-inventory=inventory/rehearsal")
+    playbook = ("ansible-playbook", "site.yml", "-i", "inventory/rehearsal")
+    seconds = take(
+        {
+            "install packages": engine.install_packages,
+            "find or start a Docker Engine": engine.ensure,
+            "build the images, which takes long the first time, and start the mirror": lambda: hosts.mirror_up("vllm"),
+            f"start the host {HOST}": lambda: hosts.up(HOST, port=PORT),
+            " ".join(playbook): lambda: shell.run(*playbook, *options, cwd=REPOSITORY),
+            "pytest verification": lambda: shell.run("pytest", "verification", *inventory, cwd=REPOSITORY),
+            "read the sample page, without the server too": lambda: readings.extend(_demonstrate()),
+        }
+    )
+    deploy, verify = seconds[4:6]
+    _summarise(readings, {"deploy": deploy, "verify": verify, "all": sum(seconds)})
 
 
-def _timed(*command: str) -> float:
-    start = time.monotonic()
-    shell.run(*command, cwd=REPOSITORY)
-    return time.monotonic() - start
+def take(steps: dict[str, Callable[[], None]]) -> list[float]:
+    """Take steps by their titles, say at each how many there are, and return the seconds that they took."""
+    seconds = []
+    for number, (title, action) in enumerate(steps.items(), 1):
+        start = time.monotonic()
+        with step(f"step {number} of {len(steps)}: {title}"):
+            action()
+        seconds.append(time.monotonic() - start)
+    return seconds
 
 
 def _demonstrate() -> list[Reading]:
