@@ -52,6 +52,7 @@ config_changed:
   description: Whether C(.wslconfig) was changed, which has effect once WSL was shut down.
   returned: success
   type: bool
+task_changed: {description: Whether the task in Windows was registered or removed., returned: success, type: bool}
 updated: {description: Whether WSL was updated., returned: success, type: bool}
 windows:
   description: What was found in Windows, C({}) if it was not asked.
@@ -445,7 +446,8 @@ def apply(params: dict[str, Any], record: dict[str, Any], real: bool) -> dict[st
     conf: Record = record.get("conf", {})
     files: list[Change] = [(WSL_CONF, *plan_file(WSL_CONF, {} if absent else clean(params["conf"]), conf, "\n"), False)]
     record["conf"] = forget_if_empty(conf)
-    result: dict[str, Any] = {"changed": update, "config_changed": False, "updated": update, "windows": {}}
+    result: dict[str, Any] = {"changed": update, "config_changed": False, "task_changed": False, "updated": update}
+    result["windows"] = {}
     task, register, unregister = touched.get("task", ""), False, False
     if windows:
         config: Record = touched.get("config", {})
@@ -460,6 +462,7 @@ def apply(params: dict[str, Any], record: dict[str, Any], real: bool) -> dict[st
         record["windows"] = {**kept, **where} if any(kept.values()) else {}
         result["windows"] = windows.describe()
         result["config_changed"] = files[-1][1] != files[-1][2]
+        result["task_changed"] = register or unregister
     changes = [change for change in files if change[1] != change[2]]
     result["changed"] |= register or unregister or bool(changes)
     result["diff"] = [describe_change(change) for change in changes]

@@ -92,9 +92,11 @@ def test_file_for_the_task_is_gone(host: Host, machine: str) -> None:
         assert not host.file(f"{folder}/.dots-ocr-task.xml").exists
 
 
-def test_windows_is_left_alone_unless_asked(host: Host, machine: str) -> None:
-    called = {call[0] for call in calls(host)} if machine != "bare" else set()
-    assert any(name.endswith(".exe") for name in called) == (machine in ("16", "own"))
+def test_windows_is_only_looked_at_unless_it_may_be_changed(host: Host, machine: str) -> None:
+    called = {tuple(call[:2]) for call in calls(host) if call[0].endswith(".exe")} if machine != "bare" else set()
+    look = {("cmd.exe", "/u"), ("schtasks.exe", "/query")}
+    assert (look if machine != "bare" else set()) <= called
+    assert bool(called - look) == (machine in ("16", "own"))
 
 
 def test_no_driver_is_installed(host: Host, machine: str) -> None:
