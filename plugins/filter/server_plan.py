@@ -63,9 +63,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import version
-from ansible_collections.dots_ocr.deploy.plugins.plugin_utils.memory_plan import RESERVE_MIB, memory_plan
 from packaging.version import Version
+
+from ..module_utils.cards import version
+from ..plugin_utils.memory_plan import RESERVE_MIB, memory_plan
 
 Data = dict[str, Any]
 Problem = dict[str, str]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import Problem, run
+from .common import Problem, run
 
 SOURCES = Path("/etc/apt/sources.list.d")
 MAIN_SOURCE = Path("/etc/apt/sources.list")

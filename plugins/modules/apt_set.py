@@ -83,16 +83,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils import apt
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
-    RECORDS,
-    Problem,
-    answer,
-    ask,
-    remove_empty,
-    require,
-    write,
-)
+
+from ..module_utils import apt
+from ..module_utils.common import RECORDS, Problem, answer, ask, remove_empty, require, write
 
 PREFERENCES = Path("/etc/apt/preferences.d")
 SETTINGS = Path("/etc/apt/apt.conf.d")

@@ -80,8 +80,9 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_url
-from ansible_collections.dots_ocr.deploy.plugins.module_utils import apt
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import Problem, answer, read, write
+
+from ..module_utils import apt
+from ..module_utils.common import Problem, answer, read, write
 
 KEYRINGS = Path("/etc/apt/keyrings")
 LISTS = Path("/var/lib/apt/lists")

@@ -60,7 +60,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import Problem, answer, run, sha256
+
+from ..module_utils.common import Problem, answer, run, sha256
 
 REQUIREMENT = "dots-ocr-client[serve]"
 FIX = (

@@ -71,16 +71,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
-    RECORDS,
-    Problem,
-    answer,
-    read,
-    remove_empty,
-    run,
-    write,
-)
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.engine import DAEMON, PLACES, UNFIT
+
+from ..module_utils.common import RECORDS, Problem, answer, read, remove_empty, run, write
+from ..module_utils.engine import DAEMON, PLACES, UNFIT
 
 RECORD = RECORDS / "docker-daemon.json"
 PROXY = Path("/etc/systemd/system/docker.service.d/dots-ocr-proxy.conf")

@@ -53,8 +53,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine as engines
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import RECORDS, ask
+
+from ..module_utils import engine as engines
+from ..module_utils.common import RECORDS, ask
 
 COMMAND = Path("/usr/bin/docker")
 SOCKET = Path("/var/run/docker.sock")

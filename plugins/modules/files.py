@@ -102,7 +102,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import run, write
+
+from ..module_utils.common import run, write
 
 MODES = {"file": "0644", "directory": "0755"}
 

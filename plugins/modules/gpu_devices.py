@@ -61,14 +61,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
-    Problem,
-    answer,
-    read_text,
-    remove_empty,
-    run,
-    write,
-)
+
+from ..module_utils.common import Problem, answer, read_text, remove_empty, run, write
 
 UNITS = ("nvidia-cdi-refresh.path", "nvidia-cdi-refresh.service")
 SPECIFICATION = Path("/var/run/cdi/nvidia.yaml")

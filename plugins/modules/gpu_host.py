@@ -130,14 +130,10 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import (
-    OLDEST_OPEN,
-    needs_open_modules,
-    version,
-    why_none,
-)
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import ask, read_text, run
+
+from ..module_utils import engine
+from ..module_utils.cards import OLDEST_OPEN, needs_open_modules, version, why_none
+from ..module_utils.common import ask, read_text, run
 
 Host = dict[str, Any]
 Problem = dict[str, str]

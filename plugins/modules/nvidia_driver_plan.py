@@ -105,21 +105,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils import apt
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import (
-    OLDEST_OPEN,
-    is_blackwell,
-    needs_open_modules,
-    why_none,
-)
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
-    RECORDS,
-    Problem,
-    answer,
-    ask,
-    read_text,
-    run,
-)
+
+from ..module_utils import apt
+from ..module_utils.cards import OLDEST_OPEN, is_blackwell, needs_open_modules, why_none
+from ..module_utils.common import RECORDS, Problem, answer, ask, read_text, run
 
 Host = dict[str, Any]
 

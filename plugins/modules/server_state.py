@@ -77,7 +77,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import ask, run
+
+from ..module_utils.common import ask, run
 
 DEFINITION = Path("/etc/dots-ocr/server")
 PROVEN = Path("/var/lib/dots-ocr/states/good/server")

@@ -63,7 +63,8 @@ import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import Problem, answer, run, sha256
+
+from ..module_utils.common import Problem, answer, run, sha256
 
 PLAIN = "A-Za-z0-9._+~/-"  # what a path may be made of to stand in a list of apt's
 SIGNED_MESSAGE = "-----BEGIN PGP SIGNED MESSAGE-----\n"

@@ -72,16 +72,9 @@ from typing import Any
 from xml.sax.saxutils import escape, unescape
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.cards import version
-from ansible_collections.dots_ocr.deploy.plugins.module_utils.common import (
-    RECORDS,
-    Problem,
-    answer,
-    read,
-    remove_empty,
-    run,
-    write,
-)
+
+from ..module_utils.cards import version
+from ..module_utils.common import RECORDS, Problem, answer, read, remove_empty, run, write
 
 Keys = dict[str, dict[str, str]]
 # What was set: {"created": the file is ours, "sections": {one that we added: whether an empty line came with it},
