@@ -16,7 +16,13 @@ from pytest_httpserver import HTTPServer
 from tests import programs
 from tests.test_ready import serve
 
-METRICS = Path(__file__).with_name("vllm_metrics.txt").read_text()
+# Recorded; but for two pages that nobody waited for.
+METRICS = (
+    Path(__file__)
+    .with_name("vllm_metrics.txt")
+    .read_text()
+    .replace('"abort",model_name="dots.ocr"} 0.0', '"abort"} 2.0')
+)
 REASON = "The image's own libcuda took the place of the driver's."
 SETTINGS: dict[str, Any] = {
     "name": "dots-ocr",
@@ -220,6 +226,14 @@ def test_server_that_does_not_answer_starts_or_has_failed(host: Host, was_ready:
     host.configure(SETTINGS)
     host.watchdog(was_ready=was_ready, state="starting")
     assert (host.status()["state"], host.status()["queue"]) == (state, {})
+
+
+def test_fault_that_lasts_is_told_as_readiness_finds_it(host: Host, httpserver: HTTPServer) -> None:
+    httpserver.clear()
+    serve(httpserver, model="facebook/opt-125m")
+    host.watchdog(state="failing")
+    fault = host.status()["fault"]
+    assert (fault["at"], "serves facebook/opt-125m" in fault["problem"], bool(fault["fix"])) == ("now", True, True)
 
 
 def test_last_fault_has_its_diagnosis_and_its_fix(host: Host) -> None:

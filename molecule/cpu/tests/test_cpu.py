@@ -74,6 +74,27 @@ def test_request_without_the_key_is_refused(host: Host) -> None:
     assert ask(host, "/v1/chat/completions", key=False, page=True)[0] == 401
 
 
+def test_page_for_people_needs_no_key(host: Host) -> None:
+    status, headers, text = ask(host, "/", key=False)
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert '<strong id="state">ready' in text
+
+
+def test_owner_stops_it_until_it_is_started(host: Host) -> None:
+    def state(status: int) -> str:
+        done = host.run("dots-ocr-server status --json")
+        assert done.rc == status, done
+        return str(json.loads(done.stdout)["servers"][0]["state"])
+
+    assert state(0) == "running"
+    host.check_output("dots-ocr-server stop")
+    host.check_output("systemctl start multi-user.target timers.target")  # what a boot starts
+    assert state(3) == "stopped"
+    assert "read the golden page" in host.check_output("dots-ocr-server start")
+    assert state(0) == "running"
+    assert "All is well." in host.check_output("dots-ocr-server doctor")
+
+
 def test_key_is_the_hosts_own_and_stays_secret(host: Host) -> None:
     file = host.file(KEY_FILE)
     key = file.content_string.strip()
