@@ -197,6 +197,7 @@ def test_status_reads_no_page_and_tells_programs_the_same(host: Host, httpserver
     ("unit", "watchdog", "state"),
     [
         ({"ActiveState": "inactive", "UnitFileState": "disabled"}, {}, "stopped"),
+        ({"ActiveState": "inactive", "UnitFileState": "enabled"}, {}, "stopped"),
         ({"ActiveState": "failed", "UnitFileState": "enabled"}, {}, "failed"),
         ({"ActiveState": "activating", "SubState": "start-pre"}, {}, "starting"),
         ({"ActiveState": "activating", "SubState": "auto-restart"}, {}, "failed"),
@@ -220,6 +221,13 @@ def test_stopped_server_says_how_it_comes_back(host: Host) -> None:
     assert "state    stopped since the last boot. Fix: sudo dots-ocr-server start\n" in host.run("status").stdout
 
 
+def test_server_on_demand_is_asleep_or_stopped(host: Host) -> None:
+    host.configure({**SETTINGS, "on_demand": {}})
+    for enabled, state, status in (("enabled", "asleep", 0), ("disabled", "stopped", 3)):
+        host.unit(ActiveState="inactive", UnitFileState=enabled)
+        assert (host.status()["state"], host.run("status").returncode) == (state, status)
+
+
 @pytest.mark.parametrize(("was_ready", "state"), [(False, "starting"), (True, "failed")])
 def test_server_that_does_not_answer_starts_or_has_failed(host: Host, was_ready: bool, state: str) -> None:
     host.url = "http://127.0.0.1:9"
@@ -239,9 +247,10 @@ def test_fault_that_lasts_is_told_as_readiness_finds_it(host: Host, httpserver: 
 def test_last_fault_has_its_diagnosis_and_its_fix(host: Host) -> None:
     host.journal(seen="dots-ocr: restarting dots-ocr.service, restart 1 in a row: HTTP 500")
     assert host.status()["fault"]["problem"].startswith("dots-ocr: restarting")
-    host.journal(
-        seen="earlier", ended="dots-ocr.service: Scheduled restart job", run="Error 804: forward compatibility"
-    )
+    host.journal(seen="dots-ocr: the server was started anew")
+    assert host.status()["fault"] == {}
+    earlier = "dots-ocr: failing (1 of 3): HTTP 500"
+    host.journal(seen=earlier, ended="Scheduled restart job", run="Error 804: forward compatibility")
     fault = host.status()["fault"]
     assert fault["at"] == "2026-11-30 10:20:10"
     assert "libcuda took the place of the driver's" in fault["problem"]

@@ -104,8 +104,8 @@ def server_name(text: str) -> str:
     return text
 
 
-def load_server(name: str, folder: Path, *, key: bool = True) -> Server:
-    """Return the settings of a server, with its key unless nothing is asked that needs it; raises Failed."""
+def load_server(name: str, folder: Path, *, keyless: bool = False) -> Server:
+    """Return the settings of a server, with its key unless it is not needed; raises Failed."""
     file = folder / f"{name}.json"
     try:
         settings = json.loads(file.read_bytes())
@@ -127,7 +127,7 @@ def load_server(name: str, folder: Path, *, key: bool = True) -> Server:
         model=setting(file, settings, "model", str),
         likeness=setting(file, settings, "likeness", float),
         api_key_file=key_file,
-        key=load_key(Path(key_file)) if key and key_file else "",
+        key=load_key(Path(key_file)) if key_file and not keyless else "",
         settings=settings,
         file=file,
     )
