@@ -170,6 +170,15 @@ def test_server_that_is_not_there_yet_is_worth_waiting_for(host: Host) -> None:
     assert (status, verdict["ready"]) == (NOT_YET, False)
 
 
+def test_wait_says_how_far_the_start_is_and_how_long_it_may_take(host: Host) -> None:
+    host.command("journalctl", runs("Loading model", last="shards:  50%\rshards: 100%"))
+    verdict = host.check("http://127.0.0.1:9", f"--deadline={time.time() + 600:.0f}")[1]
+    assert verdict["journal"] == "shards: 100%"
+    assert 500 < verdict["left"] <= 600
+    host.command("journalctl", "")
+    assert host.check("http://127.0.0.1:9")[1]["journal"] == ""
+
+
 @pytest.mark.parametrize("status_code", [500, 503])
 def test_server_that_is_still_warming_up_is_worth_waiting_for(
     httpserver: HTTPServer, host: Host, status_code: int

@@ -341,3 +341,45 @@ def test_every_task_belongs_to_a_phase(role: Path) -> None:
     found = [(where, task.keys(), tags) for where, task, tags in tagged(role / "tasks/main.yml")]
     assert {where: set(tags) for where, _, tags in found if not tags or not tags <= PHASES} == {}
     assert [where for where, keys, tags in found if FETCHING & keys and tags != {"install"}] == []
+
+
+def test_no_task_waits_long_without_saying_how_far_it_is() -> None:
+    """A retried task shows how often it will be retried, and nothing else; a *_wait.yml shows what it waits for."""
+    files = [*REPOSITORY.glob("roles/*/tasks/*.yml"), *REPOSITORY.glob("playbooks/*.yml")]
+    retried = [(file.name, task) for file in files for task in tasks_of(load(file) or []) if "until" in task]
+    assert len(retried) > 5
+    tries = {(name, task["name"]): re.findall(r"\d+", str(task["retries"])) for name, task in retried}
+    long = [name for name, numbers in tries.items() if not numbers or max(map(int, numbers)) > 30]
+    # For the lock on apt's lists, which is hardly ever held.
+    assert [file for file, _ in long] == ["airgap_unpack.yml"], long
+
+
+PULLED = "a1: Pulling fs layer\na2: Already exists\na3: Pulling fs layer\na1: Pull complete\na1: Pull complete"
+LOST = "a1: Pulling fs layer\ndocker pull: connection refused"
+
+
+@pytest.mark.parametrize(
+    ("state", "journal", "expected"),
+    [
+        ("active", PULLED, (124, "2 3 1500", "")),
+        ("active", "", (124, "0 0 1500", "")),
+        ("failed", LOST, (1, "", "connection refused")),
+        ("inactive", "", (0, "", "")),
+    ],
+)
+def test_wait_for_a_pull_tells_how_far_it_is(
+    tmp_path: Path, state: str, journal: str, expected: tuple[int, str, str]
+) -> None:
+    programs = {
+        "systemctl": f'case "$*" in *ActiveState*) echo {state} ;; show*) echo 0 ;; esac',
+        "journalctl": f"[ \"$1\" = --sync ] || echo '{journal}'",
+        "df": "echo Avail; echo 2500",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    wait = load(REPOSITORY / "roles/dots_ocr_server/tasks/pull_wait.yml")[0]["ansible.builtin.shell"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "UNIT": "pull", "FIRST": "1", "FREE": "4000", "PLACE": "/"}
+    command = [wait["executable"], "-c", wait["cmd"]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == expected
