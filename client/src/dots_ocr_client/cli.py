@@ -168,20 +168,14 @@ def _password(file: str | None) -> str | None:
     return password
 
 
-def _numbers(text: str | None) -> str | None:
-    """Check a box. It stays text, because typer needs types at once, and `Box` takes long to import."""
-    if text is not None:
-        _box(text)
-    return text
-
-
 def _box(text: str) -> Box:
     from .results import Box
 
     try:
         left, top, right, bottom = map(int, text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not four whole numbers with commas, in pixels of the page") from None
+        what = f"{text!r} is not four whole numbers with commas, in pixels of the page"
+        raise typer.BadParameter(what, param_hint="--box") from None
     return Box(left, top, right, bottom)
 
 
@@ -229,7 +223,7 @@ def read(
     password: Password = None,
     box: Annotated[
         str | None,
-        typer.Option(metavar="L,T,R,B", callback=_numbers, help="For --mode grounding: where, in pixels of the page."),
+        typer.Option(metavar="L,T,R,B", help="For --mode grounding: where, in pixels of the page."),
     ] = None,
     question: Annotated[str | None, typer.Option(metavar="TEXT", help="For --mode general.")] = None,
     dpi: Annotated[
@@ -516,19 +510,14 @@ def doctor(
     return EXIT_OK if works else EXIT_UNREAD
 
 
-def _levels(text: str) -> str:
-    """Check a list of concurrencies."""
-    _concurrency(text)
-    return text
-
-
 def _concurrency(text: str) -> list[int]:
     try:
         levels = [int(one) for one in text.split(",")]
     except ValueError:
         levels = [0]
     if min(levels) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of whole numbers from 1 on, with commas")
+        what = f"{text!r} is not a list of whole numbers from 1 on, with commas"
+        raise typer.BadParameter(what, param_hint="--concurrency")
     return levels
 
 
@@ -544,7 +533,7 @@ def bench(
         int, typer.Option(metavar="N", min=1, max=200, help="How many pages of our own, without FILE.")
     ] = 8,
     concurrency: Annotated[
-        str, typer.Option(metavar="N,N", callback=_levels, help="Pages at once, as far as an engine takes so many.")
+        str, typer.Option(metavar="N,N", help="Pages at once, as far as an engine takes so many.")
     ] = "1,2,4,8",
     engine: Engines = None,
     base_url: BaseUrl = None,
