@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import ssl
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,18 +65,19 @@ def workers_are_used_again(
     """Start few processes, for a start takes longer than most tests; not in those of the processes themselves."""
     if request.module.__name__.rpartition(".")[2] in ("test_rasterizer", "test_textlayer"):
         return
-    take = rasterizer._worker
+    end, take = rasterizer._end, rasterizer._worker
 
-    def keep(workers: list[rasterizer._Worker]) -> None:
+    def keep(workers: list[rasterizer._Worker], threads: ThreadPoolExecutor) -> None:
         spare_workers.extend(workers)
         workers.clear()
+        end(workers, threads)
 
     def take_spare(idle: list[rasterizer._Worker], reference: PageReference, verb: str) -> rasterizer._Worker:
         if not idle and spare_workers:
             idle.append(spare_workers.pop())
         return take(idle, reference, verb)
 
-    monkeypatch.setattr(rasterizer, "_end_all", keep)
+    monkeypatch.setattr(rasterizer, "_end", keep)
     monkeypatch.setattr(rasterizer, "_worker", take_spare)
 
 

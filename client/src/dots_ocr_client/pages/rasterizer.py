@@ -22,6 +22,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -79,8 +80,9 @@ class Rasterizer:
         self.busy = 0
         self._changed = time.monotonic()
         self._slots = asyncio.Semaphore(self.workers)
+        self._threads = ThreadPoolExecutor(self.workers, "dots-ocr-draw")  # a file that hangs holds up no others
         self._idle: list[_Worker] = []
-        self._finalizer = weakref.finalize(self, _end_all, self._idle)
+        self._finalizer = weakref.finalize(self, _end, self._idle, self._threads)
 
     @property
     def full_for(self) -> float:
@@ -124,8 +126,9 @@ class Rasterizer:
             self._changed = time.monotonic()
             try:
                 with _lent(self._idle, reference, verb) as worker:
+                    run = asyncio.get_running_loop().run_in_executor
                     async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
-                        return await asyncio.to_thread(job, worker, reference, seconds)
+                        return await run(self._threads, job, worker, reference, seconds)
             except TimeoutError as error:
                 raise InputError(_too_long(reference, verb, seconds)) from error
             finally:
@@ -134,8 +137,9 @@ class Rasterizer:
                     _end_all(self._idle)
 
     def close(self) -> None:
-        """End the workers, and so the threads behind them; otherwise they end with this object or the program."""
+        """End the workers and wait for the threads behind them; otherwise they end with this object or the program."""
         self._finalizer()
+        self._threads.shutdown()
 
 
 @cache
@@ -314,6 +318,11 @@ def _check_numbers(fields: dict[str, Any], *names: str) -> None:
 def _end_all(workers: list[_Worker]) -> None:
     while workers:
         workers.pop().end()
+
+
+def _end(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
+    _end_all(workers)
+    threads.shutdown(wait=False, cancel_futures=True)
 
 
 _workers: weakref.WeakSet[_Worker] = weakref.WeakSet()  # all of this process
