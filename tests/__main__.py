@@ -201,7 +201,7 @@ def parts() -> dict[str, Callable[[], Count]]:
 def prepare() -> None:
     """Put the environment's programs on the PATH, and install what the client's tests and the rehearsal need."""
     os.environ["PATH"] = f"{PROGRAMS}:{os.environ['PATH']}"
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of some thousand processes would compile its sources anew
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of some thousand processes would compile its sources again
     REPORTS.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([sys.executable, "-m", "rehearsal", "prepare"], cwd=REPOSITORY, check=False)
     if done.returncode != 0:

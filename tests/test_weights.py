@@ -319,7 +319,7 @@ def test_folder_that_is_not_in_order_is_refused(tmp_path: Path, files: dict[str,
 def test_link_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "source")
     (source / "passwords").symlink_to("/etc/passwd")
-    assert "no regular file, or has no plain name: ./passwords. Fix: " in refusal(
+    assert "not a regular file, or has no plain name: ./passwords. Fix: " in refusal(
         lambda: take(source, tmp_path / "home")
     )
 
@@ -336,12 +336,12 @@ def test_archive_that_leaves_the_folder_is_refused(tmp_path: Path, path: str) ->
 def test_archive_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     archive = pack(tmp_path / "model.tar")
     archive.write_bytes(archive.read_bytes()[:50_000])
-    assert "copy it to the host anew if it is damaged" in refusal(lambda: take(archive, tmp_path / "home"))
+    assert "copy it to the host again if it is damaged" in refusal(lambda: take(archive, tmp_path / "home"))
 
 
 def test_what_is_no_model_or_not_there_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "source", {"README.md": b""})
-    assert "has no config.json, so it is no model. Fix: " in refusal(lambda: take(source, tmp_path / "home"))
+    assert "has no config.json, so it is not a model. Fix: " in refusal(lambda: take(source, tmp_path / "home"))
     message = refusal(lambda: take(tmp_path / "nothing", tmp_path / "home"))
     assert message == (
         f"There is no {tmp_path}/nothing on the host. Fix: check dots_ocr_model_folder and dots_ocr_model_archive."

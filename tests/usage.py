@@ -35,7 +35,7 @@ class Meter:
         """Add what was used since the last look."""
         for name, used in self._read().items():
             before = self.seen.get(name, 0.0)
-            self.total += used - before if used >= before else used  # less: it was started anew
+            self.total += used - before if used >= before else used  # less: it was restarted
             self.seen[name] = used
 
     def _read(self) -> dict[str, float]:
@@ -63,7 +63,7 @@ class _Engine(http.client.HTTPConnection):
 
 
 def _ask(path: str) -> Any:
-    """Return what the engine answers, nothing if it does not, or has no such container any more."""
+    """Return what the engine answers, nothing if it does not, or no longer has such a container."""
     try:
         with closing(_Engine("engine")) as engine:
             engine.request("GET", path)

@@ -123,7 +123,7 @@ CAUSES = (
     ),
     Cause(
         r"error processing package",
-        "see why {package} cannot be set up ('dpkg --configure -a', 'dpkg --audit'), mend that, then run again",
+        "see why {package} cannot be set up ('dpkg --configure -a', 'dpkg --audit'), correct that, then run again",
         r"script subprocess",
     ),
     Cause("", "look at 'apt-get --fix-broken install' and 'dpkg --audit', then run again"),

@@ -1,4 +1,4 @@
-"""What all modules share: the exception for what a person has to mend, files, and other programs."""
+"""What all modules share: the exception for what a person has to fix, files, and other programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORDS = Path("/var/lib/dots-ocr/installed")  # what absent needs to know
 
 
 class Problem(Exception):
-    """What a person has to mend; the message names the cause and the fix."""
+    """What a person has to fix; the message names the cause and the fix."""
 
     def __init__(self, cause: str, fix: str = "") -> None:
         """Put cause and fix together; a cause may have its fix in it."""
@@ -73,7 +73,7 @@ def require(*command: str) -> str:
     status, output, errors = run(*command)
     if status != 0:
         said = " ".join((errors or output).split()) or f"status {status}"
-        raise Problem(f"'{' '.join(command)}' failed: {said.rstrip('.')}", "mend that, then run again")
+        raise Problem(f"'{' '.join(command)}' failed: {said.rstrip('.')}", "correct that, then run again")
     return output
 
 

@@ -19,15 +19,15 @@ options:
     type: list
     elements: str
     default: []
-  state: {description: Whether they shall be there., type: str, choices: [present, absent], default: present}
+  state: {description: Whether they are to be present., type: str, choices: [present, absent], default: present}
   version:
     description:
       - Per package the version to have, also if that is a downgrade; a pattern such as C(5:28.5.*) means its newest.
     type: dict
     default: {}
-  hold: {description: Whether nobody else shall change their versions., type: bool, default: false}
+  hold: {description: Whether nobody else should change their versions., type: bool, default: false}
   blacklist:
-    description: Regular expressions of packages that unattended-upgrades shall leave alone.
+    description: Regular expressions of packages that unattended-upgrades should leave alone.
     type: list
     elements: str
     default: []
@@ -271,7 +271,7 @@ class Set:
         kept = [name for name in self.params["name"] if self.is_installed(name) and name not in there]
         changed = any([there, held, self.record_file.exists(), self.pins.exists(), self.blacklist.exists()])
         if changed and not self.check:
-            # Before the simulation, which a hold would end without a word of what would go.
+            # Before the simulation, which a hold would end without a message about what would go.
             if held:
                 require("apt-mark", "unhold", *held)
             others = [name for name in self.simulate("purge", *asked) if name not in there] if asked else []
@@ -288,7 +288,7 @@ class Set:
         return {"changed": changed, "kept": kept}
 
     def purge_what_came_along(self, recorded: list[str]) -> None:
-        """Purge recorded packages that nothing depends on any more, and the configuration of those that are gone."""
+        """Purge recorded packages that nothing depends on, and the configuration of those that are gone."""
         while True:
             self.packages = self.status()
             idle = [name for name in self.simulate("autoremove") if name in recorded]

@@ -17,7 +17,7 @@ description:
   - If anything fails, what was there before stays.
 options:
   name: {description: Names the files., type: str, required: true}
-  state: {description: Whether the source shall be there., type: str, choices: [present, absent], default: present}
+  state: {description: Whether the source is to be present., type: str, choices: [present, absent], default: present}
   uri: {description: Where the repository is., type: str, default: ""}
   suite: {description: "Suite, or C(/) for a repository without any.", type: str, default: /}
   components: {description: Components; none for a repository without suites., type: list, elements: str, default: []}
@@ -102,7 +102,8 @@ def packets_of(key: bytes, origin: str) -> bytes:
     # RFC 9580, 4.2 and 5.5: the first packet, in the old form or the new one, is a public key.
     if packets[:1] not in (b"\x98", b"\x99", b"\x9a", b"\xc6"):
         raise Problem(
-            f"{origin} is no OpenPGP key, perhaps a page of a proxy", "look at it, and correct the address of the key"
+            f"{origin} is not an OpenPGP key, perhaps a page of a proxy",
+            "look at it, and correct the address of the key",
         )
     return packets
 
@@ -176,7 +177,7 @@ class Source:
     def refresh(self) -> None:
         """Fetch the lists of this source; a Problem tells whether nobody answers, or no accepted key has signed it."""
         alone = (f"Dir::Etc::sourcelist={self.file}", "Dir::Etc::sourceparts=-", "APT::Get::List-Cleanup=0")
-        # What apt keeps of all sources stays: it takes it seconds to read them anew.
+        # What apt keeps of all sources stays: it takes it seconds to read them again.
         alone += ("Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
         command = ["apt-get", "update", *(word for text in (*alone, "Acquire::Retries=2") for word in ("-o", text))]
         status, text = apt.apt(command, self.params["lock_timeout"])

@@ -17,7 +17,7 @@ description:
     C(/var/lib/dots-ocr/installed/docker-daemon.json), which only root reads.
 options:
   state:
-    description: Whether our configuration shall be there.
+    description: Whether our configuration is to be present.
     type: str
     choices: [present, absent]
     default: present
@@ -100,7 +100,7 @@ def parse(data: bytes | None) -> Options:
         why = f" ({error})"
     raise Problem(
         f"{DAEMON} is not {what}{why}, so nothing was changed",
-        f"mend it or move it away; 'python3 -m json.tool {DAEMON}' shows the place",
+        f"correct it or move it away; 'python3 -m json.tool {DAEMON}' shows the place",
     )
 
 

@@ -135,7 +135,7 @@ class Entry:
         self.diff: dict[str, Any] = {"before": {}, "after": {}}
 
     def wanted_content(self, wanted: dict[str, Any]) -> bytes | None:
-        """Return what shall be in the file; nothing where any content will do."""
+        """Return what should be in the file; nothing where any content will do."""
         if self.state != "file":
             return None
         if wanted["base64"] is not None:

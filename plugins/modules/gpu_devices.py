@@ -8,14 +8,14 @@ DOCUMENTATION = r"""
 module: gpu_devices
 short_description: GPUs as CDI devices, proven in a throwaway container
 description:
-  - Enables NVIDIA's refresh units, has the CDI specification written anew when it lacks the device or no longer fits
+  - Enables NVIDIA's refresh units, has the CDI specification rewritten when it lacks the device or no longer fits
     the driver, and opens the device in a container that leaves nothing behind.
   - The proof is given again after every boot and after every change of the engine, the driver or the specification.
 options:
-  device: {description: The CDI device that a container shall get., type: str, default: nvidia.com/gpu=all}
+  device: {description: The CDI device that a container should get., type: str, default: nvidia.com/gpu=all}
   disabled_hooks:
     description:
-      - Hooks of NVIDIA's that the specification shall not have, beside those that the host's own settings name. They
+      - Hooks of NVIDIA's that the specification must not have, beside those that the host's own settings name. They
         are written to the environment file of NVIDIA's unit.
     type: list
     elements: str
@@ -41,7 +41,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 devices: {description: The CDI devices., returned: always, type: list, elements: str}
-stale: {description: Why the specification was written anew; empty if it was not., returned: always, type: str}
+stale: {description: Why the specification was rewritten; empty if it was not., returned: always, type: str}
 proven: {description: Whether a container was started to prove it this time., returned: always, type: bool}
 services:
   description: Services of dots.ocr with a GPU that run, or try to, with what another specification gave them.
@@ -314,9 +314,9 @@ class Devices:
         said = self.ask(*command, *([f"_SYSTEMD_INVOCATION_ID={invocation}"] if invocation else []))[1]
         # What was written well, and is not there all the same, is explained by who reads it.
         said = said if status else complaints or said
-        what = f"The GPU is no CDI device: {self.device} is not among {', '.join(found) or 'none'}"
+        what = f"The GPU is not a CDI device: {self.device} is not among {', '.join(found) or 'none'}"
         if self.device in found:
-            what = f"The CDI specification is stale ({reason}) and cannot be written anew"
+            what = f"The CDI specification is stale ({reason}) and cannot be rewritten"
         raise Problem(
             f"{what} ({why_it_failed(said)}). Fix: see that 'nvidia-smi' shows the GPU,"
             " after an update of the driver reboot (WSL: 'wsl --shutdown' in Windows), then look at 'journalctl -u"

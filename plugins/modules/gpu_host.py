@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module gpu_host: measure a host that shall serve a model from its GPU, and name what keeps it from that."""
+"""Ansible module gpu_host: measure a host that should serve a model from its GPU, and name what keeps it from that."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def trouble(problem: str, fix: str, mended_by: str = "") -> Problem:
 
 
 def judge(host: Host, requirements: dict[str, Any]) -> list[Problem]:
-    """Return every problem of a measured host with its fix, in the order in which to mend them."""
+    """Return every problem of a measured host with its fix, in the order in which to fix them."""
     wsl = host["platform"] in ("wsl1", "wsl2")
     return [
         *judge_platform(host, wsl),
@@ -432,7 +432,7 @@ def judge_ports(host: Host, requirements: dict[str, Any]) -> Iterator[Problem]:
 
 
 def judge_disks(host: Host, wanted: list[dict[str, Any]]) -> Iterator[Problem]:
-    """Yield the file systems with too little space for what shall lie on them, all together."""
+    """Yield the file systems with too little space for what should lie on them, all together."""
     shares: dict[int, list[dict[str, Any]]] = {}
     for space in wanted:
         shares.setdefault(host["disk_devices"][space["place"]], []).append(space)

@@ -12,7 +12,7 @@ description:
     vendor's repository, and the vendor's key as C(key.gpg) unless a keyring of the host has it.
   - The host's own apt checks them, without a network. A package is signed if such an index has its SHA-256. How old an
     index is does not matter, since nothing newer can be fetched.
-  - Writes C(Packages) and C(Release) anew, from the vendors' own words. Nothing else in the folder is offered to apt.
+  - Writes C(Packages) and C(Release) again, from the vendors' own words. Nothing else in the folder is offered to apt.
 options:
   path: {description: The folder., type: path, required: true}
   suite: {description: Suite to offer the packages as., type: str, required: true}

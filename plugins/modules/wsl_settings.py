@@ -16,7 +16,7 @@ description:
     What is no longer asked for is put back as well, but Windows is not asked at all unless O(windows) is given.
   - Checks everything that it can before it changes anything. It never shuts WSL down, which would end the play.
 options:
-  state: {description: Whether the settings shall be there., type: str, choices: [present, absent], default: present}
+  state: {description: Whether the settings are to be present., type: str, choices: [present, absent], default: present}
   conf: {description: "Keys for C(/etc/wsl.conf), by section.", type: dict, default: {}}
   windows:
     description: What to do in Windows; without it nothing.
@@ -80,7 +80,7 @@ Keys = dict[str, dict[str, str]]
 # What was set: {"created": the file is ours, "sections": {one that we added: whether an empty line came with it},
 # "keys": {section: {key: {set, before}}}}.
 Record = dict[str, Any]
-# A file, what it holds, what it shall hold (None is no file), and whether its first state is kept beside it.
+# A file, what it holds, what it should hold (None is no file), and whether its first state is kept beside it.
 Change = tuple[Path, "bytes | None", "bytes | None", bool]
 
 RECORD = "wsl.json"
@@ -241,7 +241,7 @@ def tidy(text: Text, section: str, record: Record) -> None:
 
 
 def plan_file(path: Path, keys: Keys, record: Record, new_line: str) -> tuple[bytes | None, bytes | None]:
-    """Return what a file holds and what it shall hold, None being no file; writes on the record."""
+    """Return what a file holds and what it should hold, None being no file; writes on the record."""
     before = read(path)
     text = Text(before or b"", new_line)
     if before is None and keys:

@@ -28,7 +28,7 @@ PAGE_TOKENS = 7_500  # an A4 page at 200 dpi: 4,956 of the image, the prompt, th
 MODEL_LEN_STEP = 8_192  # a longest request is a multiple of it
 
 UTILIZATION_CAP = 0.85  # the rest is for what vLLM does not see when it measures itself at the start
-# vLLM refuses to start where less is free than it shall take. Under WSL2 a bit too much does not fail: the driver moves
+# vLLM refuses to start if less is free than it should take. On WSL2 a bit too much does not fail: the driver moves
 # it to main memory and everything runs 2 to 6 times slower, silently; and what Windows' desktop uses varies.
 RESERVE_MIB = {"bare_metal": 512, "wsl2": 1_024}
 STABLE_UTILIZATION = 0.05  # up to this much more is not worth a restart
@@ -277,7 +277,7 @@ def is_plan(last: Plan) -> bool:
 
 
 def keeps(last: Plan, memory: Memory, wishes: Wishes, utilization: float, running: bool) -> bool:
-    """Tell whether the plan of the last run goes on: small drifts of free memory are not worth a restart."""
+    """Tell whether the plan of the last run continues: small drifts of free memory are not worth a restart."""
     if not is_plan(last):
         return False
     same_host = (last["memory_total_mib"], last["platform"]) == (memory.total, memory.platform)

@@ -155,7 +155,7 @@ class Event:
 
     @property
     def steady(self) -> float:
-        """Seconds from the beginning until no page was lost or took more than twice the usual p95 any more."""
+        """Seconds from the beginning until no page was lost or took more than twice the usual p95."""
         disturbed = [page.end for page in self.pages if page.fault or page.seconds > 2 * self.usual]
         return max(disturbed, default=self.begin) - self.begin
 

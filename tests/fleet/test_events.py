@@ -163,7 +163,7 @@ def test_host_freezes(during: Events) -> None:
             docker("unpause", host)
             on(host, "docker", "unpause", "dots-ocr")
         wait_until(all_up, "the host in use again")
-    # A host that is frozen still takes pages until the gateway knows; most are read when it goes on.
+    # A host that is frozen still takes pages until the gateway knows; most are read when it continues.
     assert_only_pages_in_flight_are_lost(happened.event, noticed)
 
 

@@ -41,7 +41,7 @@ class Phase:
         name: The fault.
         readers: How many pages each engine read.
         latencies: Of the pages, in seconds of work.
-        over_at: When the server read again by its own word (the role's readiness check), or was let go on.
+        over_at: When the server read again by its own word (the role's readiness check), or was continued.
         back_after: Seconds from then until it read a page of ours.
     """
 

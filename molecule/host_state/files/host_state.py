@@ -63,7 +63,7 @@ def output(*command: str) -> str:
 
 
 def packages() -> Iterator[tuple[str, str]]:
-    """Yield packages that are not wholly gone: version, whether asked for by name, and what dpkg shall do with them."""
+    """Yield packages that are not wholly gone: version, whether asked for by name, and what dpkg should do."""
     manual = set(output("apt-mark", "showmanual").split())
     fields = "${binary:Package}\\t${Version} ${db:Status-Want} ${db:Status-Status}\\n"
     for line in output("dpkg-query", "--show", f"--showformat={fields}").splitlines():

@@ -3,10 +3,10 @@
     python3 -c PROGRAM REPOSITORY COMMIT ROOT LISTING
 
 LISTING is the tree of the commit as the Hub's API lists it, in JSON; ROOT is the folder's name for messages. The files
-come to /weights, in the end with the manifest SHA256SUMS; NAME.part is one that grows, and that a later run goes on
+come to /weights, in the end with the manifest SHA256SUMS; NAME.part is one that grows, and that a later run continues
 with. Ends with a message that names the fix where it cannot.
 
-`snapshot_download` would not do: in huggingface_hub 2 it begins each file anew in a new process, it takes a folder that
+`snapshot_download` does not do: in huggingface_hub 2 it starts each file again in a new process, it takes a folder that
 is not whole for the model where the Hub does not answer, and it compares no checksums.
 """
 
@@ -97,7 +97,7 @@ def main(repository, commit, root, listing):
     if bad := [path for path, sha256 in sums.items() if not sha256]:
         for path in bad:
             (FOLDER / path).unlink()
-        fix = "run again, which fetches anew what was removed; if that does not help, the source is damaged"
+        fix = "run again, which fetches again what was removed; if that does not help, the source is damaged"
         sys.exit(f"The checksum is wrong of {', '.join(bad)} from {constants.ENDPOINT}; removed. Fix: {fix}.")
     (FOLDER / "SHA256SUMS").write_text("".join(f"{sums[path]}  {path}\n" for path in sorted(sums)), encoding="utf-8")
 

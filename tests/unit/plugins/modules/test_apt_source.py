@@ -25,7 +25,7 @@ def test_what_is_no_public_key_is_refused(keys: dict[str, Key]) -> None:
     damaged = keys["vendor"].gpg("--armor", "--export").replace(b"m", b"?")
     secret = keys["vendor"].gpg("--export-secret-keys")
     for text in (b"", b"<html>Sign in</html>", b"9DC858229FC7DD38\n", damaged, secret):
-        with pytest.raises(apt_source.Problem, match=r"https://a/key is no OpenPGP key.* Fix: .*address of the key"):
+        with pytest.raises(apt_source.Problem, match=r"https://a/key is not an OpenPGP key.* Fix: .*address of"):
             apt_source.packets_of(text, "https://a/key")
 
 

@@ -200,7 +200,7 @@ def test_documented_example_works(host: Host, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_broken_file_is_reported(text: bytes, complaint: str) -> None:
-    with pytest.raises(daemon.Problem, match=f"{complaint}.*nothing was changed. Fix: mend it or move it away"):
+    with pytest.raises(daemon.Problem, match=f"{complaint}.*nothing was changed. Fix: correct it or move it away"):
         daemon.parse(text)
 
 

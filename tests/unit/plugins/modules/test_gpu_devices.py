@@ -307,7 +307,7 @@ class TestRealTool:
         (0, "", f'{SANDBOX}time="x" level=warning msg="The following registry errors were reported:"\n'
                 'time="x" level=warning msg="/etc/cdi/a.yaml: [failed to load CDI Spec]"\n'
                 'time="x" level=info msg="Found 0 CDI devices"\n', "/etc/cdi/a.yaml: [failed to load CDI Spec]"),
-        (1, "nvidia.com/gpu=all", SANDBOX, f"is stale (old) and cannot be written anew ({SILENT})"),
+        (1, "nvidia.com/gpu=all", SANDBOX, f"is stale (old) and cannot be rewritten ({SILENT})"),
     ],
 )  # fmt: skip
 def test_refresh_says_who_knows_why(

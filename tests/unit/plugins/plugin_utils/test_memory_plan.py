@@ -345,7 +345,7 @@ def card(found: Plan, more_gib: float, **changes: Any) -> Plan:
 def deploy_again(
     last: Plan, more_gib: float, running: bool, total: int = 16303, free: int = 15791, **more: Any
 ) -> Plan:
-    """Plan anew on a card that has so much more for the KV cache, after a start with the last plan."""
+    """Plan again on a card that has so much more for the KV cache, after a start with the last plan."""
     now = without_us(free, last) if running else free
     return plan(total, now, previous=last, running=running, **{"measured": card(last, more_gib), **more})
 
