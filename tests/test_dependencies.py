@@ -20,7 +20,8 @@ LOCKS = sorted(file for place in PLACES for file in REPOSITORY.glob(place))
 # Named in the open, resolved elsewhere: by `make lock`, or by who installs them.
 PINNED = [
     REPOSITORY / "requirements.txt",
-    REPOSITORY / "client/examples/requirements-ray.txt",
+    REPOSITORY / "docs/requirements.txt",
+    REPOSITORY / "examples/requirements-ray.txt",
     REPOSITORY / "tests/examples/requirements.txt",
 ]
 PROJECT = REPOSITORY / "client/pyproject.toml"

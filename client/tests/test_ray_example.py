@@ -13,7 +13,7 @@ from support import FakeServer, pdf_of
 
 from dots_ocr_client.pages import documents
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "ray_data.py"
+EXAMPLE = Path(__file__).parents[2] / "examples/ray_data.py"
 
 
 @pytest.fixture

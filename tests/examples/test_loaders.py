@@ -12,7 +12,7 @@ import pytest
 from docling_core.types.doc.document import DoclingDocument
 from support import FakeServer, pdf_of
 
-EXAMPLES = Path(__file__).parents[2] / "client/examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CELLS = [
     {"bbox": [28, 28, 280, 56], "category": "Title", "text": "# Report"},
     {"bbox": [28, 84, 280, 112], "category": "Text", "text": "All is well."},

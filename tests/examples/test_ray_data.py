@@ -24,7 +24,7 @@ from support import FakeServer, pdf_of, reply, sent_image
 from werkzeug import Request, Response
 
 REPOSITORY = Path(__file__).parents[2]
-EXAMPLE = REPOSITORY / "client/examples/ray_data.py"
+EXAMPLE = REPOSITORY / "examples/ray_data.py"
 PATIENCE = 120.0
 
 Pages = dict[tuple[str, int], str]

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from dots_ocr_client import AllEnginesFailed, DotsOCR, FailedPage
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
-
-from dots_ocr_client import AllEnginesFailed, DotsOCR, FailedPage
 
 
 class DotsOCRLoader(BaseLoader):  # type: ignore[misc]  # not installed where the types are checked

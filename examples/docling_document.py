@@ -11,7 +11,6 @@ from pathlib import Path
 from docling_core.types.doc.base import BoundingBox, CoordOrigin, Size
 from docling_core.types.doc.document import DoclingDocument, ProvenanceItem, TableCell, TableData
 from docling_core.types.doc.labels import DocItemLabel
-
 from dots_ocr_client import Cell, Document, DotsOCR, Page
 from dots_ocr_client.layout import table_rows
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray
-
 from dots_ocr_client import DotsOCR, DotsOCRError, FailedPage, InputError, VLLMEngine, make_engines
 from dots_ocr_client.batch import SUFFIXES
 from dots_ocr_client.engines.vllm import DEFAULT_BASE_URL
