@@ -14,7 +14,7 @@ UV_VERSION := 0.13.9
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
 .PHONY: help rehearse rehearse-down deploy verify start stop status logs uninstall \
-    check scenario test bench-client bench-host bench-gateway docs lock
+    check scenario test bench-client bench-host bench-gateway docs lock release
 
 help:
 	@echo "Try it, without a GPU:"
@@ -33,8 +33,9 @@ help:
 	@echo "  make bench-client    measure what the client costs (after make rehearse)"
 	@echo "  make bench-host      measure what a run that changes nothing costs (after make rehearse)"
 	@echo "  make bench-gateway   measure the gateway against its servers, one to three of them (needs haproxy)"
-	@echo "  make docs            write the generated tables anew"
+	@echo "  make docs            write the generated tables and this documentation as a site"
 	@echo "  make lock            resolve the Python packages anew"
+	@echo "  make release         write the collection and the client's wheel to dist/"
 
 rehearse: .venv/ready
 	@$(SUDO) $(BIN)/python -m rehearsal run
@@ -89,10 +90,27 @@ status:
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable client
 	@touch $@
 
-# After a change of a role's argument specification or of the memory plan: write the generated tables anew.
-docs: .venv/ready
+# The generated tables (after a change of a role's argument specification or of the memory plan), then the site. A link that leads
+# nowhere is an error.
+docs: .venv/ready .cache/docs/ready
 	@$(BIN)/python docs/tables.py
 	@for role in roles/*/; do $(BIN)/aar-doc --output-template docs/role.md.j2 $$role markdown; done
+	@NO_MKDOCS_2_WARNING=1 .cache/docs/bin/mkdocs build --quiet --strict
+	@echo "the site is in .cache/site: python3 -m http.server --directory .cache/site"
+
+.cache/docs/ready: docs/requirements.lock
+	@python3 -m venv --clear .cache/docs && .cache/docs/bin/python -m pip install -qq --require-hashes --requirement $<
+	@touch $@
+
+# What is handed out, once the versions agree (tests/test_release.py): the collection and the client's wheel.
+release: .venv/ready
+	@! sed -n '/^## /{p;q}' CHANGELOG.md | grep -F '(unreleased)' || \
+	    { echo "the newest version in CHANGELOG.md has no date. Fix: put it in place of '(unreleased)'"; exit 1; }
+	@$(BIN)/pytest -q tests/test_release.py
+	@rm -rf dist
+	@$(BIN)/ansible-galaxy collection build --output-path dist
+	@$(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir dist ./client
+	@ls dist
 
 # After a change of requirements.txt or of what a part of the tests needs: resolve it anew, for every Python from 3.11 on, and
 # write the locks with the SHA-256 of every file that the index has. What is locked already stays, as far as it can.
@@ -105,4 +123,5 @@ lock:
 	    --output-file tests/examples/requirements.lock
 	@$(RESOLVE) tests/live_client/requirements-page.txt --constraint requirements.lock \
 	    --output-file tests/live_client/requirements.lock
+	@$(RESOLVE) docs/requirements.txt --output-file docs/requirements.lock
 	@rm -rf .cache/lock

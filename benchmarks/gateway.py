@@ -1,6 +1,6 @@
-"""Print the tables of docs/performance.md about the gateway: `make bench-gateway`, some five minutes.
+"""Print the tables of docs/understand/performance.md about the gateway: `make bench-gateway`, some five minutes.
 
-With `--part attacks` the table of docs/verification-cases.md: a good client beside attacks, some five minutes more.
+With `--part attacks` the table of docs/understand/verification-cases.md: a client beside attacks, five minutes more.
 
 A real HAProxy with the files of the role's templates and defaults, in front of servers that only wait. Only ratios
 carry over to other machines.

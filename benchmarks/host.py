@@ -1,4 +1,4 @@
-"""Print the table of docs/performance.md about runs that change nothing: `make bench-host`.
+"""Print the table of docs/understand/performance.md about runs that change nothing: `make bench-host`.
 
 Runs site.yml on hosts where all of it is in place, and plain fact gathering on the same hosts over the same connection,
 in turn. Only ratios carry over to other machines.

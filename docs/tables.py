@@ -214,8 +214,8 @@ def remedies(remedy: dict[str, Any]) -> Iterator[str]:
 
 # Which table goes where.
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
-    "memory_plan": (DOCS / "tuning.md", memory_plans),
-    "diagnoses": (DOCS / "troubleshooting.md", diagnoses),
+    "memory_plan": (DOCS / "understand/tuning.md", memory_plans),
+    "diagnoses": (DOCS / "operate/troubleshooting.md", diagnoses),
 }
 # Tables of the page of cases.
 CASE_TABLES = {"host_matrix": host_matrix, "attacks": attacks, "left_on_purpose": left_on_purpose}
@@ -250,7 +250,7 @@ def main() -> int:
     """Rewrite the pages, or with --check return 1 if that would change one."""
     if sys.argv[1:2] == ["--attacks"]:
         return count_attacks(sys.argv[2:])
-    wanted = {DOCS / "verification-cases.md": cases_page()}
+    wanted = {DOCS / "understand/verification-cases.md": cases_page()}
     for name, (page, generate) in TABLES.items():
         begin, end = f"<!-- BEGIN {name}: python docs/tables.py -->", f"<!-- END {name} -->"
         before, rest = page.read_text().split(begin)

@@ -1,6 +1,6 @@
 """The collection as an operator gets it: `python -m tests.collection FOLDER` builds it and installs it there.
 
-Beside it come the examples of the documentation: site.yml from docs/collection.md, ROLE.yml from each role's README.
+Beside it come the examples of the documentation: site.yml from docs/operate/collection.md, ROLE.yml from each README.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def install(folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "none.cfg").touch()
-    (folder / "site.yml").write_text(example(REPOSITORY / "docs/collection.md"))
+    (folder / "site.yml").write_text(example(REPOSITORY / "docs/operate/collection.md"))
     for readme in REPOSITORY.glob("roles/*/README.md"):
         (folder / f"{readme.parent.name}.yml").write_text(example(readme))
     os.environ |= environment(folder)

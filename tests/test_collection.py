@@ -21,7 +21,8 @@ PLAYBOOKS = sorted(path.stem for path in (REPOSITORY / "playbooks").glob("*.yml"
 NEEDED = (
     "meta/*", "playbooks/*", "plugins/*", "roles/*", "requirements.lock",
     "client/hatch_build.py", "client/pyproject.toml", "client/LICENSE", "client/README.md", "client/src/*",
-    "inventory/example-fleet/*.yml", "docs/*.md", "CHANGELOG.md", "LICENSE", "README.md", "SECURITY.md",
+    "examples/*.md", "examples/*.py", "examples/*.txt", "examples/*.yml",
+    "docs/*.md", "docs/images/*", "CHANGELOG.md", "LICENSE", "README.md", "SECURITY.md",
 )  # fmt: skip
 # Groups of other names than the usual ones.
 INVENTORY = (

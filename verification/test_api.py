@@ -96,7 +96,8 @@ def test_page_for_people_says_that_the_server_is_ready(host: Host, server: Setti
     assert '<strong id="state">ready' in text
 
 
-# What vLLM takes, and some image of it does not survive, or reads no other page meanwhile (docs/verification-cases.md).
+# What vLLM takes, and some image of it does not survive, or reads no other page meanwhile
+# (docs/understand/verification-cases.md).
 @pytest.mark.parametrize(
     ("name", "value"),
     [

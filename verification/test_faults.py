@@ -1,6 +1,6 @@
 """The fault matrix: break one thing under load; the server reads again without help, and no request is lost silently.
 
-What was measured is printed at the end as the table of docs/verification-cases.md.
+What was measured is printed at the end as the table of docs/understand/verification-cases.md.
 """
 
 from __future__ import annotations

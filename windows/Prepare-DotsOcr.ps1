@@ -6,7 +6,7 @@ Prepares Windows for a dots.ocr server in a distribution of WSL2, and deploys th
 Checks NVIDIA's driver, updates WSL, installs a distribution if it is not there, keeps it running (.wslconfig), enables systemd
 in it (/etc/wsl.conf), and starts it when you log on. Then it clones the repository to /opt/dots-ocr-deploy in the distribution
 and runs 'make deploy' there as root. Your other settings stay as they are; the first state of .wslconfig is kept beside it as
-.wslconfig.before-dots-ocr. Run the script again after each stop: it continues where it was. docs/wsl2.md has the same steps by
+.wslconfig.before-dots-ocr. Run the script again after each stop: it continues where it was. docs/start/windows.md has the same steps by
 hand, and the way back. The file needs nothing else of the repository.
 
 Run it as the user who will use WSL, in an ordinary window: only the first installation of WSL itself asks for an

@@ -1,4 +1,4 @@
-"""Print the tables of docs/performance.md: `make bench-client`, some twenty minutes on a quiet machine.
+"""Print the tables of docs/understand/performance.md: `make bench-client`, some twenty minutes on a quiet machine.
 
 `--part` chooses some of them. A part during which others took more of the processors than `--others` is not printed.
 """

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 from support import FakeServer, pdf_of
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CLIENT = Path(__file__).parents[1]
+TEXT = "".join(page.read_text() for page in (CLIENT / "README.md", CLIENT.parent / "docs/use/python.md"))
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize("example", range(len(EXAMPLES)))
-def test_every_example_of_the_readme_runs(
+def test_every_example_of_the_documentation_runs(
     example: int, server: FakeServer, sheet: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sheet.save(tmp_path / "document.png")

@@ -103,7 +103,7 @@ UPDATE_TIMEOUT = 900  # for a download of some 200 MB
 AGAIN = "then in Windows: wsl --shutdown"
 INTEROP_FIX = (
     f"remove enabled=false below [interop] in /etc/wsl.conf, {AGAIN}; or set wsl_manage_windows to false and do the"
-    " Windows side by hand (docs/wsl2.md)"
+    " Windows side by hand (docs/start/windows.md)"
 )
 AUTOMOUNT_FIX = f"remove enabled=false below [automount] in /etc/wsl.conf, {AGAIN}"
 
@@ -367,7 +367,7 @@ class Windows:
         if status != 0:
             raise Problem(
                 f"Windows refuses the task {self.task} ({line(said)})",
-                "create it by hand (docs/wsl2.md) and set wsl_logon_task to false",
+                "create it by hand (docs/start/windows.md) and set wsl_logon_task to false",
             )
 
     def unregister(self, task: str) -> None:

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 ROLE = REPOSITORY / "roles/monitoring"
 SERVER = REPOSITORY / "roles/dots_ocr_server"
-DOCUMENTATION = REPOSITORY / "docs/monitoring.md"
+DOCUMENTATION = REPOSITORY / "docs/operate/monitoring.md"
 PLAYBOOK = [
     {
         "hosts": "localhost",
@@ -126,7 +126,7 @@ def test_alerts_say_what_where_and_what_to_do(alerts: list[dict[str, Any]]) -> N
         assert re.search(r"\{\{ [$]|None", annotations["summary"]), name
         assert " Fix: " in annotations["description"], name
         file, anchor = annotations["runbook_url"].split("#")
-        assert (file, anchor) == ("docs/monitoring.md", name.lower())
+        assert (file, anchor) == ("docs/operate/monitoring.md", name.lower())
         assert anchor in anchors, f"{name} has no section in {DOCUMENTATION}"
 
 

@@ -178,10 +178,12 @@ def _adapted(base_url: str) -> list[Check]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # not for us to judge: the readiness check of the host does
         if remedies:
-            fix = "mend the cause (docs/troubleshooting.md), then deploy with dots_ocr_server_adapt: false"
+            fix = "mend the cause (docs/operate/troubleshooting.md), then deploy with dots_ocr_server_adapt: false"
             found.append(Check("adapted", "warning", " ".join(remedies), fix))
         if measured:
-            fix = "deploy again, which plans with it, unless limits of your own say otherwise (docs/tuning.md)"
+            fix = (
+                "deploy again, which plans with it, unless limits of your own say otherwise (docs/understand/tuning.md)"
+            )
             found.append(Check("measured", "warning", str(measured), fix))
     return found
 
