@@ -34,7 +34,7 @@ help:
 	@echo "  make bench-host      measure what a run that changes nothing costs (after make rehearse)"
 	@echo "  make bench-gateway   measure the gateway against its servers, one to three of them (needs haproxy)"
 	@echo "  make docs            write the generated tables and this documentation as a site"
-	@echo "  make lock            resolve the Python packages anew"
+	@echo "  make lock            resolve the Python packages again"
 	@echo "  make release         write the collection and the client's wheel to dist/"
 
 rehearse: .venv/ready
@@ -112,7 +112,7 @@ release: .venv/ready
 	@$(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir dist ./client
 	@ls dist
 
-# After a change of requirements.txt or of what a part of the tests needs: resolve it anew, for every Python from 3.11 on, and
+# After a change of requirements.txt or of what a part of the tests needs: resolve it again, for every Python from 3.11 on, and
 # write the locks with the SHA-256 of every file that the index has. What is locked already stays, as far as it can.
 RESOLVE = .cache/lock/bin/uv pip compile -q --universal --generate-hashes --no-annotate --python-version 3.11 \
     --custom-compile-command 'make lock'

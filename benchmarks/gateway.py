@@ -93,7 +93,7 @@ FULL = Load(
 
 @dataclass(frozen=True)
 class Attack:
-    """Connections that are begun and kept, and opened anew where the gateway ends them.
+    """Connections that are begun and kept, and opened again where the gateway ends them.
 
     Attributes:
         name: in the table.

@@ -151,7 +151,7 @@ def read(documents: list[str], output: Path, base_url: str, workers: int, addres
 
     Raises:
         InputError: Another run has the output, or the cluster is too small.
-        RayError: The job ended early; the same run again goes on.
+        RayError: The job ended early; the same run again continues.
     """
     output.mkdir(parents=True, exist_ok=True)
     # Nobody else may open it: whoever can, can lock it.
@@ -189,7 +189,7 @@ def read(documents: list[str], output: Path, base_url: str, workers: int, addres
 
 def main() -> None:
     """Run the command; exit status 0 if all pages are read, else 1."""
-    parser = argparse.ArgumentParser(description="Read documents with Ray Data; a second run goes on.")
+    parser = argparse.ArgumentParser(description="Read documents with Ray Data; a second run continues.")
     parser.add_argument("inputs", nargs="+", type=Path, help="PDFs, images, and folders of them")
     parser.add_argument("--output", required=True, type=Path, help="folder for the results, as JSON lines")
     parser.add_argument("--base-url", help="of the server or gateway, with /v1; default: DOTS_OCR_BASE_URL")
@@ -205,7 +205,7 @@ def main() -> None:
     except (DotsOCRError, OSError) as error:
         sys.exit(f"ray_data: {error}")
     except ray.exceptions.RayError as error:
-        sys.exit(f"{error}\nray_data: ended early, see above. Fix: remove the cause; the same command goes on.")
+        sys.exit(f"{error}\nray_data: ended early, see above. Fix: remove the cause; the same command continues.")
     if failed:
         sys.exit(f"ray_data: {failed} pages failed; their rows in {options.output} say why. Fix: run the same again.")
 

@@ -18,7 +18,7 @@ def main() -> None:
     whole.add_argument("options", nargs="*", help="after --, for ansible-playbook: -- --user=me")
     commands.add_parser("down", help="remove every trace")
     commands.add_parser("prepare", help="install what the tests need and make sure that an engine runs")
-    commands.add_parser("train", help="train the tiny model anew, after a change of its sources")
+    commands.add_parser("train", help="train the tiny model again, after a change of its sources")
     mirror = commands.add_parser("mirror", help="make sure that the engine and the mirror run")
     mirror.add_argument("--server", choices=hosts.SERVERS, help="with this in its registry, too")
     for name, text in (("up", "start a host without deploying"), ("destroy", "remove a host and its data")):

@@ -60,7 +60,7 @@ def destroy(name: str) -> None:
 
 
 def mirror_up(server: str | None = None) -> None:
-    """Start the mirror: vendors' packages, the tiny model, and in its registry what shall serve it, one of SERVERS."""
+    """Start the mirror: vendors' packages, the tiny model, and in its registry what should serve it, one of SERVERS."""
     with one_at_a_time("mirror"):
         _start(MIRROR, images.mirror(), "--network-alias", "mirror", "--volume", "/var/lib/docker-registry")
         _copy(MODEL, f"/srv/hub/{MODEL_REPOSITORY}")
@@ -110,7 +110,7 @@ def _fill_apt() -> None:
 
 
 def train() -> None:
-    """Train the tiny model anew, inside vLLM's image, and put it and the fingerprint of its sources in its place."""
+    """Train the tiny model again, inside vLLM's image, and put it and the fingerprint of its sources in its place."""
     image = images.vllm()
     growing = STATE / "model.growing"
     run("install", "-d", "-o", "2000", "-g", "0", growing)

@@ -247,7 +247,7 @@ def test_fault_that_lasts_is_told_as_readiness_finds_it(host: Host, httpserver: 
 def test_last_fault_has_its_diagnosis_and_its_fix(host: Host) -> None:
     host.journal(seen="dots-ocr: restarting dots-ocr.service, restart 1 in a row: HTTP 500")
     assert host.status()["fault"]["problem"].startswith("dots-ocr: restarting")
-    host.journal(seen="dots-ocr: the server was started anew")
+    host.journal(seen="dots-ocr: the server was restarted")
     assert host.status()["fault"] == {}
     earlier = "dots-ocr: failing (1 of 3): HTTP 500"
     host.journal(seen=earlier, ended="Scheduled restart job", run="Error 804: forward compatibility")

@@ -159,7 +159,7 @@ def test_flush_is_mended_by_the_next_check(host: Host, tmp_path: Path) -> None:
     host.flush()
     isolated.watch("dots-ocr", note)
     assert (host.rules, note.exists()) == ({"iptables": 2}, False)
-    # What reads goes on reading: Docker is left alone until it has to start a container.
+    # What reads keeps reading: Docker is left alone until it has to start a container.
     assert not host.asked_for("systemd-run")
 
 

@@ -1,4 +1,4 @@
-"""What vLLM says of its memory when it starts, read from the journal of the run that goes on."""
+"""What vLLM says of its memory when it starts, read from the journal of the current run."""
 
 from __future__ import annotations
 

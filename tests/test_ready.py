@@ -284,7 +284,7 @@ def test_server_that_hangs_is_given_up_at_the_deadline(host: Host) -> None:
 
 
 def runs(*texts: str, last: str | None = None) -> str:
-    """Return the journal, in JSON, of runs that said this and were restarted, and of one that goes on."""
+    """Return the journal, in JSON, of runs that said this and were restarted, and of one that continues."""
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
         # Docker's client said the first, systemd the second.

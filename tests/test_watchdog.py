@@ -79,7 +79,7 @@ class Life:
         return due
 
     def start(self, invocation: str) -> None:
-        """Start the server anew."""
+        """Start the server again."""
         self.invocation = invocation
         self.started = self.now
 
@@ -457,13 +457,13 @@ def test_only_a_page_that_is_read_brings_a_server_back(hopeless: Life, measured:
 def test_start_by_someone_else_begins_anew_after_giving_up(hopeless: Life) -> None:
     hopeless.start("second")
     assert hopeless.check(problem="/health does not answer.") == "starting"
-    assert hopeless.lines[0] == "<4>the server was started anew after the watchdog gave up: it begins anew"
+    assert hopeless.lines[0] == "<4>the server was restarted after the watchdog gave up: it starts over"
     assert (hopeless.state.restarts, hopeless.state.unready_restarts) == (0, 0)
 
 
 def test_stop_by_someone_else_begins_anew_after_giving_up(hopeless: Life) -> None:
     assert hopeless.check(active="inactive") == "inactive"
-    assert "begins anew" in hopeless.lines[0]
+    assert "starts over" in hopeless.lines[0]
     assert (hopeless.state.restarts, hopeless.state.unready_restarts) == (0, 0)
 
 
@@ -475,7 +475,7 @@ def test_start_by_someone_else_forgets_restarts(life: Life) -> None:
     life.start("by hand")
     life.check(**HANGS)
     assert life.state.restarts == 0
-    assert life.lines[0] == "<4>the server was started anew: restarts before that are forgotten"
+    assert life.lines[0] == "<4>the server was restarted: restarts before that are forgotten"
 
 
 def test_restarts_are_forgiven_once_it_was_ready_for_a_while(life: Life) -> None:
@@ -873,7 +873,7 @@ def test_one_watchdog_per_server_at_a_time(host: Host, name: str, status: int) -
 
 @pytest.mark.parametrize("before", [None, 0o644])
 def test_nobody_else_can_open_the_lock(host: Host, before: int | None) -> None:
-    """Whoever can open it can lock it, and no check would be made any more; earlier releases let all read it."""
+    """Whoever can open it can lock it, and no check would be made; earlier releases let all read it."""
     lock = host.state_file.parent / "dots-ocr.lock"
     lock.parent.mkdir()
     if before:

@@ -3,7 +3,7 @@ and note how each request ends.
 
     python3 load.py SETTINGS RESULTS CLIENTS
 
-Ends when the file RESULTS is removed, and then writes it anew: a list of {start, end, outcome}, times in seconds of
+Ends when the file RESULTS is removed, and then rewrites it: a list of {start, end, outcome}, times in seconds of
 CLOCK_BOOTTIME. Outcomes: read, misread with the text, refused (nobody took the request), failed (an error after it was
 taken, or an answer that says that it is not whole), silent (no answer within SILENCE). Needs nothing but Python's
 standard library.

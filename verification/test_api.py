@@ -58,7 +58,7 @@ def test_every_other_path_that_vllm_registers_is_closed(host: Host, server: Sett
         journal = host.check_output("journalctl --no-pager --output=cat _SYSTEMD_INVOCATION_ID=%s", invocation)
     registered = {re.sub(r"\{[^}]*\}", "x", path) for path in ROUTE.findall(journal)}
     assert {path for _, path in ANSWERED} - {"/"} <= registered, (
-        "the journal has no start of vLLM any more: restart the unit"
+        "the journal no longer has a start of vLLM: restart the unit"
     )
     assert len(registered) > len(ANSWERED)
     wanted = [(method, path) for path in sorted(registered | {"/", "/v1"}) for method in METHODS]

@@ -137,7 +137,7 @@ def is_list_of_words(value: Any) -> bool:
 
 
 def merge(existing: Options, required: Options, defaults: list[Options], options: Options) -> Options:
-    """Return what daemon.json shall hold."""
+    """Return what daemon.json should hold."""
     contradicted = [key for key in required if combine(required, options)[key] != combine(options, required)[key]]
     if contradicted:
         value = json.dumps(required[contradicted[0]])

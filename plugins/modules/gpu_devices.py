@@ -295,7 +295,7 @@ class Devices:
         return True
 
     def refresh(self, reason: str) -> None:
-        """Have the specification written anew."""
+        """Have the specification rewritten."""
         # Somebody else's failures of before do not count towards the limit of starts.
         self.ask("systemctl", "reset-failed", UNITS[1])
         status, _, _ = self.ask("systemctl", "restart", UNITS[1])

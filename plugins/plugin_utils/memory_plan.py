@@ -247,7 +247,7 @@ def limits_of(last: Plan) -> Limits:
 def same_wishes(last: Plan, wishes: Wishes, keys: Sequence[str]) -> bool:
     """Tell whether the plan of the last run agrees with these of the wishes."""
     now, then = ({key: given[key] for key in keys if key in given} for given in (wishes, last["wishes"]))
-    # A wish that was taken back has to be planned, even though no wish contradicts what it left behind.
+    # A wish that was rolled back has to be planned, even though no wish contradicts what it left behind.
     return all(last.get(key) == value for key, value in now.items()) and set(then) <= set(now)
 
 

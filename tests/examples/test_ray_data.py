@@ -215,7 +215,7 @@ def test_wrong_key_ends_the_job(
     status, said = example.run(documents[0], "--output", tmp_path / "output")
     assert status == 1
     assert "set DOTS_OCR_API_KEY" in said
-    assert said.endswith("the same command goes on.\n")
+    assert said.endswith("the same command continues.\n")
     assert rows(tmp_path / "output") == []
 
 

@@ -141,7 +141,7 @@ class Backend:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
-        """Do not listen any more."""
+        """Stop listening."""
         self.server.shutdown()
         self.server.server_close()
 

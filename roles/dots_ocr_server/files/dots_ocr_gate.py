@@ -69,7 +69,7 @@ class Refusal(Exception):
     """An answer instead of vLLM's, in the shape of OpenAI's errors."""
 
     def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
-        """Take the status, OpenAI's type, what is wrong and how to mend it, and the body's key that is to blame."""
+        """Take the status, OpenAI's type, what is wrong and how to correct it, and the body's key that is to blame."""
         super().__init__(message)
         self.status = status
         self.error = {"message": message, "type": kind, "param": param, "code": status}
@@ -202,10 +202,10 @@ def check(body: bytes) -> int:
         request = json.loads(body, parse_constant=no_number)
     except (ValueError, RecursionError):
         raise bad(
-            "The body is no JSON, or nested too deeply. Fix: send the JSON object of OpenAI's chat API."
+            "The body is not JSON, or nested too deeply. Fix: send the JSON object of OpenAI's chat API."
         ) from None
     if not isinstance(request, dict):
-        raise bad("The body is no JSON object. Fix: send the one of OpenAI's chat API.")
+        raise bad("The body is not a JSON object. Fix: send the one of OpenAI's chat API.")
     for name, value in request.items():
         if name == "messages" or value is None:
             continue
@@ -290,11 +290,11 @@ def pixels(url: str) -> int:
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         width, height = webp_size(data)
     else:
-        raise bad("The picture is no PNG, JPEG or WebP. Fix: convert it.", "image_url")
+        raise bad("The picture is not a PNG, JPEG or WebP. Fix: convert it.", "image_url")
     if width * height > PIXELS:
         raise bad(f"The picture has {width} x {height} pixels, more than {PIXELS}. Fix: scale it down.", "image_url")
     if scans > SCANS or scans * width * height > SCANNED_PIXELS:
-        raise bad(f"The JPEG has too many scans ({scans}). Fix: save it anew, or as a PNG.", "image_url")
+        raise bad(f"The JPEG has too many scans ({scans}). Fix: save it again, or as a PNG.", "image_url")
     return width * height
 
 
@@ -310,7 +310,7 @@ def png_size(data: bytes) -> tuple[int, int]:
             width = max(width, int.from_bytes(data[place + 8 : place + 12], "big"))
             height = max(height, int.from_bytes(data[place + 12 : place + 16], "big"))
         place += 12 + length
-    raise bad(f"The PNG has more than {MARKERS} chunks before its picture. Fix: save it anew.", "image_url")
+    raise bad(f"The PNG has more than {MARKERS} chunks before its picture. Fix: save it again.", "image_url")
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
@@ -326,7 +326,7 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
             height = max(height, int.from_bytes(data[place + 3 : place + 5], "big"))
         if kind > 0x01 and not 0xD0 <= kind <= 0xD9:  # those that say how long they are
             place += int.from_bytes(data[place : place + 2], "big")
-    raise bad(f"The JPEG has more than {MARKERS} segments before its picture. Fix: save it anew.", "image_url")
+    raise bad(f"The JPEG has more than {MARKERS} segments before its picture. Fix: save it again.", "image_url")
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

@@ -189,7 +189,7 @@ def is_own_address(host: str) -> bool:
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise TimedOut when the body takes longer; a socket's own timeout would start anew with each byte."""
+    """Raise TimedOut when the body takes longer; a socket's own timeout would start again with each byte."""
 
     def expire(_signal: int, _frame: FrameType | None) -> None:
         raise TimedOut(f"{what} does not answer within {seconds:.0f} s.", WAIT)
@@ -426,7 +426,7 @@ def diagnose(
 ) -> Diagnosed | None:
     """Return what the first entry of diagnoses.json says that knows what the journal of a run says, if one does.
 
-    A run that is late goes on, all others have failed; sure is what failed often enough not to pass by itself.
+    A run that is late continues, all others have failed; sure is what failed often enough not to pass by itself.
     """
     said = "\n".join(entry.text for entry in entries)
     for known in json.loads(DIAGNOSES.read_text(encoding="utf-8")):

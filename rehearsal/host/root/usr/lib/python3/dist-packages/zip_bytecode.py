@@ -1,6 +1,6 @@
 """Keep the bytecode of modules that come in archives, until the next boot.
 
-Ansible sends each module as an archive of sources, which Python would compile anew each time.
+Ansible sends each module as an archive of sources, which Python would compile again each time.
 """
 
 import marshal
