@@ -49,6 +49,27 @@ def test_what_proves_a_case_exists() -> None:
     assert [name for name in sorted(scenarios) if not (REPOSITORY / "molecule" / name / "molecule.yml").is_file()] == []
 
 
+# What native readers of English read twice. Say instead: fix, again, continues, no longer, rolled back, should, if.
+PUZZLING = re.compile(
+    r"\bCure:|\bWho did\b|\bDoes (it|he) \w+, |\bany more\b|\bWhich is how\b|\bcame along\b|\bby hand of\b"
+    r"|\btakes? care\b|\bshall\b|(?<!if )\banew\b(?![:)=]| or )|\bwithout a word\b|\blet go\b|\btaken back\b"
+    r"|\bgoes on\b|\blest\b|\bdoes so\b|\b[Mm]end(s|ed|ing)? (it|that|them|the|what)\b|\bwhat comes first\b"
+    r"|(?<![Tt]here) is no (checkout|JSON|PNG|air-gap|(CDI )?device|(OpenPGP )?key)\b"
+)
+
+
+def test_words_are_plain() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout.split()
+    told = re.compile(r"\.(md|yml|j2|py|ps1)$|/files/[a-z_-]+$|^Makefile$")
+    elsewhere = ("client/", "tests/", "CHANGELOG")  # tests quote others' words
+    files = [REPOSITORY / name for name in listed if told.search(name) and not name.startswith(elsewhere)]
+    lines = [(file, line) for file in files if file.is_file() for line in file.read_text().splitlines()]
+    assert len(lines) > 20_000
+    assert [f"{file.relative_to(REPOSITORY)}: {line.strip()}" for file, line in lines if PUZZLING.search(line)] == []
+
+
 def test_cases_are_found_in_blocks_too() -> None:
     found = sorted(tables.expected_cases("x", yaml.safe_load(PLAYBOOK)))
     assert [case.row() for case in found] == [

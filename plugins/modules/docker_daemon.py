@@ -114,7 +114,7 @@ def merge_pairs(pairs: list[tuple[str, Any]]) -> Options:
 
 def refuse_constant(name: str) -> None:
     """Refuse what only Python takes for JSON."""
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def combine(base: Options, top: Options, *, join: bool = False) -> Options:

@@ -115,7 +115,7 @@ def load_server(name: str, folder: Path, *, keyless: bool = False) -> Server:
     except OSError as error:
         raise Failed(f"{file} cannot be read ({error.strerror}).", "run this as root.") from error
     except ValueError as error:
-        raise Failed(f"{file} is no JSON.", REDEPLOY) from error
+        raise Failed(f"{file} is not JSON.", REDEPLOY) from error
     url = setting(file, settings, "url", str).rstrip("/")
     if not re.match(r"https?://[^/]", url):
         raise Failed(f"{file} has no usable 'url'.", REDEPLOY)
