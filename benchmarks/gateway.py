@@ -261,7 +261,7 @@ def haproxy(folder: Path, fleet: Sequence[tuple[int, int]], tls: bool = False) -
         (folder / "tls.pem").write_text(certificate.read_text() + key.read_text())
         variables |= {"dots_ocr_gateway_tls_certificate": str(certificate), "dots_ocr_gateway_tls_key": str(key)}
         trust = ssl.create_default_context(cafile=str(certificate))
-    for file in ("haproxy.cfg", "clients.map", "server-key.map"):
+    for file in ("haproxy.cfg", "clients.map", "server-key.map", "page.html"):
         (folder / file).write_text(render(f"{file}.j2", variables))
     gateway = Gateway(folder, port, metrics_port, trust)
     try:

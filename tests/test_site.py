@@ -87,7 +87,7 @@ def test_documentation_is_short_enough_to_be_read() -> None:
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/contribute/testing.md", "docs/understand/how-it-works.md"])
 def test_files_that_developers_are_sent_to_exist(page: str) -> None:
-    """Of the names in code, those that begin with a folder of the repository; NAME and … stand for what is not there yet."""
+    """Of the names in code, those that begin with a folder of ours; NAME and … stand for what is not there yet."""
     folders = {name.split("/")[0] for name in TRACKED if "/" in name}
     text = (ROOT / page).read_text()
     named = [name.rstrip("/") for name in re.findall(r"`([\w.-]+/[\w./-]*)`", text) if name.split("/")[0] in folders]

@@ -123,7 +123,7 @@ class Fleets:
             "_dots_ocr_gateway_fleet": fleet,
             **variables,
         }
-        for file in ("haproxy.cfg", "clients.map", "server-key.map"):
+        for file in ("haproxy.cfg", "clients.map", "server-key.map", "page.html"):
             (folder / file).write_text(render(f"{file}.j2", everything))
 
     def gateway(self, name: str) -> Gateway:

@@ -24,6 +24,6 @@ def render(name: str, variables: dict[str, Any]) -> str:
     loader = _loader()
     files = (ROLE / "defaults/main.yml", ROLE / "vars/main.yml")
     defaults, own = (loader.load_from_file(str(file), trusted_as_template=True) for file in files)
-    everything = {"ansible_managed": "Ansible managed", **defaults, **own, **variables}
+    everything = {"ansible_managed": "Ansible managed", "role_path": str(ROLE), **defaults, **own, **variables}
     text = trust_as_template((ROLE / "templates" / name).read_text())
     return str(Templar(loader=loader, variables=everything).template(text))

@@ -53,7 +53,6 @@ def test_servers_get_their_own_key_and_nothing_of_the_clients(main: Gateway, bac
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("GET", "/"),
         ("GET", "/metrics"),
         ("POST", "/invocations"),
         ("POST", "/tokenize"),
