@@ -333,8 +333,7 @@ def test_start_that_fails_tells_why(host: Host) -> None:
 def test_wait_shows_how_far_it_is(
     host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    host.stub("journalctl", "echo Loading weights: 40 %")
-    answers = iter([(75, "{}"), (0, '{"ready": true, "summary": "It reads."}')])
+    answers = iter([(75, '{"journal": "Loading weights: 40 %"}'), (0, '{"ready": true, "summary": "It reads."}')])
     monkeypatch.setattr(command, "ready", lambda *_: subprocess.CompletedProcess([], *next(answers), ""))
     assert host.run("start").stdout.splitlines() == [
         "dots-ocr: 0 of at most 1800 s: Loading weights: 40 %",
