@@ -95,6 +95,22 @@ def test_files_that_developers_are_sent_to_exist(page: str) -> None:
     assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
+def test_settings_that_the_documentation_names_exist() -> None:
+    """Each must occur in a role, a playbook or an inventory: one that was renamed would be ignored in silence."""
+    roles = "|".join(path.name for path in (ROOT / "roles").iterdir())
+    setting = re.compile(rf"\b(?:{roles}|airgap|upgrade)_[a-z][a-z_]*\b")
+    known: set[str] = set()
+    for file in [path for place in ("roles", "playbooks", "rehearsal") for path in (ROOT / place).rglob("*.*")]:
+        if file.suffix in (".yml", ".j2", ".py"):
+            known |= set(setting.findall(file.read_text()))
+    known |= {path.stem for path in ROOT.glob("playbooks/*.yml")}
+    wrong = []
+    for page in PAGES:
+        named = set(re.findall(r"`[^`\n]*`", (ROOT / page).read_text()))
+        wrong += [f"{page}: {name}" for code in named for name in setting.findall(code) if name not in known]
+    assert sorted(wrong) == []
+
+
 def test_readme_is_a_landing_page() -> None:
     assert len(README.splitlines()) < 150
     assert (ROOT / "docs/images/view.png").stat().st_size < 150_000
