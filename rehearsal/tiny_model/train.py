@@ -9,7 +9,7 @@ tokens have to name their characters, and every answer position has to name the 
 attention head that already looks back by the right distance.
 
 Once the weights are saved they are loaded again and have to read unseen pages by greedy decoding without a single wrong
-character. If they do not, training continues, until the time budget ends and the script fails.
+character. If they do not, training goes on, until the time budget ends and the script fails.
 """
 
 from __future__ import annotations
