@@ -160,7 +160,7 @@ def test_network_that_is_none_is_told(
     settings("192.0.2.0/24", network)
     done = programs.call(firewall, "close", "dots-ocr", f"--settings-folder={tmp_path}")
     assert done.returncode == 1
-    assert "is none" in done.stderr
+    assert "an invalid network" in done.stderr
     assert "Fix: write dots_ocr_server_allowed_networks as 192.0.2.0/24" in done.stderr
 
 

@@ -63,7 +63,8 @@ def test_words_are_plain() -> None:
         ["git", "ls-files"], cwd=REPOSITORY, check=True, capture_output=True, text=True
     ).stdout.split()
     told = re.compile(r"\.(md|yml|j2|py|ps1)$|/files/[a-z_-]+$|^Makefile$")
-    elsewhere = ("client/", "tests/", "CHANGELOG")  # tests quote others' words
+    # Tests quote others; what trained the tiny model is held by its fingerprint.
+    elsewhere = ("client/", "tests/", "CHANGELOG", "rehearsal/tiny_model/")
     files = [REPOSITORY / name for name in listed if told.search(name) and not name.startswith(elsewhere)]
     lines = [(file, line) for file in files if file.is_file() for line in file.read_text().splitlines()]
     assert len(lines) > 20_000

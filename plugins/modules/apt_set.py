@@ -278,7 +278,7 @@ class Set:
             if others:
                 if held:
                     require("apt-mark", "hold", *held)
-                raise Problem(f"{', '.join(others)} would go too", "remove those first, if nobody needs them")
+                raise Problem(f"{', '.join(others)} would be removed too", "remove those first, if nobody needs them")
             if asked:
                 self.apt("purge", *asked, what=f"removing {' '.join(asked)}")
             self.purge_what_came_along(there)

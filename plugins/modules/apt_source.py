@@ -202,7 +202,7 @@ class Source:
     def present(self) -> dict[str, Any]:
         """Bring the source."""
         if not self.params["uri"] or not self.params["key"]:
-            raise Problem("uri and key are needed", "set both")
+            raise Problem("uri and key are required", "set both")
         older = find_older(self.file, self.params["conflicts"], self.params["replaces"])
         packets = read(self.keyring) or b""
         changed = bool(older) or read(self.file) != self.render(packets).encode()

@@ -90,7 +90,7 @@ class Folder:
         self.fingerprints = [text.replace(" ", "").upper() for text in self.params["fingerprints"]]
         for text in self.fingerprints:
             if not re.fullmatch("[0-9A-F]{40}|[0-9A-F]{64}", text):
-                raise Problem(f"{text!r} is no fingerprint of a key", "give all of its 40 or 64 digits")
+                raise Problem(f"{text!r} is not the fingerprint of a key", "give all of its 40 or 64 digits")
 
     def source(self, root: Path, base: Path) -> str:
         """Return the apt source for one signed list of indexes, in deb822 form."""
@@ -172,7 +172,7 @@ class Folder:
         """Return what a package without a signature says of itself."""
         status, output, errors = run("dpkg-deb", "--field", str(package))
         if status != 0:
-            raise Problem(f"{package.name} is no package: {errors.strip()}", "make a new bundle")
+            raise Problem(f"{package.name} is not a package: {errors.strip()}", "make a new bundle")
         return f"{output.strip()}\nFilename: \nSize: {package.stat().st_size}\nSHA256: {sha256(package)}"
 
     def offer(self) -> dict[str, object]:

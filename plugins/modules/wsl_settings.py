@@ -280,17 +280,17 @@ class Windows:
         """Find drive, user and profile; raises Problem if Windows cannot be reached."""
         self.drive = Path(self.path("-u", "C:\\"))
         if not self.drive.is_dir():
-            raise Problem(f"the drive C: of Windows is not to be seen in WSL as {self.drive}", AUTOMOUNT_FIX)
+            raise Problem(f"the drive C: of Windows is not visible in WSL as {self.drive}", AUTOMOUNT_FIX)
         # With /u cmd.exe answers in UTF-16; otherwise an umlaut in a name would come in a code page nobody knows.
         answer = self.run("cmd.exe", "/u", "/d", "/c", "set", "USER")
         said = dict(entry.split("=", 1) for entry in answer.splitlines() if "=" in entry)
         if "USERPROFILE" not in said or "USERNAME" not in said:
-            raise Problem(f"Windows does not tell who its user is ({line(answer)})", INTEROP_FIX)
+            raise Problem(f"Windows does not report its user ({line(answer)})", INTEROP_FIX)
         self.user = f"{said['USERDOMAIN']}\\{said['USERNAME']}" if said.get("USERDOMAIN") else said["USERNAME"]
         self.profile = Path(self.path("-u", said["USERPROFILE"]))
         if not self.profile.is_dir():
             raise Problem(
-                f"the Windows user's profile {said['USERPROFILE']} is not to be seen in WSL as {self.profile}",
+                f"the Windows user's profile {said['USERPROFILE']} is not visible in WSL as {self.profile}",
                 AUTOMOUNT_FIX,
             )
         self.config = self.profile / ".wslconfig"
@@ -312,7 +312,7 @@ class Windows:
         if status < 0:
             raise Problem(f"wslpath does not work ({errors})", INTEROP_FIX)
         if status > 0:
-            raise Problem(f"wslpath knows no {path} ({line(errors + output)})", AUTOMOUNT_FIX)
+            raise Problem(f"wslpath does not know {path} ({line(errors + output)})", AUTOMOUNT_FIX)
         return output.strip("\n")
 
     def attempt(self, program: str, *arguments: str, timeout: int = TIMEOUT) -> tuple[int, str]:

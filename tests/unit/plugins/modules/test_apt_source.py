@@ -206,7 +206,7 @@ def test_second_key_beside_the_accepted_one_does_not_count(vendor: Vendor) -> No
     [
         ({"key": "/nowhere/key"}, "cannot read the key /nowhere/key: No such file.* Fix: correct the path"),
         ({"uri": "file:/nowhere"}, "cannot fetch the lists of file:/nowhere.* Fix: check the network, the proxy and"),
-        ({"uri": ""}, "uri and key are needed"),
+        ({"uri": ""}, "uri and key are required"),
     ],
 )
 def test_source_that_cannot_be_had_is_refused(vendor: Vendor, params: dict[str, str], complaint: str) -> None:

@@ -208,7 +208,7 @@ def test_list_of_the_bundle_is_written_anew(bundle: Bundle) -> None:
 
 def test_what_is_no_package_is_refused(bundle: Bundle) -> None:
     (bundle.path / "three.deb").write_bytes(b"no package")
-    with pytest.raises(signed_packages.Problem, match=r"three.deb is no package: .* Fix: "):
+    with pytest.raises(signed_packages.Problem, match=r"three.deb is not a package: .* Fix: "):
         bundle.offer()
 
 
@@ -219,5 +219,5 @@ def test_path_cannot_write_into_the_source(bundle: Bundle) -> None:
 
 
 def test_fingerprint_is_whole(bundle: Bundle) -> None:
-    with pytest.raises(signed_packages.Problem, match=r"'0EBFCD88' is no fingerprint of a key. Fix: "):
+    with pytest.raises(signed_packages.Problem, match=r"'0EBFCD88' is not the fingerprint of a key. Fix: "):
         bundle.offer(fingerprints=["0EBF CD88"])
