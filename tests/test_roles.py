@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -383,3 +384,31 @@ def test_wait_for_a_pull_tells_how_far_it_is(
     command = [wait["executable"], "-c", wait["cmd"]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == expected
+
+
+def test_wait_for_a_start_tells_how_far_it_is_and_grows(tmp_path: Path) -> None:
+    verdict = {"ready": False, "problem": "It does not answer.", "fix": "wait", "journal": "shards: 50%", "left": 1740}
+    ready = tmp_path / "ready"
+    ready.write_text(
+        f'#!/bin/sh\necho "$2" >>{tmp_path}/calls\n[ "$2" = --wait=20 ] || {{ echo {{}}; exit 0; }}\n'
+        f"echo '{json.dumps(verdict)}'; exit 75\n"
+    )
+    ready.chmod(0o755)
+    values = {
+        "_dots_ocr_server_programs": str(tmp_path),
+        "_dots_ocr_server_state": {"now": 1000},
+        "_dots_ocr_server_recorded": {"dots-ocr": {}},
+        "dots_ocr_server_ready_timeout": 1800,
+        "_name": "dots-ocr",
+        "_index": 0,
+    }
+    file = REPOSITORY / "roles/dots_ocr_server/tasks/ready_one.yml"
+    tasks = [{"ansible.builtin.include_tasks": str(file)}]
+    play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": values, "tasks": tasks}
+    (tmp_path / "play.yml").write_text(json.dumps([play]))
+    command = ["ansible-playbook", "--inventory=localhost,", str(tmp_path / "play.yml")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert "dots-ocr has 1740 of 1800 s left. It does not answer. Its journal: shards: 50%" in said
+    assert (tmp_path / "calls").read_text().split() == ["--wait=20", "--wait=35"]
