@@ -40,6 +40,7 @@ class Host:
         for name in names or ("dots-ocr",):
             image = {"reference": f"mirror:5000/vllm/vllm-openai:{version}", "pin": f"sha256:{version}"}
             settings = {"image": image, "weights": f"/weights/{version}", "watched": version != "unwatched"}
+            settings |= {"on_demand": {"idle": 60}} if version == "on-demand" else {}
             (folder / f"{name}.json").write_text(json.dumps(settings))
             (self.root / f"etc/systemd/system/{name}.service").write_text(version)
 
@@ -106,6 +107,20 @@ def test_watchdog_that_was_off_stays_off(host: Host) -> None:
     host.ask("record")
     host.ask("restore", "good")
     assert "restart dots-ocr.service" in host.called()
+
+
+def test_a_way_back_takes_the_front_away_or_brings_it(host: Host) -> None:
+    for version in ("on-demand", "2"):
+        host.install(version)
+        host.ask("record")
+    host.ask("restore", "previous")
+    called = host.called()
+    assert called[-2:] == [f"{word} dots-ocr-front@dots-ocr.service" for word in ("enable", "restart")]
+    assert not any("disable" in words for words in called)
+    host.ask("restore", "previous")
+    later = host.called()[len(called) :]
+    assert later[:2] == ["stop dots-ocr.service", "disable --now dots-ocr-front@dots-ocr.service"]
+    assert not any("enable dots-ocr-front" in words for words in later)
 
 
 def test_only_two_states_are_kept(host: Host) -> None:

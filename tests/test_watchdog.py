@@ -55,6 +55,7 @@ class Life:
         self.lines: tuple[str, ...] = ()
         self.restarts: list[float] = []
         self.forgiven: list[float] = []
+        self.sleeps: list[float] = []
 
     def see(self, **measured: Any) -> Any:
         """Return what a check measures now."""
@@ -68,6 +69,7 @@ class Life:
         assert len(actions) <= 1
         self.restarts += [self.now for action in actions if action == "restart"]
         self.forgiven += [self.now for action in actions if action == "forgive"]
+        self.sleeps += [self.now for action in actions if action == "sleep"]
         state: str = self.state.state
         return state
 
@@ -120,6 +122,24 @@ def test_unit_that_does_not_run_is_left_alone(life: Life, active: str) -> None:
     assert life.state.failures == 0
     assert not life.restarts
     assert not life.is_probe_due(active=active)
+
+
+def test_server_on_demand_may_sleep_once_it_was_ready_for_long_enough_and_nobody_waits() -> None:
+    life = Life(idle=60)
+    life.become_ready()
+    assert life.check() == "ready"
+    assert not life.sleeps
+    assert life.check(running=1.0, progress=1100.0) == "ready"
+    assert not life.sleeps
+    assert life.check(progress=1200.0) == "ready"
+    assert life.sleeps == [life.now]
+    for _ in range(40):  # a page of the watchdog's own would wake the card again and again
+        assert not life.is_probe_due()
+        life.check(progress=1200.0)
+    life.start("second")
+    assert life.check(active="inactive") == "asleep"
+    assert life.check(active="failed") == "inactive"
+    assert life.check(**READ_ALL) == "ready"
 
 
 def test_start_may_take_its_time(life: Life) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ import httpx2
 import openai
 import pytest
 
+from tests import programs
 from tests.gateway.conftest import ALICE, NARROW, SLOW
 from tests.gateway.support import PAGE, SECRET_TEXT, SERVER_KEY, Answer, Backend, Gateway, in_background, wait_until
 
@@ -143,6 +145,43 @@ def test_server_is_out_while_it_is_not_right(main: Gateway, backends: Backends, 
     assert {main.ask(key=ALICE).headers["x-dots-ocr-server"] for _ in range(6)} == {"gpu2"}
     backends["gpu1"].reset_script()
     wait_until(lambda: main.status("gpu1") == "UP", "gpu1 up")
+
+
+def test_server_that_is_asleep_is_up_and_woken_by_a_page_alone(
+    main: Gateway, backends: Backends, tmp_path: Path
+) -> None:
+    front, gpu, behind = programs.load("front"), backends["gpu1"], Backend("behind")
+    behind.stop()
+    behind.gate.set()
+    for folder in ("run/dots-ocr", "units/some.wants"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "units/some.wants/dots-ocr.service").touch()
+    on_demand = {"idle": 60, "address": "127.0.0.1", "behind": f"http://127.0.0.1:{behind.port}"}
+    settings = {**gpu.settings(), "likeness": 0.9, "api_key_file": "", "on_demand": on_demand}
+    (tmp_path / "dots-ocr.json").write_text(json.dumps(settings))
+    gpu.stop()
+    wait_until(lambda: main.status("gpu1") == "DOWN", "gpu1 down")
+    for server in ("gpu2", "cpu1"):
+        main.command(f"set server ocr/{server} state maint")
+    loop = asyncio.new_event_loop()
+    server = front.ocr_probe.load_server("dots-ocr", tmp_path)
+    serving = loop.create_task(front.Front(server, tmp_path / "run", tmp_path / "units").serve())
+    thread = threading.Thread(target=loop.run_until_complete, args=(asyncio.wait([serving]),))
+    thread.start()
+    try:
+        wait_until(lambda: main.status("gpu1") == "UP", "gpu1 up")
+        assert main.ask("GET", "/health").status == 200
+        wake = tmp_path / "run/dots-ocr/wake"
+        assert not wake.exists()
+        with in_background(partial(main.ask, key=ALICE), count=2) as answers:
+            wait_until(wake.exists, "a page wakes it")
+            behind.start(behind.port)
+        assert [answer.status for answer in answers] == [200, 200]
+    finally:
+        loop.call_soon_threadsafe(serving.cancel)
+        thread.join()
+        behind.stop()
+        gpu.start(gpu.port)
 
 
 def test_backup_answers_and_says_so_when_all_gpus_are_gone(main: Gateway, backends: Backends) -> None:

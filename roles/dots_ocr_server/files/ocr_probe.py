@@ -28,6 +28,7 @@ from typing import IO, Any, NamedTuple
 
 SETTINGS = Path("/etc/dots-ocr/server")
 WATCHDOG = Path("/var/lib/dots-ocr/watchdog")
+FRONT = Path("/run/dots-ocr-front")
 
 # The page whose text is known, and the tokens that its answer may have; it takes some 250.
 GOLDEN = Path(__file__).resolve().parent / "golden/page.png"
@@ -105,7 +106,10 @@ def server_name(text: str) -> str:
 
 
 def load_server(name: str, folder: Path, *, keyless: bool = False) -> Server:
-    """Return the settings of a server, with its key unless it is not needed; raises Failed."""
+    """Return the settings of a server, with its key unless it is not needed; raises Failed.
+
+    Of one that runs on demand, the URL is that behind its front: to ask it neither wakes it nor counts as use.
+    """
     file = folder / f"{name}.json"
     try:
         settings = json.loads(file.read_bytes())
@@ -116,7 +120,8 @@ def load_server(name: str, folder: Path, *, keyless: bool = False) -> Server:
         raise Failed(f"{file} cannot be read ({error.strerror}).", "run this as root.") from error
     except ValueError as error:
         raise Failed(f"{file} is not JSON.", REDEPLOY) from error
-    url = setting(file, settings, "url", str).rstrip("/")
+    on_demand = settings.get("on_demand") if isinstance(settings, dict) else None
+    url = setting(file, *((on_demand, "behind") if on_demand else (settings, "url")), str).rstrip("/")
     if not re.match(r"https?://[^/]", url):
         raise Failed(f"{file} has no usable 'url'.", REDEPLOY)
     key_file = setting(file, settings, "api_key_file", str)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 PROGRAMS = Path("/usr/local/lib/dots-ocr")
 SETTINGS = Path("/etc/dots-ocr/server")
 WATCHDOG = Path("/var/lib/dots-ocr/watchdog")
-WATCHDOG_STATES = ("new", "inactive", "starting", "ready", "failing", "restarting", "refused", "gave_up")
+WATCHDOG_STATES = ("new", "inactive", "asleep", "starting", "ready", "failing", "restarting", "refused", "gave_up")
 
 # Root does not find it on its PATH there.
 WSL_NVIDIA_SMI = Path("/usr/lib/wsl/lib/nvidia-smi")
@@ -51,6 +51,7 @@ HELP = {
     "DCGM_FI_DEV_POWER_USAGE": "Power that the GPU draws, W",
     "dots_ocr_gpu_up": "Whether nvidia-smi answers and shows a GPU",
     "dots_ocr_gpu_planned_mib": "Memory of the GPU that the server takes when it runs, MiB",
+    "dots_ocr_on_demand": "Whether the server leaves the GPU while nobody sends pages",
     "dots_ocr_unit_active": "Whether the server's unit runs",
     "dots_ocr_unit_start_time_seconds": "When the server's unit was last started",
     "dots_ocr_unit_restarts": "Restarts by systemd since the unit was last started by hand or by the watchdog",
@@ -142,6 +143,7 @@ def server_samples(programs: Path, settings: Path, watchdog: Path) -> Iterator[S
             yield Sample("dots_ocr_server_readable", labels, 0)
             continue
         yield Sample("dots_ocr_server_readable", labels, 1)
+        yield Sample("dots_ocr_on_demand", labels, bool(server.settings.get("on_demand")))
         yield from unit_samples(probe, server, labels)
         yield from watchdog_samples(probe, server, watchdog, labels)
         yield from plan_samples(server.settings, labels)
