@@ -85,6 +85,7 @@ PROVEN = Path("/var/lib/dots-ocr/states/good/server")
 PROGRAMS = "/usr/local/lib/dots-ocr"
 LOCK = "dots-ocr-deployment.service"
 HELD = ("active", "deactivating")
+UNIT_STOPPED = "9d1aaa27d60140bd96365438aad20286"  # systemd's id of that message (sd-messages.h)
 STOPPED = (("inactive", "disabled"), ("failed", "disabled"))
 
 Settings = dict[str, dict[str, Any]]
@@ -103,7 +104,7 @@ def timer(server: str) -> str:
 def ask_systemd(servers: Settings) -> dict[str, dict[str, str]]:
     """Return what systemd says of each server's unit and of the timer of its watchdog, by name."""
     names = [name for server in servers for name in (f"{server}.service", timer(server))]
-    properties = "--property=ActiveState,UnitFileState,NRestarts,InactiveEnterTimestamp"
+    properties = "--property=ActiveState,UnitFileState,NRestarts"
     blocks = ask("systemctl", "show", properties, *names).split("\n\n") if names else []
     return dict(zip(names, [dict(line.split("=", 1) for line in one.splitlines()) for one in blocks], strict=False))
 
@@ -142,8 +143,10 @@ def stopped(servers: Settings, units: dict[str, dict[str, str]]) -> str:
     # An installation that was broken off before its first start has proven nothing yet.
     if not states or not settings(PROVEN) or any(state not in STOPPED for state in states):
         return ""
-    since = [date for name in servers if (date := units[f"{name}.service"].get("InactiveEnterTimestamp"))]
-    return since[0] if since else "before the last boot"
+    # systemd itself forgets a unit that nothing wants.
+    last = ("journalctl", "--quiet", "--no-pager", "--lines=1", "--output=short-iso", f"MESSAGE_ID={UNIT_STOPPED}")
+    said = ask(*last, *(f"--unit={name}.service" for name in servers))
+    return said.split(" ")[0] or "the journal does not know when"
 
 
 def prove(name: str, server: dict[str, Any], isolated: bool) -> str:

@@ -26,6 +26,7 @@ ANSWERS = {
     "docker run": "GPU 0",
     "isolated_network prove": "",
     "api_firewall close": "",
+    "journalctl": "2026-11-30T11:13:13+00:00 host systemd[1]: Stopped dots-ocr.service.\n",
     "systemd-run": "",
     "systemctl stop": "",
 }
@@ -100,9 +101,8 @@ DOWN = "ActiveState=inactive\nUnitFileState=disabled\n"
 @pytest.mark.parametrize(
     ("answer", "since"),
     [
-        (f"NRestarts=0\n{DOWN}InactiveEnterTimestamp=Mon 2026-11-30\n\n{DOWN}", "Mon 2026-11-30"),
-        (f"NRestarts=0\n{DOWN}InactiveEnterTimestamp=\n\n{DOWN}", "before the last boot"),
-        (f"NRestarts=3\nActiveState=failed\nUnitFileState=disabled\n\n{DOWN}", "before the last boot"),
+        (f"NRestarts=0\n{DOWN}\n{DOWN}", "2026-11-30T11:13:13+00:00"),
+        (f"NRestarts=3\nActiveState=failed\nUnitFileState=disabled\n\n{DOWN}", "2026-11-30T11:13:13+00:00"),
         # Stopped for now, being started by hand, and a change of engines that was broken off.
         (f"NRestarts=0\nActiveState=inactive\nUnitFileState=enabled\n\n{UP}", ""),
         (f"NRestarts=0\nActiveState=activating\nUnitFileState=disabled\n\n{DOWN}", ""),
@@ -115,6 +115,8 @@ def test_tells_since_when_the_owner_has_stopped_it(
 ) -> None:
     host.answers["systemctl show"] = answer
     assert host.look(capsys)["stopped"] == since
+    host.answers["journalctl"] = ""
+    assert bool(host.look(capsys)["stopped"]) == bool(since)
 
 
 def test_an_installation_that_never_read_is_not_stopped(
