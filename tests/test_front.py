@@ -194,7 +194,7 @@ def test_it_may_sleep_when_nobody_reads_and_holds_what_comes_meanwhile(tmp_path:
         await reading
 
         said, asker = await host.may_sleep()
-        assert said == b"slee"
+        assert said == b"sleep"
         held = asyncio.ensure_future(host.ask(PAGE))
         await host.stop()
         # Not before the server is down, or it would be handed on to one that ends.
