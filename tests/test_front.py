@@ -49,6 +49,7 @@ class Host:
             "on_demand": {"idle": idle, "address": "127.0.0.1", "behind": "http://127.0.0.1:1"},
         }
         (folder / "dots-ocr.json").write_text(json.dumps(settings))
+        (folder / "dots_ocr_gate.settings").write_text(json.dumps({"page": "<p>$state</p>"}))
         server = ocr_probe.load_server("dots-ocr", folder, keyless=True)
         self.front = front.Front(server, folder / "run", folder / "units")
 
@@ -141,10 +142,13 @@ def test_asking_for_its_state_wakes_nobody(tmp_path: Path, path: str) -> None:
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 OK")
         told = {
+            "/": "<p>asleep: the next page wakes it · спит: первая страница разбудит</p>".encode(),
             "/metrics": b"dots_ocr_asleep 1\n",
             "/v1/models": b'"id": "dots.ocr"',  # as the gateway's check looks for it
         }.get(path, b'{"status": "asleep", "expected_seconds": null}')
         assert told in body
+        assert f"Content-Length: {len(body)}\r\n".encode() in head
+        assert (b"default-src 'none'" in head) == (path == "/")
         assert await host.ask(f"HEAD {path} HTTP/1.1\r\n\r\n".encode()) == head + b"\r\n\r\n"
         assert not (host.folder / "run/dots-ocr/wake").exists()
         assert host.starts == 0
