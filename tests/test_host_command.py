@@ -218,6 +218,12 @@ def test_state_is_what_systemd_and_the_watchdog_say(
 
 def test_stopped_server_says_how_it_comes_back(host: Host) -> None:
     host.unit(ActiveState="inactive", UnitFileState="disabled", StateChangeTimestamp="")
+    host.stub(
+        "journalctl",
+        """case "$*" in *--lines=1*) echo '{"MESSAGE": "x", "__REALTIME_TIMESTAMP": "1796034010000000"}' ;; esac""",
+    )
+    assert "state    stopped since 2026-11-30 10:20:10. Fix: sudo dots-ocr-server start\n" in host.run("status").stdout
+    host.journal()
     assert "state    stopped since the last boot. Fix: sudo dots-ocr-server start\n" in host.run("status").stdout
 
 
