@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import struct
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -34,6 +36,7 @@ class Host:
         self.server: asyncio.Server | None = None
         self.answers = asyncio.Event()  # without it the server keeps what it was asked
         self.answers.set()
+        self.left = asyncio.Event()
         (folder / "units/some.wants").mkdir(parents=True)
         (folder / "units/some.wants/dots-ocr.service").touch()
         (folder / "run/dots-ocr").mkdir(parents=True)
@@ -60,9 +63,16 @@ class Host:
             self.healths += 1
         else:
             self.requests.append(head + (await reader.readexactly(4) if head.startswith(b"POST") else b""))
+            watching = asyncio.ensure_future(self.watch(reader))
             await self.answers.wait()
+            watching.cancel()
         writer.write(READ)
         writer.close()
+
+    async def watch(self, reader: asyncio.StreamReader) -> None:
+        """Note that a client has left."""
+        if not await reader.read():
+            self.left.set()
 
     async def start(self) -> None:
         """Start the server behind."""
@@ -232,6 +242,74 @@ def test_a_server_that_its_owner_stopped_is_not_woken(tmp_path: Path) -> None:
     run(tmp_path, play)
 
 
+def test_a_stop_while_it_wakes_is_not_undone(tmp_path: Path) -> None:
+    async def play(host: Host) -> None:
+        host.burst = 2  # so that it does not start for one
+        page = asyncio.ensure_future(host.ask(PAGE))
+        while not host.front.active:
+            await asyncio.sleep(0.001)
+        (host.folder / "units/some.wants/dots-ocr.service").unlink()
+        assert b"stopped the OCR server" in await page
+        assert not (host.folder / "run/dots-ocr/wake").exists()
+
+    run(tmp_path, play)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /favicon.ico HTTP/1.1\r\n\r\n", b"404"),
+        (b"POST /v1/completions HTTP/1.1\r\n\r\n", b"404"),
+        (b"POST /health HTTP/1.1\r\n\r\n", b"404"),
+        (PAGE, b"401"),
+        (PAGE.replace(b"Host: x", b"Authorization: Bearer another"), b"401"),
+        (PAGE.replace(b"Host: x", b"authorization: Bearer secret"), b"200"),
+    ],
+)
+def test_only_a_page_with_the_key_wakes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: bytes, status: bytes
+) -> None:
+    (tmp_path / "api-key").write_bytes(b"secret\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+
+    async def play(host: Host) -> None:
+        assert (await host.ask(request_)).startswith(b"HTTP/1.1 " + status)
+        assert host.starts == (status == b"200")
+
+    run(tmp_path, play)
+
+
+def test_a_client_that_still_sends_a_large_page_reads_the_answer(tmp_path: Path) -> None:
+    async def play(host: Host) -> None:
+        (host.folder / "units/some.wants/dots-ocr.service").unlink()
+        large = PAGE.replace(b"Length: 4", b"Length: 8000004") + b"x" * 8_000_000
+
+        def send() -> bytes:
+            with socket.create_connection(("127.0.0.1", host.port)) as client:
+                client.sendall(large)
+                return client.recv(65536)
+
+        assert (await asyncio.to_thread(send)).startswith(b"HTTP/1.1 503")
+
+    run(tmp_path, play)
+
+
+def test_a_client_that_is_cut_off_ends_its_page(tmp_path: Path) -> None:
+    async def play(host: Host) -> None:
+        await host.start()
+        host.answers.clear()
+        _, writer = await asyncio.open_connection("127.0.0.1", host.port)
+        writer.write(PAGE)
+        while not host.requests:
+            await asyncio.sleep(0.001)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        await host.left.wait()
+        host.answers.set()
+
+    run(tmp_path, play)
+
+
 def test_a_server_that_does_not_wake_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "HELD_SECONDS", 0)
 
@@ -243,6 +321,8 @@ def test_a_server_that_does_not_wake_is_said_so(tmp_path: Path, monkeypatch: pyt
         assert answer.startswith(b"HTTP/1.1 503")
         assert b"Retry-After: 60\r\n" in answer
         assert "Fix: " in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+        # A gateway takes it out.
+        assert (await host.ask(b"GET /health HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 503")
 
     monkeypatch.setattr(Host, "start", lambda _: never())
     run(tmp_path, play)

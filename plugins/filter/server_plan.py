@@ -224,7 +224,8 @@ def plan_gpu(gpu: Data, platform: str, image: Data, wanted: Data, installed: Dat
         [],
     )
     memory = "wsl2" if platform.startswith("wsl") else "bare_metal"
-    if installed.get("stopped"):
+    asleep = "on_demand" in before and before["name"] not in installed.get("running", [])
+    if installed.get("stopped") or asleep:
         # Whoever has the memory now, such as a game, has it only until the server is started.
         total = gpu["memory_total_mib"]
         planned = math.ceil(before.get("plan", {}).get("gpu_memory_utilization", 0) * total) + RESERVE_MIB[memory]
