@@ -114,6 +114,8 @@ class FakeServer:
         self.root: str | None = None
         self.version: str | None = "0.25.1"
         self.health = 200
+        self.state = ""  # of a server on demand
+        self.asked_for_health = 0
         self.text: str | None = "read by the server"
         self.finish_reason = "stop"
         self.script: list[tuple[str, str]] = []
@@ -131,8 +133,12 @@ class FakeServer:
         self._lock = threading.Lock()
         http.expect_request("/v1/models").respond_with_handler(self._models)
         http.expect_request("/version").respond_with_handler(self._version)
-        http.expect_request("/health").respond_with_handler(lambda _: Response(status=self.health))
+        http.expect_request("/health").respond_with_handler(self._health)
         http.expect_request("/v1/chat/completions").respond_with_handler(self._complete)
+
+    def _health(self, _: Request) -> Response:
+        self.asked_for_health += 1
+        return Response(json.dumps({"status": self.state}) if self.state else "", status=self.health)
 
     @property
     def bodies(self) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from dots_ocr_client import (
 )
 from dots_ocr_client.chain import fallback
 from dots_ocr_client.chain.fallback import SHARE, Chain, OnUnavailable
-from dots_ocr_client.engines import admission
+from dots_ocr_client.engines import admission, vllm
 from dots_ocr_client.pages.documents import PageReference
 from dots_ocr_client.prompts import MODES
 
@@ -273,6 +273,33 @@ def test_engines_share_one_deadline(page: PageImage) -> None:
     assert 0.7 < time.monotonic() - started < 8.0
     assert engines[0].seconds == pytest.approx([0.6], abs=0.001)
     assert 0 < engines[1].seconds[0] < 0.21
+
+
+@pytest.mark.parametrize(("state", "more"), [("", 0.0), ("asleep", vllm.WAKE_SECONDS), ("waking", vllm.WAKE_SECONDS)])
+def test_a_page_waits_longer_for_a_server_that_starts_for_it(
+    state: str, more: float, page: PageImage, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only then: one that answers is not asked for its state again."""
+    given: list[float] = []
+    ask = VLLMEngine.read
+
+    async def note(self: VLLMEngine, page: PageImage, task: Task, seconds: float) -> Answer:
+        given.append(seconds)
+        return await ask(self, page, task, seconds)
+
+    monkeypatch.setattr(VLLMEngine, "read", note)
+    server.state = state
+
+    async def twice() -> None:
+        chain = Chain([VLLMEngine(server.base_url), Scripted("second", "unused")], 10.0)
+        await chain.ask(page, Task("text"))
+        server.state = ""
+        await chain.ask(page, Task("text"))
+        await chain.aclose()
+
+    asyncio.run(twice())
+    assert given == [(10.0 + more) * SHARE, 10.0 * SHARE]
+    assert server.asked_for_health == 1
 
 
 def test_an_engine_shares_its_time_only_with_those_that_know_the_mode(page: PageImage) -> None:

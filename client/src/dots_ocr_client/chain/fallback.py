@@ -175,6 +175,8 @@ class Chain:
         async with engine.limiter:
             await clock.draw_for(engine)
             clock.start()
+            if more_seconds := getattr(engine, "more_seconds", None):
+                clock.left += await more_seconds()
             begin = time.monotonic()
             try:
                 seconds = clock.left * SHARE if others else clock.left

@@ -220,7 +220,7 @@ class VLLMDotsOCRClient:
                 self._warned = True
                 _log.warning("dots.ocr was not trained with this prompt and may ignore it: %.100r", conversation.prompt)
             try:
-                completion = self._loop.run(self._work(lambda: self._send(conversation, max_tokens)))
+                completion = self._loop.run(self._work(lambda seconds: self._send(conversation, max_tokens, seconds)))
             except errors.CutOff as error:
                 if not error.text.strip():
                     raise
@@ -230,7 +230,7 @@ class VLLMDotsOCRClient:
             return completion_of(completion.text, completion.model, completion)
         assert conversation.page is not None
         page = conversation.page
-        answer = self._loop.run(self._work(lambda: self._engine.read(page, task, TIMEOUT)))
+        answer = self._loop.run(self._work(lambda seconds: self._engine.read(page, task, seconds)))
         for warning in answer.warnings:
             _log.warning("%s", warning)
         return completion_of(content_of(answer, conversation.prompt), answer.model, answer)
@@ -321,25 +321,26 @@ class VLLMDotsOCRClient:
 
         return self._loop.run(ask())
 
-    async def _work(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def _work(self, work: Callable[[float], Awaitable[T]]) -> T:
         async with self._engine.limiter:
+            seconds = TIMEOUT + await self._engine.more_seconds()
             try:
-                async with asyncio.timeout(TIMEOUT):
-                    return await work()
+                async with asyncio.timeout(seconds):
+                    return await work(seconds)
             except TimeoutError:
-                raise errors.DeadlineExceeded(f"no answer within {TIMEOUT:g} s: look at the server's load") from None
+                raise errors.DeadlineExceeded(f"no answer within {seconds:g} s: look at the server's load") from None
 
-    async def _send(self, conversation: Conversation, max_tokens: int | None) -> Completion:
+    async def _send(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> Completion:
         messages = await asyncio.to_thread(conversation.encoded)
         request: dict[str, Any] = {"model": self._engine.model, "messages": messages, "temperature": 0.0}
         if max_tokens is not None:
             try:
                 bounded = {**request, "max_completion_tokens": max_tokens}
-                return await self._server.complete(bounded, b"", TIMEOUT, stream=False)
+                return await self._server.complete(bounded, b"", seconds, stream=False)
             except errors.RequestRejected as error:
                 if not is_about_length(error):
                     raise
-        return await self._server.complete(request, b"", TIMEOUT, stream=False)
+        return await self._server.complete(request, b"", seconds, stream=False)
 
     async def _aclose(self) -> None:
         with contextlib.suppress(errors.DotsOCRError):  # the address or the key is none

@@ -122,6 +122,14 @@ class Server:
             fault = errors.ServerUnavailable(f"cannot reach {address} ({self._quote(error) or type(error).__name__})")
         raise fault
 
+    async def state(self, seconds: float) -> str | None:
+        """Return what a server on demand says of itself at ``/health``, such as ``asleep``; ``None`` for any other."""
+        try:
+            said = (await self._get("/health", seconds)).json()["status"]
+        except Exception:
+            return None
+        return said if isinstance(said, str) else None
+
     async def metrics(self, seconds: float) -> str | None:
         """Return what the server tells Prometheus at ``/metrics``, or ``None`` if it tells nothing."""
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import os
 import random
 import re
@@ -47,6 +48,9 @@ JITTER: Final = 0.5
 CHARACTERS_PER_TOKEN: Final = 6
 
 # A folder may be called DotsOCR whatever is in it, because older servers want a name without a dot.
+WAKE_SECONDS: Final = 540.0  # for which the server's role holds a page while it starts (files/front)
+LEAST_IDLE: Final = 60.0  # before which no server falls asleep (dots_ocr_server_idle_minutes)
+STATE_SECONDS: Final = 2.0  # to say whether it sleeps
 _DOTS_OCR = re.compile(r"(^|/)dots\.ocr/?$", re.IGNORECASE)
 
 
@@ -111,6 +115,8 @@ class VLLMEngine:
         self._text_tokens: dict[Mode, int] = {}
         self._learning = asyncio.Lock()
         self._max_pixels = images.MAX_PIXELS
+        self._awake_until = -math.inf
+        self._waking = asyncio.Lock()
 
     async def models(self, seconds: float) -> list[dict[str, Any]]:
         """Return the model cards of the server, as it sends them; each has an ``id``. Errors are those of `read`."""
@@ -154,7 +160,18 @@ class VLLMEngine:
                 raise errors.UnusableAnswer(REHEARSES) from error
             raise
         self.limiter.succeeded()
+        self._awake_until = time.monotonic() + LEAST_IDLE
         return answer
+
+    async def more_seconds(self) -> float:
+        """Return how much longer a page may take than usual: a server that left the GPU while idle starts for it."""
+        async with self._waking:
+            if time.monotonic() < self._awake_until:
+                return 0.0
+            if await self._server.state(STATE_SECONDS) in ("asleep", "waking"):
+                return WAKE_SECONDS
+            self._awake_until = time.monotonic() + LEAST_IDLE
+            return 0.0
 
     async def aclose(self) -> None:
         """Close the connections."""
