@@ -115,7 +115,6 @@ class FakeServer:
         self.version: str | None = "0.25.1"
         self.health = 200
         self.state = ""  # of a server on demand
-        self.asked_for_health = 0
         self.text: str | None = "read by the server"
         self.finish_reason = "stop"
         self.script: list[tuple[str, str]] = []
@@ -137,7 +136,6 @@ class FakeServer:
         http.expect_request("/v1/chat/completions").respond_with_handler(self._complete)
 
     def _health(self, _: Request) -> Response:
-        self.asked_for_health += 1
         return Response(json.dumps({"status": self.state}) if self.state else "", status=self.health)
 
     @property

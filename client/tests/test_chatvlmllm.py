@@ -725,10 +725,10 @@ class TestIntegration:
         ocr = DotsOCRVLLMIntegration(url)
         for _ in range(3):
             ocr.process_image_file(str(sheet_file))
-        assert server.asked_for("/health") == 1
+        assert server.asked_for("/health") == 2  # whether it is well, and whether it has to start for a page
         monkeypatch.setattr(integration, "HEALTH_SECONDS", 0.0)
         ocr.process_image_file(str(sheet_file))
-        assert server.asked_for("/health") == 2
+        assert server.asked_for("/health") == 3
 
     def test_threads_do_not_all_ask_for_health(self, url: str, server: FakeServer, httpserver: HTTPServer) -> None:
         ocr = DotsOCRVLLMIntegration(url)

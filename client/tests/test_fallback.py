@@ -299,7 +299,7 @@ def test_a_page_waits_longer_for_a_server_that_starts_for_it(
 
     asyncio.run(twice())
     assert given == [(10.0 + more) * SHARE, 10.0 * SHARE]
-    assert server.asked_for_health == 1
+    assert server.asked_for("/health") == 1
 
 
 def test_an_engine_shares_its_time_only_with_those_that_know_the_mode(page: PageImage) -> None:
