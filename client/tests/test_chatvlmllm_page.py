@@ -145,7 +145,7 @@ class TestManager:
     @pytest.mark.parametrize(
         ("state", "host", "said"),
         [
-            ("inactive", "127.0.0.1", "сервер не отвечает. Запустите его: sudo systemctl start dots-ocr.service"),
+            ("inactive", "127.0.0.1", "сервер не отвечает. Запустите его: sudo dots-ocr-server start"),
             ("active", "127.0.0.1", "сервер запускается: модель загружается несколько минут, повторите позже"),
             ("active", "127.0.0.1.invalid", "сервер http://127.0.0.1.invalid:9 не отвечает: проверьте адрес и сеть"),
         ],
@@ -253,7 +253,7 @@ class TestAdapter:
         systemctl("inactive")
         point_to_nobody(folder)
         result = adapter.process_image(sheet)
-        assert result["text"].startswith("❌ сервер не отвечает. Запустите его: sudo systemctl start dots-ocr.service")
+        assert result["text"].startswith("❌ сервер не отвечает. Запустите его: sudo dots-ocr-server start")
         assert result["text"].endswith("sudo apt-get install tesseract-ocr tesseract-ocr-rus")
         assert result["error"] == result["text"]
 

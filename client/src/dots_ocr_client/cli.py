@@ -207,7 +207,7 @@ def read(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write one set of files per document here; a second run goes on."),
+        typer.Option(metavar="DIR", help="Write one set of files per document here; a second run continues."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -272,7 +272,7 @@ def read(
       dots-ocr read invoice.pdf                      Markdown, on the screen
       dots-ocr read scan.png -o scan.html            one document, into a file
       curl -s URL | dots-ocr read - --format text    from standard input
-      dots-ocr read 'in/*.pdf' more/ --out read/     a later run goes on
+      dots-ocr read 'in/*.pdf' more/ --out read/     a later run continues
       dots-ocr read a.pdf --out read/ --pictures --format md --format csv
     """  # noqa: D301  # typer keeps the lines of a paragraph that begins with this character
     from .apps.reading import expanded, notes
@@ -477,7 +477,7 @@ def doctor(
     timeout: Timeout = 120.0,
     as_json: AsJson = False,
 ) -> int:
-    """Check the server, its model, the other engines and the installation, and say what to do about what is amiss.
+    """Check the server, its model, the other engines and the installation, and say how to fix what is wrong.
 
     \b
     Examples:

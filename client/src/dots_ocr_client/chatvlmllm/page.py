@@ -54,7 +54,7 @@ def words_for(error: Exception, client: VLLMDotsOCRClient) -> str:
         return f"сервер {client.base_url} не отвечает: проверьте адрес и сеть, на сервере — systemctl status {UNIT}"
     if _is_active():
         return f"сервер запускается: модель загружается несколько минут, повторите позже (ход: journalctl -fu {UNIT})"
-    return f"сервер не отвечает. Запустите его: sudo systemctl start {UNIT} (журнал: journalctl -u {UNIT} -n 50)"
+    return f"сервер не отвечает. Запустите его: sudo dots-ocr-server start (журнал: journalctl -u {UNIT} -n 50)"
 
 
 class SingleContainerManager:
