@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import socket
 import struct
@@ -266,13 +267,10 @@ def test_a_stop_while_it_wakes_is_not_undone(tmp_path: Path) -> None:
         (PAGE.replace(b"Host: x", b"authorization: Bearer secret"), b"200"),
     ],
 )
-def test_only_a_page_with_the_key_wakes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: bytes, status: bytes
-) -> None:
-    (tmp_path / "api-key").write_bytes(b"secret\n")
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-
+def test_only_a_page_with_the_key_wakes_it(tmp_path: Path, request_: bytes, status: bytes) -> None:
     async def play(host: Host) -> None:
+        (host.folder / "run/dots-ocr/key").write_text(hashlib.sha256(b"secret").hexdigest() + "  -\n")
+        host.front.key = host.front.read_key()
         assert (await host.ask(request_)).startswith(b"HTTP/1.1 " + status)
         assert host.starts == (status == b"200")
 
