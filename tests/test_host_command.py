@@ -350,7 +350,10 @@ def test_wait_shows_how_far_it_is(
 def test_stop_holds_until_it_is_started(host: Host) -> None:
     assert host.run("stop").stdout.endswith("Stopped until 'sudo dots-ocr-server start'.\n")
     units = "dots-ocr-watchdog@dots-ocr.timer dots-ocr.service dots-ocr-watchdog@dots-ocr.service"
-    assert host.calls("systemctl") == [f"systemctl disable --now {units}"]
+    assert host.calls("systemctl") == [
+        f"systemctl disable --now {units}",
+        "systemctl reset-failed dots-ocr.service dots-ocr-watchdog@dots-ocr.timer",
+    ]
 
 
 def test_plan_is_shown_with_the_settings(host: Host) -> None:
