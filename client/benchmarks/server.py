@@ -59,6 +59,8 @@ class Server:
 
     async def _answer(self, path: str, body: bytes) -> Any:
         match path:
+            case "/health":
+                return {}
             case "/version":
                 return {"version": "0.32.0"}
             case "/v1/models":
