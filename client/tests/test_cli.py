@@ -668,7 +668,7 @@ def test_view_warns_of_a_document_that_changed(result: Path, sheet_file: Path, r
 def test_view_refuses_what_is_no_result(tmp_path: Path, run: Run, text: str) -> None:
     (tmp_path / "x.json").write_bytes(text.encode(errors="surrogateescape"))
     status, _, messages = run("view", tmp_path / "x.json")
-    assert (status, "is no result" in messages) == (2, True)
+    assert (status, "is not a result" in messages) == (2, True)
 
 
 # the command itself

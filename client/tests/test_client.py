@@ -302,7 +302,7 @@ def test_box_and_question_reach_the_engine(sheet: Image.Image) -> None:
         ({"mode": "prompt_ocr"}, "mode must be one of 'layout'"),
         ({"mode": "grounding"}, "needs a box"),
         ({"box": (1, 2, 3, 4)}, "needs a box"),
-        ({"mode": "grounding", "box": (3, 2, 1, 4)}, "is no box"),
+        ({"mode": "grounding", "box": (3, 2, 1, 4)}, "is not a box"),
         ({"mode": "general"}, "needs a question"),
         ({"question": "why?"}, "needs a question"),
     ],

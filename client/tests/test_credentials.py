@@ -128,7 +128,7 @@ def test_a_base_url_is_an_address_and_a_login(text: str, url: str, login: tuple[
 )
 @pytest.mark.attack("a malformed address with user and password", "refused; the password is not shown")
 def test_a_base_url_that_is_refused_is_shown_without_secrets(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="is no base URL") as caught:
+    with pytest.raises(ConfigurationError, match="is not a base URL") as caught:
         VLLMEngine(url)
     assert not any(part in str(caught.value) for part in ("secret", "sec", "ret", "cret", "me:"))
 

@@ -89,7 +89,7 @@ def test_texts_that_were_not_asked_for_are_left_out_with_a_note(answer: str) -> 
             ("list of cells taken out of an object", "other fields of that object dropped: 1"),
         ),
         (f"[[{HELLO}, {WORLD}]]", ()),
-        (f"[{HELLO}, 7, {WORLD}, {{}}]", ("values dropped that are no cells: 2",)),
+        (f"[{HELLO}, 7, {WORLD}, {{}}]", ("values dropped that are not cells: 2",)),
         (
             f"[{HELLO}, {WORLD}, {WORLD}, {HELLO}, {WORLD}]",
             ("cells dropped that repeat an earlier one: 3",),
@@ -248,8 +248,8 @@ def test_categories_that_dots_ocr_does_not_have_are_kept_and_noted_once() -> Non
 @pytest.mark.parametrize(
     ("fields", "cell", "repair"),
     [
-        ({"text": 5.5}, Cell("Text", HELLO_CELL.box, "5.5"), "texts made of values that are no strings: 1"),
-        ({"text": ["é"]}, Cell("Text", HELLO_CELL.box, '["é"]'), "texts made of values that are no strings: 1"),
+        ({"text": 5.5}, Cell("Text", HELLO_CELL.box, "5.5"), "texts made of values that are not strings: 1"),
+        ({"text": ["é"]}, Cell("Text", HELLO_CELL.box, '["é"]'), "texts made of values that are not strings: 1"),
         ({"category": None}, HELLO_CELL, "cells without a category taken for Text: 1"),
         ({"score": 1}, HELLO_CELL, "fields dropped other than bbox, category and text: 1"),
     ],
@@ -339,7 +339,7 @@ def test_line_breaks_outside_of_formulas_stay(text: str) -> None:
     ],
 )
 def test_an_answer_without_any_cell_is_unusable(answer: str) -> None:
-    with pytest.raises(UnusableAnswer, match="no layout"):
+    with pytest.raises(UnusableAnswer, match="not a layout"):
         read(answer)
 
 

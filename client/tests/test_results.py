@@ -116,9 +116,9 @@ def test_what_is_no_result_is_refused_and_what_is_one_can_be_shown(place: Path_,
 @pytest.mark.parametrize(
     ("place", "new", "message"),
     [
-        ((), [], "the document is no object"),
+        ((), [], "the document is not an object"),
         (("pages",), {}, "pages of the document must be a list"),
-        (("pages", 0), 5, "the page is no object"),
+        (("pages", 0), 5, "the page is not an object"),
         (("pages", 0, "number"), "1", "number of the page must be a whole number from 1 on"),
         (("pages", 0, "height"), 2.0, "height of the page must be a whole number from 1 on"),
         (("pages", 0, "seconds"), float("inf"), "seconds of the page must be a number from 0 on"),

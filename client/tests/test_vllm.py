@@ -307,7 +307,7 @@ def test_a_base_url_without_an_api_fails_fast(engine: VLLMEngine, server: FakeSe
     "url", ["localhost:8000/v1", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1/v1"]
 )
 def test_a_malformed_base_url_is_refused_at_once(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="is no base URL"):
+    with pytest.raises(ConfigurationError, match="is not a base URL"):
         VLLMEngine(url)
 
 

@@ -765,7 +765,7 @@ def _result(file: Path) -> tuple[Document, str | None]:
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file} is no result ({error}): give a file that dots-ocr read wrote as JSON") from error
+        raise InputError(f"{file} is not a result ({error}): give a file that dots-ocr read wrote as JSON") from error
 
 
 def _pictures(document: Document, source: Path, digest: str | None, password: str | None) -> Iterator[PageImage]:

@@ -245,7 +245,7 @@ def _task(options: PageOptions) -> Task:
     if box is not None:
         box = Box(*box)
         if not (0 <= box.left < box.right and 0 <= box.top < box.bottom):
-            raise ValueError(f"{tuple(box)} is no box: give left, top, right and bottom in pixels")
+            raise ValueError(f"{tuple(box)} is not a box: give left, top, right and bottom in pixels")
     return Task(mode, box, question)
 
 

@@ -38,7 +38,7 @@ def read_key(text: str | None, origin: str = "the API key") -> str | None:
     """Return a key as it can be sent, without what stands around it (`bare`); ``None`` if there is none, or nothing.
 
     Raises:
-        InvalidKey: It is no printable ASCII, or has spaces, lines or quotes in it, or nothing but these. The message
+        InvalidKey: It is not printable ASCII, or has spaces, lines or quotes in it, or nothing but these. The message
             says where it comes from (`origin`), and nothing of what it holds.
     """
     if text is None or text == "":
@@ -74,7 +74,7 @@ class Address:
         """Read a base URL.
 
         Raises:
-            ConfigurationError: It is no http or https URL, or has more than an address in it. The message shows no
+            ConfigurationError: It is not an http or https URL, or has more than an address in it. The message shows no
                 user, password or query.
         """
         text = bare(base_url)
@@ -84,10 +84,12 @@ class Address:
         except ValueError:
             scheme, host = "", None
         if scheme not in ("http", "https") or not host or not text.isprintable() or " " in text:
-            raise ConfigurationError(f"{without_login(text)!r} is no base URL: write it like http://127.0.0.1:8000/v1")
+            raise ConfigurationError(
+                f"{without_login(text)!r} is not a base URL: write it like http://127.0.0.1:8000/v1"
+            )
         if "@" in parts.path or "?" in text or "#" in text:
             raise ConfigurationError(
-                f"{without_login(text)!r} is no base URL: it has a query, a fragment, or a password with one of "
+                f"{without_login(text)!r} is not a base URL: it has a query, a fragment, or a password with one of "
                 "/ ? # @ in it. Fix: write nothing behind the path, and these characters as %2F %3F %23 %40"
             )
         user, at, place = parts.netloc.rpartition("@")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def printable(text: str) -> str:
-    """Write what has no glyph (control characters, bytes of a name that is no UTF-8) as an escape."""
+    """Write what has no glyph (control characters, bytes of a name that is not UTF-8) as an escape."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 

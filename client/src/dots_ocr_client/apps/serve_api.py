@@ -75,9 +75,9 @@ def understand(body: bytes | bytearray, names: Sequence[str]) -> Question:
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, "BadRequestError", f"the request is no JSON: {error}") from error
+        raise Refused(400, "BadRequestError", f"the request is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise Refused(400, "BadRequestError", "the request is no JSON object")
+        raise Refused(400, "BadRequestError", "the request is not a JSON object")
     model = values.get("model", names[0])
     if model not in names:
         known = ", ".join(names)
@@ -85,7 +85,7 @@ def understand(body: bytes | bytearray, names: Sequence[str]) -> Question:
         raise Refused(404, "NotFoundError", message, "model")
     messages = values.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _bad("messages is no list of messages")
+        raise _bad("messages is not a list of messages")
     urls: list[str] = []
     texts: dict[str, str] = {}
     for message in messages:

@@ -291,7 +291,7 @@ def _page(page: PageImage, engine: Engine, answer: Answer, seconds: float, attem
         height=height,
         mode=answer.mode,
         text=answer.text,
-        # An engine of somebody else's may be careless, and what is no result could not be read back.
+        # An engine of somebody else's may be careless, and what is not a result could not be read back.
         cells=tuple(
             cell if cell.box is None else replace(cell, box=Box(*cell.box).within(width, height))
             for cell in answer.cells

@@ -137,7 +137,7 @@ class QwenEngine:
         """
         device = device or os.environ.get("DOTS_OCR_QWEN_DEVICE") or "auto"
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
-            raise ConfigurationError(f"{device!r} is no device for qwen: write auto, cpu, cuda or cuda:1")
+            raise ConfigurationError(f"{device!r} is not a device for qwen: write auto, cpu, cuda or cuda:1")
         numbers = {"max_pixels": max_pixels, "max_new_tokens": max_new_tokens, "idle_seconds": idle_seconds}
         for name, number in numbers.items():
             if not number > 0:

@@ -97,7 +97,7 @@ class Server:
         """Return the model cards of ``/v1/models``; each has an ``id``."""
         fault: errors.DotsOCRError
         try:
-            # Not through models.list(), which breaks on JSON that is no list of models.
+            # Not through models.list(), which breaks on JSON that is not a list of models.
             listing: Any = await self._connect().get("/models", cast_to=object, options={"timeout": _timeout(seconds)})
             cards = [dict(self._secrets.hide_all(card)) for card in listing["data"]]
             if all(isinstance(card["id"], str) for card in cards):
@@ -219,7 +219,7 @@ class Server:
                 )
             except httpx2.InvalidURL:
                 raise errors.ConfigurationError(
-                    f"{self.base_url!r} is no base URL: write it like http://127.0.0.1:8000/v1"
+                    f"{self.base_url!r} is not a base URL: write it like http://127.0.0.1:8000/v1"
                 ) from None
         return self._client
 

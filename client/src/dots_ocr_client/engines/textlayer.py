@@ -221,7 +221,7 @@ def _columns(lines: Sequence[_Line], whole: Area, least: float, known: _Halves) 
         left_over: list[tuple[float, float]] = []
         for gap in free:
             rest = [] if line is None else [part for part in _without(gap, line) if part[1] - part[0] >= least]
-            ends_here = not rest and whole.left < gap[0] and gap[1] < whole.right  # and is no margin
+            ends_here = not rest and whole.left < gap[0] and gap[1] < whole.right  # and is not a margin
             if ends_here and (height := _height_of_columns(lines[:count], gap, known)):
                 best = max(best, (height, gap[1]))
             left_over += rest

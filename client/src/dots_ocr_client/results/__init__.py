@@ -272,7 +272,7 @@ def _checked(kind: type[Any], what: str, values: Any) -> dict[str, Any]:
     The message of the `ValueError` has nothing of their values, which may be anything.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{what} is no object")
+        raise ValueError(f"{what} is not an object")
     known = {one.name: one for one in fields(kind)}
     missing = {name for name, one in known.items() if one.default is MISSING} - values.keys()
     if missing:

@@ -91,7 +91,7 @@ def parse(answer: str, seen: tuple[int, int], page: tuple[int, int], *, texts: b
         return _parse(answer, seen, page, texts=texts)
     except _FAULTS as error:
         raise UnusableAnswer(
-            f"the answer is no layout ({type(error).__name__}): read the page in the mode text"
+            f"the answer is not a layout ({type(error).__name__}): read the page in the mode text"
         ) from None
 
 
@@ -107,7 +107,7 @@ def _parse(answer: str, seen: tuple[int, int], page: tuple[int, int], *, texts: 
         elif cell is not None:
             cells[cell] = None
     if values is None or (values and not cells):
-        raise UnusableAnswer(f"the answer is no layout; it begins {answer[:60]!r}: read the page in the mode text")
+        raise UnusableAnswer(f"the answer is not a layout; it begins {answer[:60]!r}: read the page in the mode text")
     unknown = {cell.category: None for cell in cells if cell.category not in _CATEGORIES}
     if unknown:
         names = ", ".join(repr(name[:40]) for name in list(unknown)[:5])
@@ -272,14 +272,14 @@ def _mend_text(chunk: str, notes: Counter[str]) -> str:
 
 
 def _drop_box(chunk: str, notes: Counter[str]) -> str:
-    """Write ``null`` for a box that is no JSON, to save the rest of the cell."""
+    """Write ``null`` for a box that is not JSON, to save the rest of the cell."""
     without = _BROKEN_BOX.sub(lambda match: '"bbox": null' + {'"': ', "', "}": "}"}[match[1]], chunk, count=1)
     return _mend_text(without, notes)
 
 
 def _cell(value: Any, seen: tuple[int, int], page: tuple[int, int], texts: bool, notes: Counter[str]) -> Cell | None:
     if not isinstance(value, dict) or not _FIELDS & value.keys():
-        notes["values dropped that are no cells: {n}"] += 1
+        notes["values dropped that are not cells: {n}"] += 1
         return None
     notes["fields dropped other than bbox, category and text: {n}"] += len(value.keys() - _FIELDS)
     category = value.get("category")
@@ -320,7 +320,7 @@ def _text(value: Any, category: str, notes: Counter[str]) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        notes["texts made of values that are no strings: {n}"] += 1
+        notes["texts made of values that are not strings: {n}"] += 1
         try:
             value = json.dumps(value, ensure_ascii=False)
         except RecursionError:
