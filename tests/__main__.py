@@ -38,6 +38,7 @@ REASON = re.compile(r"^not passed: (.*)$", re.MULTILINE)
 DECORATION = re.compile(r"\x1b\[[\d;]*m|^ *│ *", re.MULTILINE)  # Molecule frames and colours what it hands on
 COMPLAINTS = (re.compile(r"^(?:fatal|failed): ", re.MULTILINE), re.compile(r"^(?:\[?ERROR|CRITICAL)\b", re.MULTILINE))
 REASON_LENGTH = 500  # characters
+PLAYED = re.compile(r" PLAY \[.*?(?=fatal: |\[ERROR\])")  # what Ansible says before it says why
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Count:
 
 def failure(reason: str) -> Count:
     """Return the count of one failed check."""
-    return Count(failed=1, reasons=(" ".join(reason.split())[:REASON_LENGTH],))
+    said = PLAYED.sub(" … ", " ".join(reason.split()))
+    return Count(failed=1, reasons=(said[:REASON_LENGTH],))
 
 
 @dataclass(frozen=True)

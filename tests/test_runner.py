@@ -19,6 +19,7 @@ from tests.__main__ import (
     Result,
     chains,
     command,
+    failure,
     main,
     parts,
     read_report,
@@ -118,6 +119,11 @@ def test_part_beside_others_hands_on_what_failed(tmp_path: Path, monkeypatch: py
     program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program))
     assert run_beside("lint").count.reasons == ("a test: why",)
+
+
+def test_reason_of_a_play_begins_where_ansible_says_it() -> None:
+    said = "AssertionError: PLAY [host] ***\n" + "TASK [Check] ***\n" * 99 + "fatal: [host]: FAILED! => no disk"
+    assert failure(f"a test: {said}").reasons == ("a test: AssertionError: … fatal: [host]: FAILED! => no disk",)
 
 
 def test_parts_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

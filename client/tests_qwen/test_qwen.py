@@ -594,7 +594,7 @@ def test_the_environment_chooses_the_device(monkeypatch: pytest.MonkeyPatch, qwe
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "mps", " cpu"])
 def test_unknown_devices_are_refused(device: str) -> None:
-    with pytest.raises(ConfigurationError, match="no device for qwen"):
+    with pytest.raises(ConfigurationError, match="is not a device for qwen"):
         QwenEngine(device=device)
 
 
