@@ -24,7 +24,7 @@ from dots_ocr_client.pages.rasterizer import MALLOC
 from .documents import A6, write_images, write_scan_pdf, write_text_pdf
 from .machine import LIMIT, BusyError, Watch, refuse_if_busy
 from .peers import PEERS, peer_command
-from .vllm import compare_with_vllm
+from .vllm import compare_with_vllm, gateway, vllm_bench
 
 FEW, MANY = 20, 120
 """Pages; the difference of two runs leaves out what it costs to start. Scripts, which are slow, get a fifth."""
@@ -85,14 +85,13 @@ def work(*words: str | Path | int, command: Sequence[str] = ()) -> Usage:
 
 
 @contextmanager
-def server(slots: int, seconds: float) -> Iterator[str]:
+def server(slots: int, seconds: float, address: str = "127.0.0.1") -> Iterator[str]:
     """Run the ideal server and yield its base URL."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.server", str(slots), str(seconds)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "benchmarks.server", str(slots), str(seconds), address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+        yield f"http://{address}:{int(process.stdout.readline())}/v1"
     finally:
         process.terminate()
         process.wait()
@@ -167,9 +166,24 @@ def throughput(folder: Path, rounds: int) -> Table:
 
 
 def beside_vllm(folder: Path, rounds: int) -> Table:
-    """Compare with `vllm bench serve`."""
-    lines, ratio = compare_with_vllm(folder, rounds)
-    return lines, [Goal("pages/s: client ÷ vllm bench serve", ratio, 1)]
+    """Compare with `vllm bench serve`: on a server with a GPU of its own, and on one that computes on our cores."""
+    what, slots, pages, seconds = ROWS[2]
+    document = folder / what
+    write_text_pdf(document, pages)
+    client = rate("read", document, pages, slots, START, seconds=seconds)
+    with server(slots, seconds, gateway()) as url:
+        theirs = vllm_bench(url, pages, slots) / (slots / seconds)
+    lines, ratio = compare_with_vllm(rounds)
+    return [
+        "| server | pages | at once | `vllm bench serve` | the client | ratio |",
+        "|---" * 6 + "|",
+        f"| ideal, {seconds:g} s a page, part of the possible | {pages} | {slots} "
+        f"| {theirs:.3f} | {client:.3f} | {client / theirs:.3f} |",
+        *lines,
+    ], [
+        Goal("pages/s on the ideal server: client ÷ vllm bench serve", client / theirs, 1),
+        Goal("pages/s on vLLM's CPU build: client ÷ vllm bench serve", ratio, 1),
+    ]
 
 
 def beside_peers(folder: Path, chosen: dict[str, str]) -> Table:

@@ -1,10 +1,10 @@
 """A server with a fixed latency and a number of slots, which costs next to nothing itself: the ideal to compare with.
 
-python -m benchmarks.server SLOTS SECONDS
+python -m benchmarks.server SLOTS SECONDS [ADDRESS]
 
-Prints its port. A request waits for a slot, holds it for SECONDS, and is answered with the layout of a full page; one
-for the model olmocr as that model answers. GET /times tells when the first one came and the last was answered, in
-seconds of the wall clock.
+Prints its port; listens on the loopback unless told otherwise. A request waits for a slot, holds it for SECONDS, and is
+answered with the layout of a full page; one for the model olmocr as that model answers. GET /times tells when the first
+one came and the last was answered, in seconds of the wall clock.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ class Server:
                 request, *headers = head.decode().split("\r\n")
                 lengths = [line.split(":")[1] for line in headers if line.lower().startswith("content-length:")]
                 asked = await reader.readexactly(int(lengths[0]) if lengths else 0)
-                body = json.dumps(await self._answer(request.split()[1], asked)).encode()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+                answer = await self._answer(request.split()[1], asked)
+                kind, body = "application/json", json.dumps(answer).encode()
+                if b'"stream":true' in asked.replace(b" ", b""):
+                    kind, body = "text/event-stream", _stream(answer)
+                writer.write(f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n".encode())
                 writer.write(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -81,12 +84,19 @@ def _page(model: str, text: str) -> dict[str, Any]:
     return {"id": "1", "object": "chat.completion", "created": 1, "model": model, "choices": [choice], "usage": usage}
 
 
-async def main(slots: int, seconds: float) -> None:
+def _stream(answer: dict[str, Any]) -> bytes:
+    """Return an answer in one piece as `vllm bench serve` wants it."""
+    [choice] = answer["choices"]
+    piece = answer | {"object": "chat.completion.chunk", "choices": [choice | {"delta": choice["message"]}]}
+    return f"data: {json.dumps(piece)}\n\ndata: [DONE]\n\n".encode()
+
+
+async def main(slots: int, seconds: float, address: str = "127.0.0.1") -> None:
     """Serve until the process is ended."""
-    server = await asyncio.start_server(Server(slots, seconds).serve, "127.0.0.1", 0, limit=2**20, backlog=256)
+    server = await asyncio.start_server(Server(slots, seconds).serve, address, 0, limit=2**20, backlog=256)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))
+    asyncio.run(main(int(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:]))

@@ -119,7 +119,8 @@ def to_rgb(image: Image.Image, brightest: int = 0) -> Image.Image:
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed black and white: save it with 8 or 16 bits")
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = image.convert("I")
         # Some scanners use 12 of 16 bits. Pillow's own conversion cuts everything above 255 off: the page turns white.

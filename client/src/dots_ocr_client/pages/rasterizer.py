@@ -252,7 +252,7 @@ def _lent(idle: list[_Worker], reference: PageReference, verb: str) -> Iterator[
         answered = True
         raise
     finally:
-        if answered and worker.alive:
+        if answered:
             idle.append(worker)
         else:
             worker.end()
