@@ -116,6 +116,7 @@ def pin(address: str, roles: Path, *more: str) -> subprocess.CompletedProcess[st
     settings = {"dots_ocr_model_hub": f"http://{address}", "dots_ocr_server_registry": address, "pin_scheme": "http"}
     command = ["ansible-playbook", "playbooks/pin.yml", *more, "--inventory=ocr_servers,", "--connection=local"]
     command += ["--extra-vars", json.dumps({**settings, "pin_roles": str(roles), "dots_ocr_model_root": str(roles)})]
+    command += ["--extra-vars", "ansible_python_interpreter={{ansible_playbook_python}}"]
     environment = {**os.environ, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_ROLES_PATH": str(roles)}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY)
 

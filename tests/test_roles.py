@@ -399,6 +399,8 @@ def test_wait_for_a_start_tells_how_far_it_is_and_grows(tmp_path: Path) -> None:
         "_dots_ocr_server_state": {"now": 1000},
         "_dots_ocr_server_recorded": {"dots-ocr": {}},
         "dots_ocr_server_ready_timeout": 1800,
+        # Not the system's, whose packages `make rehearse` may be replacing at the same time.
+        "ansible_python_interpreter": "{{ ansible_playbook_python }}",
         "_name": "dots-ocr",
         "_index": 0,
     }
