@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -30,6 +31,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ..chain.fallback import Chain
+from ..client import DEFAULT_TIMEOUT
 from ..credentials import bare
 from ..engines import admission
 from ..engines.base import Engine
@@ -56,7 +58,6 @@ from .serve_api import Refused, answer, task_of, understand
 # The model's names, as the servers of this project serve them: whoever asks for dots.ocr is to find this service.
 SERVED_NAMES: Final = ("dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model")
 KEY_VARIABLE: Final = "DOTS_OCR_SERVE_API_KEY"  # of the environment
-DEFAULT_TIMEOUT: Final = 120.0  # for one page and all engines together, in seconds; the client's own default
 DEFAULT_QUEUE: Final = 64  # pages that wait at most (our own choice: some minutes of Tesseract's work on two cores)
 # What is said to be the context, in tokens: that of dots.ocr, so that no client refuses a page for its length.
 CONTEXT: Final = 131_072
@@ -90,36 +91,23 @@ class _Metrics:
 
     def __init__(self, waiting: Callable[[], int], in_flight: Callable[[], int], engines: Iterable[str]) -> None:
         self._engines = frozenset((*ENGINES, *engines))
-        self.registry = prometheus_client.CollectorRegistry()
-        prometheus_client.ProcessCollector(registry=self.registry)
-        self.requests = prometheus_client.Counter(
-            "dots_ocr_requests", "Requests for a page, by the status of the answer", ["status"], registry=self.registry
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=registry)
+        gauge = partial(prometheus_client.Gauge, registry=registry)
+        gauge("dots_ocr_pages_waiting", "Pages that wait for an engine").set_function(waiting)
+        gauge("dots_ocr_pages_in_flight", "Pages that engines are reading").set_function(in_flight)
+        counter = partial(prometheus_client.Counter, registry=registry)
+        self.requests = counter("dots_ocr_requests", "Requests for a page, by the status of the answer", ["status"])
+        became = (
+            "Pages that an engine was asked for, by what became of it: read, failed or skipped; blank ones are by none"
         )
-        self.engine_pages = prometheus_client.Counter(
-            "dots_ocr_engine_pages",
-            "Pages that an engine was asked for, by what became of it: read, failed or skipped; blank ones are by none",
-            ["engine", "outcome"],
-            registry=self.registry,
-        )
+        self.engine_pages = counter("dots_ocr_engine_pages", became, ["engine", "outcome"])
         buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
-        self.request_seconds = prometheus_client.Histogram(
-            "dots_ocr_request_seconds",
-            "Time from the request to the answer, of pages that were read",
-            buckets=buckets,
-            registry=self.registry,
-        )
-        self.engine_seconds = prometheus_client.Histogram(
-            "dots_ocr_engine_seconds",
-            "Time that an engine took for a page that it read",
-            ["engine"],
-            buckets=buckets,
-            registry=self.registry,
-        )
-        for name, text, count in (
-            ("waiting", "Pages that wait for an engine", waiting),
-            ("in_flight", "Pages that engines are reading", in_flight),
-        ):
-            prometheus_client.Gauge(f"dots_ocr_pages_{name}", text, registry=self.registry).set_function(count)
+        seconds = partial(prometheus_client.Histogram, buckets=buckets, registry=registry)
+        answered = "Time from the request to the answer, of pages that were read"
+        self.request_seconds = seconds("dots_ocr_request_seconds", answered)
+        took = "Time that an engine took for a page that it read"
+        self.engine_seconds = seconds("dots_ocr_engine_seconds", took, ["engine"])
 
     def note(self, page: Page) -> None:
         self.engine_pages.labels(self.label(page.engine), "read").inc()
@@ -184,7 +172,7 @@ class Service:
                 Route("/v1/models", guarded(self._answer_models)),
                 Route("/v1/chat/completions", self._counted(guarded(self._answer_completion)), methods=["POST"]),
             ],
-            exception_handlers={Refused: _refuse, HTTPException: _refuse, 500: _refuse},
+            exception_handlers={HTTPException: _refuse, 500: _refuse},
             lifespan=self._lifespan,
         )
 
@@ -222,7 +210,7 @@ class Service:
                 status = response.status_code
                 self._metrics.request_seconds.observe(time.monotonic() - begin)
             except Refused as refused:
-                status = refused.status
+                status = refused.status_code
                 raise
             finally:
                 self._metrics.requests.labels(str(status)).inc()
@@ -355,7 +343,7 @@ class Service:
         seconds = min(engine.expected_seconds / engine.limiter.limit for engine in self._engines)
         message = why if more else f"{why}: come back later"
         refused = Refused(503, "ServiceUnavailableError", message, **more)
-        refused.headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+        refused.headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
         return refused
 
     def _in_flight(self) -> int:
@@ -465,11 +453,11 @@ def _gone() -> Refused:
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
-    headers = None
-    if isinstance(error, HTTPException):
-        kind = "NotFoundError" if error.status_code == 404 else "HTTPError"
-        headers, error = error.headers, Refused(error.status_code, kind, error.detail)
-    elif not isinstance(error, Refused):
+    if not isinstance(error, HTTPException):
         error = Refused(500, "InternalServerError", "a fault of this service: look at its log")
-    about = {"message": str(error), "type": error.kind, "param": error.param, "code": error.status}
-    return JSONResponse({"error": about, **error.more}, error.status, headers=headers or error.headers)
+    elif not isinstance(error, Refused):
+        kind, headers = "NotFoundError" if error.status_code == 404 else "HTTPError", error.headers
+        error = Refused(error.status_code, kind, error.detail)
+        error.headers = headers
+    about = {"message": error.detail, "type": error.kind, "param": error.param, "code": error.status_code}
+    return JSONResponse({"error": about, **error.more}, error.status_code, headers=error.headers)
