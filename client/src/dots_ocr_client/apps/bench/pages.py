@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,9 +78,12 @@ class BenchmarkPage:
 
 def generate_pages(count: int) -> list[BenchmarkPage]:
     """Draw pages of text, English and (with a font that has Cyrillic) Russian by turns; the same ones each time."""
-    path = _font()
-    languages = list(_TEXTS) if path else ["English"]
-    font = ImageFont.truetype(path, _LETTERS) if path else ImageFont.load_default(_LETTERS)
+    languages = list(_TEXTS)
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    try:
+        font = ImageFont.truetype(_FONT, _LETTERS)  # found where the system keeps its fonts
+    except OSError:
+        languages, font = ["English"], ImageFont.load_default(_LETTERS)
     return [_generate(number, languages[number % len(languages)], font) for number in range(count)]
 
 
@@ -90,29 +94,11 @@ def _generate(number: int, language: str, font: ImageFont.FreeTypeFont | ImageFo
     draw = ImageDraw.Draw(picture)
     top = _MARGIN
     for paragraph in paragraphs:
-        for line in _wrapped(paragraph):
+        for line in textwrap.wrap(paragraph, _COLUMNS, break_long_words=False, break_on_hyphens=False):
             draw.text((_MARGIN, top), line, "black", font=font)
             top += _LINE
         top += _LINE
     return BenchmarkPage(f"{language} {number + 1}", language, PageImage.of(number + 1, picture), "\n".join(paragraphs))
-
-
-def _wrapped(paragraph: str) -> list[str]:
-    lines = [""]
-    for word in paragraph.split():
-        if len(lines[-1]) + len(word) >= _COLUMNS:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return lines
-
-
-def _font() -> str | None:
-    """Find a font with Cyrillic, where the system keeps its fonts."""
-    try:
-        ImageFont.truetype(_FONT, _LETTERS)
-    except OSError:
-        return None
-    return _FONT
 
 
 async def load_pages(files: Sequence[Path]) -> list[BenchmarkPage]:
