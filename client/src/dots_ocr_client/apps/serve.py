@@ -14,7 +14,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -30,6 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from .. import errors
 from ..chain.fallback import Chain
 from ..client import DEFAULT_TIMEOUT
 from ..credentials import bare
@@ -37,17 +38,6 @@ from ..engines import admission
 from ..engines.base import Engine
 from ..engines.defaults import ENGINES
 from ..engines.server import SERVICE
-from ..errors import (
-    AllEnginesFailed,
-    CircuitOpen,
-    ConfigurationError,
-    DeadlineExceeded,
-    EngineError,
-    EngineMissing,
-    InputError,
-    Overloaded,
-    ServerUnavailable,
-)
 from ..pages.documents import PageImage
 from ..pages.rasterizer import Rasterizer, memory
 from ..results import Attempt, Page
@@ -78,12 +68,10 @@ PAGE_HEADERS: Final = {
 # For so many seconds ``/health`` says the same, because anybody may ask it and a probe costs something.
 PROBE_AGE: Final = 1.0
 
-_PASSING: Final = frozenset(
-    kind.__name__ for kind in (ServerUnavailable, Overloaded, CircuitOpen, DeadlineExceeded, EngineMissing)
-)
+# Of attempts that may go well later, as they name their errors.
+_PASSING: Final = {"ServerUnavailable", "Overloaded", "CircuitOpen", "DeadlineExceeded", "EngineMissing"}
 
 T = TypeVar("T")
-_Handler = Callable[[Request], Awaitable[Response]]
 
 
 class _Metrics:
@@ -162,15 +150,14 @@ class Service:
 
     def app(self) -> Starlette:
         """Return the ASGI application; its shutdown closes the engines."""
-        guarded = self._guarded
         return Starlette(
             routes=[
                 Route("/", self._answer_page),
                 Route("/health", self._answer_health),
                 Route("/metrics", self._answer_metrics),
                 Route("/version", self._answer_version),
-                Route("/v1/models", guarded(self._answer_models)),
-                Route("/v1/chat/completions", self._counted(guarded(self._answer_completion)), methods=["POST"]),
+                Route("/v1/models", self._answer_models),
+                Route("/v1/chat/completions", self._answer_completion, methods=["POST"]),
             ],
             exception_handlers={HTTPException: _refuse, 500: _refuse},
             lifespan=self._lifespan,
@@ -185,38 +172,13 @@ class Service:
             for engine in self._engines:
                 await engine.aclose()
 
-    def _guarded(self, handle: _Handler) -> _Handler:
+    def _check_caller(self, request: Request) -> None:
         """Ask for the key; without one, refuse pages of the web that make a browser ask."""
-
-        async def guarded(request: Request) -> Response:
-            if self._api_key is None:
-                serve_http.check_sender(request, self._hosts)
-            scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            if self._api_key is not None and not (
-                scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), self._api_key.encode())
-            ):
-                raise Refused(401, "Unauthorized", "send the service's API key: Authorization: Bearer KEY")
-            return await handle(request)
-
-        return guarded
-
-    def _counted(self, handle: _Handler) -> _Handler:
-        """Count what becomes of requests."""
-
-        async def counted(request: Request) -> Response:
-            begin, status = time.monotonic(), 500
-            try:
-                response = await handle(request)
-                status = response.status_code
-                self._metrics.request_seconds.observe(time.monotonic() - begin)
-            except Refused as refused:
-                status = refused.status_code
-                raise
-            finally:
-                self._metrics.requests.labels(str(status)).inc()
-            return response
-
-        return counted
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if self._api_key is None:
+            serve_http.check_sender(request, self._hosts)
+        elif scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self._api_key.encode()):
+            raise Refused(401, "Unauthorized", "send the service's API key: Authorization: Bearer KEY")
 
     async def _answer_page(self, request: Request) -> Response:
         health = await self._answer_health(request)
@@ -244,7 +206,8 @@ class Service:
     async def _answer_version(self, _: Request) -> Response:
         return JSONResponse({"version": __version__})
 
-    async def _answer_models(self, _: Request) -> Response:
+    async def _answer_models(self, request: Request) -> Response:
+        self._check_caller(request)
         card = {
             "object": "model",
             "created": self._started,
@@ -256,6 +219,21 @@ class Service:
         return JSONResponse({"object": "list", "data": [{"id": name, **card} for name in self._names]})
 
     async def _answer_completion(self, request: Request) -> Response:
+        """Read a page, and count what becomes of the request."""
+        begin, status = time.monotonic(), 500
+        try:
+            response = await self._read(request)
+            status = response.status_code
+            self._metrics.request_seconds.observe(time.monotonic() - begin)
+        except Refused as refused:
+            status = refused.status_code
+            raise
+        finally:
+            self._metrics.requests.labels(str(status)).inc()
+        return response
+
+    async def _read(self, request: Request) -> Response:
+        self._check_caller(request)
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             message = "the request is not of the type application/json. Fix: send Content-Type: application/json"
             raise Refused(415, "UnsupportedMediaTypeError", message)
@@ -284,11 +262,11 @@ class Service:
                 page = await self._chain.ask(image, task, end_turn)
             finally:
                 end_turn()
-        except InputError as error:
+        except errors.InputError as error:
             raise Refused(400, "BadRequestError", str(error), "messages") from error
-        except ConfigurationError as error:
+        except errors.ConfigurationError as error:
             raise Refused(500, "InternalServerError", f"this service is not set up rightly: {error}") from error
-        except AllEnginesFailed as error:
+        except errors.AllEnginesFailed as error:
             self._note(error.attempts)
             more: dict[str, Any] = {"dots_ocr": {"attempts": [asdict(attempt) for attempt in error.attempts]}}
             if any(attempt.error in _PASSING for attempt in error.attempts):
@@ -301,7 +279,7 @@ class Service:
     async def _draw(self, picture: bytes) -> PageImage:
         with await self._rasterizer.open(picture) as document:
             if len(document.numbers) != 1:
-                raise InputError(f"the image has {len(document.numbers)} pages: send them one by one")
+                raise errors.InputError(f"the image has {len(document.numbers)} pages: send them one by one")
             return await self._rasterizer.draw(document.reference(1))
 
     async def _body(self, request: Request, held: contextlib.ExitStack) -> bytearray:
@@ -361,7 +339,9 @@ def read_key(file: Path | None) -> str | None:
     """
     key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8", errors="replace")
     if key is not None and (not (key := bare(key)) or not all("!" <= one <= "~" for one in key)):
-        raise ConfigurationError(f"{file or KEY_VARIABLE} holds no key: one line of printable ASCII without spaces")
+        raise errors.ConfigurationError(
+            f"{file or KEY_VARIABLE} holds no key: one line of printable ASCII without spaces"
+        )
     return key
 
 
@@ -374,7 +354,7 @@ def listen(host: str, port: int, *, public: bool) -> socket.socket:
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if not (public or ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback):
-        raise ConfigurationError(
+        raise errors.ConfigurationError(
             f"{host} can be reached by other machines, and there is no API key: give --api-key-file (or set "
             f"{KEY_VARIABLE}), listen on 127.0.0.1, or allow it with --no-api-key"
         )
@@ -423,7 +403,7 @@ async def _probe(engine: Engine) -> str:
             await engine.probe(PROBE_SECONDS)
     except TimeoutError:
         return f"no answer within {PROBE_SECONDS:g} s"
-    except (EngineError, ConfigurationError) as error:
+    except (errors.EngineError, errors.ConfigurationError) as error:
         return f"{type(error).__name__}: {error}"
     return "ok"
 
