@@ -91,13 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         message = f"{error.format_message()} (dots-ocr --help explains)"
         ended = _Ended("UsageError", message, EXIT_USAGE)
-    except DotsOCRError as error:
-        ended = _Ended(type(error).__name__, str(error), EXIT_USAGE if isinstance(error, InputError) else EXIT_UNREAD)
     except BrokenPipeError:  # the reader of our output has gone, as with head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_UNREAD
-    except OSError as error:
-        ended = _Ended(type(error).__name__, str(error), EXIT_UNREAD)
+    except (DotsOCRError, OSError) as error:
+        ended = _Ended(type(error).__name__, str(error), EXIT_USAGE if isinstance(error, InputError) else EXIT_UNREAD)
     if "--json" in arguments:
         _print({"error": {"type": ended.kind, "message": str(ended)}}, as_json=True)
     else:
@@ -308,20 +306,9 @@ def read(
         chosen = formats or (Format.JSON, Format.MD)
         kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
         kinds |= frozenset({"pictures"} if pictures else ())
+        wanted: dict[str, Any] = {"formats": kinds, "headers": headers, "upgrade": upgrade, "pages": pages, "dpi": dpi}
         progress = shown(Lines)
-        work = batch.run(
-            client,
-            files,
-            out,
-            mode=spoken,
-            formats=kinds,
-            headers=headers,
-            upgrade=upgrade,
-            pages=pages,
-            dpi=dpi,
-            password=password,
-            progress=progress,
-        )
+        work = batch.run(client, files, out, mode=spoken, password=password, progress=progress, **wanted)
         stopped = "stopped; what is finished is safe: run the same command again to go on"
         return _summarize(_finish(client, progress, work, stopped), out, as_json, fallback)
     form = Format.JSON if as_json else (formats or [Format.MD])[0]

@@ -126,11 +126,6 @@ class Bar(Silent):
         """End the drawing."""
         self._bar.stop()
 
-    def documents(self, total: int) -> None:
-        """Note how many documents there are, and draw the bar."""
-        super().documents(total)
-        self._bar.start()
-
     def _say(self, line: str) -> None:
         if not line.startswith(("read:", "unchanged:")):
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -143,3 +138,4 @@ class Bar(Silent):
             total=self._expected,
             rate=self._rate,
         )
+        self._bar.start()  # which does nothing from the second time on

@@ -138,7 +138,7 @@ class Service:
         self._max_queue = max_queue
         self._started = int(time.time())
         self._admitted = 0
-        self._hosts = serve_http.own_names() | {host.lower() for host in hosts}
+        self._hosts = {name.lower() for name in (socket.gethostname(), *hosts)}
         self._rasterizer = Rasterizer()
         self._understanding = asyncio.Semaphore(self._rasterizer.workers)  # takes several times a request's length
         # Pages that are drawn and wait for an engine take up to 34 MB each.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import ipaddress
 import logging
-import socket
 from asyncio import BaseTransport, TimerHandle
 from collections.abc import Collection
 from typing import Any, Final
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 import h11
 from starlette.requests import Request
 from uvicorn.config import LOGGING_CONFIG
-from uvicorn.logging import AccessFormatter, DefaultFormatter
+from uvicorn.logging import DefaultFormatter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..texts import printable
@@ -117,11 +116,6 @@ def check_sender(request: Request, hosts: Collection[str]) -> None:
         raise Refused(403, "PermissionDeniedError", why)
 
 
-def own_names() -> set[str]:
-    """Return the names of this machine that it knows without asking anybody."""
-    return {socket.gethostname().lower()}
-
-
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
@@ -131,16 +125,25 @@ def _is_address(name: str) -> bool:
 
 
 def log_config() -> dict[str, Any]:
-    """Return uvicorn's own, for `logging.config`, in lines that no client can forge or make endless."""
+    """Return uvicorn's own, for `logging.config`, in lines that no client can forge."""
     config = copy.deepcopy(LOGGING_CONFIG)
-    for name, kind in (("default", _Formatter), ("access", _AccessFormatter)):
-        config["formatters"][name] |= {"()": kind, "use_colors": False}
+    for formatter in config["formatters"].values():
+        formatter["use_colors"] = False
+    config["formatters"]["default"]["()"] = _Formatter
     return config
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Leave out what watchdogs and Prometheus ask for every few seconds."""
-    return not any(f" {path} " in record.getMessage() for path in _QUIET)
+    """Leave out what watchdogs and Prometheus ask for every few seconds, and make the rest printable and short."""
+    if any(f" {path} " in record.getMessage() for path in _QUIET):
+        return False
+    assert isinstance(record.args, tuple)
+    record.args = tuple(_short(value) if isinstance(value, str) else value for value in record.args)
+    return True
+
+
+def _short(text: str) -> str:
+    return printable(text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}...")
 
 
 class _Formatter(DefaultFormatter):
@@ -149,14 +152,3 @@ class _Formatter(DefaultFormatter):
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).splitlines())
-
-
-class _AccessFormatter(AccessFormatter):
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        short = copy.copy(record)
-        assert isinstance(record.args, tuple)
-        short.args = tuple(
-            f"{value[:LOGGED_CHARACTERS]}..." if isinstance(value, str) and len(value) > LOGGED_CHARACTERS else value
-            for value in record.args
-        )
-        return printable(super().formatMessage(short))

@@ -214,26 +214,7 @@ class VLLMDotsOCRClient:
 
     def complete(self, conversation: Conversation, max_tokens: int | None = None) -> dict[str, Any]:
         """Return the answer to a conversation as a completion of vLLM; `None` tokens: as many as the context allows."""
-        task = task_of(conversation.prompt) if conversation.one_page else None
-        if task is None:
-            if not self._warned:
-                self._warned = True
-                _log.warning("dots.ocr was not trained with this prompt and may ignore it: %.100r", conversation.prompt)
-            try:
-                completion = self._loop.run(self._work(lambda seconds: self._send(conversation, max_tokens, seconds)))
-            except errors.CutOff as error:
-                if not error.text.strip():
-                    raise
-                return completion_of(error.text + CUT_OFF, MODEL, finish_reason="length")
-            if not completion.text.strip():
-                raise errors.UnusableAnswer("the answer is empty")
-            return completion_of(completion.text, completion.model, completion)
-        assert conversation.page is not None
-        page = conversation.page
-        answer = self._loop.run(self._work(lambda seconds: self._engine.read(page, task, seconds)))
-        for warning in answer.warnings:
-            _log.warning("%s", warning)
-        return completion_of(content_of(answer, conversation.prompt), answer.model, answer)
+        return self._loop.run(self._complete(conversation, max_tokens))
 
     def attempt(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> dict[str, Any] | Exception:
         """Answer a conversation as `complete` does, or return why the server does not; only an `InputError` is raised.
@@ -321,26 +302,42 @@ class VLLMDotsOCRClient:
 
         return self._loop.run(ask())
 
-    async def _work(self, work: Callable[[float], Awaitable[T]]) -> T:
+    async def _complete(self, conversation: Conversation, max_tokens: int | None) -> dict[str, Any]:
         async with self._engine.limiter:
             seconds = TIMEOUT + await self._engine.more_seconds()
             try:
                 async with asyncio.timeout(seconds):
-                    return await work(seconds)
+                    return await self._answer(conversation, max_tokens, seconds)
             except TimeoutError:
                 raise errors.DeadlineExceeded(f"no answer within {seconds:g} s: look at the server's load") from None
 
-    async def _send(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> Completion:
+    async def _answer(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> dict[str, Any]:
+        page, task = conversation.page, task_of(conversation.prompt) if conversation.one_page else None
+        if page is not None and task is not None:
+            answer = await self._engine.read(page, task, seconds)
+            for warning in answer.warnings:
+                _log.warning("%s", warning)
+            return completion_of(content_of(answer, conversation.prompt), answer.model, answer)
+        if not self._warned:
+            self._warned = True
+            _log.warning("dots.ocr was not trained with this prompt and may ignore it: %.100r", conversation.prompt)
         messages = await asyncio.to_thread(conversation.encoded)
         request: dict[str, Any] = {"model": self._engine.model, "messages": messages, "temperature": 0.0}
-        if max_tokens is not None:
+        bounded = request if max_tokens is None else {**request, "max_completion_tokens": max_tokens}
+        try:
             try:
-                bounded = {**request, "max_completion_tokens": max_tokens}
-                return await self._server.complete(bounded, b"", seconds, stream=False)
+                completion = await self._server.complete(bounded, b"", seconds, stream=False)
             except errors.RequestRejected as error:
-                if not is_about_length(error):
+                if bounded is request or not is_about_length(error):
                     raise
-        return await self._server.complete(request, b"", seconds, stream=False)
+                completion = await self._server.complete(request, b"", seconds, stream=False)
+        except errors.CutOff as error:
+            if not error.text.strip():
+                raise
+            return completion_of(error.text + CUT_OFF, MODEL, finish_reason="length")
+        if not completion.text.strip():
+            raise errors.UnusableAnswer("the answer is empty")
+        return completion_of(completion.text, completion.model, completion)
 
     async def _aclose(self) -> None:
         with contextlib.suppress(errors.DotsOCRError):  # the address or the key is none

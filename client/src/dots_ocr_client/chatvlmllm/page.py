@@ -16,7 +16,6 @@ import io
 import logging
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -417,13 +416,10 @@ def _tell_chat(prompt: str, note: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[None]:
+def _progress() -> contextlib.AbstractContextManager[object]:
     """Show that a page is being read and for how long, if this runs in a page of Streamlit."""
     st = _streamlit()
     if st is None:
-        yield
-        return
+        return contextlib.nullcontext()
     clock = {"show_time": True} if "show_time" in inspect.signature(st.spinner).parameters else {}
-    with st.spinner("🔄 dots.ocr читает страницу…", **clock):
-        yield
+    return st.spinner("🔄 dots.ocr читает страницу…", **clock)  # type: ignore[no-any-return]
