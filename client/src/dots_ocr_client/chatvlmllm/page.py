@@ -28,7 +28,7 @@ from ..pages.documents import PageImage
 from ..prompts import MODES
 from . import settings
 from .client import DEFAULT_PROMPT, DEFAULT_URL, State, VLLMDotsOCRClient, completion_of, get_vllm_dots_ocr_client
-from .fallback import Fallback
+from .integration import Fallback
 from .messages import Conversation
 from .trained import task_of
 from .words import Explained, explain, is_about_the_key, is_absent
