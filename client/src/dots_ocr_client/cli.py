@@ -22,6 +22,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
+from typer import Argument, Option
 
 from .apps.progress import Lines, Silent, shown
 from .errors import DotsOCRError, InputError
@@ -128,7 +129,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _everywhere(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        bool, Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None: ...
 
@@ -161,86 +162,79 @@ def _numbers(text: str, option: str, wanted: str, fits: Callable[[list[int]], bo
 
 BaseUrl = Annotated[
     str | None,
-    typer.Option(
-        metavar="URL", help="The server's address with /v1; else DOTS_OCR_BASE_URL, else http://127.0.0.1:8000/v1."
-    ),
+    Option(metavar="URL", help="The server's address with /v1; else DOTS_OCR_BASE_URL, else http://127.0.0.1:8000/v1."),
 ]
-Model = Annotated[str, typer.Option(metavar="NAME", help="One of the names that the server serves.")]
+Model = Annotated[str, Option(metavar="NAME", help="One of the names that the server serves.")]
 Engines = Annotated[
     list[EngineName] | None,
-    typer.Option("--engine", help="Which to ask; may be repeated, in their order. Default: all; of serve: tesseract."),
+    Option("--engine", help="Which to ask; may be repeated, in their order. Default: all; of serve: tesseract."),
 ]
 Password = Annotated[
     str | None,
-    typer.Option("--password-file", metavar="FILE", callback=_password, help="With the password of encrypted PDFs."),
+    Option("--password-file", metavar="FILE", callback=_password, help="With the password of encrypted PDFs."),
 ]
-Timeout = Annotated[float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page and all engines.")]
-Languages = Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
+Timeout = Annotated[float, Option(metavar="S", callback=_seconds, help="Seconds for one page and all engines.")]
+Languages = Annotated[str, Option(metavar="eng+rus", help="Of Tesseract.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON, errors too.")]
 
 
 @app.command()
 def read(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE...", help="PDFs and images, - for standard input; with --out also folders."),
+        list[Path], Argument(metavar="FILE...", help="PDFs and images, - for standard input; with --out also folders.")
     ],
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write one set of files per document here; a second run continues."),
+        Path | None, Option(metavar="DIR", help="Write one set of files per document here; a second run continues.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--output", "-o", metavar="FILE", help="Write the document here, in the format that the name ends with."
         ),
     ] = None,
     mode: Annotated[
         Literal["layout", "layout-only", "text", "grounding", "web", "scene", "svg", "general"],
-        typer.Option(help="What to read; web, scene, svg and general need dots.mocr."),
+        Option(help="What to read; web, scene, svg and general need dots.mocr."),
     ] = "layout",
-    pages: Annotated[str | None, typer.Option(metavar="1-3,7", help="Which pages; default: all.")] = None,
+    pages: Annotated[str | None, Option(metavar="1-3,7", help="Which pages; default: all.")] = None,
     password: Password = None,
     box: Annotated[
-        str | None,
-        typer.Option(metavar="L,T,R,B", help="For --mode grounding: where, in pixels of the page."),
+        str | None, Option(metavar="L,T,R,B", help="For --mode grounding: where, in pixels of the page.")
     ] = None,
-    question: Annotated[str | None, typer.Option(metavar="TEXT", help="For --mode general.")] = None,
+    question: Annotated[str | None, Option(metavar="TEXT", help="For --mode general.")] = None,
     dpi: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Draw pages of PDFs at N; default: 200, or more if needed.")
+        int | None, Option(metavar="N", min=1, help="Draw pages of PDFs at N; default: 200, or more if needed.")
     ] = None,
     formats: Annotated[
         list[Format] | None,
-        typer.Option("--format", help="Default: md, with --out also json. With --out it may be repeated."),
+        Option("--format", help="Default: md, with --out also json. With --out it may be repeated."),
     ] = None,
     pictures: Annotated[
-        bool, typer.Option("--pictures", help="With --out: cut pictures out as files, linked from the md.")
+        bool, Option("--pictures", help="With --out: cut pictures out as files, linked from the md.")
     ] = False,
-    headers: Annotated[
-        bool, typer.Option("--headers/--no-headers", help="Page headers and footers in md and html.")
-    ] = True,
+    headers: Annotated[bool, Option("--headers/--no-headers", help="Page headers and footers in md and html.")] = True,
     base_url: BaseUrl = None,
     model: Model = "dots.ocr",
     engine: Engines = None,
     on_unavailable: Annotated[
         Literal["fallback", "wait", "fail"] | None,
-        typer.Option(
+        Option(
             help="If an engine is not there: ask the next one, wait for it, or give the page up. "
             "Default: fallback, and exit status 3 if it was needed."
         ),
     ] = None,
     max_wait: Annotated[
         float | None,
-        typer.Option(metavar="S", callback=_seconds, help="Seconds to wait for an engine. Default: 10; wait: 1800."),
+        Option(metavar="S", callback=_seconds, help="Seconds to wait for an engine. Default: 10; wait: 1800."),
     ] = None,
     languages: Languages = "eng",
     timeout: Timeout = 120.0,
-    max_in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="Pages at the server at once, at most.")] = 32,
+    max_in_flight: Annotated[int, Option(metavar="N", min=1, help="Pages at the server at once, at most.")] = 32,
     upgrade: Annotated[
-        bool, typer.Option("--upgrade", help="With --out: read pages again that another engine than vllm read.")
+        bool, Option("--upgrade", help="With --out: read pages again that another engine than vllm read.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="As --format json; with --out print a report. Errors as JSON too.")
+        bool, Option("--json", help="As --format json; with --out print a report. Errors as JSON too.")
     ] = False,
 ) -> int:
     """Read documents: one to standard output, or any number of them into a folder with --out.
@@ -444,7 +438,7 @@ def _summarize(report: Report, out: Path, as_json: bool, fallback: Callable[[set
 def doctor(
     base_url: BaseUrl = None,
     model: Model = "dots.ocr",
-    ocr: Annotated[bool, typer.Option("--ocr", help="Have every engine read a page, and check the text.")] = False,
+    ocr: Annotated[bool, Option("--ocr", help="Have every engine read a page, and check the text.")] = False,
     languages: Languages = "eng",
     timeout: Timeout = 120.0,
     as_json: AsJson = False,
@@ -483,21 +477,19 @@ def doctor(
 def bench(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help="PDFs and images, with NAME.txt beside each; else pages of our own."),
+        Argument(metavar="[FILE]...", help="PDFs and images, with NAME.txt beside each; else pages of our own."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write bench.json and bench.md here.")] = None,
-    mode: Annotated[Literal["text", "layout"], typer.Option(help="What to read.")] = "text",
-    pages: Annotated[
-        int, typer.Option(metavar="N", min=1, max=200, help="How many pages of our own, without FILE.")
-    ] = 8,
+    out: Annotated[Path | None, Option(metavar="DIR", help="Write bench.json and bench.md here.")] = None,
+    mode: Annotated[Literal["text", "layout"], Option(help="What to read.")] = "text",
+    pages: Annotated[int, Option(metavar="N", min=1, max=200, help="How many pages of our own, without FILE.")] = 8,
     concurrency: Annotated[
-        str, typer.Option(metavar="N,N", help="Pages at once, as far as an engine takes so many.")
+        str, Option(metavar="N,N", help="Pages at once, as far as an engine takes so many.")
     ] = "1,2,4,8",
     engine: Engines = None,
     base_url: BaseUrl = None,
     model: Model = "dots.ocr",
     languages: Languages = "eng+rus",
-    timeout: Annotated[float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page.")] = 120.0,
+    timeout: Annotated[float, Option(metavar="S", callback=_seconds, help="Seconds for one page.")] = 120.0,
     as_json: AsJson = False,
 ) -> int:
     """Measure engines side by side on the same pages: time, pages per second, characters that are wrong, memory.
@@ -578,14 +570,14 @@ def models(base_url: BaseUrl = None, timeout: Timeout = 10.0, as_json: AsJson = 
 
 @app.command()
 def view(
-    result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="What read wrote with --json or --out.")],
+    result: Annotated[Path, Argument(metavar="RESULT.json", help="What read wrote with --json or --out.")],
     source: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The document, for its pictures; default: where it was when it was read."),
+        Option(metavar="FILE", help="The document, for its pictures; default: where it was when it was read."),
     ] = None,
     password: Password = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Default: beside RESULT.json, as RESULT.view.html.")
+        Path | None, Option(metavar="FILE.html", help="Default: beside RESULT.json, as RESULT.view.html.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -616,18 +608,17 @@ def view(
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65_535, help="0: any that is free.")] = 8000,
+    host: Annotated[str, Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, Option(metavar="N", min=0, max=65_535, help="0: any that is free.")] = 8000,
     engine: Engines = None,
     languages: Languages = "eng",
     base_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Of the server behind --engine vllm, with /v1; else DOTS_OCR_BASE_URL."),
+        str | None, Option(metavar="URL", help="Of the server behind --engine vllm, with /v1; else DOTS_OCR_BASE_URL.")
     ] = None,
     model: Model = "dots.ocr",
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--served-model-name",
             metavar="NAME",
             help="What clients may call the model; may be repeated. "
@@ -635,20 +626,19 @@ def serve(
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Holds the key that clients must send; else DOTS_OCR_SERVE_API_KEY."),
+        Path | None, Option(metavar="FILE", help="Holds the key that clients must send; else DOTS_OCR_SERVE_API_KEY.")
     ] = None,
     no_api_key: Annotated[
-        bool, typer.Option("--no-api-key", help="Ask for no key, even if other machines can reach the service.")
+        bool, Option("--no-api-key", help="Ask for no key, even if other machines can reach the service.")
     ] = False,
     timeout: Timeout = 120.0,
-    max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Pages that wait, at most.")] = 64,
+    max_queue: Annotated[int, Option(metavar="N", min=1, help="Pages that wait, at most.")] = 64,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", metavar="NAME", help="Without a key: a name that clients call it by; repeatable."),
+        Option("--allow-host", metavar="NAME", help="Without a key: a name that clients call it by; repeatable."),
     ] = None,
     shutdown_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="For pages in flight when it is told to end.")
+        float, Option(metavar="SECONDS", min=0, help="For pages in flight when it is told to end.")
     ] = 10.0,
 ) -> int:
     """Serve the OpenAI API as vLLM does, with Tesseract or any chain of engines behind it, until SIGTERM or Ctrl-C.
