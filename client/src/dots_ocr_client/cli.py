@@ -517,16 +517,17 @@ def bench(
         for name in cast("Sequence[Name]", engine or ENGINES)
     ]
 
-    async def run() -> BenchmarkReport:
-        sheets = await load_pages(files) if files else await asyncio.to_thread(generate_pages, pages)
-        machine = describe_machine()
-        measured: list[Measurement] = []
+    sheets = load_pages(files) if files else generate_pages(pages)
+    machine = describe_machine()
+    measured: list[Measurement] = []
+
+    async def run() -> None:
         for one in engines:
             async with aclosing(one):
                 measured.append(await measure(one, sheets, levels, mode=mode, seconds=timeout, say=_warn))
-        return BenchmarkReport(measured, sheets, mode, machine)
 
-    report = asyncio.run(run())
+    asyncio.run(run())
+    report = BenchmarkReport(measured, sheets, mode, machine)
     if any(one.loads and not one.compared for one in report.measurements) and find_spec("rapidfuzz") is None:
         _warn(f"without character errors: rapidfuzz is not installed: {EXTRA}")
     if out is not None:

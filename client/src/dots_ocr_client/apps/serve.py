@@ -38,7 +38,6 @@ from ..engines import admission
 from ..engines.base import Engine
 from ..engines.defaults import ENGINES
 from ..engines.server import SERVICE
-from ..pages.documents import PageImage
 from ..pages.rasterizer import Rasterizer, memory
 from ..results import Attempt, Page
 from ..version import __version__
@@ -257,7 +256,10 @@ class Service:
             await self._turns.acquire()
             end_turn = admission.turn(self._turns)
             try:
-                image = await self._draw(question.picture)
+                with await self._rasterizer.open(question.picture) as document:
+                    if len(document.numbers) != 1:
+                        raise errors.InputError(f"the image has {len(document.numbers)} pages: send them one by one")
+                    image = await self._rasterizer.draw(document.reference(1))
                 task, doubts = task_of(question, image)
                 page = await self._chain.ask(image, task, end_turn)
             finally:
@@ -275,12 +277,6 @@ class Service:
         self._note(page.attempts)
         self._metrics.note(page)
         return answer(question, task, image, page, doubts)
-
-    async def _draw(self, picture: bytes) -> PageImage:
-        with await self._rasterizer.open(picture) as document:
-            if len(document.numbers) != 1:
-                raise errors.InputError(f"the image has {len(document.numbers)} pages: send them one by one")
-            return await self._rasterizer.draw(document.reference(1))
 
     async def _body(self, request: Request, held: contextlib.ExitStack) -> bytearray:
         """Receive a request, as far as it may be long and take time; its place in memory is held."""

@@ -117,8 +117,16 @@ class VLLMDotsOCRClient:
     def state(self, seconds: float = 0.0) -> State:
         """Return the server's state, as of the last so many seconds. It is asked by one thread, the others wait."""
         with self._asking:
-            if time.monotonic() - self._state.asked >= seconds:
-                self._state = self._look()
+            if time.monotonic() - self._state.asked < seconds:
+                return self._state
+            context, queue, fault = self._state.context, None, self.fault()
+            if fault is None:
+                for card in self.get_models().get("data", ()):
+                    length = card.get("max_model_len")
+                    context = length if type(length) is int and 0 < length < MAX_COUNT else context
+                counts = dict(_METRIC.findall(self.metrics() or ""))
+                queue = (int(counts["running"]), int(counts["waiting"])) if len(counts) == 2 else None
+            self._state = State(fault, context, queue, time.monotonic())
             return self._state
 
     def get_models(self) -> dict[str, Any]:
@@ -273,16 +281,6 @@ class VLLMDotsOCRClient:
             return self._ask(METRICS_TIMEOUT, lambda _, server: server.metrics(METRICS_TIMEOUT))
         except (errors.DotsOCRError, TimeoutError):
             return None
-
-    def _look(self) -> State:
-        context, queue, fault = self._state.context, None, self.fault()
-        if fault is None:
-            for card in self.get_models().get("data", ()):
-                length = card.get("max_model_len")
-                context = length if type(length) is int and 0 < length < MAX_COUNT else context
-            counts = dict(_METRIC.findall(self.metrics() or ""))
-            queue = (int(counts["running"]), int(counts["waiting"])) if len(counts) == 2 else None
-        return State(fault, context, queue, time.monotonic())
 
     # Both are made on the loop, where their connections are.
     @functools.cached_property

@@ -304,7 +304,8 @@ class VLLMStreamlitAdapter:
     def _read(self, image: Any, prompt: str) -> tuple[str, str, int]:
         """Return the text, what a person has to know of how it came about, and the tokens."""
         client = self.container_manager.vllm
-        prompt = prompt if task_of(prompt) else DEFAULT_PROMPT
+        task = task_of(prompt)
+        prompt = prompt if task else DEFAULT_PROMPT
         notes: list[str] = []
 
         def read(page: PageImage) -> dict[str, Any]:
@@ -314,7 +315,9 @@ class VLLMStreamlitAdapter:
             notes[:] = [words_for(answer, client)]
             if is_about_the_key(answer):
                 raise Explained(notes[0])
-            text = self._read_without(page, prompt)
+            self._fallback = self._fallback or Fallback("tesseract")  # whose layouts always have texts
+            layout = task is not None and task.mode == "layout_only"
+            text = self._fallback.read(page, MODES["layout"].prompt if layout else prompt)
             notes.append("Страницу прочитал Tesseract: проверьте текст.")
             return completion_of(text, "tesseract")
 
@@ -325,12 +328,6 @@ class VLLMStreamlitAdapter:
             return "", "\n\n".join(filter(None, (f"❌ {notes[0] if notes else explain(error)}", without))), 0
         note = "⚠️ " + "\n\n".join(notes) if notes else ""
         return completion["choices"][0]["message"]["content"], note, completion["usage"].get("total_tokens", 0)
-
-    def _read_without(self, page: PageImage, prompt: str) -> str:
-        """Have Tesseract read a page, whose layouts always have texts."""
-        self._fallback = self._fallback or Fallback("tesseract")
-        task = task_of(prompt)
-        return self._fallback.read(page, MODES["layout"].prompt if task and task.mode == "layout_only" else prompt)
 
 
 def create_vllm_interface() -> None:
