@@ -122,7 +122,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def read(client: batch.Client, inputs: Sequence[Path], out: Path, **options: Any) -> Report:
+def read(client: Any, inputs: Sequence[Path], out: Path, **options: Any) -> Report:
     return asyncio.run(batch.run(client, inputs, out, **options))
 
 
@@ -552,7 +552,7 @@ def test_an_output_that_cannot_be_replaced_fails_only_its_document(tmp_path: Pat
 
 def test_cancelling_keeps_what_was_read_and_leaves_no_tasks(tmp_path: Path, out: Path) -> None:
     documents = [pdf(tmp_path / f"{name}.pdf", 50) for name in "abc"]
-    client = FakeClient(seconds=0.01)
+    client: Any = FakeClient(seconds=0.01)
 
     async def main() -> None:
         task = asyncio.create_task(batch.run(client, documents, out))
@@ -612,7 +612,7 @@ def test_a_document_that_hangs_in_opening_holds_up_no_other_and_no_end(
 
     async def main() -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
-        client = Opens()
+        client: Any = Opens()
         task = asyncio.create_task(batch.run(client, [bad, good], out, progress=events))
         async with asyncio.timeout(PATIENCE):
             while ("done", str(good), "read") not in events.seen:
@@ -630,12 +630,12 @@ def test_two_runs_do_not_use_the_same_folder(tmp_path: Path, out: Path) -> None:
     document = pdf(tmp_path / "a.pdf")
 
     async def main() -> None:
-        client = FakeClient(seconds=0.1)
+        client: Any = FakeClient(seconds=0.1)
         first = asyncio.create_task(batch.run(client, [document], out))
         while not client.streams:
             await asyncio.sleep(0.005)
         with pytest.raises(InputError, match="another run"):
-            await batch.run(FakeClient(), [document], out)
+            await batch.run(client, [document], out)
         # Whoever can open a file can lock it.
         assert (out / batch.LOCK).stat().st_mode & 0o777 == 0o600
         assert statuses(await first) == ["read"]

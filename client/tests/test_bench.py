@@ -264,7 +264,7 @@ def test_pages_of_documents_come_with_the_texts_beside_them(tmp_path: Path, shee
     pdf = tmp_path / "two.pdf"
     pdf.write_bytes(pdf_of((200, 100), (100, 200)))
     pdf.with_suffix(".txt").write_text("first\fsecond\f")
-    pages = asyncio.run(load_pages([pdf, sheet_file]))
+    pages = load_pages([pdf, sheet_file])
     assert [page.truth for page in pages] == ["first", "second", None]
     assert [page.name for page in pages] == [f"{pdf}, page 1", f"{pdf}, page 2", str(sheet_file)]
     origins = [page.image.origin for page in pages]
@@ -275,14 +275,14 @@ def test_pages_of_documents_come_with_the_texts_beside_them(tmp_path: Path, shee
 def test_a_text_that_does_not_fit_its_document_is_refused(sheet_file: Path, text: bytes, why: str) -> None:
     sheet_file.with_suffix(".txt").write_bytes(text)
     with pytest.raises(InputError, match=why):
-        asyncio.run(load_pages([sheet_file]))
+        load_pages([sheet_file])
 
 
 def test_too_many_pages_are_refused_before_they_are_drawn(tmp_path: Path) -> None:
     pdf = tmp_path / "long.pdf"
     pdf.write_bytes(pdf_of(*[(10, 10)] * 201))
     with pytest.raises(InputError, match="200 pages at most"):
-        asyncio.run(load_pages([pdf]))
+        load_pages([pdf])
 
 
 # reports

@@ -12,19 +12,22 @@ import re
 import stat
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
-from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, TypeVar
 
 from .apps.progress import Silent
 from .errors import ConfigurationError, DotsOCRError, InputError
 from .pages.documents import OpenDocument, PageImage, is_document, parse_pages
 from .pages.rasterizer import draw
 from .prompts import MODES, Mode
-from .results import FailedPage, Page
+from .results import Page
 from .results.store import FORMATS, JOURNAL, Folder, Store, Summary, to_json
+
+if TYPE_CHECKING:
+    from .client import AsyncDotsOCR
 
 # Of the files that are taken from a folder; upper case counts too. One without a suffix is looked into.
 SUFFIXES: Final = frozenset(
@@ -55,25 +58,6 @@ class OutputError(DotsOCRError):
     """The outputs cannot be written, for example because the disk is full."""
 
 
-class Client(Protocol):
-    """What a batch needs of `AsyncDotsOCR`."""
-
-    @property
-    def max_in_flight(self) -> int:
-        """Pages in flight at once, over all documents."""
-        ...
-
-    async def open(self, document: Path, *, password: str | None = None) -> OpenDocument:
-        """Open a document; being cancelled ends that at once."""
-        ...
-
-    def stream(
-        self, document: OpenDocument, *, mode: Mode = "layout", pages: Iterable[int] | None = None
-    ) -> AsyncGenerator[Page | FailedPage, None]:
-        """Read pages, and yield each as it is finished."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class DocumentReport:
     """What became of one document."""
@@ -90,50 +74,42 @@ class DocumentReport:
     error: str | None = None  # why it failed, or why the first of its pages did
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What became of a batch."""
 
     started: str  # date and time in ISO 8601, UTC
     finished: str
     seconds: float  # how long it took
-    documents: tuple[DocumentReport, ...]  # the documents that were finished, in the order in which they were given
     stopped: str | None = None  # why it ended before all documents were finished, if it did
     # Files and folders in the given folders that were passed over, by the reason: ``hidden``, ``link to a folder``,
     # ``without a suffix`` (and no document that can be read), or a suffix that is not in `SUFFIXES`.
     skipped: dict[str, int] = field(default_factory=dict)
+    documents: Sequence[DocumentReport]  # the documents that were finished, in the order in which they were given
 
     @property
     def totals(self) -> dict[str, Any]:
         """Counts over all documents; ``pages_per_second`` counts what this run read."""
         status = Counter(document.status for document in self.documents)
-        engines: Counter[str] = Counter()
-        for document in self.documents:
-            engines.update(document.engines)
-        pages = sum(document.pages for document in self.documents)
-        pages_read = sum(document.pages_read for document in self.documents)
+        engines = sum((Counter(document.engines) for document in self.documents), Counter[str]())
+        pages, failed, read = (
+            sum(getattr(document, name) for document in self.documents)
+            for name in ("pages", "failed_pages", "pages_read")
+        )
         return {
             "documents": len(self.documents),
             **{name: status[name] for name in ("read", "partial", "failed", "unchanged")},
             "pages": pages,
-            "failed_pages": (failed := sum(document.failed_pages for document in self.documents)),
+            "failed_pages": failed,
             "blank_pages": pages - failed - engines.total(),
             "engines": dict(sorted(engines.items())),
-            "pages_read": pages_read,
-            "pages_per_second": round(pages_read / self.seconds, 3) if self.seconds else 0.0,
+            "pages_read": read,
+            "pages_per_second": round(read / self.seconds, 3) if self.seconds else 0.0,
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and the totals as JSON-ready values."""
-        return {
-            "started": self.started,
-            "finished": self.finished,
-            "seconds": self.seconds,
-            "stopped": self.stopped,
-            "skipped": self.skipped,
-            "totals": self.totals,
-            "documents": [asdict(document) for document in self.documents],
-        }
+        return {"totals": self.totals, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +119,7 @@ class _Input:
 
 
 async def run(
-    client: Client,
+    client: AsyncDotsOCR,
     inputs: Sequence[Path],
     out: Path,
     *,
@@ -191,13 +167,13 @@ async def run(
     skipped: Counter[str] = Counter()
     found = await _in_thread(_find, inputs, out, skipped)
     with _claimed(out) as root:
-        options = (mode, formats, headers, upgrade, pages, dpi, password, progress or Silent())
-        return await _Batch(client, root, *options).run(found, dict((+skipped).most_common()))
+        batch = _Batch(client, root, mode, formats, headers, upgrade, pages, dpi, password, progress or Silent())
+        return await batch.run(found, dict((+skipped).most_common()))
 
 
 @dataclass(slots=True)
 class _Batch:
-    client: Client
+    client: AsyncDotsOCR
     root: Folder
     mode: Mode
     formats: frozenset[str]
@@ -231,7 +207,7 @@ class _Batch:
             started=started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - clock, 3),
-            documents=tuple(report for _, report in sorted(reports.items())),
+            documents=[report for _, report in sorted(reports.items())],
             stopped=None if stopped is None else f"{type(stopped).__name__}: {stopped}".removesuffix(": "),
             skipped=skipped,
         )
@@ -339,10 +315,10 @@ class _Count:
 
 def _gravest(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """What stopped the batch: our own kinds of error first, because they say what to do."""
-    leaves: list[BaseException] = []
-    for error in errors.exceptions:
-        leaves.append(_gravest(error) if isinstance(error, BaseExceptionGroup) else error)
-    return next((error for error in leaves if isinstance(error, DotsOCRError)), leaves[0])
+    error: BaseException = errors.subgroup(DotsOCRError) or errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -389,17 +365,25 @@ def _shortened(name: str) -> str:
 
 def _candidates(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> Iterator[tuple[Path, PurePath]]:
     for path in inputs:
-        try:
+        with _refusing("read", path):
             kind = path.stat().st_mode
-            if stat.S_ISDIR(kind):
-                for name in sorted(_walk(path, out.resolve(), skipped)):
-                    yield path / name, name
-            elif stat.S_ISREG(kind):
-                yield path, PurePath(path.name)
-            else:
-                raise InputError(f"{str(path)!r} is neither a file nor a folder")
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            raise InputError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
+            names = sorted(_walk(path, out.resolve(), skipped)) if stat.S_ISDIR(kind) else []
+        if stat.S_ISREG(kind):
+            yield path, PurePath(path.name)
+        elif not stat.S_ISDIR(kind):
+            raise InputError(f"{str(path)!r} is neither a file nor a folder")
+        for name in names:
+            yield path / name, name
+
+
+@contextlib.contextmanager
+def _refusing(verb: str, path: Path) -> Iterator[None]:
+    """Have what cannot be done with a path refused in words that name it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot {verb} {str(path)!r}: {reason}") from error
 
 
 def _walk(folder: Path, out: Path, skipped: Counter[str]) -> Iterator[PurePath]:
@@ -433,33 +417,27 @@ def _reason_to_skip(file: Path) -> str | None:
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[Folder]:
     """Make the folder, and keep other runs out of it."""
-    try:
+    with _refusing("write to", out):
         out.mkdir(parents=True, exist_ok=True)
         root = Folder(out)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write to {str(out)!r}: {reason}") from error
     with contextlib.closing(root):
         # Whoever can open a file can lock it, and keep us out: nobody else can open this one.
         lock = root.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         if lock is None:
             raise InputError(f"cannot write to {str(out)!r}: the file {LOCK} cannot be made, or is another user's")
         with os.fdopen(lock):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another run writes to {str(out)!r}: wait until it ends, or end it") from error
-            except OSError as error:
-                raise InputError(f"cannot lock {str(out)!r}: {error.strerror}") from error
+            with _refusing("lock", out):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise InputError(f"another run writes to {str(out)!r}: wait until it ends, or end it") from error
             yield root
 
 
 def _stamp(path: Path) -> _Stamp:
     """Return what changes when a file changes."""
-    try:
+    with _refusing("read", path):
         status = path.stat()
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -468,8 +446,5 @@ def _digest(path: Path) -> tuple[str, _Stamp]:
     stamp = _stamp(path)
     if not path.is_file():  # a pipe would block
         raise InputError(f"{str(path)!r} is not a regular file")
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), stamp
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    with _refusing("read", path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), stamp

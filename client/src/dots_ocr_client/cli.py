@@ -22,8 +22,9 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
+from typer import Argument, Option
 
-from .apps.progress import shown, shown_on_terminals
+from .apps.progress import Lines, Silent, shown
 from .errors import DotsOCRError, InputError
 from .texts import count, printable
 from .texts import write as write_file
@@ -37,7 +38,7 @@ if TYPE_CHECKING:  # what takes long to import waits until a command needs it
     from .engines.defaults import Name
     from .pages.documents import PageImage
     from .prompts import Mode
-    from .results import Box, Document
+    from .results import Document
 
 T = TypeVar("T")
 
@@ -55,24 +56,9 @@ app = typer.Typer(
 )
 
 
-class Format(StrEnum):  # typer knows no lists of Literal
-    """What a document can be written as."""
-
-    MD = "md"
-    TEXT = "text"
-    JSON = "json"
-    HTML = "html"
-    HOCR = "hocr"
-    CSV = "csv"
-
-
-class EngineName(StrEnum):
-    """Which engine to ask."""
-
-    VLLM = "vllm"
-    QWEN = "qwen"
-    TEXTLAYER = "textlayer"
-    TESSERACT = "tesseract"
+# What a document can be written as, and which engine to ask: typer knows no lists of Literal.
+Format = StrEnum("Format", "MD TEXT JSON HTML HOCR CSV")
+EngineName = StrEnum("EngineName", "VLLM QWEN TEXTLAYER TESSERACT")
 
 
 class _Ended(Exception):
@@ -106,15 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         message = f"{error.format_message()} (dots-ocr --help explains)"
         ended = _Ended("UsageError", message, EXIT_USAGE)
-    except DotsOCRError as error:
-        ended = _Ended(type(error).__name__, str(error), EXIT_USAGE if isinstance(error, InputError) else EXIT_UNREAD)
     except BrokenPipeError:  # the reader of our output has gone, as with head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_UNREAD
-    except OSError as error:
-        ended = _Ended(type(error).__name__, str(error), EXIT_UNREAD)
+    except (DotsOCRError, OSError) as error:
+        ended = _Ended(type(error).__name__, str(error), EXIT_USAGE if isinstance(error, InputError) else EXIT_UNREAD)
     if "--json" in arguments:
-        _print_json({"error": {"type": ended.kind, "message": str(ended)}})
+        _print({"error": {"type": ended.kind, "message": str(ended)}}, as_json=True)
     else:
         lines = [printable(line) for line in str(ended).split("\n")]
         print("dots-ocr: " + "\n".join(lines), file=sys.stderr)
@@ -145,7 +129,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _everywhere(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        bool, Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None: ...
 
@@ -168,99 +152,89 @@ def _password(file: str | None) -> str | None:
     return password
 
 
-def _box(text: str) -> Box:
-    from .results import Box
-
-    try:
-        left, top, right, bottom = map(int, text.split(","))
-    except ValueError:
-        what = f"{text!r} is not four whole numbers with commas, in pixels of the page"
-        raise typer.BadParameter(what, param_hint="--box") from None
-    return Box(left, top, right, bottom)
+def _numbers(text: str, option: str, wanted: str, fits: Callable[[list[int]], bool]) -> list[int]:
+    with suppress(ValueError):
+        numbers = [int(one) for one in text.split(",")]
+        if fits(numbers):
+            return numbers
+    raise typer.BadParameter(f"{text!r} is not {wanted}", param_hint=option)
 
 
 BaseUrl = Annotated[
     str | None,
-    typer.Option(
-        metavar="URL", help="The server's address with /v1; else DOTS_OCR_BASE_URL, else http://127.0.0.1:8000/v1."
-    ),
+    Option(metavar="URL", help="The server's address with /v1; else DOTS_OCR_BASE_URL, else http://127.0.0.1:8000/v1."),
 ]
-Model = Annotated[str, typer.Option(metavar="NAME", help="One of the names that the server serves.")]
+Model = Annotated[str, Option(metavar="NAME", help="One of the names that the server serves.")]
 Engines = Annotated[
     list[EngineName] | None,
-    typer.Option("--engine", help="Which to ask; may be repeated, in their order. Default: all."),
+    Option("--engine", help="Which to ask; may be repeated, in their order. Default: all; of serve: tesseract."),
 ]
 Password = Annotated[
     str | None,
-    typer.Option("--password-file", metavar="FILE", callback=_password, help="With the password of encrypted PDFs."),
+    Option("--password-file", metavar="FILE", callback=_password, help="With the password of encrypted PDFs."),
 ]
-Timeout = Annotated[float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page and all engines.")]
-Languages = Annotated[str, typer.Option(metavar="eng+rus", help="Of Tesseract.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
+Timeout = Annotated[float, Option(metavar="S", callback=_seconds, help="Seconds for one page and all engines.")]
+Languages = Annotated[str, Option(metavar="eng+rus", help="Of Tesseract.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON, errors too.")]
 
 
 @app.command()
 def read(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE...", help="PDFs and images, - for standard input; with --out also folders."),
+        list[Path], Argument(metavar="FILE...", help="PDFs and images, - for standard input; with --out also folders.")
     ],
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write one set of files per document here; a second run continues."),
+        Path | None, Option(metavar="DIR", help="Write one set of files per document here; a second run continues.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--output", "-o", metavar="FILE", help="Write the document here, in the format that the name ends with."
         ),
     ] = None,
     mode: Annotated[
         Literal["layout", "layout-only", "text", "grounding", "web", "scene", "svg", "general"],
-        typer.Option(help="What to read; web, scene, svg and general need dots.mocr."),
+        Option(help="What to read; web, scene, svg and general need dots.mocr."),
     ] = "layout",
-    pages: Annotated[str | None, typer.Option(metavar="1-3,7", help="Which pages; default: all.")] = None,
+    pages: Annotated[str | None, Option(metavar="1-3,7", help="Which pages; default: all.")] = None,
     password: Password = None,
     box: Annotated[
-        str | None,
-        typer.Option(metavar="L,T,R,B", help="For --mode grounding: where, in pixels of the page."),
+        str | None, Option(metavar="L,T,R,B", help="For --mode grounding: where, in pixels of the page.")
     ] = None,
-    question: Annotated[str | None, typer.Option(metavar="TEXT", help="For --mode general.")] = None,
+    question: Annotated[str | None, Option(metavar="TEXT", help="For --mode general.")] = None,
     dpi: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Draw pages of PDFs at N; default: 200, or more if needed.")
+        int | None, Option(metavar="N", min=1, help="Draw pages of PDFs at N; default: 200, or more if needed.")
     ] = None,
     formats: Annotated[
         list[Format] | None,
-        typer.Option("--format", help="Default: md, with --out also json. With --out it may be repeated."),
+        Option("--format", help="Default: md, with --out also json. With --out it may be repeated."),
     ] = None,
     pictures: Annotated[
-        bool, typer.Option("--pictures", help="With --out: cut pictures out as files, linked from the md.")
+        bool, Option("--pictures", help="With --out: cut pictures out as files, linked from the md.")
     ] = False,
-    headers: Annotated[
-        bool, typer.Option("--headers/--no-headers", help="Page headers and footers in md and html.")
-    ] = True,
+    headers: Annotated[bool, Option("--headers/--no-headers", help="Page headers and footers in md and html.")] = True,
     base_url: BaseUrl = None,
     model: Model = "dots.ocr",
     engine: Engines = None,
     on_unavailable: Annotated[
         Literal["fallback", "wait", "fail"] | None,
-        typer.Option(
+        Option(
             help="If an engine is not there: ask the next one, wait for it, or give the page up. "
             "Default: fallback, and exit status 3 if it was needed."
         ),
     ] = None,
     max_wait: Annotated[
         float | None,
-        typer.Option(metavar="S", callback=_seconds, help="Seconds to wait for an engine. Default: 10; wait: 1800."),
+        Option(metavar="S", callback=_seconds, help="Seconds to wait for an engine. Default: 10; wait: 1800."),
     ] = None,
     languages: Languages = "eng",
     timeout: Timeout = 120.0,
-    max_in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="Pages at the server at once, at most.")] = 32,
+    max_in_flight: Annotated[int, Option(metavar="N", min=1, help="Pages at the server at once, at most.")] = 32,
     upgrade: Annotated[
-        bool, typer.Option("--upgrade", help="With --out: read pages again that another engine than vllm read.")
+        bool, Option("--upgrade", help="With --out: read pages again that another engine than vllm read.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="As --format json; with --out print a report. Errors as JSON too.")
+        bool, Option("--json", help="As --format json; with --out print a report. Errors as JSON too.")
     ] = False,
 ) -> int:
     """Read documents: one to standard output, or any number of them into a folder with --out.
@@ -275,6 +249,7 @@ def read(
       dots-ocr read 'in/*.pdf' more/ --out read/     a later run continues
       dots-ocr read a.pdf --out read/ --pictures --format md --format csv
     """  # noqa: D301  # typer keeps the lines of a paragraph that begins with this character
+    from . import batch
     from .apps.reading import expanded, notes
     from .client import AsyncDotsOCR
     from .engines.defaults import ENGINES, make_engines
@@ -312,7 +287,7 @@ def read(
     if wrong:
         raise typer.BadParameter(wrong)
     spoken = cast("Mode", mode.replace("-", "_"))
-    names: Sequence[Name] = [one.value for one in engine] if engine else ENGINES
+    names = cast("Sequence[Name]", engine or ENGINES)
     client = AsyncDotsOCR(
         engines=make_engines(names, base_url=base_url, model=model, max_in_flight=max_in_flight, languages=languages),
         timeout=timeout,
@@ -325,12 +300,16 @@ def read(
         chosen = formats or (Format.JSON, Format.MD)
         kinds = frozenset("txt" if form is Format.TEXT else form.value for form in chosen)
         kinds |= frozenset({"pictures"} if pictures else ())
-        wanted = {"formats": kinds, "headers": headers, "upgrade": upgrade, "pages": pages, "dpi": dpi}
-        report = _batch(client, files, out, mode=spoken, password=password, **wanted)
-        return _summarize(report, out, as_json, fallback)
+        wanted: dict[str, Any] = {"formats": kinds, "headers": headers, "upgrade": upgrade, "pages": pages, "dpi": dpi}
+        progress = shown(Lines)
+        work = batch.run(client, files, out, mode=spoken, password=password, progress=progress, **wanted)
+        stopped = "stopped; what is finished is safe: run the same command again to go on"
+        return _summarize(_finish(client, progress, work, stopped), out, as_json, fallback)
     form = Format.JSON if as_json else (formats or [Format.MD])[0]
-    wanted = {"box": None if box is None else _box(box), "question": question, "pages": pages, "dpi": dpi}
-    document = _one(client, files[0], form, headers, output, mode=spoken, password=password, **wanted)
+    four = "four whole numbers with commas, in pixels of the page"
+    place = box and _numbers(box, "--box", four, lambda numbers: len(numbers) == 4)
+    asked = {"box": place, "question": question, "pages": pages, "dpi": dpi}
+    document = _one(client, files[0], form, headers, output, mode=spoken, password=password, **asked)
     for note in notes(document):
         print(printable(note), file=sys.stderr)
     if document.failures:
@@ -383,26 +362,17 @@ def _written(document: Document, form: Format, headers: bool, file: Path, passwo
             return document.markdown(headers=headers)
 
 
-def _batch(client: AsyncDotsOCR, inputs: list[Path], out: Path, **options: Any) -> Report:
-    async def run() -> Report:
-        from . import batch
-
-        with shown() as progress:
-            async with client:
-                return await batch.run(client, inputs, out, progress=progress, **options)
-
-    return _finish(run(), "stopped; what is finished is safe: run the same command again to go on")
-
-
-def _finish(work: Coroutine[Any, Any, T], message: str) -> T:
-    """Do work that Ctrl-C and SIGTERM end in order, after which the message is said."""
+def _finish(client: AsyncDotsOCR, progress: Silent, work: Coroutine[Any, Any, T], message: str) -> T:
+    """Do a client's work that Ctrl-C and SIGTERM end in order, after which the message is said."""
 
     async def run() -> T:
         # Not an exception out of whatever runs at the moment, so that it ends as cleanly as with Ctrl-C.
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await work
+        with progress:
+            async with client:
+                return await work
 
     try:
         return asyncio.run(run())
@@ -426,19 +396,16 @@ def _one(
     def render(document: Document) -> str:
         return _written(document, form, headers, file, options["password"], options["dpi"])
 
-    async def run() -> Document:
-        with shown_on_terminals() as progress:
-            async with client:
-                try:
-                    return await reading.run(client, source, progress, write, render, **options)
-                except ValueError as error:
-                    raise typer.BadParameter(str(error)) from error
-
-    document = _finish(run(), "interrupted")
+    progress = shown(Silent)
+    try:
+        work = reading.run(client, source, progress, write, render, **options)
+        document = _finish(client, progress, work, "interrupted")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if write:
         write("\n")
     elif output is None:
-        _print_text(render(document))
+        _print_part(render(document) + "\n")
     else:
         try:
             write_file(output, (render(document), "\n"))
@@ -448,8 +415,7 @@ def _one(
 
 
 def _summarize(report: Report, out: Path, as_json: bool, fallback: Callable[[set[str]], int]) -> int:
-    if as_json:
-        _print_json(report.to_dict())
+    _print(report.to_dict(), as_json)
     totals = report.totals
     states = ", ".join(
         f"{totals[state]} {state}" for state in ("read", "unchanged", "partial", "failed") if totals[state]
@@ -472,7 +438,7 @@ def _summarize(report: Report, out: Path, as_json: bool, fallback: Callable[[set
 def doctor(
     base_url: BaseUrl = None,
     model: Model = "dots.ocr",
-    ocr: Annotated[bool, typer.Option("--ocr", help="Have every engine read a page, and check the text.")] = False,
+    ocr: Annotated[bool, Option("--ocr", help="Have every engine read a page, and check the text.")] = False,
     languages: Languages = "eng",
     timeout: Timeout = 120.0,
     as_json: AsJson = False,
@@ -491,55 +457,39 @@ def doctor(
     async def run() -> list[Check]:
         from .apps.doctor import examine
 
-        try:
+        async with aclosing(engine):
             return await examine(engine, timeout, ocr=ocr, languages=languages)
-        finally:
-            await engine.aclose()
 
-    checks = asyncio.run(run())
+    checks, lines = asyncio.run(run()), []
+    for check in checks:
+        took = "" if check.seconds is None else f" ({check.seconds:.2f} s)"
+        lines.append(f"{check.status:8} {check.name}: {printable(check.detail)}{took}")
+        if check.fix and check.status != "skipped":
+            lines.append(f"         -> {printable(check.fix)}")
     works = all(check.status != "failed" for check in checks)
-    if as_json:
-        listed = [asdict(check) for check in checks]
-        _print_json({"ok": works, "base_url": engine.base_url, "model": engine.model, "checks": listed})
-    else:
-        for check in checks:
-            took = "" if check.seconds is None else f" ({check.seconds:.2f} s)"
-            _print_text(f"{check.status:8} {check.name}: {printable(check.detail)}{took}")
-            if check.fix and check.status != "skipped":
-                _print_text(f"         -> {printable(check.fix)}")
+    listed = [asdict(check) for check in checks]
+    about = {"ok": works, "base_url": engine.base_url, "model": engine.model, "checks": listed}
+    _print(about, as_json, *lines)
     return EXIT_OK if works else EXIT_UNREAD
-
-
-def _concurrency(text: str) -> list[int]:
-    try:
-        levels = [int(one) for one in text.split(",")]
-    except ValueError:
-        levels = [0]
-    if min(levels) < 1:
-        what = f"{text!r} is not a list of whole numbers from 1 on, with commas"
-        raise typer.BadParameter(what, param_hint="--concurrency")
-    return levels
 
 
 @app.command()
 def bench(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help="PDFs and images, with NAME.txt beside each; else pages of our own."),
+        Argument(metavar="[FILE]...", help="PDFs and images, with NAME.txt beside each; else pages of our own."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write bench.json and bench.md here.")] = None,
-    mode: Annotated[Literal["text", "layout"], typer.Option(help="What to read.")] = "text",
-    pages: Annotated[
-        int, typer.Option(metavar="N", min=1, max=200, help="How many pages of our own, without FILE.")
-    ] = 8,
+    out: Annotated[Path | None, Option(metavar="DIR", help="Write bench.json and bench.md here.")] = None,
+    mode: Annotated[Literal["text", "layout"], Option(help="What to read.")] = "text",
+    pages: Annotated[int, Option(metavar="N", min=1, max=200, help="How many pages of our own, without FILE.")] = 8,
     concurrency: Annotated[
-        str, typer.Option(metavar="N,N", help="Pages at once, as far as an engine takes so many.")
+        str, Option(metavar="N,N", help="Pages at once, as far as an engine takes so many.")
     ] = "1,2,4,8",
     engine: Engines = None,
     base_url: BaseUrl = None,
     model: Model = "dots.ocr",
     languages: Languages = "eng+rus",
-    timeout: Annotated[float, typer.Option(metavar="S", callback=_seconds, help="Seconds for one page.")] = 120.0,
+    timeout: Annotated[float, Option(metavar="S", callback=_seconds, help="Seconds for one page.")] = 120.0,
     as_json: AsJson = False,
 ) -> int:
     """Measure engines side by side on the same pages: time, pages per second, characters that are wrong, memory.
@@ -556,38 +506,34 @@ def bench(
     from .engines.defaults import ENGINES, make_engines
     from .engines.vllm import VLLMEngine
 
-    levels = _concurrency(concurrency)
+    wanted = "a list of whole numbers from 1 on, with commas"
+    levels = _numbers(concurrency, "--concurrency", wanted, lambda numbers: min(numbers) >= 1)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # before all the work
-    names: Sequence[Name] = [one.value for one in engine] if engine else ENGINES
     engines: list[Engine] = [
         VLLMEngine(base_url, model=model, limiter=Limiter(max(levels), max(levels)))
         if name == "vllm"
         else make_engines([name], languages=languages)[0]
-        for name in names
+        for name in cast("Sequence[Name]", engine or ENGINES)
     ]
 
-    async def run() -> BenchmarkReport:
-        sheets = await load_pages(files) if files else await asyncio.to_thread(generate_pages, pages)
-        machine = describe_machine()
-        measured: list[Measurement] = []
-        for one in engines:
-            try:
-                measured.append(await measure(one, sheets, levels, mode=mode, seconds=timeout, say=_warn))
-            finally:
-                await one.aclose()
-        return BenchmarkReport(measured, sheets, mode, machine)
+    sheets = load_pages(files) if files else generate_pages(pages)
+    machine = describe_machine()
+    measured: list[Measurement] = []
 
-    report = asyncio.run(run())
+    async def run() -> None:
+        for one in engines:
+            async with aclosing(one):
+                measured.append(await measure(one, sheets, levels, mode=mode, seconds=timeout, say=_warn))
+
+    asyncio.run(run())
+    report = BenchmarkReport(measured, sheets, mode, machine)
     if any(one.loads and not one.compared for one in report.measurements) and find_spec("rapidfuzz") is None:
         _warn(f"without character errors: rapidfuzz is not installed: {EXTRA}")
     if out is not None:
         (out / "bench.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n", "utf-8")
         (out / "bench.md").write_text(report.markdown() + "\n", "utf-8")
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        _print_text(report.markdown())
+    _print(report.to_dict(), as_json, report.markdown())
     good = any(one.loads for one in report.measurements) and not any(one.failed for one in report.measurements)
     return EXIT_OK if good else EXIT_UNREAD
 
@@ -605,38 +551,34 @@ def models(base_url: BaseUrl = None, timeout: Timeout = 10.0, as_json: AsJson = 
     engine = VLLMEngine(base_url)
 
     async def run() -> list[dict[str, Any]]:
-        try:
-            async with asyncio.timeout(timeout):
-                return await engine.models(timeout)
-        except TimeoutError:
-            late = f"{engine.base_url} did not answer within {timeout:g} s: look at its load, or allow more (--timeout)"
-            raise _Ended("DeadlineExceeded", late, EXIT_UNREAD) from None
-        finally:
-            await engine.aclose()
+        async with aclosing(engine), asyncio.timeout(timeout):
+            return await engine.models(timeout)
 
-    listed = [
-        {"name": card.get("id"), "max_model_len": card.get("max_model_len"), "root": card.get("root")}
-        for card in asyncio.run(run())
-    ]
-    if as_json:
-        _print_json({"base_url": engine.base_url, "models": listed})
-        return EXIT_OK
-    for one in listed:
-        length = "unknown" if one["max_model_len"] is None else f"{one['max_model_len']} tokens"
-        _print_text(printable(f"{one['name']}: context {length}, root {one['root'] or 'unknown'}"))
+    try:
+        cards = asyncio.run(run())
+    except TimeoutError:
+        late = f"{engine.base_url} did not answer within {timeout:g} s: look at its load, or allow more (--timeout)"
+        raise _Ended("DeadlineExceeded", late, EXIT_UNREAD) from None
+    listed, lines = [], []
+    for card in cards:
+        name, length, root = card.get("id"), card.get("max_model_len"), card.get("root")
+        listed.append({"name": name, "max_model_len": length, "root": root})
+        context = "unknown" if length is None else f"{length} tokens"
+        lines.append(printable(f"{name}: context {context}, root {root or 'unknown'}"))
+    _print({"base_url": engine.base_url, "models": listed}, as_json, *lines)
     return EXIT_OK
 
 
 @app.command()
 def view(
-    result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="What read wrote with --json or --out.")],
+    result: Annotated[Path, Argument(metavar="RESULT.json", help="What read wrote with --json or --out.")],
     source: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The document, for its pictures; default: where it was when it was read."),
+        Option(metavar="FILE", help="The document, for its pictures; default: where it was when it was read."),
     ] = None,
     password: Password = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Default: beside RESULT.json, as RESULT.view.html.")
+        Path | None, Option(metavar="FILE.html", help="Default: beside RESULT.json, as RESULT.view.html.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -661,30 +603,23 @@ def view(
         _warn(f"without pictures: {error}; --source tells where the document is")
         pictures = iter(())
     write_view(document, pictures, file)
-    if as_json:
-        _print_json({"file": str(file)})
-    else:
-        _print_text(printable(str(file)))
+    _print({"file": str(file)}, as_json, printable(str(file)))
     return EXIT_OK
 
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65_535, help="0: any that is free.")] = 8000,
-    engine: Annotated[
-        list[EngineName] | None,
-        typer.Option("--engine", help="Which to ask; may be repeated, in their order. Default: tesseract."),
-    ] = None,
+    host: Annotated[str, Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, Option(metavar="N", min=0, max=65_535, help="0: any that is free.")] = 8000,
+    engine: Engines = None,
     languages: Languages = "eng",
     base_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Of the server behind --engine vllm, with /v1; else DOTS_OCR_BASE_URL."),
+        str | None, Option(metavar="URL", help="Of the server behind --engine vllm, with /v1; else DOTS_OCR_BASE_URL.")
     ] = None,
-    model: Annotated[str, typer.Option(metavar="NAME", help="The model's name at that server.")] = "dots.ocr",
+    model: Model = "dots.ocr",
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--served-model-name",
             metavar="NAME",
             help="What clients may call the model; may be repeated. "
@@ -692,20 +627,19 @@ def serve(
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Holds the key that clients must send; else DOTS_OCR_SERVE_API_KEY."),
+        Path | None, Option(metavar="FILE", help="Holds the key that clients must send; else DOTS_OCR_SERVE_API_KEY.")
     ] = None,
     no_api_key: Annotated[
-        bool, typer.Option("--no-api-key", help="Ask for no key, even if other machines can reach the service.")
+        bool, Option("--no-api-key", help="Ask for no key, even if other machines can reach the service.")
     ] = False,
     timeout: Timeout = 120.0,
-    max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Pages that wait, at most.")] = 64,
+    max_queue: Annotated[int, Option(metavar="N", min=1, help="Pages that wait, at most.")] = 64,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", metavar="NAME", help="Without a key: a name that clients call it by; repeatable."),
+        Option("--allow-host", metavar="NAME", help="Without a key: a name that clients call it by; repeatable."),
     ] = None,
     shutdown_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="For pages in flight when it is told to end.")
+        float, Option(metavar="SECONDS", min=0, help="For pages in flight when it is told to end.")
     ] = 10.0,
 ) -> int:
     """Serve the OpenAI API as vLLM does, with Tesseract or any chain of engines behind it, until SIGTERM or Ctrl-C.
@@ -725,7 +659,7 @@ def serve(
     from .credentials import without_login
     from .engines.defaults import make_engines
 
-    names: list[Name] = [one.value for one in engine or (EngineName.TESSERACT,)]
+    names = cast("Sequence[Name]", engine or (EngineName.TESSERACT,))
     if "textlayer" in names:
         raise typer.BadParameter("clients send images, which have no text layer: leave --engine textlayer out")
     base_url = base_url or os.environ.get("DOTS_OCR_BASE_URL")
@@ -798,15 +732,13 @@ def _warn(message: str) -> None:
     print(f"dots-ocr: {printable(message)}", file=sys.stderr)
 
 
-def _print_text(text: str) -> None:
-    _print_part(text + "\n")
-
-
 def _print_part(text: str) -> None:
     if sys.stdout.isatty():  # a page can say what a terminal would obey
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", " ", text)
     print(text, end="", flush=True)
 
 
-def _print_json(values: Any) -> None:
-    _print_text(json.dumps(values, ensure_ascii=False, indent=2))
+def _print(values: Any, as_json: bool, *lines: str) -> None:
+    """Print values as JSON, or what says the same to people."""
+    for text in (json.dumps(values, ensure_ascii=False, indent=2),) if as_json else lines:
+        _print_part(text + "\n")

@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +40,7 @@ SAMPLE: Final = "The quick brown fox jumps over 1234567890 lazy dogs."  # what t
 # wrong, but without its number or its last two words the sentence comes to less).
 ALIKE: Final = 0.9
 PACKAGES: Final = ("dots-ocr-client", "openai", "pypdfium2", "pillow")
+SET_KEY: Final = "set DOTS_OCR_API_KEY to the key that the server was started with"
 QWEN_PACKAGES: Final = ("torch", "transformers")
 # Where the role dots_ocr_server writes what it knows of the servers of a host.
 DEPLOYED: Final = Path("/etc/dots-ocr/server")
@@ -95,7 +96,7 @@ async def _server(engine: VLLMEngine, seconds: float, ocr: bool) -> list[Check]:
         cards = await asyncio.wait_for(engine.models(seconds), seconds)
     except Unauthorized as error:
         reached = Check("server", "ok", f"{engine.base_url} answers", seconds=time.monotonic() - started)
-        refused = Check("key", "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
+        refused = Check("key", "failed", str(error), SET_KEY)
         rest = _skipped("the server wants another key", "correct the key first", "model", "context", "page")
         return [reached, await _version(engine, seconds), rest[0], refused, *rest[1:]]
     except (DotsOCRError, TimeoutError) as error:
@@ -190,39 +191,30 @@ def _adapted(base_url: str) -> list[Check]:
 
 async def _page(name: str, engine: Engine, seconds: float, wrong: str, fix: str) -> Check:
     """Have an engine read a page; `wrong` says what to do if it reads something else, and `fix` if nothing."""
-    try:
-        return await _try(name, engine, seconds, wrong)
-    except Unauthorized as error:
-        return Check(name, "failed", str(error), "set DOTS_OCR_API_KEY to the key that the server was started with")
-    except (EngineMissing, NotApplicable) as error:
-        fix = "install what is missing first, if pages are to be read by this engine"
-        return Check(name, "skipped", str(error), fix)
-    except (DotsOCRError, TimeoutError) as error:
-        detail = f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
-        return Check(name, "failed" if name == "page" else "warning", detail, fix)
-
-
-async def _try(name: str, engine: Engine, seconds: float, fix: str) -> Check:
-    """Have an engine read the page, and compare; raises what leaves nothing to compare."""
     sheet = Image.new("RGB", (1120, 140), "white")
     ImageDraw.Draw(sheet).text((28, 42), SAMPLE, "black", font=ImageFont.load_default(36))
     page = await asyncio.to_thread(PageImage.of, 1, sheet)
-    started = time.monotonic()
-    detail = ""
+    said, started = f"a test page that says {SAMPLE!r}", time.monotonic()
     try:
         async with engine.limiter:
             answer = await asyncio.wait_for(engine.read(page, Task("text"), seconds), seconds)
+    except Unauthorized as error:
+        return Check(name, "failed", str(error), SET_KEY)
+    except (EngineMissing, NotApplicable) as error:
+        fix = "install what is missing first, if pages are to be read by this engine"
+        return Check(name, "skipped", str(error), fix)
     except UnusableAnswer as error:
-        detail = f"a test page that says {SAMPLE!r} got no useful answer: {error}"
-    else:
-        if _alike(answer.text) < ALIKE:
-            detail = f"a test page that says {SAMPLE!r} was read as {answer.text[:200]!r}"
-        elif answer.engine not in (None, engine.name):
-            detail = f"a test page was read as it is, but by {answer.engine} ({answer.model}): "
-            detail += "; ".join(map(str, answer.attempts)) or "the server does not say why"
-            fix = "none if this is meant; else see why dots.ocr did not read it"
+        return Check(name, "warning", f"{said} got no useful answer: {error}", wrong, time.monotonic() - started)
+    except (DotsOCRError, TimeoutError) as error:
+        detail = f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
+        return Check(name, "failed" if name == "page" else "warning", detail, fix)
     took = time.monotonic() - started
-    if detail:
+    if _alike(answer.text) < ALIKE:
+        return Check(name, "warning", f"{said} was read as {answer.text[:200]!r}", wrong, took)
+    if answer.engine not in (None, engine.name):
+        why = "; ".join(map(str, answer.attempts)) or "the server does not say why"
+        detail = f"a test page was read as it is, but by {answer.engine} ({answer.model}): {why}"
+        fix = "none if this is meant; else see why dots.ocr did not read it"
         return Check(name, "warning", detail, fix, took)
     return Check(name, "ok", "a test page was read as it is", seconds=took)
 
@@ -244,15 +236,19 @@ async def _tesseract(engine: TesseractEngine) -> Check:
     return Check("tesseract", "ok", f"{version} with {', '.join(names)}")
 
 
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed, by their names."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def _versions() -> Check:
-    found = [f"Python {platform.python_version()}"]
-    missing = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            missing.append(name)
-    if missing:
+    found = installed(PACKAGES)
+    detail = ", ".join((f"Python {platform.python_version()}", *map(" ".join, found.items())))
+    if missing := [name for name in PACKAGES if name not in found]:
         fix = "pip install dots-ocr-client"
-        return Check("packages", "warning", f"{', '.join(found)}; not installed: {', '.join(missing)}", fix)
-    return Check("packages", "ok", ", ".join(found))
+        return Check("packages", "warning", f"{detail}; not installed: {', '.join(missing)}", fix)
+    return Check("packages", "ok", detail)

@@ -19,18 +19,10 @@ if TYPE_CHECKING:
 EVERY_SECONDS: Final = 10.0  # between two lines about pages in a log (our own choice)
 
 
-def shown() -> Silent:
-    """Return a bar for a terminal that can draw one, or else lines."""
-    return Bar() if _is_terminal() else Lines()
-
-
-def shown_on_terminals() -> Silent:
-    """Return a bar for a terminal that can draw one, which goes when all is done, or else nothing that is seen."""
-    return Bar(transient=True) if _is_terminal() else Silent()
-
-
-def _is_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+def shown(elsewhere: type[Silent]) -> Silent:
+    """Return a bar for a terminal that can draw one, else what is given; beside nothing, the bar goes in the end."""
+    draws = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return Bar(transient=elsewhere is Silent) if draws else elsewhere()
 
 
 class Silent(AbstractContextManager["Silent"]):
@@ -40,8 +32,7 @@ class Silent(AbstractContextManager["Silent"]):
         """Begin to count."""
         self._started = self._spoke = time.monotonic()
         self._documents = self._done = self._opened = self._pages = self._finished = 0
-        self._open: set[str] = set()
-        self._never_opened = 0
+        self._begun: set[str] = set()  # documents that were opened, or finished without that
 
     def documents(self, total: int) -> None:
         """Note that the batch begins, and how many documents were found."""
@@ -51,7 +42,7 @@ class Silent(AbstractContextManager["Silent"]):
     def opened(self, name: str, pages: int) -> None:
         """Note a document that is begun, and how many of its pages are to be read now, each announced with `page`."""
         self._opened += 1
-        self._open.add(name)
+        self._begun.add(name)
         self._pages += pages
         self._show()
 
@@ -63,15 +54,14 @@ class Silent(AbstractContextManager["Silent"]):
     def done(self, name: str, status: str) -> None:
         """Note a document that is finished; one that was not opened before is unchanged, or failed."""
         self._done += 1
-        self._never_opened += name not in self._open
-        self._open.discard(name)
+        self._begun.add(name)
         self._say(f"{status}: {printable(name)}")
         self._show()
 
     @property
     def _expected(self) -> int:
         """Pages in all; those of documents that are not open yet are taken for as many as the others have."""
-        still_closed = self._documents - self._opened - self._never_opened
+        still_closed = self._documents - len(self._begun)
         return self._pages + round(still_closed * self._pages / self._opened) if self._opened else still_closed
 
     @property
@@ -136,11 +126,6 @@ class Bar(Silent):
         """End the drawing."""
         self._bar.stop()
 
-    def documents(self, total: int) -> None:
-        """Note how many documents there are, and draw the bar."""
-        super().documents(total)
-        self._bar.start()
-
     def _say(self, line: str) -> None:
         if not line.startswith(("read:", "unchanged:")):
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -153,3 +138,4 @@ class Bar(Silent):
             total=self._expected,
             rate=self._rate,
         )
+        self._bar.start()  # which does nothing from the second time on

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -89,13 +90,8 @@ def as_hocr(document: Document, file: Path | None, password: str | None, dpi: in
 
 def _ranges(numbers: Sequence[int]) -> str:
     """Write ascending numbers as 1-3, 7."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and ranges[-1][-1] == number - 1:
-            ranges[-1][1:] = [number]
-        else:
-            ranges.append([number])
-    return ", ".join("-".join(map(str, one)) for one in ranges)
+    ranges = ([number for _, number in run] for _, run in groupby(enumerate(numbers), lambda one: one[1] - one[0]))
+    return ", ".join("-".join(map(str, dict.fromkeys((run[0], run[-1])))) for run in ranges)
 
 
 def expanded(files: Iterable[Path]) -> Iterator[Path]:

@@ -14,8 +14,9 @@ import math
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -29,24 +30,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from .. import errors
 from ..chain.fallback import Chain
+from ..client import DEFAULT_TIMEOUT
 from ..credentials import bare
 from ..engines import admission
 from ..engines.base import Engine
 from ..engines.defaults import ENGINES
 from ..engines.server import SERVICE
-from ..errors import (
-    AllEnginesFailed,
-    CircuitOpen,
-    ConfigurationError,
-    DeadlineExceeded,
-    EngineError,
-    EngineMissing,
-    InputError,
-    Overloaded,
-    ServerUnavailable,
-)
-from ..pages.documents import PageImage
 from ..pages.rasterizer import Rasterizer, memory
 from ..results import Attempt, Page
 from ..version import __version__
@@ -56,7 +47,6 @@ from .serve_api import Refused, answer, task_of, understand
 # The model's names, as the servers of this project serve them: whoever asks for dots.ocr is to find this service.
 SERVED_NAMES: Final = ("dots.ocr", "rednote-hilab/dots.ocr", "dotsocr-model", "model")
 KEY_VARIABLE: Final = "DOTS_OCR_SERVE_API_KEY"  # of the environment
-DEFAULT_TIMEOUT: Final = 120.0  # for one page and all engines together, in seconds; the client's own default
 DEFAULT_QUEUE: Final = 64  # pages that wait at most (our own choice: some minutes of Tesseract's work on two cores)
 # What is said to be the context, in tokens: that of dots.ocr, so that no client refuses a page for its length.
 CONTEXT: Final = 131_072
@@ -77,12 +67,10 @@ PAGE_HEADERS: Final = {
 # For so many seconds ``/health`` says the same, because anybody may ask it and a probe costs something.
 PROBE_AGE: Final = 1.0
 
-_PASSING: Final = frozenset(
-    kind.__name__ for kind in (ServerUnavailable, Overloaded, CircuitOpen, DeadlineExceeded, EngineMissing)
-)
+# Of attempts that may go well later, as they name their errors.
+_PASSING: Final = {"ServerUnavailable", "Overloaded", "CircuitOpen", "DeadlineExceeded", "EngineMissing"}
 
 T = TypeVar("T")
-_Handler = Callable[[Request], Awaitable[Response]]
 
 
 class _Metrics:
@@ -90,36 +78,23 @@ class _Metrics:
 
     def __init__(self, waiting: Callable[[], int], in_flight: Callable[[], int], engines: Iterable[str]) -> None:
         self._engines = frozenset((*ENGINES, *engines))
-        self.registry = prometheus_client.CollectorRegistry()
-        prometheus_client.ProcessCollector(registry=self.registry)
-        self.requests = prometheus_client.Counter(
-            "dots_ocr_requests", "Requests for a page, by the status of the answer", ["status"], registry=self.registry
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=registry)
+        gauge = partial(prometheus_client.Gauge, registry=registry)
+        gauge("dots_ocr_pages_waiting", "Pages that wait for an engine").set_function(waiting)
+        gauge("dots_ocr_pages_in_flight", "Pages that engines are reading").set_function(in_flight)
+        counter = partial(prometheus_client.Counter, registry=registry)
+        self.requests = counter("dots_ocr_requests", "Requests for a page, by the status of the answer", ["status"])
+        became = (
+            "Pages that an engine was asked for, by what became of it: read, failed or skipped; blank ones are by none"
         )
-        self.engine_pages = prometheus_client.Counter(
-            "dots_ocr_engine_pages",
-            "Pages that an engine was asked for, by what became of it: read, failed or skipped; blank ones are by none",
-            ["engine", "outcome"],
-            registry=self.registry,
-        )
+        self.engine_pages = counter("dots_ocr_engine_pages", became, ["engine", "outcome"])
         buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
-        self.request_seconds = prometheus_client.Histogram(
-            "dots_ocr_request_seconds",
-            "Time from the request to the answer, of pages that were read",
-            buckets=buckets,
-            registry=self.registry,
-        )
-        self.engine_seconds = prometheus_client.Histogram(
-            "dots_ocr_engine_seconds",
-            "Time that an engine took for a page that it read",
-            ["engine"],
-            buckets=buckets,
-            registry=self.registry,
-        )
-        for name, text, count in (
-            ("waiting", "Pages that wait for an engine", waiting),
-            ("in_flight", "Pages that engines are reading", in_flight),
-        ):
-            prometheus_client.Gauge(f"dots_ocr_pages_{name}", text, registry=self.registry).set_function(count)
+        seconds = partial(prometheus_client.Histogram, buckets=buckets, registry=registry)
+        answered = "Time from the request to the answer, of pages that were read"
+        self.request_seconds = seconds("dots_ocr_request_seconds", answered)
+        took = "Time that an engine took for a page that it read"
+        self.engine_seconds = seconds("dots_ocr_engine_seconds", took, ["engine"])
 
     def note(self, page: Page) -> None:
         self.engine_pages.labels(self.label(page.engine), "read").inc()
@@ -162,7 +137,7 @@ class Service:
         self._max_queue = max_queue
         self._started = int(time.time())
         self._admitted = 0
-        self._hosts = serve_http.own_names() | {host.lower() for host in hosts}
+        self._hosts = {name.lower() for name in (socket.gethostname(), *hosts)}
         self._rasterizer = Rasterizer()
         self._understanding = asyncio.Semaphore(self._rasterizer.workers)  # takes several times a request's length
         # Pages that are drawn and wait for an engine take up to 34 MB each.
@@ -174,17 +149,16 @@ class Service:
 
     def app(self) -> Starlette:
         """Return the ASGI application; its shutdown closes the engines."""
-        guarded = self._guarded
         return Starlette(
             routes=[
                 Route("/", self._answer_page),
                 Route("/health", self._answer_health),
                 Route("/metrics", self._answer_metrics),
                 Route("/version", self._answer_version),
-                Route("/v1/models", guarded(self._answer_models)),
-                Route("/v1/chat/completions", self._counted(guarded(self._answer_completion)), methods=["POST"]),
+                Route("/v1/models", self._answer_models),
+                Route("/v1/chat/completions", self._answer_completion, methods=["POST"]),
             ],
-            exception_handlers={Refused: _refuse, HTTPException: _refuse, 500: _refuse},
+            exception_handlers={HTTPException: _refuse, 500: _refuse},
             lifespan=self._lifespan,
         )
 
@@ -197,38 +171,13 @@ class Service:
             for engine in self._engines:
                 await engine.aclose()
 
-    def _guarded(self, handle: _Handler) -> _Handler:
+    def _check_caller(self, request: Request) -> None:
         """Ask for the key; without one, refuse pages of the web that make a browser ask."""
-
-        async def guarded(request: Request) -> Response:
-            if self._api_key is None:
-                serve_http.check_sender(request, self._hosts)
-            scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            if self._api_key is not None and not (
-                scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), self._api_key.encode())
-            ):
-                raise Refused(401, "Unauthorized", "send the service's API key: Authorization: Bearer KEY")
-            return await handle(request)
-
-        return guarded
-
-    def _counted(self, handle: _Handler) -> _Handler:
-        """Count what becomes of requests."""
-
-        async def counted(request: Request) -> Response:
-            begin, status = time.monotonic(), 500
-            try:
-                response = await handle(request)
-                status = response.status_code
-                self._metrics.request_seconds.observe(time.monotonic() - begin)
-            except Refused as refused:
-                status = refused.status
-                raise
-            finally:
-                self._metrics.requests.labels(str(status)).inc()
-            return response
-
-        return counted
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if self._api_key is None:
+            serve_http.check_sender(request, self._hosts)
+        elif scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self._api_key.encode()):
+            raise Refused(401, "Unauthorized", "send the service's API key: Authorization: Bearer KEY")
 
     async def _answer_page(self, request: Request) -> Response:
         health = await self._answer_health(request)
@@ -256,7 +205,8 @@ class Service:
     async def _answer_version(self, _: Request) -> Response:
         return JSONResponse({"version": __version__})
 
-    async def _answer_models(self, _: Request) -> Response:
+    async def _answer_models(self, request: Request) -> Response:
+        self._check_caller(request)
         card = {
             "object": "model",
             "created": self._started,
@@ -268,6 +218,21 @@ class Service:
         return JSONResponse({"object": "list", "data": [{"id": name, **card} for name in self._names]})
 
     async def _answer_completion(self, request: Request) -> Response:
+        """Read a page, and count what becomes of the request."""
+        begin, status = time.monotonic(), 500
+        try:
+            response = await self._read(request)
+            status = response.status_code
+            self._metrics.request_seconds.observe(time.monotonic() - begin)
+        except Refused as refused:
+            status = refused.status_code
+            raise
+        finally:
+            self._metrics.requests.labels(str(status)).inc()
+        return response
+
+    async def _read(self, request: Request) -> Response:
+        self._check_caller(request)
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             message = "the request is not of the type application/json. Fix: send Content-Type: application/json"
             raise Refused(415, "UnsupportedMediaTypeError", message)
@@ -291,16 +256,19 @@ class Service:
             await self._turns.acquire()
             end_turn = admission.turn(self._turns)
             try:
-                image = await self._draw(question.picture)
+                with await self._rasterizer.open(question.picture) as document:
+                    if len(document.numbers) != 1:
+                        raise errors.InputError(f"the image has {len(document.numbers)} pages: send them one by one")
+                    image = await self._rasterizer.draw(document.reference(1))
                 task, doubts = task_of(question, image)
                 page = await self._chain.ask(image, task, end_turn)
             finally:
                 end_turn()
-        except InputError as error:
+        except errors.InputError as error:
             raise Refused(400, "BadRequestError", str(error), "messages") from error
-        except ConfigurationError as error:
+        except errors.ConfigurationError as error:
             raise Refused(500, "InternalServerError", f"this service is not set up rightly: {error}") from error
-        except AllEnginesFailed as error:
+        except errors.AllEnginesFailed as error:
             self._note(error.attempts)
             more: dict[str, Any] = {"dots_ocr": {"attempts": [asdict(attempt) for attempt in error.attempts]}}
             if any(attempt.error in _PASSING for attempt in error.attempts):
@@ -309,12 +277,6 @@ class Service:
         self._note(page.attempts)
         self._metrics.note(page)
         return answer(question, task, image, page, doubts)
-
-    async def _draw(self, picture: bytes) -> PageImage:
-        with await self._rasterizer.open(picture) as document:
-            if len(document.numbers) != 1:
-                raise InputError(f"the image has {len(document.numbers)} pages: send them one by one")
-            return await self._rasterizer.draw(document.reference(1))
 
     async def _body(self, request: Request, held: contextlib.ExitStack) -> bytearray:
         """Receive a request, as far as it may be long and take time; its place in memory is held."""
@@ -355,7 +317,7 @@ class Service:
         seconds = min(engine.expected_seconds / engine.limiter.limit for engine in self._engines)
         message = why if more else f"{why}: come back later"
         refused = Refused(503, "ServiceUnavailableError", message, **more)
-        refused.headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+        refused.headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
         return refused
 
     def _in_flight(self) -> int:
@@ -373,7 +335,9 @@ def read_key(file: Path | None) -> str | None:
     """
     key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8", errors="replace")
     if key is not None and (not (key := bare(key)) or not all("!" <= one <= "~" for one in key)):
-        raise ConfigurationError(f"{file or KEY_VARIABLE} holds no key: one line of printable ASCII without spaces")
+        raise errors.ConfigurationError(
+            f"{file or KEY_VARIABLE} holds no key: one line of printable ASCII without spaces"
+        )
     return key
 
 
@@ -386,7 +350,7 @@ def listen(host: str, port: int, *, public: bool) -> socket.socket:
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if not (public or ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback):
-        raise ConfigurationError(
+        raise errors.ConfigurationError(
             f"{host} can be reached by other machines, and there is no API key: give --api-key-file (or set "
             f"{KEY_VARIABLE}), listen on 127.0.0.1, or allow it with --no-api-key"
         )
@@ -435,7 +399,7 @@ async def _probe(engine: Engine) -> str:
             await engine.probe(PROBE_SECONDS)
     except TimeoutError:
         return f"no answer within {PROBE_SECONDS:g} s"
-    except (EngineError, ConfigurationError) as error:
+    except (errors.EngineError, errors.ConfigurationError) as error:
         return f"{type(error).__name__}: {error}"
     return "ok"
 
@@ -465,11 +429,11 @@ def _gone() -> Refused:
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
-    headers = None
-    if isinstance(error, HTTPException):
-        kind = "NotFoundError" if error.status_code == 404 else "HTTPError"
-        headers, error = error.headers, Refused(error.status_code, kind, error.detail)
-    elif not isinstance(error, Refused):
+    if not isinstance(error, HTTPException):
         error = Refused(500, "InternalServerError", "a fault of this service: look at its log")
-    about = {"message": str(error), "type": error.kind, "param": error.param, "code": error.status}
-    return JSONResponse({"error": about, **error.more}, error.status, headers=headers or error.headers)
+    elif not isinstance(error, Refused):
+        kind, headers = "NotFoundError" if error.status_code == 404 else "HTTPError", error.headers
+        error = Refused(error.status_code, kind, error.detail)
+        error.headers = headers
+    about = {"message": error.detail, "type": error.kind, "param": error.param, "code": error.status_code}
+    return JSONResponse({"error": about, **error.more}, error.status_code, headers=error.headers)

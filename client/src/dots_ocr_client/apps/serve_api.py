@@ -9,9 +9,10 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..engines.base import Task
@@ -20,7 +21,7 @@ from ..errors import InputError
 from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import MODES, PLACEHOLDER, Mode
-from ..results import Box, Page, layout
+from ..results import Box, Cell, Page, layout
 
 # Commas and brackets of a request (our own choice: there are some 20, and those of the prompt).
 MAX_PARTS: Final = 100_000
@@ -34,17 +35,13 @@ _SVG: Final = re.compile(re.sub(r"\\\{(?:width|height)\\\}", r"\\d+", re.escape(
 _FIXED: Final[dict[str, Mode]] = {spec.prompt.strip(): mode for mode, spec in MODES.items() if "{" not in spec.prompt}
 
 
-class Refused(Exception):
+class Refused(HTTPException):
     """A request is answered with an error."""
 
     def __init__(self, status: int, kind: str, message: str, param: str | None = None, **more: Any) -> None:
         """Take what the answer is to say."""
-        super().__init__(message)
-        self.status = status
-        self.kind = kind
-        self.param = param
-        self.more = more
-        self.headers: dict[str, str] = {}
+        super().__init__(status, message)
+        self.kind, self.param, self.more = kind, param, more
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +176,13 @@ def answer(question: Question, task: Task, image: PageImage, page: Page, doubts:
     if question.stream:
         events = _events({**common, "object": "chat.completion.chunk"}, text, about, usage, question.include_usage)
         return StreamingResponse(events, headers=headers, media_type="text/event-stream")
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
-    completion = {**common, "object": "chat.completion", "choices": [choice], "usage": usage, "dots_ocr": about}
+    choices = _choices("stop", message={"role": "assistant", "content": text})
+    completion = {**common, "object": "chat.completion", "choices": choices, "usage": usage, "dots_ocr": about}
     return JSONResponse(completion, headers=headers)
+
+
+def _choices(finish_reason: str | None, **said: dict[str, str]) -> list[dict[str, Any]]:
+    return [{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}]
 
 
 async def _events(
@@ -191,11 +191,8 @@ async def _events(
     def event(**fields: Any) -> str:
         return f"data: {json.dumps({**common, **fields}, ensure_ascii=False)}\n\n"
 
-    def choice(delta: dict[str, str], finish_reason: str | None) -> list[dict[str, Any]]:
-        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
-
-    yield event(choices=choice({"role": "assistant", "content": text}, None))
-    yield event(choices=choice({}, "stop"), dots_ocr=about)
+    yield event(choices=_choices(None, delta={"role": "assistant", "content": text}))
+    yield event(choices=_choices("stop", delta={}), dots_ocr=about)
     if include_usage:
         yield event(choices=[], usage=usage)
     yield "data: [DONE]\n\n"
@@ -205,18 +202,10 @@ def _cells(page: Page, *, texts: bool) -> str:
     """Write a layout as dots.ocr does: boxes in pixels of the image as the model would see it."""
     own = (page.width, page.height)
     seen = images.smart_resize(*own)
-    if page.cells:
-        cells = [(cell.category, cell.box, cell.text) for cell in page.cells]
-    else:
-        cells = [("Text", Box(0, 0, *own), page.text)] if page.text else []
-    values = []
-    for category, box, text in cells:
-        value: dict[str, Any] = {} if box is None else {"bbox": list(layout.to_seen(box, seen, own))}
-        value["category"] = category
-        if texts and category != "Picture":
-            value["text"] = text
-        values.append(value)
-    return json.dumps(values, ensure_ascii=False)
+    cells = page.cells or ((Cell("Text", Box(0, 0, *own), page.text),) if page.text else ())
+    return layout.as_answer(
+        (replace(cell, box=cell.box and layout.to_seen(cell.box, seen, own)) for cell in cells), texts=texts
+    )
 
 
 def _usage(question: Question, image: PageImage, page: Page, text: str) -> dict[str, int]:

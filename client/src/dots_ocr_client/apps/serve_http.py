@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import ipaddress
 import logging
-import socket
 from asyncio import BaseTransport, TimerHandle
 from collections.abc import Collection
 from typing import Any, Final
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 import h11
 from starlette.requests import Request
 from uvicorn.config import LOGGING_CONFIG
-from uvicorn.logging import AccessFormatter, DefaultFormatter
+from uvicorn.logging import DefaultFormatter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..texts import printable
@@ -33,13 +32,12 @@ _QUIET: Final = ("/health", "/metrics")
 class Connection(H11Protocol):
     """A connection that does not wait for ever, and makes room for others while it waits."""
 
-    _timer: TimerHandle | None = None
-    _stall: TimerHandle | None = None
     # When it began to wait for a request, or for the rest of one; ``None`` while one is answered.
     _since: float | None = None
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Close the connection that has waited the longest, if this is one too many; if none waits, this one."""
+        self._timers: dict[str, TimerHandle] = {}
         super().connection_made(transport)  # type: ignore[arg-type]
         if len(self.connections) > MAX_CONNECTIONS:
             others = [one for one in self.connections if isinstance(one, Connection) and one._since is not None]
@@ -61,37 +59,37 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing any more."""
         super().connection_lost(exc)
-        for timer in (self._timer, self._stall):
-            if timer is not None:
-                timer.cancel()
-        self._timer = self._stall = None
+        for what in tuple(self._timers):
+            self._stop(what)
 
     def pause_writing(self) -> None:
         """Wait for the client to take its answer."""
         super().pause_writing()
-        self._stall = self._stall or self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._start("answer", STALL_SECONDS)
 
     def resume_writing(self) -> None:
         """Go on."""
         super().resume_writing()
-        if self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
+        self._stop("answer")
 
     def _look(self) -> None:
         if self.transport.is_closing():
             return
         state = self.conn.their_state
-        if state is not h11.IDLE:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-        elif self._timer is None:
-            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
-        if state not in (h11.IDLE, h11.SEND_BODY):
-            self._since = None
-        elif self._since is None:
-            self._since = self.loop.time()
+        if state is h11.IDLE:
+            self._start("head", HEAD_SECONDS)
+        else:
+            self._stop("head")
+        waits = state in (h11.IDLE, h11.SEND_BODY)
+        self._since = (self._since or self.loop.time()) if waits else None
+
+    def _start(self, what: str, seconds: float) -> None:
+        if what not in self._timers:
+            self._timers[what] = self.loop.call_later(seconds, self.transport.abort)
+
+    def _stop(self, what: str) -> None:
+        if timer := self._timers.pop(what, None):
+            timer.cancel()
 
 
 def check_sender(request: Request, hosts: Collection[str]) -> None:
@@ -105,25 +103,17 @@ def check_sender(request: Request, hosts: Collection[str]) -> None:
         name = (urlsplit(f"//{given}").hostname or "").rstrip(".")
     except ValueError:  # half a bracket
         name = ""
+    why = None
+    for origin in request.headers.getlist("origin"):
+        if origin not in (f"http://{given}", f"https://{given}"):
+            why = f"pages of {origin[:60]!r} may not use this service. Fix: send no Origin, or start it with an API key"
     if not (name and (_is_address(name) or "." not in name or name.endswith(".localhost") or name in hosts)):
-        raise Refused(
-            403,
-            "PermissionDeniedError",
+        why = (
             f"this service does not go by the name {given[:60]!r}. Fix: call it by its address, start it with "
-            "--allow-host NAME, or with an API key",
+            "--allow-host NAME, or with an API key"
         )
-    origins = request.headers.getlist("origin")
-    if any(origin not in (f"http://{given}", f"https://{given}") for origin in origins):
-        raise Refused(
-            403,
-            "PermissionDeniedError",
-            f"pages of {origins[0][:60]!r} may not use this service. Fix: send no Origin, or start it with an API key",
-        )
-
-
-def own_names() -> set[str]:
-    """Return the names of this machine that it knows without asking anybody."""
-    return {socket.gethostname().lower()}
+    if why:
+        raise Refused(403, "PermissionDeniedError", why)
 
 
 def _is_address(name: str) -> bool:
@@ -135,16 +125,25 @@ def _is_address(name: str) -> bool:
 
 
 def log_config() -> dict[str, Any]:
-    """Return uvicorn's own, for `logging.config`, in lines that no client can forge or make endless."""
+    """Return uvicorn's own, for `logging.config`, in lines that no client can forge."""
     config = copy.deepcopy(LOGGING_CONFIG)
-    for name, kind in (("default", _Formatter), ("access", _AccessFormatter)):
-        config["formatters"][name] |= {"()": kind, "use_colors": False}
+    for formatter in config["formatters"].values():
+        formatter["use_colors"] = False
+    config["formatters"]["default"]["()"] = _Formatter
     return config
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Leave out what watchdogs and Prometheus ask for every few seconds."""
-    return not any(f" {path} " in record.getMessage() for path in _QUIET)
+    """Leave out what watchdogs and Prometheus ask for every few seconds, and make the rest printable and short."""
+    if any(f" {path} " in record.getMessage() for path in _QUIET):
+        return False
+    assert isinstance(record.args, tuple)
+    record.args = tuple(_short(value) if isinstance(value, str) else value for value in record.args)
+    return True
+
+
+def _short(text: str) -> str:
+    return printable(text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}...")
 
 
 class _Formatter(DefaultFormatter):
@@ -153,14 +152,3 @@ class _Formatter(DefaultFormatter):
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).splitlines())
-
-
-class _AccessFormatter(AccessFormatter):
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        short = copy.copy(record)
-        assert isinstance(record.args, tuple)
-        short.args = tuple(
-            f"{value[:LOGGED_CHARACTERS]}..." if isinstance(value, str) and len(value) > LOGGED_CHARACTERS else value
-            for value in record.args
-        )
-        return printable(super().formatMessage(short))

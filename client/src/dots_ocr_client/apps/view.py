@@ -39,13 +39,11 @@ def write_view(document: Document, pages: Iterable[PageImage], file: Path) -> No
 
 def _parts(document: Document, pages: Iterable[PageImage]) -> Iterator[str]:
     yield _head(document)
-    pictures = iter(pages)
-    picture: PageImage | None = None
+    drawn = iter(pages)
+    picture = next(drawn, None)
     for page in document.pages:
-        while picture is None or picture.number < page.number:
-            picture = next(pictures, None)
-            if picture is None:
-                break
+        while picture is not None and picture.number < page.number:
+            picture = next(drawn, None)
         yield _page(page, picture if picture is not None and picture.number == page.number else None)
     yield f"</main>\n</div>\n<script>{_asset('view.js')}</script>\n</html>\n"
 

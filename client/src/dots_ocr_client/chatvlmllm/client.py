@@ -117,8 +117,16 @@ class VLLMDotsOCRClient:
     def state(self, seconds: float = 0.0) -> State:
         """Return the server's state, as of the last so many seconds. It is asked by one thread, the others wait."""
         with self._asking:
-            if time.monotonic() - self._state.asked >= seconds:
-                self._state = self._look()
+            if time.monotonic() - self._state.asked < seconds:
+                return self._state
+            context, queue, fault = self._state.context, None, self.fault()
+            if fault is None:
+                for card in self.get_models().get("data", ()):
+                    length = card.get("max_model_len")
+                    context = length if type(length) is int and 0 < length < MAX_COUNT else context
+                counts = dict(_METRIC.findall(self.metrics() or ""))
+                queue = (int(counts["running"]), int(counts["waiting"])) if len(counts) == 2 else None
+            self._state = State(fault, context, queue, time.monotonic())
             return self._state
 
     def get_models(self) -> dict[str, Any]:
@@ -214,26 +222,7 @@ class VLLMDotsOCRClient:
 
     def complete(self, conversation: Conversation, max_tokens: int | None = None) -> dict[str, Any]:
         """Return the answer to a conversation as a completion of vLLM; `None` tokens: as many as the context allows."""
-        task = task_of(conversation.prompt) if conversation.one_page else None
-        if task is None:
-            if not self._warned:
-                self._warned = True
-                _log.warning("dots.ocr was not trained with this prompt and may ignore it: %.100r", conversation.prompt)
-            try:
-                completion = self._loop.run(self._work(lambda seconds: self._send(conversation, max_tokens, seconds)))
-            except errors.CutOff as error:
-                if not error.text.strip():
-                    raise
-                return completion_of(error.text + CUT_OFF, MODEL, finish_reason="length")
-            if not completion.text.strip():
-                raise errors.UnusableAnswer("the answer is empty")
-            return completion_of(completion.text, completion.model, completion)
-        assert conversation.page is not None
-        page = conversation.page
-        answer = self._loop.run(self._work(lambda seconds: self._engine.read(page, task, seconds)))
-        for warning in answer.warnings:
-            _log.warning("%s", warning)
-        return completion_of(content_of(answer, conversation.prompt), answer.model, answer)
+        return self._loop.run(self._complete(conversation, max_tokens))
 
     def attempt(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> dict[str, Any] | Exception:
         """Answer a conversation as `complete` does, or return why the server does not; only an `InputError` is raised.
@@ -293,16 +282,6 @@ class VLLMDotsOCRClient:
         except (errors.DotsOCRError, TimeoutError):
             return None
 
-    def _look(self) -> State:
-        context, queue, fault = self._state.context, None, self.fault()
-        if fault is None:
-            for card in self.get_models().get("data", ()):
-                length = card.get("max_model_len")
-                context = length if type(length) is int and 0 < length < MAX_COUNT else context
-            counts = dict(_METRIC.findall(self.metrics() or ""))
-            queue = (int(counts["running"]), int(counts["waiting"])) if len(counts) == 2 else None
-        return State(fault, context, queue, time.monotonic())
-
     # Both are made on the loop, where their connections are.
     @functools.cached_property
     def _engine(self) -> VLLMEngine:
@@ -321,26 +300,42 @@ class VLLMDotsOCRClient:
 
         return self._loop.run(ask())
 
-    async def _work(self, work: Callable[[float], Awaitable[T]]) -> T:
+    async def _complete(self, conversation: Conversation, max_tokens: int | None) -> dict[str, Any]:
         async with self._engine.limiter:
             seconds = TIMEOUT + await self._engine.more_seconds()
             try:
                 async with asyncio.timeout(seconds):
-                    return await work(seconds)
+                    return await self._answer(conversation, max_tokens, seconds)
             except TimeoutError:
                 raise errors.DeadlineExceeded(f"no answer within {seconds:g} s: look at the server's load") from None
 
-    async def _send(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> Completion:
+    async def _answer(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> dict[str, Any]:
+        page, task = conversation.page, task_of(conversation.prompt) if conversation.one_page else None
+        if page is not None and task is not None:
+            answer = await self._engine.read(page, task, seconds)
+            for warning in answer.warnings:
+                _log.warning("%s", warning)
+            return completion_of(content_of(answer, conversation.prompt), answer.model, answer)
+        if not self._warned:
+            self._warned = True
+            _log.warning("dots.ocr was not trained with this prompt and may ignore it: %.100r", conversation.prompt)
         messages = await asyncio.to_thread(conversation.encoded)
         request: dict[str, Any] = {"model": self._engine.model, "messages": messages, "temperature": 0.0}
-        if max_tokens is not None:
+        bounded = request if max_tokens is None else {**request, "max_completion_tokens": max_tokens}
+        try:
             try:
-                bounded = {**request, "max_completion_tokens": max_tokens}
-                return await self._server.complete(bounded, b"", seconds, stream=False)
+                completion = await self._server.complete(bounded, b"", seconds, stream=False)
             except errors.RequestRejected as error:
-                if not is_about_length(error):
+                if bounded is request or not is_about_length(error):
                     raise
-        return await self._server.complete(request, b"", seconds, stream=False)
+                completion = await self._server.complete(request, b"", seconds, stream=False)
+        except errors.CutOff as error:
+            if not error.text.strip():
+                raise
+            return completion_of(error.text + CUT_OFF, MODEL, finish_reason="length")
+        if not completion.text.strip():
+            raise errors.UnusableAnswer("the answer is empty")
+        return completion_of(completion.text, completion.model, completion)
 
     async def _aclose(self) -> None:
         with contextlib.suppress(errors.DotsOCRError):  # the address or the key is none

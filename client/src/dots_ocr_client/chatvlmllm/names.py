@@ -26,16 +26,14 @@ def _public(module: ast.Module) -> Iterator[str]:
             if node.name not in DROPPED:
                 yield node.name
             if isinstance(node, ast.ClassDef):
-                names = {name for name in _members(node) if not name.startswith("_")}
-                yield from (f"{node.name}.{name}" for name in sorted(names))
+                yield from (f"{node.name}.{name}" for name in sorted(_members(node)) if not name.startswith("_"))
 
 
-def _members(node: ast.ClassDef) -> Iterator[str]:
-    for part in ast.walk(node):
-        if isinstance(part, ast.FunctionDef):
-            yield part.name
-        elif isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store) and ast.unparse(part.value) == "self":
-            yield part.attr
+def _members(node: ast.AST) -> set[str]:
+    parts = [*ast.walk(node)]
+    stored = (part for part in parts if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store))
+    own = {part.attr for part in stored if ast.unparse(part.value) == "self"}
+    return own | {part.name for part in parts if isinstance(part, ast.FunctionDef)}
 
 
 def _has(name: str) -> bool:
@@ -43,8 +41,7 @@ def _has(name: str) -> bool:
     found = getattr(replacement, kind, None)
     if found is None or not member:
         return found is not None
-    (node,) = ast.parse(inspect.getsource(found)).body
-    return hasattr(found, member) or (isinstance(node, ast.ClassDef) and member in _members(node))
+    return hasattr(found, member) or member in _members(ast.parse(inspect.getsource(found)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import io
 import logging
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -29,7 +28,7 @@ from ..pages.documents import PageImage
 from ..prompts import MODES
 from . import settings
 from .client import DEFAULT_PROMPT, DEFAULT_URL, State, VLLMDotsOCRClient, completion_of, get_vllm_dots_ocr_client
-from .fallback import Fallback
+from .integration import Fallback
 from .messages import Conversation
 from .trained import task_of
 from .words import Explained, explain, is_about_the_key, is_absent
@@ -305,7 +304,8 @@ class VLLMStreamlitAdapter:
     def _read(self, image: Any, prompt: str) -> tuple[str, str, int]:
         """Return the text, what a person has to know of how it came about, and the tokens."""
         client = self.container_manager.vllm
-        prompt = prompt if task_of(prompt) else DEFAULT_PROMPT
+        task = task_of(prompt)
+        prompt = prompt if task else DEFAULT_PROMPT
         notes: list[str] = []
 
         def read(page: PageImage) -> dict[str, Any]:
@@ -315,7 +315,9 @@ class VLLMStreamlitAdapter:
             notes[:] = [words_for(answer, client)]
             if is_about_the_key(answer):
                 raise Explained(notes[0])
-            text = self._read_without(page, prompt)
+            self._fallback = self._fallback or Fallback("tesseract")  # whose layouts always have texts
+            layout = task is not None and task.mode == "layout_only"
+            text = self._fallback.read(page, MODES["layout"].prompt if layout else prompt)
             notes.append("Страницу прочитал Tesseract: проверьте текст.")
             return completion_of(text, "tesseract")
 
@@ -326,12 +328,6 @@ class VLLMStreamlitAdapter:
             return "", "\n\n".join(filter(None, (f"❌ {notes[0] if notes else explain(error)}", without))), 0
         note = "⚠️ " + "\n\n".join(notes) if notes else ""
         return completion["choices"][0]["message"]["content"], note, completion["usage"].get("total_tokens", 0)
-
-    def _read_without(self, page: PageImage, prompt: str) -> str:
-        """Have Tesseract read a page, whose layouts always have texts."""
-        self._fallback = self._fallback or Fallback("tesseract")
-        task = task_of(prompt)
-        return self._fallback.read(page, MODES["layout"].prompt if task and task.mode == "layout_only" else prompt)
 
 
 def create_vllm_interface() -> None:
@@ -417,13 +413,10 @@ def _tell_chat(prompt: str, note: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[None]:
+def _progress() -> contextlib.AbstractContextManager[object]:
     """Show that a page is being read and for how long, if this runs in a page of Streamlit."""
     st = _streamlit()
     if st is None:
-        yield
-        return
+        return contextlib.nullcontext()
     clock = {"show_time": True} if "show_time" in inspect.signature(st.spinner).parameters else {}
-    with st.spinner("🔄 dots.ocr читает страницу…", **clock):
-        yield
+    return st.spinner("🔄 dots.ocr читает страницу…", **clock)  # type: ignore[no-any-return]

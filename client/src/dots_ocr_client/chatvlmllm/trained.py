@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any, Final
+from typing import Final
 
 from ..engines.base import Answer, Task
 from ..prompts import MODES, PLACEHOLDER, Mode
 from ..results import Box, Page
+from ..results.layout import as_answer
 
 
 def _normal(text: str) -> str:
@@ -96,13 +96,4 @@ def content_of(answer: Answer | Page, prompt: str = "") -> str:
     kind = MODES[answer.mode].answer
     if kind == "text":
         return answer.text
-    cells: list[dict[str, Any]] = []
-    for cell in answer.cells:
-        if wanted not in (None, cell.category):
-            continue
-        values: dict[str, Any] = {} if cell.box is None else {"bbox": list(cell.box)}
-        values["category"] = cell.category
-        if kind == "cells" and cell.category != "Picture":
-            values["text"] = cell.text
-        cells.append(values)
-    return json.dumps(cells, ensure_ascii=False)
+    return as_answer((cell for cell in answer.cells if wanted in (None, cell.category)), texts=kind == "cells")

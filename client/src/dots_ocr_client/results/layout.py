@@ -146,6 +146,18 @@ def plain_text(cells: Iterable[Cell]) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
+def as_answer(cells: Iterable[Cell], *, texts: bool) -> str:
+    """Write cells as dots.ocr does, with their boxes as they are: a cell without one has no ``bbox``."""
+    values = []
+    for cell in cells:
+        value: dict[str, Any] = {} if cell.box is None else {"bbox": list(cell.box)}
+        value["category"] = cell.category
+        if texts and cell.category != "Picture":
+            value["text"] = cell.text
+        values.append(value)
+    return json.dumps(values, ensure_ascii=False)
+
+
 def _values(answer: str, notes: Counter[str]) -> list[Any] | None:
     """Return the values that should be cells, or ``None`` if there is no sign of any."""
     found: Counter[str] = Counter()

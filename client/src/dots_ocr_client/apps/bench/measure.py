@@ -96,10 +96,6 @@ class _Reading:
     error: Exception | None = None
 
 
-class _Unavailable(Exception):
-    """The engine cannot be measured; says why."""
-
-
 def ratios(measurement: Measurement, first: Measurement | None) -> dict[str, float]:
     """Compare an engine with the first one: ``pages_per_second`` at its best, and ``p50`` at the lowest concurrency."""
     if first is None or not measurement.loads or not first.loads:
@@ -135,10 +131,10 @@ async def measure(
         return Measurement(engine.name, f"it does not know the mode {mode}")
     task, most = Task(mode), engine.limiter.limit
     say(f"{engine.name}: first page")
-    try:
-        first, again = await _first(engine, pages, task, seconds)
-    except _Unavailable as error:
-        return Measurement(engine.name, str(error))
+    found = await _first(engine, pages, task, seconds)
+    if isinstance(found, str):
+        return Measurement(engine.name, found)
+    first, again = found
     loads: list[Load] = []
     whole: list[_Reading] = []  # each page once
     variant = 1
@@ -171,25 +167,25 @@ async def measure(
 
 async def _first(
     engine: Engine, pages: Sequence[BenchmarkPage], task: Task, seconds: float
-) -> tuple[_Reading, _Reading]:
-    """Read the first page that is something for the engine, twice."""
+) -> tuple[_Reading, _Reading] | str:
+    """Read the first page that is something for the engine, twice; or say why the engine cannot be measured."""
     try:
         async with asyncio.timeout(seconds):
             await engine.probe(seconds)
     except (DotsOCRError, TimeoutError) as error:
-        raise _Unavailable(str(error) or f"no answer within {seconds:g} s") from error
+        return str(error) or f"no answer within {seconds:g} s"
     reasons: list[str] = []
     for page in pages:
         first = await _time(engine, page, page.image, task, seconds)
         if str(first.error) == REHEARSES:
-            raise _Unavailable(REHEARSES)
+            return REHEARSES
         if not isinstance(first.error, _ABSENT):
             again = await _time(engine, page, await asyncio.to_thread(page.variant, 0), task, seconds)
             return first, again
         reasons.append(str(first.error))
         if not isinstance(first.error, NotApplicable):
             break
-    raise _Unavailable("; ".join(dict.fromkeys(reasons)))
+    return "; ".join(dict.fromkeys(reasons))
 
 
 async def _time(engine: Engine, page: BenchmarkPage, image: PageImage, task: Task, seconds: float) -> _Reading:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ...errors import InputError
 from ...pages import images
 from ...pages.documents import PageImage
-from ...pages.rasterizer import Rasterizer
+from ...pages.rasterizer import draw, open_document
 
 # The size of a generated page in pixels: A4 at 200 dpi, the resolution at which PDFs are drawn.
 A4: Final = (1654, 2339)
@@ -77,9 +78,12 @@ class BenchmarkPage:
 
 def generate_pages(count: int) -> list[BenchmarkPage]:
     """Draw pages of text, English and (with a font that has Cyrillic) Russian by turns; the same ones each time."""
-    path = _font()
-    languages = list(_TEXTS) if path else ["English"]
-    font = ImageFont.truetype(path, _LETTERS) if path else ImageFont.load_default(_LETTERS)
+    languages = list(_TEXTS)
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    try:
+        font = ImageFont.truetype(_FONT, _LETTERS)  # found where the system keeps its fonts
+    except OSError:
+        languages, font = ["English"], ImageFont.load_default(_LETTERS)
     return [_generate(number, languages[number % len(languages)], font) for number in range(count)]
 
 
@@ -87,35 +91,17 @@ def _generate(number: int, language: str, font: ImageFont.FreeTypeFont | ImageFo
     chance = random.Random(number)
     paragraphs = [" ".join(chance.sample(_TEXTS[language], _SENTENCES)) for _ in range(_PARAGRAPHS)]
     picture = Image.new("RGB", A4, "white")
-    draw = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(picture)
     top = _MARGIN
     for paragraph in paragraphs:
-        for line in _wrapped(paragraph):
-            draw.text((_MARGIN, top), line, "black", font=font)
+        for line in textwrap.wrap(paragraph, _COLUMNS, break_long_words=False, break_on_hyphens=False):
+            pen.text((_MARGIN, top), line, "black", font=font)
             top += _LINE
         top += _LINE
     return BenchmarkPage(f"{language} {number + 1}", language, PageImage.of(number + 1, picture), "\n".join(paragraphs))
 
 
-def _wrapped(paragraph: str) -> list[str]:
-    lines = [""]
-    for word in paragraph.split():
-        if len(lines[-1]) + len(word) >= _COLUMNS:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return lines
-
-
-def _font() -> str | None:
-    """Find a font with Cyrillic, where the system keeps its fonts."""
-    try:
-        ImageFont.truetype(_FONT, _LETTERS)
-    except OSError:
-        return None
-    return _FONT
-
-
-async def load_pages(files: Sequence[Path]) -> list[BenchmarkPage]:
+def load_pages(files: Sequence[Path]) -> list[BenchmarkPage]:
     """Draw every page of some documents.
 
     Beside ``NAME.pdf`` (or another ending) there may be ``NAME.txt`` in UTF-8 with what it says, page after page with a
@@ -126,19 +112,14 @@ async def load_pages(files: Sequence[Path]) -> list[BenchmarkPage]:
             than `MOST_PAGES` pages.
     """
     pages: list[BenchmarkPage] = []
-    rasterizer = Rasterizer()
-    try:
-        for file in files:
-            with await rasterizer.open(file) as document:
-                if len(pages) + document.page_count > MOST_PAGES:
-                    raise InputError(f"a benchmark takes {MOST_PAGES} pages at most: give fewer files, or shorter ones")
-                truths = _truths(file, document.page_count)
-                for number, truth in zip(document.numbers, truths, strict=True):
-                    name = document.name if document.page_count == 1 else f"{document.name}, page {number}"
-                    image = await rasterizer.draw(document.reference(number))
-                    pages.append(BenchmarkPage(name, GIVEN, image, truth))
-    finally:
-        rasterizer.close()
+    for file in files:
+        with open_document(file) as document:
+            if len(pages) + document.page_count > MOST_PAGES:
+                raise InputError(f"a benchmark takes {MOST_PAGES} pages at most: give fewer files, or shorter ones")
+            truths = _truths(file, document.page_count)
+            for number, truth in zip(document.numbers, truths, strict=True):
+                name = document.name if document.page_count == 1 else f"{document.name}, page {number}"
+                pages.append(BenchmarkPage(name, GIVEN, draw(document.reference(number)), truth))
     return pages
 
 

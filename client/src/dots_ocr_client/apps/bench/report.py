@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 from ...texts import count
+from ..doctor import installed
 from .measure import Load, Measurement, first_measured, ratios
 from .pages import BenchmarkPage
 
@@ -90,19 +91,13 @@ class BenchmarkReport:
 
 def describe_machine() -> dict[str, Any]:
     """Return the time, the processors and the versions that a run depends on."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
         "processors": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": installed(PACKAGES),
     }
 
 
@@ -158,13 +153,10 @@ def _errors(one: Measurement) -> str:
 
 
 def _not_read(loads: Sequence[Load]) -> str:
-    counts: dict[str, int] = {}
-    for load in loads:
-        for kind, number in load.failures.items():
-            counts[kind] = counts.get(kind, 0) + number
-    total = sum(counts.values()) + sum(load.read for load in loads)
+    counts = sum((Counter(load.failures) for load in loads), Counter[str]())
+    total = counts.total() + sum(load.read for load in loads)
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))
-    return f"{sum(counts.values())} of {total}" + (f" ({kinds})" if kinds else "")
+    return f"{counts.total()} of {total}" + (f" ({kinds})" if kinds else "")
 
 
 def _cell(text: str) -> str:
