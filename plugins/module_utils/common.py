@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def ask(*command: str, timeout: float | None = None) -> str:
     """Return what a program prints; nothing if it fails or is missing."""
     status, output, _ = run(*command, timeout=timeout)
     return output if status == 0 else ""
+
+
+def together(*works: Callable[[], Any]) -> list[Any]:
+    """Do work that waits for other programs at the same time, and return the results in this order."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(work) for work in works]]
 
 
 def require(*command: str) -> str:

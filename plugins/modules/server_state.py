@@ -9,8 +9,8 @@ module: server_state
 short_description: What is known of the servers on this host
 description:
   - Reads the servers' settings, units, images and proven state, and who listens where.
-  - On request takes the lock of this host first, so that two deployments do not meet, and has each server prove that it
-    reads. Changes nothing else.
+  - On request takes the lock of this host first, so that two deployments do not meet. Or it has each server prove that
+    it reads, without looking at anything else. Changes nothing else.
 options:
   lock: {description: Take the lock under this description. In check mode it is not taken., type: str}
   lock_seconds: {description: "When systemd takes the lock back, should the controller die.", type: int, default: 86400}
@@ -66,19 +66,26 @@ locked: {description: Whether the lock that was asked for has been taken., retur
 holder: {description: Why it has not been., returned: success, type: str}
 proofs:
   description: What each server that was asked for it said. Empty if one could not prove it.
-  returned: success
+  returned: with O(prove)
   type: list
   elements: str
+pages:
+  description: Once all have proven it, what C(golden_pages) says of each server, as of a loop of commands.
+  returned: with O(prove)
+  type: list
+  elements: dict
+  sample: [{item: dots-ocr, rc: 0, stdout: "{}", stderr: ""}]
 """
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils.common import ask, run
+from ..module_utils.common import ask, run, together
 
 DEFINITION = Path("/etc/dots-ocr/server")
 PROVEN = Path("/var/lib/dots-ocr/states/good/server")
@@ -116,6 +123,11 @@ def ask_docker(servers: Settings) -> dict[str, Any]:
     return {pin: images[0] for pin, images in found.items() if images}
 
 
+def ask_state() -> bool:
+    """Tell whether what is installed is the state that was last proven to read."""
+    return json.loads(ask(f"{PROGRAMS}/state", "compare") or "{}").get("same", False) is True
+
+
 def ask_listeners() -> dict[str, str]:
     """Return who listens, by port."""
     found: dict[str, str] = {}
@@ -126,7 +138,7 @@ def ask_listeners() -> dict[str, str]:
 
 
 def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
-    """Tell whether nothing is left to be done for what is installed."""
+    """Tell whether the units of what is installed are as they should be."""
     for name, server in servers.items():
         unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
         watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
@@ -134,7 +146,7 @@ def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
             return False
         if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
             return False
-    return bool(servers) and json.loads(ask(f"{PROGRAMS}/state", "compare") or "{}").get("same", False) is True
+    return bool(servers)
 
 
 def stopped(servers: Settings, units: dict[str, dict[str, str]]) -> str:
@@ -155,13 +167,19 @@ def prove(name: str, server: dict[str, Any], isolated: bool) -> str:
     commands: list[tuple[str, ...]] = [(*show, "--entrypoint=nvidia-smi", server["image"]["pin"], "-L")]
     commands += [(f"{PROGRAMS}/api_firewall", "close", name)] if server["allowed_networks"] else []
     commands += [(f"{PROGRAMS}/isolated_network", "prove", name)] if isolated else []
-    if any(run(*command)[0] != 0 for command in commands):
-        return ""
-    return str(json.loads(ask(f"{PROGRAMS}/ready", name, "--keep-compiled") or "{}").get("summary", ""))
+    commands += [(f"{PROGRAMS}/ready", name, "--keep-compiled")]
+    done = together(*(partial(run, *command) for command in commands))
+    return str(json.loads(done[-1][1]).get("summary", "")) if all(status == 0 for status, *_ in done) else ""
+
+
+def read_golden_pages(name: str) -> dict[str, Any]:
+    """Return what became of a server's golden pages, as a loop of commands returns it."""
+    status, output, errors = run(f"{PROGRAMS}/golden_pages", name, "compare")
+    return {"item": name, "rc": status, "stdout": output, "stderr": errors}
 
 
 def main() -> None:
-    """Take the lock, look, have it proven, and give the lock back, as far as that is wanted."""
+    """Have it proven, or take the lock and look, as far as that is wanted."""
     module = AnsibleModule(
         argument_spec={
             "lock": {"type": "str"},
@@ -179,24 +197,28 @@ def main() -> None:
         options = (f"--unit={LOCK}", f"--description={wanted['lock']}", limit, "--quiet")
         status, _, holder = run("systemd-run", *options, "sleep", "infinity")
     servers = settings(DEFINITION)
-    proofs = [prove(name, servers[name], wanted["isolated"]) for name in wanted["prove"]]
-    proofs = proofs if all(proofs) else []
-    if wanted["unlock"] and proofs:
-        run("systemctl", "stop", LOCK)
-    units = ask_systemd(servers)
+    if wanted["prove"]:
+        proofs = [prove(name, servers[name], wanted["isolated"]) for name in wanted["prove"]]
+        proofs = proofs if all(proofs) else []
+        if wanted["unlock"] and proofs:
+            run("systemctl", "stop", LOCK)
+        pages = [read_golden_pages(name) for name in wanted["prove"]] if proofs else []
+        module.exit_json(changed=False, proofs=proofs, pages=pages)
+    units, same, images, listeners = together(
+        partial(ask_systemd, servers), ask_state, partial(ask_docker, servers), ask_listeners
+    )
     module.exit_json(
         changed=False,
         servers=servers,
         proven=settings(PROVEN),
         running=[name for name in servers if units.get(f"{name}.service", {}).get("ActiveState") in HELD],
         stopped=stopped(servers, units),
-        settled=settled(servers, units),
-        images=ask_docker(servers),
-        listeners=ask_listeners(),
+        settled=same and settled(servers, units),
+        images=images,
+        listeners=listeners,
         now=int(time.time()),
         locked=status == 0,
         holder=holder.strip(),
-        proofs=proofs,
     )
 
 

@@ -24,6 +24,7 @@ ANSWERS = {
     "state compare": '{"same": true}',
     "ready dots-ocr": '{"ready": true, "summary": "It reads."}',
     "docker run": "GPU 0",
+    "golden_pages dots-ocr": '{"passed": true}',
     "isolated_network prove": "",
     "api_firewall close": "",
     "journalctl": "2026-11-30T11:13:13+00:00 host systemd[1]: Stopped dots-ocr.service.\n",
@@ -145,10 +146,19 @@ def test_a_lock_that_another_holds_is_not_taken(host: Host, capsys: pytest.Captu
 
 def test_a_server_proves_that_it_reads_and_the_lock_goes_back(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.settings["allowed_networks"] = ["192.0.2.0/24"]
-    assert host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)["proofs"] == ["It reads."]
+    found = host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)
+    assert found["proofs"] == ["It reads."]
+    assert found["pages"] == [{"item": "dots-ocr", "rc": 0, "stdout": '{"passed": true}', "stderr": ""}]
     assert "systemctl stop dots-ocr-deployment.service" in host.called
     for command in ("docker run", "isolated_network prove", "api_firewall close", "ready dots-ocr"):
         host.answers = {**ANSWERS, command: None}
         host.called.clear()
-        assert host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)["proofs"] == []
+        found = host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)
+        assert (found["proofs"], found["pages"]) == ([], [])
         assert not any(words.startswith("systemctl stop") for words in host.called)
+
+
+def test_golden_pages_that_differ_leave_the_proof_as_it_is(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers["golden_pages dots-ocr"] = None
+    found = host.look(capsys, prove=["dots-ocr"])
+    assert (found["proofs"], [one["rc"] for one in found["pages"]]) == (["It reads."], [1])
