@@ -55,7 +55,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import engine as engines
-from ..module_utils.common import RECORDS, ask
+from ..module_utils.common import RECORDS, ask, together
 
 COMMAND = Path("/usr/bin/docker")
 SOCKET = Path("/var/run/docker.sock")
@@ -130,11 +130,26 @@ def judge(info: dict[str, Any], components: str, has_iptables: bool) -> Iterator
         }
 
 
+def ask_package(program: str) -> tuple[str, str]:
+    """Return the package that a program came with, and its version."""
+    package = ask("dpkg-query", "--search", program).split(":")[0] if program else ""
+    return package, ask("dpkg-query", "--show", "--showformat=${Version}", package) if package else ""
+
+
+def ask_running() -> list[str]:
+    """Return the running containers that a restart of the engine would end for good."""
+    running = ask("docker", "ps", "--quiet").split()
+    return running_containers(json.loads(ask("docker", "inspect", *running) or "[]")) if running else []
+
+
 def look(packages: str | None = None) -> dict[str, Any]:
     """Look at the engine of this host, and whether that set of packages brought it."""
     program = shutil.which("dockerd", path=engines.PLACES)
-    package = ask("dpkg-query", "--search", program).split(":")[0] if program else ""
-    package_version = ask("dpkg-query", "--show", "--showformat=${Version}", package) if package else ""
+    active, enabled, (package, package_version) = together(
+        lambda: ask("systemctl", "is-active", "docker.service").strip() == "active",
+        lambda: ask("systemctl", "is-enabled", "docker.service").strip() == "enabled",
+        lambda: ask_package(program or ""),
+    )
     engine: dict[str, Any] = {
         "program": program or "",
         "version": parse_version(package_version or (ask(program, "--version") if program else "")),
@@ -152,18 +167,16 @@ def look(packages: str | None = None) -> dict[str, Any]:
         engine["origin"] = "snap"
     elif is_podman(COMMAND):
         engine["origin"] = "podman"
-    active = ask("systemctl", "is-active", "docker.service").strip() == "active"
-    engine["up"] = active and ask("systemctl", "is-enabled", "docker.service").strip() == "enabled"
+    engine["up"] = active and enabled
     # An engine that is stopped stays so: to ask Docker's socket would start it.
     if shutil.which("docker", path=engines.PLACES) and (active or ask("systemctl", "is-active", "docker.socket") == ""):
-        answer = engines.read_object(ask("docker", "info", "--format", "{{json .}}"))
-        names = ask("docker", "version", "--format", "{{range .Server.Components}}{{.Name}} {{end}}")
-        engine["problems"] = list(judge(answer, names, shutil.which("iptables", path=engines.PLACES) is not None))
-    if program and SOCKET.exists() and active:
-        running = ask("docker", "ps", "--quiet").split()
-        engine["running"] = (
-            running_containers(json.loads(ask("docker", "inspect", *running) or "[]")) if running else []
+        answer, names, running = together(
+            lambda: engines.read_object(ask("docker", "info", "--format", "{{json .}}")),
+            lambda: ask("docker", "version", "--format", "{{range .Server.Components}}{{.Name}} {{end}}"),
+            lambda: ask_running() if program and SOCKET.exists() and active else [],
         )
+        engine["problems"] = list(judge(answer, names, shutil.which("iptables", path=engines.PLACES) is not None))
+        engine["running"] = running
     return engine
 
 
