@@ -153,8 +153,8 @@ def prove(name: str, server: dict[str, Any], isolated: bool) -> str:
     """Return how a server has proven that it reads; nothing if it could not prove all of it."""
     show = ("docker", "run", "--rm", "--pull=never", "--network=none", f"--device={server['device']}")
     commands: list[tuple[str, ...]] = [(*show, "--entrypoint=nvidia-smi", server["image"]["pin"], "-L")]
-    commands += [(f"{PROGRAMS}/api_firewall", "close", name)] if server["allowed_networks"] else []
-    commands += [(f"{PROGRAMS}/isolated_network", "prove", name)] if isolated else []
+    commands += [(f"{PROGRAMS}/firewall", "close", name)] if server["allowed_networks"] else []
+    commands += [(f"{PROGRAMS}/firewall", "prove", name)] if isolated else []
     if any(run(*command)[0] != 0 for command in commands):
         return ""
     return str(json.loads(ask(f"{PROGRAMS}/ready", name, "--keep-compiled") or "{}").get("summary", ""))

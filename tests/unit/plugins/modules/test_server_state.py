@@ -24,8 +24,8 @@ ANSWERS = {
     "state compare": '{"same": true}',
     "ready dots-ocr": '{"ready": true, "summary": "It reads."}',
     "docker run": "GPU 0",
-    "isolated_network prove": "",
-    "api_firewall close": "",
+    "firewall prove": "",
+    "firewall close": "",
     "journalctl": "2026-11-30T11:13:13+00:00 host systemd[1]: Stopped dots-ocr.service.\n",
     "systemd-run": "",
     "systemctl stop": "",
@@ -147,7 +147,7 @@ def test_a_server_proves_that_it_reads_and_the_lock_goes_back(host: Host, capsys
     host.settings["allowed_networks"] = ["192.0.2.0/24"]
     assert host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)["proofs"] == ["It reads."]
     assert "systemctl stop dots-ocr-deployment.service" in host.called
-    for command in ("docker run", "isolated_network prove", "api_firewall close", "ready dots-ocr"):
+    for command in ("docker run", "firewall prove", "firewall close", "ready dots-ocr"):
         host.answers = {**ANSWERS, command: None}
         host.called.clear()
         assert host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)["proofs"] == []
