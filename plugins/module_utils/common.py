@@ -26,10 +26,14 @@ class Problem(Exception):
         super().__init__(f"{cause}. Fix: {fix}." if fix else f"{cause}.")
 
 
-def answer(module: AnsibleModule, work: Callable[[], dict[str, Any]]) -> None:
-    """End a module with what the work returns, or with its Problem."""
+def answer(options: dict[str, Any], work: Callable[[dict[str, Any], bool], dict[str, Any]]) -> None:
+    """Run a module that takes these options: it ends with what the work returns, or with its Problem.
+
+    The work is given the parameters, and whether it is only to be foreseen.
+    """
+    module = AnsibleModule(argument_spec=options, supports_check_mode=True)
     try:
-        result = work()
+        result = work(module.params, module.check_mode)
     except Problem as problem:
         module.fail_json(msg=str(problem))
     module.exit_json(**result)

@@ -82,8 +82,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils import apt
 from ..module_utils.common import RECORDS, Problem, answer, ask, remove_empty, require, write
 
@@ -329,31 +327,28 @@ def main() -> None:
     """Run the module."""
     texts = {"type": "list", "elements": "str", "default": []}
     flag = {"type": "bool", "default": False}
-    module = AnsibleModule(
-        argument_spec={
-            "id": {"type": "str", "required": True},
-            "name": texts,
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "version": {"type": "dict", "default": {}},
-            "hold": flag,
-            "blacklist": texts,
-            "release": {"type": "str", "default": ""},
-            "refresh": {"type": "bool", "default": True},
-            "replace": texts,
-            "upgrade": flag,
-            "lock_timeout": {"type": "int", "default": 600},
-        },
-        supports_check_mode=True,
-    )
+    options = {
+        "id": {"type": "str", "required": True},
+        "name": texts,
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        "version": {"type": "dict", "default": {}},
+        "hold": flag,
+        "blacklist": texts,
+        "release": {"type": "str", "default": ""},
+        "refresh": {"type": "bool", "default": True},
+        "replace": texts,
+        "upgrade": flag,
+        "lock_timeout": {"type": "int", "default": 600},
+    }
 
-    def work() -> dict[str, Any]:
-        packages = Set(module.params, module.check_mode)
-        result = packages.present() if module.params["state"] == "present" else packages.absent()
-        names = [name for name in module.params["name"] if packages.is_installed(name)]
+    def work(params: dict[str, Any], check: bool) -> dict[str, Any]:
+        packages = Set(params, check)
+        result = packages.present() if params["state"] == "present" else packages.absent()
+        names = [name for name in params["name"] if packages.is_installed(name)]
         installed = {name: packages.packages[name]["version"] for name in names}
         return {"would_install": [], "kept": [], "installed": installed, **result}
 
-    answer(module, work)
+    answer(options, work)
 
 
 if __name__ == "__main__":

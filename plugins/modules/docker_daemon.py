@@ -70,8 +70,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils.common import RECORDS, Problem, answer, read, remove_empty, run, write
 from ..module_utils.engine import DAEMON, PLACES, UNFIT
 
@@ -361,24 +359,21 @@ def main() -> None:
     address = {"type": "str", "no_log": True}
     words = {"http": address, "https": address, "no_proxy": {"type": "str"}}
     # An empty object for each: Ansible fills the one of proxy, and would fill those that share it.
-    module = AnsibleModule(
-        argument_spec={
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "required": {"type": "dict", "default": {}},
-            "defaults": {"type": "list", "elements": "dict", "default": []},
-            "options": {"type": "dict", "default": {}},
-            "proxy": {"type": "dict", "default": {}, "options": words},
-            "registry_ca": {"type": "dict", "default": {}},
-        },
-        supports_check_mode=True,
-    )
-    configuration = Configuration(module.params, module.check_mode)
+    options = {
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        "required": {"type": "dict", "default": {}},
+        "defaults": {"type": "list", "elements": "dict", "default": []},
+        "options": {"type": "dict", "default": {}},
+        "proxy": {"type": "dict", "default": {}, "options": words},
+        "registry_ca": {"type": "dict", "default": {}},
+    }
 
-    def work() -> dict[str, Any]:
-        restart = configuration.present() if module.params["state"] == "present" else configuration.absent()
+    def work(params: Options, check: bool) -> dict[str, Any]:
+        configuration = Configuration(params, check)
+        restart = configuration.present() if params["state"] == "present" else configuration.absent()
         return {"changed": configuration.changed, "restart": restart}
 
-    answer(module, work)
+    answer(options, work)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils import engine as engines
-from ..module_utils.common import RECORDS, ask, together
+from ..module_utils.common import RECORDS, answer, ask, together
 
 COMMAND = Path("/usr/bin/docker")
 SOCKET = Path("/var/run/docker.sock")
@@ -182,8 +180,7 @@ def look(packages: str | None = None) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(argument_spec={"set": {"type": "str"}}, supports_check_mode=True)
-    module.exit_json(changed=False, engine=look(module.params["set"]))
+    answer({"set": {"type": "str"}}, lambda params, _: {"changed": False, "engine": look(params["set"])})
 
 
 if __name__ == "__main__":

@@ -60,8 +60,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils.common import Problem, answer, read_text, remove_empty, run, write
 
 UNITS = ("nvidia-cdi-refresh.path", "nvidia-cdi-refresh.service")
@@ -421,16 +419,17 @@ class Devices:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec={
-            "device": {"type": "str", "default": "nvidia.com/gpu=all"},
-            "disabled_hooks": {"type": "list", "elements": "str", "default": []},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        },
-        supports_check_mode=True,
-    )
-    devices = Devices(module.params, module.check_mode)
-    answer(module, devices.present if module.params["state"] == "present" else devices.absent)
+    options = {
+        "device": {"type": "str", "default": "nvidia.com/gpu=all"},
+        "disabled_hooks": {"type": "list", "elements": "str", "default": []},
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    }
+
+    def work(params: dict[str, Any], check: bool) -> dict[str, Any]:
+        devices = Devices(params, check)
+        return devices.present() if params["state"] == "present" else devices.absent()
+
+    answer(options, work)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ advice:
 
 import http.client
 import json
+import math
 import os
 import platform
 import re
@@ -132,11 +133,10 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import engine
-from ..module_utils.cards import OLDEST_OPEN, needs_open_modules, version, why_none
+from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
 from ..module_utils.common import ask, read_text, run
 
 Host = dict[str, Any]
-Problem = dict[str, str]
 
 OLDEST_RELEASES = {"debian": "12", "ubuntu": "22.04"}
 OLDEST_SYSTEMD = 249  # of the directives that the units use
@@ -176,9 +176,9 @@ LOADED_MODULE = Path("/proc/driver/nvidia/version")
 # Packages of a driver, of kernel modules and of their libraries, in Debian's, Ubuntu's and NVIDIA's names. The
 # container toolkit and the package that only pins a branch are none.
 DRIVER_PACKAGES = re.compile(
-    rb"^Package: ((?:nvidia-(?!container|driver-pinning)|libnvidia-(?!container)|linux-(?:modules|objects|signatures)"
-    rb"-nvidia-|cuda-drivers|libcuda1|libcudadebugger1|xserver-xorg-video-nvidia)\S*)\n"
-    rb"(?:[A-Z]\S*: .*\n)*?Status: \S+ \S+ installed$",
+    r"^Package: ((?:nvidia-(?!container|driver-pinning)|libnvidia-(?!container)|linux-(?:modules|objects|signatures)"
+    r"-nvidia-|cuda-drivers|libcuda1|libcudadebugger1|xserver-xorg-video-nvidia)\S*)\n"
+    r"(?:[A-Z]\S*: .*\n)*?Status: \S+ \S+ installed$",
     re.MULTILINE,
 )
 
@@ -199,11 +199,6 @@ FIRST_ENGINE_WITH_CONTAINERD_STORE = 29
 
 TIMEOUT = 10  # seconds, for whatever is asked; a driver that hangs gets a minute
 GPU_TIMEOUT = 60
-
-
-def trouble(problem: str, fix: str, mended_by: str = "") -> Problem:
-    """Return a problem with its fix, and the role that deals with it."""
-    return {"problem": problem, "fix": fix, "mended_by": mended_by}
 
 
 def judge(host: Host, requirements: dict[str, Any]) -> list[Problem]:
@@ -630,10 +625,7 @@ def measure_driver(kernel: str) -> dict[str, str]:
 
 def measure_packages(status: Path) -> list[str]:
     """Return the installed packages that are of a driver of NVIDIA, by dpkg's own file: fast, and without a program."""
-    try:
-        return sorted(name.decode() for name in DRIVER_PACKAGES.findall(status.read_bytes()))
-    except OSError:
-        return []
+    return sorted(DRIVER_PACKAGES.findall(read_text(status)))
 
 
 def measure_wsl() -> dict[str, str]:
@@ -726,8 +718,13 @@ def image_folder(info: Host) -> str:
 
 def starts_with_containerd() -> bool:
     """Tell whether the engine that is installed, or will be, keeps its first images in containerd's store."""
-    release = re.search(r"version (\d+)", ask("dockerd", "--version", timeout=TIMEOUT))
-    return release is None or int(release.group(1)) >= FIRST_ENGINE_WITH_CONTAINERD_STORE
+    return (first_number("dockerd", "--version") or math.inf) >= FIRST_ENGINE_WITH_CONTAINERD_STORE
+
+
+def first_number(*command: str) -> int:
+    """Return the first number that a program prints, 0 if it prints none."""
+    found = re.search(r"\d+", ask(*command, timeout=TIMEOUT))
+    return int(found[0]) if found else 0
 
 
 def measure_ports(ports: list[int]) -> list[Host]:
@@ -756,20 +753,6 @@ def free_gib(path: str) -> int:
     return shutil.disk_usage(existing(path)).free >> 30
 
 
-def measure_systemd() -> int:
-    """Return the version of systemd, 0 if there is none."""
-    found = re.match(r"systemd (\d+)", ask("systemctl", "--version", timeout=TIMEOUT))
-    return int(found.group(1)) if found else 0
-
-
-def measure_secure_boot() -> bool:
-    """Tell whether the firmware says that Secure Boot is on: four bytes of attributes, then the value."""
-    try:
-        return SECURE_BOOT.read_bytes()[4:] == b"\x01"
-    except OSError:
-        return False
-
-
 def measure(ports: list[int], with_processes: bool) -> Host:
     """Measure this host."""
     try:
@@ -786,12 +769,12 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "platform": kind,
         "container": measure_container(),
         "systemd": Path("/run/systemd/system").is_dir(),
-        "systemd_version": measure_systemd(),
+        "systemd_version": first_number("systemctl", "--version"),
         "distribution": release.get("ID", ""),
         "distribution_version": release.get("VERSION_ID", ""),
         "architecture": platform.machine(),
         "kernel_release": kernel,
-        "secure_boot": measure_secure_boot(),
+        "secure_boot": read_text(SECURE_BOOT)[4:] == "\x01",  # after four bytes of attributes
         "docker_engine": shutil.which("dockerd", path=engine.PLACES) is not None,
         "memory_total_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "nvidia_pci_devices": len(devices),

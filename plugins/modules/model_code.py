@@ -54,7 +54,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
+from ..module_utils.common import answer
 
 KEY = "auto_map"
 # Data of the tokenizer, megabytes without settings; transformers reads no auto_map there.
@@ -110,20 +110,18 @@ def refused(folder: Path, allowed: list[str], architectures: list[str]) -> list[
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec={
-            "path": {"type": "str", "required": True},
-            "allowed": {"type": "list", "elements": "str", "required": True},
-            "architectures": {"type": "list", "elements": "str", "default": ["DotsOCRForCausalLM"]},
-        },
-        supports_check_mode=True,
-    )
-    folder = Path(module.params["path"] or "/nonexistent")
-    module.exit_json(
-        changed=False,
-        exists=(folder / "config.json").is_file(),
-        refused=refused(folder, module.params["allowed"], module.params["architectures"]),
-    )
+    options = {
+        "path": {"type": "str", "required": True},
+        "allowed": {"type": "list", "elements": "str", "required": True},
+        "architectures": {"type": "list", "elements": "str", "default": ["DotsOCRForCausalLM"]},
+    }
+
+    def work(params: dict[str, Any], _check: bool) -> dict[str, Any]:
+        folder = Path(params["path"] or "/nonexistent")
+        found = refused(folder, params["allowed"], params["architectures"])
+        return {"changed": False, "exists": (folder / "config.json").is_file(), "refused": found}
+
+    answer(options, work)
 
 
 if __name__ == "__main__":

@@ -104,8 +104,6 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils import apt
 from ..module_utils.cards import OLDEST_OPEN, is_blackwell, needs_open_modules, why_none
 from ..module_utils.common import RECORDS, Problem, answer, ask, read_text, run
@@ -525,24 +523,20 @@ def measure(release: str) -> System:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec={
-            "host": {"type": "dict", "required": True},
-            "branch": {"type": "str", "default": "auto"},
-            "package_version": {"type": "str", "default": ""},
-            "source": {"type": "str", "choices": ["auto", "ubuntu", "cuda_repo"], "default": "auto"},
-            "lock_timeout": {"type": "int", "default": 600},
-        },
-        supports_check_mode=True,
-    )
-    host = module.params["host"]
-    wishes = Wishes(module.params["branch"], module.params["package_version"], module.params["source"])
+    options = {
+        "host": {"type": "dict", "required": True},
+        "branch": {"type": "str", "default": "auto"},
+        "package_version": {"type": "str", "default": ""},
+        "source": {"type": "str", "choices": ["auto", "ubuntu", "cuda_repo"], "default": "auto"},
+        "lock_timeout": {"type": "int", "default": 600},
+    }
 
-    def work() -> dict[str, Any]:
+    def work(params: dict[str, Any], _check: bool) -> dict[str, Any]:
+        host, wishes = params["host"], Wishes(params["branch"], params["package_version"], params["source"])
         try:
             plan = make_plan(host, measure(host["kernel_release"]), wishes)
         except NotInLists:
-            apt.refresh(module.params["lock_timeout"])
+            apt.refresh(params["lock_timeout"])
             plan = make_plan(host, measure(host["kernel_release"]), wishes)
         units = ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system")
         return {
@@ -552,7 +546,7 @@ def main() -> None:
             **plan,
         }
 
-    answer(module, work)
+    answer(options, work)
 
 
 if __name__ == "__main__":

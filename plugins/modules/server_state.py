@@ -165,8 +165,8 @@ def prove(name: str, server: dict[str, Any], isolated: bool) -> str:
     """Return how a server has proven that it reads; nothing if it could not prove all of it."""
     show = ("docker", "run", "--rm", "--pull=never", "--network=none", f"--device={server['device']}")
     commands: list[tuple[str, ...]] = [(*show, "--entrypoint=nvidia-smi", server["image"]["pin"], "-L")]
-    commands += [(f"{PROGRAMS}/api_firewall", "close", name)] if server["allowed_networks"] else []
-    commands += [(f"{PROGRAMS}/isolated_network", "prove", name)] if isolated else []
+    commands += [(f"{PROGRAMS}/firewall", "close", name)] if server["allowed_networks"] else []
+    commands += [(f"{PROGRAMS}/firewall", "prove", name)] if isolated else []
     commands += [(f"{PROGRAMS}/ready", name, "--keep-compiled")]
     done = together(*(partial(run, *command) for command in commands))
     return str(json.loads(done[-1][1]).get("summary", "")) if all(status == 0 for status, *_ in done) else ""

@@ -71,8 +71,6 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, unescape
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils.cards import version
 from ..module_utils.common import RECORDS, Problem, answer, read, remove_empty, run, write
 
@@ -430,8 +428,9 @@ def describe_change(change: Change) -> dict[str, str]:
     return {"before_header": str(file), "after_header": str(file), "before": old, "after": new}
 
 
-def apply(params: dict[str, Any], record: dict[str, Any], real: bool) -> dict[str, Any]:
-    """Do what is asked, if it is for real; writes on the record. Everything that can be refused is refused first."""
+def apply(params: dict[str, Any], check: bool) -> dict[str, Any]:
+    """Do what is asked, unless it is only to be foreseen. Everything that can be refused is refused first."""
+    record: dict[str, Any] = json.loads(read(RECORDS / RECORD) or "{}")
     absent, wishes, touched = params["state"] == "absent", params["windows"], record.get("windows", {})
     asked = bool(touched) if absent else wishes is not None
     update = check_wishes(wishes) if asked and not absent else False
@@ -459,7 +458,7 @@ def apply(params: dict[str, Any], record: dict[str, Any], real: bool) -> dict[st
     changes = [change for change in files if change[1] != change[2]]
     result["changed"] |= register or unregister or bool(changes)
     result["diff"] = [describe_change(change) for change in changes]
-    if not real:
+    if check:
         return result
     # Written before the changes, so that what is half done can be put back; after them, if it says that all is.
     if not absent:
@@ -490,26 +489,21 @@ def write_record(record: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        {
-            "state": {"choices": ["present", "absent"], "default": "present"},
-            "conf": {"type": "dict", "default": {}},
-            "windows": {
-                "type": "dict",
-                "options": {
-                    "config": {"type": "dict", "default": {}},
-                    "logon_task": {"type": "bool", "default": True},
-                    "distribution": {"default": ""},
-                    "floor": {"default": ""},
-                    "update": {"type": "bool", "default": False},
-                },
+    options = {
+        "state": {"choices": ["present", "absent"], "default": "present"},
+        "conf": {"type": "dict", "default": {}},
+        "windows": {
+            "type": "dict",
+            "options": {
+                "config": {"type": "dict", "default": {}},
+                "logon_task": {"type": "bool", "default": True},
+                "distribution": {"default": ""},
+                "floor": {"default": ""},
+                "update": {"type": "bool", "default": False},
             },
         },
-        supports_check_mode=True,
-    )
-    file = RECORDS / RECORD
-    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    answer(module, lambda: apply(module.params, record, not module.check_mode))
+    }
+    answer(options, apply)
 
 
 if __name__ == "__main__":

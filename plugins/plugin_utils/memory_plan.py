@@ -32,7 +32,7 @@ UTILIZATION_CAP = 0.85  # the rest is for what vLLM does not see when it measure
 # it to main memory and everything runs 2 to 6 times slower, silently; and what Windows' desktop uses varies.
 RESERVE_MIB = {"bare_metal": 512, "wsl2": 1_024}
 STABLE_UTILIZATION = 0.05  # up to this much more is not worth a restart
-# A KV cache that differs by more than this part from the plan is one to learn from, and to tell (files/measure too).
+# A KV cache that differs by more than this part from the plan is one to learn from, and to tell (files/ready too).
 LEARN_FROM = 0.1
 
 # vLLM counts the pages that it reads and those that wait: for each that is read, four may wait.
@@ -174,7 +174,7 @@ def memory_plan(
         running: Whether the server runs now and holds the memory of `previous`.
         lowered: By how much a failed start showed the plan to be too high: `utilization`, the fraction to take off one
             that is planned, and `below`, the limits of which a lower rung is wanted. Wishes stay as they are.
-        measured: What vLLM said when it started with `previous`, as files/measure of the role dots_ocr_server records
+        measured: What vLLM said when it started with `previous`, as files/ready of the role dots_ocr_server tells
             it. Where its KV cache on a GPU differs by more than a tenth from what was planned, the next plan counts on
             the difference: while card, platform and the wishes that cost memory stay, never where `lowered` says that
             a plan was too high, never for images larger than those it was measured with where it was more than planned,

@@ -25,8 +25,8 @@ ANSWERS = {
     "ready dots-ocr": '{"ready": true, "summary": "It reads."}',
     "docker run": "GPU 0",
     "golden_pages dots-ocr": '{"passed": true}',
-    "isolated_network prove": "",
-    "api_firewall close": "",
+    "firewall prove": "",
+    "firewall close": "",
     "journalctl": "2026-11-30T11:13:13+00:00 host systemd[1]: Stopped dots-ocr.service.\n",
     "systemd-run": "",
     "systemctl stop": "",
@@ -150,7 +150,7 @@ def test_a_server_proves_that_it_reads_and_the_lock_goes_back(host: Host, capsys
     assert found["proofs"] == ["It reads."]
     assert found["pages"] == [{"item": "dots-ocr", "rc": 0, "stdout": '{"passed": true}', "stderr": ""}]
     assert "systemctl stop dots-ocr-deployment.service" in host.called
-    for command in ("docker run", "isolated_network prove", "api_firewall close", "ready dots-ocr"):
+    for command in ("docker run", "firewall prove", "firewall close", "ready dots-ocr"):
         host.answers = {**ANSWERS, command: None}
         host.called.clear()
         found = host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)
