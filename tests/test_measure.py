@@ -120,7 +120,7 @@ def test_more_than_a_tenth_from_the_plan_is_told_and_learned(host: Host, tokens:
     assert found["note"] == note
     gpu = {"memory_total_mib": 16303, "memory_free_mib": 15791}
     last = memory_plan.memory_plan(gpu, "bare_metal")
-    memory = memory_plan.read_gpu(gpu, "bare_metal", 0)
+    memory = memory_plan.Memory("bare_metal", *gpu.values())
     assert bool(memory_plan.learn_from(last, found, memory, {}, []).gib) == bool(note)
 
 

@@ -258,8 +258,9 @@ class Configuration:
         certificates = {registry: self.certificate(registry) for registry in self.params["registry_ca"]}
         if wanted != existing:
             validate(wanted)
-        # First: without it, what was there before would be lost by a run that is cut off here.
-        self.write(RECORD, render(record_of(before, wanted)), 0o600)
+        # First what absent needs: without it, what was there before would be lost by a run that is cut off here.
+        kept = None if before is None else base64.b64encode(before).decode()
+        self.write(RECORD, render({"before": kept, "written": wanted}), 0o600)
         restart = wanted != existing and self.write(DAEMON, render(wanted))
         return self.write_others(render_proxy(self.params["proxy"]), certificates) or restart
 
@@ -341,11 +342,6 @@ def render(options: Options) -> bytes:
     """Return a daemon.json."""
     # Half a character, which JSON can write as \uD800, is no UTF-8.
     return (json.dumps(options, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
-
-
-def record_of(before: bytes | None, written: Options) -> Options:
-    """Return what absent needs to know: the file of before, and what we made of it."""
-    return {"before": None if before is None else base64.b64encode(before).decode(), "written": written}
 
 
 def is_wsl() -> bool:

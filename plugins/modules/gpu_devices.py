@@ -275,10 +275,6 @@ class Devices:
         _, listed, said = self.ask("nvidia-ctk", "cdi", "list")
         return listed.split(), said.partition("registry errors were reported")[2].partition("\n")[2]
 
-    def devices(self) -> list[str]:
-        """Return the CDI devices."""
-        return self.registry()[0]
-
     def enable(self) -> bool:
         """Have the units work at boot and on changes."""
         states = self.ask("systemctl", "is-enabled", *UNITS)[1].split()
@@ -374,7 +370,7 @@ class Devices:
             write(ENVIRONMENT, wanted or None, keep=True)
         changed = changed or wanted != told
         before = read_text(SPECIFICATION)
-        found = self.devices()
+        found, _ = self.registry()
         stale = why_stale(before, read_text(LOADED_DRIVER).strip())
         if unwanted := [hook for hook in self.hooks if re.search(rf"\b{re.escape(hook)}\b", before)]:
             stale = f"it has the hook {unwanted[0]}"
@@ -385,7 +381,7 @@ class Devices:
             return {**result, "changed": changed or bool(stale)}
         if stale:
             self.refresh(stale)
-            result["devices"] = self.devices()
+            result["devices"], _ = self.registry()
         after = read_text(SPECIFICATION)
         fingerprint = self.fingerprint(after)
         if read_text(STAMP) != fingerprint:

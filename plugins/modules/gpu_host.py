@@ -154,10 +154,15 @@ PCI = Path("/sys/bus/pci/devices")
 # Drivers of the kernel that keep a card for a virtual machine.
 RESERVING_DRIVERS = ("vfio-pci", "pci-stub", "xen-pciback")
 NAT_FIX = "put networkingMode=nat below [wsl2] in Windows' %UserProfile%\\.wslconfig, then in Windows: wsl --shutdown"
-QUERY = ("index", "name", "memory.total", "memory.free", "compute_cap", "driver_version")
-# A row of the answer to it. A name may have a comma, and a word in brackets may stand for any other value.
-ROW = re.compile(r"(\d+),\s*(.+),\s*([^,]+),\s*([^,]+),\s*([^,]+),\s*([^,]+)")
-VALUES = {"memory.total": r"\d+", "memory.free": r"\d+", "compute_cap": r"\d+\.\d+", "driver_version": r"\d+(?:\.\d+)+"}
+# What nvidia-smi is asked for beside index and name: how it looks, and what it is called in the fact.
+VALUES = {
+    "memory.total": (r"\d+", "memory_total_mib"),
+    "memory.free": (r"\d+", "memory_free_mib"),
+    "compute_cap": (r"\d+\.\d+", "compute_capability"),
+    "driver_version": (r"\d+(?:\.\d+)+", "driver_version"),
+}
+# A row of the answer. A name may have a comma, and a word in brackets may stand for any other value.
+ROW = re.compile(r"(\d+),\s*(.+)" + r",\s*([^,]+)" * len(VALUES))
 # What nvidia-smi says of a card that does not do (words of NVML), and what helps; the last is for any other word.
 CARD_FIXES = (
     (r"(?i)permission", "let Ansible become root; if the card is divided (MIG), undo that: nvidia-smi -i INDEX -mig 0"),
@@ -526,7 +531,7 @@ def measure_gpus(platform_name: str) -> Host:
     smi = WSL_NVIDIA_SMI if wsl and Path(WSL_NVIDIA_SMI).exists() else None if wsl else shutil.which("nvidia-smi")
     if smi is None:
         return {"nvidia_smi": None, "nvidia_smi_message": "", "gpus": [], "gpus_broken": []}
-    command = [smi, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    command = [smi, f"--query-gpu={','.join(('index', 'name', *VALUES))}", "--format=csv,noheader,nounits"]
     gpus, broken, said = read_gpus(*run(*command, timeout=GPU_TIMEOUT))
     addresses = [card["address"] for card in measure_pci() if card["driver"] not in RESERVING_DRIVERS]
     if 1 < len(addresses) > len(gpus) + len(broken):
@@ -566,24 +571,16 @@ def read_gpus(status: int, answer: str, errors: str) -> tuple[list[Host], list[H
 
 
 def parse_gpu(line: str) -> Host:
-    """Return one GPU from a row of nvidia-smi's answer to QUERY; the ValueError says which word is no value."""
+    """Return one GPU from a row of nvidia-smi's answer; the ValueError says which word is no value."""
     row = ROW.fullmatch(line.strip())
     if row is None:
         raise ValueError(f"nvidia-smi says '{line}'")
     index, name, *told = (value.strip() for value in row.groups())
-    bad = [f"{field} is {value}" for (field, form), value in zip(VALUES.items(), told, strict=True)
-           if not re.fullmatch(form, value)]  # fmt: skip
-    if bad:
+    values = dict(zip(VALUES, told, strict=True))
+    if bad := [f"{field} is {value}" for field, value in values.items() if not re.fullmatch(VALUES[field][0], value)]:
         raise ValueError(", ".join(bad))
-    total, free, capability, driver = told
-    return {
-        "index": int(index),
-        "name": name,
-        "memory_total_mib": int(total),
-        "memory_free_mib": int(free),
-        "compute_capability": capability,
-        "driver_version": driver,
-    }
+    facts = {VALUES[field][1]: int(value) if value.isdecimal() else value for field, value in values.items()}
+    return {"index": int(index), "name": name, **facts}
 
 
 def measure_gpu_processes(smi: str) -> list[Host]:

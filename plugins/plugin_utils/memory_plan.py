@@ -183,20 +183,20 @@ def memory_plan(
         learn: Whether `measured`, and what `previous` learned before, may be used.
 
     Raises:
-        AnsibleFilterError: Something that is given is malformed.
+        AnsibleFilterError: A wish, or a figure that was measured or recorded, is malformed.
     """
     wanted = read_wishes(wishes)
-    last = read_mapping(previous, "the previous plan")
+    last = dict(previous or {})
     held = number(last.get("gpu_memory_utilization", 0), "the previous utilization") if running else 0.0
-    memory = read_gpu(gpu, platform, held)
-    lowering = read_lowered(lowered)
+    total, free = gpu["memory_total_mib"], gpu["memory_free_mib"]
+    memory = Memory(platform, total, min(total, free + held * total))  # free without our server
+    lowering = [dict(entry) for entry in lowered or []]
     less = sum(entry.get("utilization", 0.0) for entry in lowering)
     utilization = wanted.get("gpu_memory_utilization", round(max(memory.planned_utilization() - less, 0.0), 2))
     # As it was recorded, explanation and all: a file that says the same thing in other words is a change too.
     recorded = {key: last[key] for key in (*PLAN[:-1], "fp8", "lowered", "learned", PLAN[-1]) if key in last}
     recorded["wishes"] = wanted
-    figures = read_mapping(measured, "what was measured")
-    learned = learn_from(last, figures, memory, wanted, lowering) if learn else Learned()
+    learned = learn_from(last, dict(measured or {}), memory, wanted, lowering) if learn else Learned()
     kept = last.get("lowered", []) == lowering and keeps(last, memory, wanted, utilization, running)
     if kept and learned == read_learned(last):
         return recorded
@@ -415,17 +415,10 @@ def number(value: Any, what: str) -> float:
     return found
 
 
-def read_mapping(value: Any, what: str) -> Plan:
-    """Return a dictionary, an empty one for None."""
-    if value is not None and not isinstance(value, Mapping):
-        raise AnsibleFilterError(f"memory_plan: {what} must be a dictionary, not {value!r}")
-    return dict(value or {})
-
-
 def read_wishes(wishes: Mapping[str, Any] | None) -> Wishes:
     """Return the wishes that are any, in plain numbers."""
     found: Wishes = {}
-    given = read_mapping(wishes, "the wishes")
+    given = wishes or {}
     if unknown := sorted(set(given) - set(WISHES)):
         raise AnsibleFilterError(f"memory_plan: unknown wishes: {', '.join(unknown)}; there are: {', '.join(WISHES)}")
     for key in WISHES:
@@ -441,30 +434,4 @@ def read_wishes(wishes: Mapping[str, Any] | None) -> Wishes:
 
 def read_learned(plan: Plan) -> Learned:
     """Return what a plan had learned, if anything."""
-    return Learned(**read_mapping(plan.get("learned"), "what the previous plan learned"))
-
-
-def read_lowered(lowered: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Return what failed starts showed to be too high; raises AnsibleFilterError where it is malformed."""
-    if not isinstance(lowered or [], list):
-        raise AnsibleFilterError(f"memory_plan: what is lowered must be a list, not {lowered!r}")
-    found = [read_mapping(entry, "each entry of what is lowered") for entry in lowered or []]
-    for entry in found:
-        if unknown := sorted({*entry, *entry.get("below", [])} - {"utilization", "below", *Limits._fields}):
-            raise AnsibleFilterError(f"memory_plan: {', '.join(unknown)} cannot be lowered")
-        number(entry.get("utilization", 0), "the utilization to take off")
-    return found
-
-
-def read_gpu(gpu: Mapping[str, Any], platform: str, held: float) -> Memory:
-    """Return the GPU's memory, where our server holds the fraction of it that is given."""
-    measured = read_mapping(gpu, "the GPU")
-    if missing := [key for key in ("memory_total_mib", "memory_free_mib") if measured.get(key) is None]:
-        raise AnsibleFilterError(f"memory_plan: the GPU lacks {', '.join(missing)}")
-    if platform not in RESERVE_MIB:
-        raise AnsibleFilterError(f"memory_plan: the platform must be one of {', '.join(RESERVE_MIB)}, not {platform!r}")
-    total = number(measured["memory_total_mib"], "memory_total_mib")
-    free = number(measured["memory_free_mib"], "memory_free_mib")
-    if not total or free > total:
-        raise AnsibleFilterError(f"memory_plan: {free:g} MiB cannot be free of {total:g} MiB")
-    return Memory(str(platform), total, min(total, free + held * total))
+    return Learned(**(plan.get("learned") or {}))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ansible_collections.dots_ocr.deploy.plugins.modules import signed_packages
 
-from tests.unit.plugins.modules.conftest import Key
+from tests.unit.plugins.conftest import Key
 
 INDEX = "main/binary-amd64/Packages"
 
