@@ -116,6 +116,10 @@ advice:
   returned: always
   type: list
   elements: dict
+servers:
+  description: What M(dots_ocr.deploy.server_state) tells of our servers, if O(requirements.installed) is there.
+  returned: with requirements
+  type: dict
 """
 
 import http.client
@@ -132,7 +136,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils import engine
+from ..module_utils import engine, servers
 from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
 from ..module_utils.common import ask, read_text, run
 
@@ -827,8 +831,10 @@ def main() -> None:
     for place in (space["place"] for space in wanted["disk_free"]):
         host["disk_free_gib"][place] = free_gib(place)
         host["disk_devices"][place] = existing(place).stat().st_dev
-    problems = judge(host, wanted)
-    module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=problems, advice=warn(host))
+    problems, there = judge(host, wanted), servers.look() if ours else {}
+    module.exit_json(
+        changed=False, ansible_facts={"gpu_host": host}, problems=problems, advice=warn(host), servers=there
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import servers
 from ansible_collections.dots_ocr.deploy.plugins.modules import server_state as module
 
 SETTINGS = {
@@ -41,10 +42,11 @@ class Host:
         self.settings: dict[str, Any] = dict(SETTINGS)
         self.folder = folder
         self.called: list[str] = []
-        monkeypatch.setattr(module, "DEFINITION", folder)
-        monkeypatch.setattr(module, "PROVEN", folder)
+        for place in (module, servers):
+            monkeypatch.setattr(place, "DEFINITION", folder)
+        monkeypatch.setattr(servers, "PROVEN", folder)
         monkeypatch.setattr(module, "run", self.run)
-        monkeypatch.setattr(module, "ask", lambda *command: self.run(*command)[1])
+        monkeypatch.setattr(servers, "ask", lambda *command: self.run(*command)[1])
 
     def run(self, *command: str) -> tuple[int, str, str]:
         words = " ".join([Path(command[0]).name, *command[1:]])
@@ -124,7 +126,7 @@ def test_an_installation_that_never_read_is_not_stopped(
     host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     host.answers["systemctl show"] = f"NRestarts=0\n{DOWN}\n{DOWN}"
-    monkeypatch.setattr(module, "PROVEN", tmp_path / "nothing")
+    monkeypatch.setattr(servers, "PROVEN", tmp_path / "nothing")
     assert host.look(capsys)["stopped"] == ""
 
 
