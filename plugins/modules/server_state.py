@@ -14,6 +14,13 @@ description:
 options:
   lock: {description: Take the lock under this description. In check mode it is not taken., type: str}
   lock_seconds: {description: "When systemd takes the lock back, should the controller die.", type: int, default: 86400}
+  weights: {description: "A folder with weights, of which it is told which code they name.", type: path}
+  remote_code:
+    description:
+      - By the profile of an image, which code the weights may name, such as C(modeling.Model), and modules of which
+        they may name all, such as C(configuration).
+    type: dict
+    default: {}
   prove:
     description: Servers that have to prove that a container gets their GPU, and that they read.
     type: list
@@ -64,6 +71,12 @@ listeners: {description: "Who listens at each TCP port, as ss says it.", returne
 now: {description: Seconds since 1970., returned: success, type: int}
 locked: {description: Whether the lock that was asked for has been taken., returned: success, type: bool}
 holder: {description: Why it has not been., returned: success, type: str}
+weights:
+  description:
+    - Whether the folder with weights has a C(config.json), and by the profile what is not allowed, a text each.
+  returned: success
+  type: dict
+  sample: {exists: true, refused: {native_v0_32: ["config.json names evil.Model (AutoModel)"]}}
 proofs:
   description: What each server that was asked for it said. Empty if one could not prove it.
   returned: with O(prove)
@@ -79,14 +92,22 @@ pages:
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.common import run, together
+from ..module_utils.model_code import refused
 from ..module_utils.servers import DEFINITION, PROGRAMS, look, settings
 
 LOCK = "dots-ocr-deployment.service"
+
+
+def look_at_weights(folder: Path, remote_code: dict[str, list[str]]) -> dict[str, Any]:
+    """Return whether there are weights, and by the profile of an image which code they may not name."""
+    found = {profile: refused(folder, allowed) for profile, allowed in remote_code.items()}
+    return {"exists": (folder / "config.json").is_file(), "refused": found}
 
 
 def prove(name: str, server: dict[str, Any], isolated: bool) -> str:
@@ -112,6 +133,8 @@ def main() -> None:
         argument_spec={
             "lock": {"type": "str"},
             "lock_seconds": {"type": "int", "default": 86400},
+            "weights": {"type": "path"},
+            "remote_code": {"type": "dict", "default": {}},
             "prove": {"type": "list", "elements": "str", "default": []},
             "isolated": {"type": "bool", "default": False},
             "unlock": {"type": "bool", "default": False},
@@ -132,7 +155,8 @@ def main() -> None:
             run("systemctl", "stop", LOCK)
         pages = [read_golden_pages(name) for name in wanted["prove"]] if proofs else []
         module.exit_json(changed=False, proofs=proofs, pages=pages)
-    module.exit_json(changed=False, **look(), locked=status == 0, holder=holder.strip())
+    weights = look_at_weights(Path(wanted["weights"]), wanted["remote_code"]) if wanted["weights"] else {}
+    module.exit_json(changed=False, **look(), locked=status == 0, holder=holder.strip(), weights=weights)
 
 
 if __name__ == "__main__":

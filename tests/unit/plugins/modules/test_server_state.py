@@ -164,3 +164,20 @@ def test_golden_pages_that_differ_leave_the_proof_as_it_is(host: Host, capsys: p
     host.answers["golden_pages dots-ocr"] = None
     found = host.look(capsys, prove=["dots-ocr"])
     assert (found["proofs"], [one["rc"] for one in found["pages"]]) == (["It reads."], [1])
+
+
+def test_tells_by_profile_which_code_the_weights_may_not_name(
+    host: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "weights"
+    allowed = {"old": ["code"], "new": []}
+    found = host.look(capsys, weights=str(folder), remote_code=allowed)
+    assert found["weights"] == {"exists": False, "refused": {"old": [], "new": []}}
+    folder.mkdir()
+    (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "code.C"}}')
+    found = host.look(capsys, weights=str(folder), remote_code=allowed)
+    assert found["weights"] == {
+        "exists": True,
+        "refused": {"old": [], "new": ["config.json names code.C (AutoConfig)"]},
+    }
+    assert host.look(capsys)["weights"] == {}
