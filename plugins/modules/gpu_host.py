@@ -138,7 +138,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils import engine, servers
 from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
-from ..module_utils.common import ask, read_text, run
+from ..module_utils.common import ask, read_text, run, together
 
 Host = dict[str, Any]
 
@@ -762,6 +762,7 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         release = {}
     kernel = platform.release()
     kind = measure_platform(kernel)
+    gpus, docker = together(lambda: measure_gpus(kind), lambda: measure_docker(ports))
     wsl = kind in ("wsl1", "wsl2")
     cards = measure_pci()
     reserved = [card for card in cards if card["driver"] in RESERVING_DRIVERS]
@@ -786,8 +787,8 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "driver": measure_driver(kernel),
         "nvidia_packages": measure_packages(Path("/var/lib/dpkg/status")),
         "wsl": measure_wsl() if wsl else {},
-        **measure_gpus(kind),
-        **measure_docker(ports),
+        **gpus,
+        **docker,
         "ports_in_use": measure_ports(ports) if ports else [],
         "gpu_processes": [],
         "disk_free_gib": {},
@@ -821,7 +822,10 @@ def main() -> None:
         host = measure([], False)
         module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=[], advice=warn(host))
     ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
-    host = {**measure([] if ours else wanted["ports"], with_processes=True), "server_installed": ours}
+    host, there = together(
+        lambda: measure([] if ours else wanted["ports"], with_processes=True), servers.look if ours else dict
+    )
+    host["server_installed"] = ours
     named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
     wanted["disk_free"] = [
         {**space, "place": named.get(space["path"], space["path"])}
@@ -831,7 +835,7 @@ def main() -> None:
     for place in (space["place"] for space in wanted["disk_free"]):
         host["disk_free_gib"][place] = free_gib(place)
         host["disk_devices"][place] = existing(place).stat().st_dev
-    problems, there = judge(host, wanted), servers.look() if ours else {}
+    problems = judge(host, wanted)
     module.exit_json(
         changed=False, ansible_facts={"gpu_host": host}, problems=problems, advice=warn(host), servers=there
     )
