@@ -1,0 +1,5 @@
+"""The controller's side of the module apt_set: an installation may take long."""
+
+from .watched import ActionModule
+
+__all__ = ["ActionModule"]
