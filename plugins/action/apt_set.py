@@ -1,5 +1,3 @@
 """The controller's side of the module apt_set: an installation may take long."""
 
-from .watched import ActionModule
-
-__all__ = ["ActionModule"]
+from .watched import ActionModule  # noqa: F401

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import threading
 import time
 from typing import Any
 
-from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
 SECONDS = 20  # until the first word, and from each to the next
-APT = (
-    'echo "$(du --summarize --human-readable /var/cache/apt/archives | cut --fields 1) were fetched; last in dpkg.log:'
-    ' $(tail --lines 1 /var/log/dpkg.log)"'
-)
-
+APT = 'echo "$(du -sh /var/cache/apt/archives | cut -f 1) fetched; last in dpkg.log: $(tail -n 1 /var/log/dpkg.log)"'
 # How far programs have read the large files that they have open.
 READS = (
     "for process in $(pgrep --exact '{}'); do for open in $(find -L /proc/$process/fd -type f -size +1M); do"
@@ -29,26 +23,22 @@ READS = (
 class ActionModule(ActionBase):  # type: ignore[misc]
     """Runs a shell's command, or the module apt_set."""
 
-    _supports_check_mode = True
-    _supports_async = False
-
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the module's result."""
         super().run(tmp, task_vars)
-        name, arguments, known, ended = self._task.action, dict(self._task.args), task_vars or {}, threading.Event()
+        arguments, name, ended = dict(self._task.args), self._task.action, threading.Event()
         reads = arguments.pop("reads", None)
         watch = READS.format(reads) if reads else arguments.pop("watch", APT)
         if "cmd" in arguments:
             name = "ansible.legacy.command"
             arguments |= {"_raw_params": arguments.pop("cmd"), "_uses_shell": True}
-        beside = threading.Thread(target=self.show, args=(watch, known, ended), daemon=True)
+        beside = threading.Thread(target=self.show, args=(watch, task_vars, ended), daemon=True)
         beside.start()
         try:
-            result: dict[str, Any] = self._execute_module(module_name=name, module_args=arguments, task_vars=known)
+            return dict(self._execute_module(module_name=name, module_args=arguments, task_vars=task_vars))
         finally:
             ended.set()
             beside.join(SECONDS)
-        return result
 
     def show(self, watch: str, known: dict[str, Any], ended: threading.Event) -> None:
         """Show how far it is until it has ended, through a connection that shares no state with the module's."""
@@ -56,8 +46,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         other._connection = copy.copy(self._connection)
         other._connection.become = copy.copy(self._connection.become)
         while not ended.wait(float(known.get("_dots_ocr_watch_seconds", SECONDS))):
-            said = ""
-            with contextlib.suppress(AnsibleError):
-                said = " ".join(other._low_level_execute_command(watch)["stdout"].split())
-            name, seconds = self._task.get_name(), time.monotonic() - began
-            Display().display(f"{known['inventory_hostname']}: {name}: {seconds:.0f} s so far. {said}")
+            said = " ".join(other._low_level_execute_command(watch)["stdout"].split())
+            passed = f"{time.monotonic() - began:.0f} s so far"
+            Display().display(f"{known['inventory_hostname']}: {self._task.get_name()}: {passed}. {said}")

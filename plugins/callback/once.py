@@ -6,10 +6,9 @@ DOCUMENTATION = r"""
 name: once
 type: stdout
 short_description: Ansible's own output, with each failure told once
-description:
-  - Ansible tells a failure twice, as an error with its place in the source, and with the result of its task. Here it is
-    the result alone; of one that names its fix, only the message. Errors in playbooks and variables keep their place.
-  - With C(-v) all is as Ansible has it.
+description: >-
+  In place of an error and the result of its task, the result alone; of one that names its fix, only the message.
+  Errors in playbooks and variables keep their place. With C(-v) all is as Ansible has it.
 extends_documentation_fragment: [default_callback, result_format_callback]
 author: The dots-ocr-deploy founders !UNKNOWN
 """
@@ -22,15 +21,12 @@ from ansible.plugins.callback.default import CallbackModule as Default
 class CallbackModule(Default):  # type: ignore[misc]
     """Shortens what Ansible's own says of a failure."""
 
-    CALLBACK_NAME = "dots_ocr.deploy.once"
-
     def _handle_exception(self, result: dict[str, Any], use_stderr: bool = False) -> None:
         own = str(result.get("msg")).startswith("Task failed: ") and not result.get("unreachable")
         if self._display.verbosity or own:
             super()._handle_exception(result, use_stderr)
 
     def _dump_results(self, result: dict[str, Any], *arguments: Any, **options: Any) -> str:
-        said = str(result.get("msg", ""))
-        if self._display.verbosity or "Fix:" not in said or result.get("_ansible_verbose_always"):
-            return str(super()._dump_results(result, *arguments, **options))
-        return said.strip()
+        said = str(result.get("msg", "")).strip()
+        plain = "Fix:" in said and not self._display.verbosity and not result.get("_ansible_verbose_always")
+        return said if plain else str(super()._dump_results(result, *arguments, **options))

@@ -57,5 +57,5 @@ def test_what_is_quick_shows_nothing_and_fails_as_a_command_does(tmp_path: Path)
 
 def test_installation_is_watched(tmp_path: Path) -> None:
     said = play(tmp_path, {"dots_ocr.deploy.apt_set": {"id": "test", "name": ["dpkg"]}, "check_mode": True}, 0.01)
-    assert re.search(r"localhost: Take long: 0 s so far\. \S+ were fetched; last in dpkg\.log: ", said)
+    assert re.search(r"localhost: Take long: 0 s so far\. \S+ fetched; last in dpkg\.log: ", said)
     assert "failed=0" in said
