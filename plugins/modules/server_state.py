@@ -51,9 +51,10 @@ stopped:
   description: Since when servers that were proven to read are stopped, and disabled in systemd; empty if one is not.
   returned: success
   type: str
+asleep: {description: Names of the servers that have left the GPU until a page comes., returned: success, type: list}
 settled:
   description: Whether there are servers, all as they were when they were last proven to read, up, without a restart, at
-    boot, too, and watched as their settings say.
+    boot, too, or asleep, and watched as their settings say.
   returned: success
   type: bool
 images:
@@ -65,7 +66,7 @@ now: {description: Seconds since 1970., returned: success, type: int}
 locked: {description: Whether the lock that was asked for has been taken., returned: success, type: bool}
 holder: {description: Why it has not been., returned: success, type: str}
 proofs:
-  description: What each server that was asked for it said. Empty if one could not prove it.
+  description: What each server that was asked for it said. A sleeping one is left so. Empty if one could not prove it.
   returned: success
   type: list
   elements: str
@@ -125,12 +126,18 @@ def ask_listeners() -> dict[str, str]:
     return found
 
 
+def asleep(server: dict[str, Any], unit: dict[str, str]) -> bool:
+    """Tell whether a server sleeps; one that failed, or that its owner has stopped, does not."""
+    return "on_demand" in server and (unit.get("ActiveState"), unit.get("UnitFileState")) == ("inactive", "enabled")
+
+
 def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
     """Tell whether nothing is left to be done for what is installed."""
     for name, server in servers.items():
         unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
         watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
-        if [unit.get(key) for key in ("ActiveState", "UnitFileState", "NRestarts")] != ["active", "enabled", "0"]:
+        up = [unit.get(key) for key in ("ActiveState", "UnitFileState", "NRestarts")] == ["active", "enabled", "0"]
+        if not up and not asleep(server, unit):
             return False
         if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
             return False
@@ -179,16 +186,23 @@ def main() -> None:
         options = (f"--unit={LOCK}", f"--description={wanted['lock']}", limit, "--quiet")
         status, _, holder = run("systemd-run", *options, "sleep", "infinity")
     servers = settings(DEFINITION)
-    proofs = [prove(name, servers[name], wanted["isolated"]) for name in wanted["prove"]]
+    units = ask_systemd(servers)
+    sleeping = [name for name, server in servers.items() if asleep(server, units.get(f"{name}.service", {}))]
+    proofs = [
+        f"{name} is asleep, and stays so: the next page wakes it."
+        if name in sleeping
+        else prove(name, servers[name], wanted["isolated"])
+        for name in wanted["prove"]
+    ]
     proofs = proofs if all(proofs) else []
     if wanted["unlock"] and proofs:
         run("systemctl", "stop", LOCK)
-    units = ask_systemd(servers)
     module.exit_json(
         changed=False,
         servers=servers,
         proven=settings(PROVEN),
         running=[name for name in servers if units.get(f"{name}.service", {}).get("ActiveState") in HELD],
+        asleep=sleeping,
         stopped=stopped(servers, units),
         settled=settled(servers, units),
         images=ask_docker(servers),
