@@ -59,12 +59,24 @@ def ask_listeners() -> dict[str, str]:
     return found
 
 
+def sleeping(servers: Settings, units: dict[str, dict[str, str]]) -> list[str]:
+    """Return the servers that sleep; one that failed, or that its owner has stopped, does not."""
+    asleep = {"ActiveState": "inactive", "UnitFileState": "enabled"}
+    return [
+        name
+        for name, server in servers.items()
+        if "on_demand" in server and asleep.items() <= units.get(f"{name}.service", {}).items()
+    ]
+
+
 def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
     """Tell whether the units of what is installed are as they should be."""
+    asleep = sleeping(servers, units)
     for name, server in servers.items():
         unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
         watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
-        if [unit.get(key) for key in ("ActiveState", "UnitFileState", "NRestarts")] != ["active", "enabled", "0"]:
+        up = [unit.get(key) for key in ("ActiveState", "UnitFileState", "NRestarts")] == ["active", "enabled", "0"]
+        if not up and name not in asleep:
             return False
         if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
             return False
@@ -93,6 +105,7 @@ def look() -> dict[str, Any]:
         "servers": servers,
         "proven": settings(PROVEN),
         "running": [name for name in servers if units.get(f"{name}.service", {}).get("ActiveState") in HELD],
+        "asleep": sleeping(servers, units),
         "stopped": stopped(servers, units),
         "settled": same and settled(servers, units),
         "images": images,

@@ -58,9 +58,10 @@ stopped:
   description: Since when servers that were proven to read are stopped, and disabled in systemd; empty if one is not.
   returned: success
   type: str
+asleep: {description: Names of the servers that have left the GPU until a page comes., returned: success, type: list}
 settled:
   description: Whether there are servers, all as they were when they were last proven to read, up, without a restart, at
-    boot, too, and watched as their settings say.
+    boot, too, or asleep, and watched as their settings say.
   returned: success
   type: bool
 images:
@@ -78,7 +79,7 @@ weights:
   type: dict
   sample: {exists: true, refused: {native_v0_32: ["config.json names evil.Model (AutoModel)"]}}
 proofs:
-  description: What each server that was asked for it said. Empty if one could not prove it.
+  description: What each server that was asked for it said. A sleeping one is left so. Empty if one could not prove it.
   returned: with O(prove)
   type: list
   elements: str
@@ -99,7 +100,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.common import run, together
 from ..module_utils.model_code import refused
-from ..module_utils.servers import DEFINITION, PROGRAMS, look, settings
+from ..module_utils.servers import DEFINITION, PROGRAMS, ask_systemd, look, settings, sleeping
 
 LOCK = "dots-ocr-deployment.service"
 
@@ -149,11 +150,17 @@ def main() -> None:
         status, _, holder = run("systemd-run", *options, "sleep", "infinity")
     if wanted["prove"]:
         servers = settings(DEFINITION)
-        proofs = [prove(name, servers[name], wanted["isolated"]) for name in wanted["prove"]]
+        asleep = sleeping(servers, ask_systemd(servers))
+        proofs = [
+            f"{name} is asleep, and stays so: the next page wakes it."
+            if name in asleep
+            else prove(name, servers[name], wanted["isolated"])
+            for name in wanted["prove"]
+        ]
         proofs = proofs if all(proofs) else []
         if wanted["unlock"] and proofs:
             run("systemctl", "stop", LOCK)
-        pages = [read_golden_pages(name) for name in wanted["prove"]] if proofs else []
+        pages = [read_golden_pages(name) for name in wanted["prove"] if name not in asleep] if proofs else []
         module.exit_json(changed=False, proofs=proofs, pages=pages)
     weights = look_at_weights(Path(wanted["weights"]), wanted["remote_code"]) if wanted["weights"] else {}
     module.exit_json(changed=False, **look(), locked=status == 0, holder=holder.strip(), weights=weights)

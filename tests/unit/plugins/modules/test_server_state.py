@@ -137,6 +137,21 @@ def test_a_server_without_watchdog_has_no_timer(host: Host, capsys: pytest.Captu
     assert host.look(capsys)["settled"]
 
 
+def test_a_server_that_is_asleep_is_left_so(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers["systemctl show"] = f"NRestarts=1\nActiveState=inactive\nUnitFileState=enabled\n\n{UP}"
+    assert not host.look(capsys)["settled"]
+    host.settings["on_demand"] = {"idle": 60}
+    found = host.look(capsys)
+    assert (found["settled"], found["asleep"], found["running"]) == (True, ["dots-ocr"], [])
+    found = host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)
+    assert found["proofs"] == ["dots-ocr is asleep, and stays so: the next page wakes it."]
+    assert found["pages"] == []
+    assert not any(words.startswith(("ready", "docker run", "golden_pages")) for words in host.called)
+    host.answers["systemctl show"] = f"NRestarts=0\nActiveState=failed\nUnitFileState=enabled\n\n{UP}"
+    found = host.look(capsys)
+    assert (found["settled"], found["asleep"]) == (False, [])
+
+
 def test_a_lock_that_another_holds_is_not_taken(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert host.look(capsys, lock="me")["locked"]
     host.answers["systemd-run"] = None
