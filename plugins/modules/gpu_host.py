@@ -84,6 +84,7 @@ ansible_facts:
       nouveau: false
       driver: {loaded: 580.173.02, loaded_flavour: open, installed: 580.173.02, flavour: open}
       nvidia_packages: [nvidia-driver-cuda, nvidia-kernel-open-dkms]
+      nvidia_container_toolkit: {nvidia-container-toolkit-base: 1.19.1-1}
       wsl: {}  # in WSL: {version: 2.6.1.0, networking: nat}, each empty if WSL does not tell
       nvidia_smi: /usr/bin/nvidia-smi
       nvidia_smi_message: ""  # what it said beside the GPUs
@@ -188,6 +189,13 @@ DRIVER_PACKAGES = re.compile(
     r"^Package: ((?:nvidia-(?!container|driver-pinning)|libnvidia-(?!container)|linux-(?:modules|objects|signatures)"
     r"-nvidia-|cuda-drivers|libcuda1|libcudadebugger1|xserver-xorg-video-nvidia)\S*)\n"
     r"(?:[A-Z]\S*: .*\n)*?Status: \S+ \S+ installed$",
+    re.MULTILINE,
+)
+
+# Those of NVIDIA Container Toolkit, with their versions.
+TOOLKIT_PACKAGES = re.compile(
+    r"^Package: ((?:lib)?nvidia-container\S*)\n(?:[A-Z]\S*: .*\n)*?Status: \S+ \S+ installed\n"
+    r"(?:[A-Z]\S*: .*\n)*?Version: (\S+)$",
     re.MULTILINE,
 )
 
@@ -624,9 +632,13 @@ def measure_driver(kernel: str) -> dict[str, str]:
     return found
 
 
-def measure_packages(status: Path) -> list[str]:
-    """Return the installed packages that are of a driver of NVIDIA, by dpkg's own file: fast, and without a program."""
-    return sorted(DRIVER_PACKAGES.findall(read_text(status)))
+def measure_packages(status: Path) -> Host:
+    """Return the installed packages of NVIDIA's driver and toolkit, by dpkg's own file: fast, without a program."""
+    text = read_text(status)
+    return {
+        "nvidia_packages": sorted(DRIVER_PACKAGES.findall(text)),
+        "nvidia_container_toolkit": dict(TOOLKIT_PACKAGES.findall(text)),
+    }
 
 
 def measure_wsl() -> dict[str, str]:
@@ -785,7 +797,7 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "dxg": Path("/dev/dxg").exists(),
         "nouveau": Path("/sys/module/nouveau").is_dir(),
         "driver": measure_driver(kernel),
-        "nvidia_packages": measure_packages(Path("/var/lib/dpkg/status")),
+        **measure_packages(Path("/var/lib/dpkg/status")),
         "wsl": measure_wsl() if wsl else {},
         **gpus,
         **docker,
