@@ -148,6 +148,7 @@ GRAPHS_CAPABILITY = 12
 
 # NVIDIA's documentation for WSL: root does not find nvidia-smi on its PATH, so it is called by its full path.
 WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
+WSL_INFO = {"version": "--wsl-version", "networking": "--networking-mode"}
 NVIDIA_PCI_VENDOR = "0x10de"
 DISPLAY_PCI_CLASS = "0x03"
 PCI = Path("/sys/bus/pci/devices")
@@ -625,12 +626,6 @@ def measure_packages(status: Path) -> list[str]:
     return sorted(DRIVER_PACKAGES.findall(read_text(status)))
 
 
-def measure_wsl() -> dict[str, str]:
-    """Return the version of WSL and its kind of network, each empty if WSL does not tell."""
-    options = {"version": "--wsl-version", "networking": "--networking-mode"}
-    return {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in options.items()}
-
-
 class Engine(http.client.HTTPConnection):
     """Docker Engine, by its socket."""
 
@@ -781,7 +776,9 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "nouveau": Path("/sys/module/nouveau").is_dir(),
         "driver": measure_driver(kernel),
         "nvidia_packages": measure_packages(Path("/var/lib/dpkg/status")),
-        "wsl": measure_wsl() if wsl else {},
+        "wsl": {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in WSL_INFO.items()}
+        if wsl
+        else {},
         **measure_gpus(kind),
         **measure_docker(ports),
         "ports_in_use": measure_ports(ports) if ports else [],

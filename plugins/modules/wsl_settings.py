@@ -340,10 +340,6 @@ class Windows:
         command = self.path("-w", str(self.drive / SYSTEM / "wsl.exe"))
         return command, f"-d {self.distribution} -u root --exec /bin/true"
 
-    def has_task(self, task: str) -> bool:
-        """Tell whether there is a task of this name."""
-        return self.attempt("schtasks.exe", "/query", "/tn", task)[0] == 0
-
     def starts(self) -> bool:
         """Tell whether the task is there and starts this distribution."""
         status, said = self.attempt("schtasks.exe", "/query", "/tn", self.task, "/xml")
@@ -448,7 +444,8 @@ def apply(params: dict[str, Any], check: bool) -> dict[str, Any]:
         wanted = not absent and wishes["logon_task"]
         register = wanted and not windows.starts()
         # A task of another name is that of a distribution before it was renamed.
-        unregister = bool(task) and (not wanted or task != windows.task) and windows.has_task(task)
+        unregister = bool(task) and (not wanted or task != windows.task)
+        unregister = unregister and windows.attempt("schtasks.exe", "/query", "/tn", task)[0] == 0
         kept = {"config": forget_if_empty(config), "task": windows.task if wanted and (register or task) else ""}
         where = {"path": str(path), "distribution": windows.distribution}
         record["windows"] = {**kept, **where} if any(kept.values()) else {}
