@@ -328,11 +328,13 @@ class Windows:
             raise Problem(f"programs of Windows cannot be run from WSL ({path}: {errors})", INTEROP_FIX)
         return status, output + errors
 
-    def run(self, program: str, *arguments: str) -> str:
-        """Run a program of Windows that must not fail, and return what it said."""
-        status, said = self.attempt(program, *arguments)
+    def run(
+        self, program: str, *arguments: str, problem: str = "", fix: str = INTEROP_FIX, timeout: int = TIMEOUT
+    ) -> str:
+        """Run a program of Windows that must not fail, and return what it said; raises Problem with its words."""
+        status, said = self.attempt(program, *arguments, timeout=timeout)
         if status != 0:
-            raise Problem(f"{program} failed with status {status} ({line(said)})", INTEROP_FIX)
+            raise Problem(f"{problem or f'{program} failed with status {status}'} ({line(said)})", fix)
         return said
 
     def starter(self) -> tuple[str, str]:
@@ -354,30 +356,22 @@ class Windows:
         file = self.profile / ".dots-ocr-task.xml"
         try:
             file.write_bytes(codecs.BOM_UTF16_LE + text.replace("\n", "\r\n").encode("utf-16-le"))
-            name = self.path("-w", str(file))
-            status, said = self.attempt("schtasks.exe", "/create", "/tn", self.task, "/xml", name, "/f")
+            words = ("/create", "/tn", self.task, "/xml", self.path("-w", str(file)), "/f")
+            fix = "create it by hand (docs/start/windows.md) and set wsl_logon_task to false"
+            self.run("schtasks.exe", *words, problem=f"Windows refuses the task {self.task}", fix=fix)
         finally:
             file.unlink(missing_ok=True)
-        if status != 0:
-            raise Problem(
-                f"Windows refuses the task {self.task} ({line(said)})",
-                "create it by hand (docs/start/windows.md) and set wsl_logon_task to false",
-            )
 
     def unregister(self, task: str) -> None:
         """Remove a task."""
-        status, said = self.attempt("schtasks.exe", "/delete", "/tn", task, "/f")
-        if status != 0:
-            raise Problem(
-                f"Windows does not remove the task {task} ({line(said)})",
-                f"in Windows: schtasks /delete /tn {task} /f, then run again",
-            )
+        problem = f"Windows does not remove the task {task}"
+        fix = f"in Windows: schtasks /delete /tn {task} /f, then run again"
+        self.run("schtasks.exe", "/delete", "/tn", task, "/f", problem=problem, fix=fix)
 
     def update(self) -> None:
         """Update WSL."""
-        status, said = self.attempt("wsl.exe", "--update", timeout=UPDATE_TIMEOUT)
-        if status != 0:
-            raise Problem(f"wsl.exe --update failed ({line(said)})", "in Windows: wsl --update, then wsl --shutdown")
+        fix = "in Windows: wsl --update, then wsl --shutdown"
+        self.run("wsl.exe", "--update", problem="wsl.exe --update failed", fix=fix, timeout=UPDATE_TIMEOUT)
 
 
 def installed_wsl() -> str:
