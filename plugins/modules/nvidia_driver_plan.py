@@ -538,11 +538,10 @@ def main() -> None:
         except NotInLists:
             apt.refresh(params["lock_timeout"])
             plan = make_plan(host, measure(host["kernel_release"]), wishes)
-        units = ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system")
         return {
             "changed": False,
             "machine_id": read_text("/etc/machine-id").strip(),
-            "persistenced": any(Path(folder, "nvidia-persistenced.service").exists() for folder in units),
+            "persistenced": ask("systemctl", "cat", "nvidia-persistenced.service") != "",
             **plan,
         }
 
