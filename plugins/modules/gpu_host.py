@@ -118,6 +118,7 @@ advice:
   elements: dict
 """
 
+import contextlib
 import http.client
 import json
 import math
@@ -626,27 +627,17 @@ def measure_packages(status: Path) -> list[str]:
     return sorted(DRIVER_PACKAGES.findall(read_text(status)))
 
 
-class Engine(http.client.HTTPConnection):
-    """Docker Engine, by its socket."""
-
-    def connect(self) -> None:
-        """Connect to the socket."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(TIMEOUT)
-        self.sock.connect(DOCKER_SOCKET)
-
-
 def ask_engine(path: str) -> Any:
     """Return the engine's answer to a question of its API; None if it does not answer."""
-    connection = Engine("localhost")
-    try:
+    connection = http.client.HTTPConnection("localhost")
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException), socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(TIMEOUT)
+        link.connect(DOCKER_SOCKET)
+        connection.sock = link
         connection.request("GET", path)
         response = connection.getresponse()
         return json.loads(response.read()) if response.status == http.HTTPStatus.OK else None
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+    return None
 
 
 def engine_runs() -> bool:
