@@ -131,11 +131,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils import engine
 from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
-from ..module_utils.common import ask, read_text, run
+from ..module_utils.common import answer, ask, read_text, run
 
 Host = dict[str, Any]
 
@@ -782,6 +780,26 @@ def measure(ports: list[int], with_processes: bool) -> Host:
     return host
 
 
+def look(wanted: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the module's result: the host, and as far as it is to be judged, the problems."""
+    if not wanted:
+        host, problems = measure([], False), []
+    else:
+        ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
+        host = {**measure([] if ours else wanted["ports"], with_processes=True), "server_installed": ours}
+        named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
+        wanted["disk_free"] = [
+            {**space, "place": named.get(space["path"], space["path"])}
+            for space in wanted["disk_free"]
+            if not (space["unless_exists"] and Path(space["unless_exists"]).exists())
+        ]
+        for place in (space["place"] for space in wanted["disk_free"]):
+            host["disk_free_gib"][place] = free_gib(place)
+            host["disk_devices"][place] = existing(place).stat().st_dev
+        problems = judge(host, wanted)
+    return {"changed": False, "ansible_facts": {"gpu_host": host}, "problems": problems, "advice": warn(host)}
+
+
 def main() -> None:
     """Run the module."""
     space = {
@@ -797,26 +815,7 @@ def main() -> None:
         "wsl_memory_mib": {"type": "int", "default": 0},
         "manages_windows": {"type": "bool", "default": False},
     }
-    module = AnsibleModule(
-        argument_spec={"requirements": {"type": "dict", "options": requirements}}, supports_check_mode=True
-    )
-    wanted = module.params["requirements"]
-    if not wanted:
-        host = measure([], False)
-        module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=[], advice=warn(host))
-    ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
-    host = {**measure([] if ours else wanted["ports"], with_processes=True), "server_installed": ours}
-    named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
-    wanted["disk_free"] = [
-        {**space, "place": named.get(space["path"], space["path"])}
-        for space in wanted["disk_free"]
-        if not (space["unless_exists"] and Path(space["unless_exists"]).exists())
-    ]
-    for place in (space["place"] for space in wanted["disk_free"]):
-        host["disk_free_gib"][place] = free_gib(place)
-        host["disk_devices"][place] = existing(place).stat().st_dev
-    problems = judge(host, wanted)
-    module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=problems, advice=warn(host))
+    answer({"requirements": {"type": "dict", "options": requirements}}, lambda params, _: look(params["requirements"]))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,6 @@ options:
     type: list
     elements: str
     required: true
-  architectures:
-    description: Classes that vLLM has, and that C(config.json) may name.
-    type: list
-    elements: str
-    default: [DotsOCRForCausalLM]
 attributes:
   check_mode: {description: Foresees what it would change., support: full}
 author: The dots-ocr-deploy founders !UNKNOWN
@@ -57,6 +52,7 @@ from typing import Any
 from ..module_utils.common import answer
 
 KEY = "auto_map"
+ARCHITECTURES = ["DotsOCRForCausalLM"]  # classes that vLLM has, and that config.json may name
 # Data of the tokenizer, megabytes without settings; transformers reads no auto_map there.
 WITHOUT = ("tokenizer.json", "vocab.json", "model.safetensors.index.json")
 
@@ -113,12 +109,11 @@ def main() -> None:
     options = {
         "path": {"type": "str", "required": True},
         "allowed": {"type": "list", "elements": "str", "required": True},
-        "architectures": {"type": "list", "elements": "str", "default": ["DotsOCRForCausalLM"]},
     }
 
     def work(params: dict[str, Any], _check: bool) -> dict[str, Any]:
         folder = Path(params["path"] or "/nonexistent")
-        found = refused(folder, params["allowed"], params["architectures"])
+        found = refused(folder, params["allowed"], ARCHITECTURES)
         return {"changed": False, "exists": (folder / "config.json").is_file(), "refused": found}
 
     answer(options, work)
