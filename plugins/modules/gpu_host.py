@@ -312,66 +312,57 @@ def judge_wsl_gpu(host: Host) -> Iterator[Problem]:
         )
 
 
-def judge_gpu(host: Host) -> Iterator[Problem]:
-    """Yield which link between the GPU and us is broken, on a machine with drivers of its own."""
-    driver, mender = host["driver"], "nvidia_driver"
+def judge_gpu(host: Host) -> list[Problem]:
+    """Return which link between the GPU and us is broken, on a machine with drivers of its own."""
     if none := why_none(host):
-        yield trouble(*none)
-        return
-    known = False
+        return [trouble(*none)]
+    found: list[Problem] = []
+    driver = host["driver"]
+    loaded, installed = driver["loaded"], driver["installed"]
     if host["nouveau"]:
-        known = True
-        yield trouble(
+        found += of_driver(
             "the kernel module nouveau holds the GPU, so NVIDIA's cannot",
             "keep nouveau from loading ('blacklist nouveau' in /etc/modprobe.d, update-initramfs -u) and reboot",
-            mender,
         )
-    if driver["loaded"] and driver["installed"] and driver["loaded"] != driver["installed"]:
-        known = True
-        yield trouble(
-            f"the kernel runs the NVIDIA module {driver['loaded']}, but {driver['installed']} is installed",
-            "reboot",
-            mender,
-        )
+    if loaded and installed and loaded != installed:
+        found += of_driver(f"the kernel runs the NVIDIA module {loaded}, but {installed} is installed", "reboot")
     elif "version mismatch" in host["nvidia_smi_message"]:
-        known = True
-        running = driver["loaded"] or "that is loaded"
-        yield trouble(
-            f"the NVIDIA libraries do not fit the kernel module {running}{detail(host)}",
+        found += of_driver(
+            f"the NVIDIA libraries do not fit the kernel module {loaded or 'that is loaded'}{detail(host)}",
             "reboot; if that does not help, install libraries and module of one version",
-            mender,
         )
     if "proprietary" in (driver["loaded_flavour"], driver["flavour"]) and needs_open_modules(host):
-        known = True
-        yield trouble(
+        found += of_driver(
             "the NVIDIA kernel module is the proprietary one, which does not drive Blackwell",
             "install the open kernel modules in its place (Ubuntu: the packages with -open in their names), and reboot",
-            mender,
         )
     if host["gpus"]:
-        return  # a card that does not answer beside one that does is worth an advice: warn_cards
+        return found  # a card that does not answer beside one that does is worth an advice: warn_cards
     if broken := host.get("gpus_broken", []):
-        if not known:
-            yield from (broken_card(card) for card in broken)
-        return
-    if host["secure_boot"] and host["distribution"] == "debian" and not driver["loaded"]:
-        yield trouble(
-            "Secure Boot is on and no NVIDIA driver is loaded; Debian's are built on the machine (DKMS), and the"
-            " firmware does not know who signed them",
-            "switch Secure Boot off in the firmware, or use Ubuntu, whose modules are signed by Canonical",
-        )
-    elif host["nvidia_smi"] is None and not driver["loaded"] and not driver["installed"]:
-        yield trouble(
+        return found or [broken_card(card) for card in broken]
+    if host["secure_boot"] and host["distribution"] == "debian" and not loaded:
+        return [
+            *found,
+            trouble(
+                "Secure Boot is on and no NVIDIA driver is loaded; Debian's are built on the machine (DKMS), and the"
+                " firmware does not know who signed them",
+                "switch Secure Boot off in the firmware, or use Ubuntu, whose modules are signed by Canonical",
+            ),
+        ]
+    if host["nvidia_smi"] is None and not loaded and not installed:
+        return found + of_driver(
             "there is an NVIDIA GPU but no driver",
             "install the NVIDIA driver, branch 580 or newer, with the open kernel modules, and reboot",
-            mender,
         )
-    elif not known:
-        yield trouble(
-            f"the NVIDIA driver is installed but shows no GPU{detail(host)}",
-            "reboot; if that does not help, reinstall the driver for the running kernel",
-            mender,
-        )
+    return found or of_driver(
+        f"the NVIDIA driver is installed but shows no GPU{detail(host)}",
+        "reboot; if that does not help, reinstall the driver for the running kernel",
+    )
+
+
+def of_driver(problem: str, fix: str) -> list[Problem]:
+    """Return the one problem, with which the role nvidia_driver deals."""
+    return [trouble(problem, fix, "nvidia_driver")]
 
 
 def broken_card(card: Host) -> Problem:
