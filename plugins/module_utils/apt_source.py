@@ -15,8 +15,6 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.urls import open_url
-
 from . import apt
 from .common import Problem, read, write
 
@@ -97,6 +95,9 @@ class Source:
                 raise Problem(
                     f"cannot read the key {place}: {error.strerror}", "correct the path of the key"
                 ) from error
+        # A twentieth of a second of each run, for a key that is fetched once.
+        from ansible.module_utils.urls import open_url
+
         try:
             key: bytes = open_url(place, timeout=60).read()
         except (OSError, HTTPException, ValueError) as error:

@@ -116,6 +116,10 @@ advice:
   returned: always
   type: list
   elements: dict
+servers:
+  description: What M(dots_ocr.deploy.server_state) tells of our servers, if O(requirements.installed) is there.
+  returned: with requirements
+  type: dict
 """
 
 import contextlib
@@ -131,9 +135,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..module_utils import engine
+from ..module_utils import engine, servers
 from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
-from ..module_utils.common import answer, ask, read_text, run
+from ..module_utils.common import answer, ask, read_text, run, together
 
 Host = dict[str, Any]
 
@@ -733,6 +737,7 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         release = {}
     kernel = platform.release()
     kind = measure_platform(kernel)
+    gpus, docker = together(lambda: measure_gpus(kind), lambda: measure_docker(ports))
     wsl = kind in ("wsl1", "wsl2")
     cards = measure_pci()
     reserved = [card for card in cards if card["driver"] in RESERVING_DRIVERS]
@@ -759,8 +764,8 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "wsl": {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in WSL_INFO.items()}
         if wsl
         else {},
-        **measure_gpus(kind),
-        **measure_docker(ports),
+        **gpus,
+        **docker,
         "ports_in_use": measure_ports(ports) if ports else [],
         "gpu_processes": [],
         "disk_free_gib": {},
@@ -772,23 +777,27 @@ def measure(ports: list[int], with_processes: bool) -> Host:
 
 
 def look(wanted: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the module's result: the host, and as far as it is to be judged, the problems."""
+    """Return the module's result: the host, what is wrong with it if that is asked for, and our servers."""
+    host: Host
     if not wanted:
-        host, problems = measure([], False), []
-    else:
-        ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
-        host = {**measure([] if ours else wanted["ports"], with_processes=True), "server_installed": ours}
-        named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
-        wanted["disk_free"] = [
-            {**space, "place": named.get(space["path"], space["path"])}
-            for space in wanted["disk_free"]
-            if not (space["unless_exists"] and Path(space["unless_exists"]).exists())
-        ]
-        for place in (space["place"] for space in wanted["disk_free"]):
-            host["disk_free_gib"][place] = free_gib(place)
-            host["disk_devices"][place] = existing(place).stat().st_dev
-        problems = judge(host, wanted)
-    return {"changed": False, "ansible_facts": {"gpu_host": host}, "problems": problems, "advice": warn(host)}
+        host = measure([], False)
+        return {"changed": False, "ansible_facts": {"gpu_host": host}, "problems": [], "advice": warn(host)}
+    ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
+    host, there = together(
+        lambda: measure([] if ours else wanted["ports"], with_processes=True), servers.look if ours else dict
+    )
+    host["server_installed"] = ours
+    named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
+    wanted["disk_free"] = [
+        {**space, "place": named.get(space["path"], space["path"])}
+        for space in wanted["disk_free"]
+        if not (space["unless_exists"] and Path(space["unless_exists"]).exists())
+    ]
+    for place in (space["place"] for space in wanted["disk_free"]):
+        host["disk_free_gib"][place] = free_gib(place)
+        host["disk_devices"][place] = existing(place).stat().st_dev
+    result = {"problems": judge(host, wanted), "advice": warn(host), "servers": there}
+    return {"changed": False, "ansible_facts": {"gpu_host": host}, **result}
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ from typing import Any, NamedTuple
 
 from ..module_utils import apt
 from ..module_utils.cards import OLDEST_OPEN, is_blackwell, needs_open_modules, why_none
-from ..module_utils.common import RECORDS, Problem, answer, ask, read_text, run
+from ..module_utils.common import RECORDS, Problem, answer, ask, read_text, run, together
 
 Host = dict[str, Any]
 
@@ -500,13 +500,13 @@ def measure_packages() -> tuple[dict[str, str], frozenset[str]]:
 
 def measure(release: str) -> System:
     """Ask apt, dpkg and the kernel."""
-    packages, configured = measure_packages()
+    (packages, configured), names = together(measure_packages, lambda: ask("apt-cache", "pkgnames").split())
     asking = Path("/run/reboot-required.pkgs")
     modules = Path("/lib/modules", release, "modules.dep")
     return System(
         packages=packages,
         configured=configured,
-        available=frozenset(ask("apt-cache", "pkgnames").split()),
+        available=frozenset(names),
         owned=any(RECORDS.glob("nvidia-driver*.json")),
         reboot_wanted_by=tuple(sorted(set(asking.read_text().split()))) if asking.exists() else (),
         booted_since=modules.exists() and boot_time() > modules.stat().st_mtime,
