@@ -113,11 +113,6 @@ installed:
   description: The packages of the set that are installed, with their versions.
   returned: always
   type: dict
-would_install:
-  description: In check mode, the packages that an installation would begin with.
-  returned: always
-  type: list
-  elements: str
 kept:
   description: With C(absent), packages of the set that were there before and stay.
   returned: always
@@ -280,7 +275,7 @@ class Set:
                 self.write(path, content)
             raise
         changed += [bool(to_install or unwanted), self.hold()]
-        return {"changed": any(changed), "would_install": to_install if self.check else []}
+        return {"changed": any(changed)}
 
     def install(self, names: list[str], unwanted: list[str]) -> None:
         """Install packages, and record what came with them, also if it fails half-way."""
@@ -414,7 +409,7 @@ def main() -> None:
         result = packages.present() if params["state"] == "present" else packages.absent()
         names = [name for name in params["name"] if packages.is_installed(name)]
         installed = {name: packages.packages[name]["version"] for name in names}
-        return {"would_install": [], "kept": [], "installed": installed, **result}
+        return {"kept": [], "installed": installed, **result}
 
     answer(options, work)
 

@@ -123,6 +123,7 @@ servers:
   type: dict
 """
 
+import contextlib
 import http.client
 import json
 import math
@@ -135,11 +136,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils import engine, servers
 from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
-from ..module_utils.common import ask, read_text, run, together
+from ..module_utils.common import answer, ask, read_text, run, together
 
 Host = dict[str, Any]
 
@@ -153,6 +152,7 @@ GRAPHS_CAPABILITY = 12
 
 # NVIDIA's documentation for WSL: root does not find nvidia-smi on its PATH, so it is called by its full path.
 WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
+WSL_INFO = {"version": "--wsl-version", "networking": "--networking-mode"}
 NVIDIA_PCI_VENDOR = "0x10de"
 DISPLAY_PCI_CLASS = "0x03"
 PCI = Path("/sys/bus/pci/devices")
@@ -324,66 +324,57 @@ def judge_wsl_gpu(host: Host) -> Iterator[Problem]:
         )
 
 
-def judge_gpu(host: Host) -> Iterator[Problem]:
-    """Yield which link between the GPU and us is broken, on a machine with drivers of its own."""
-    driver, mender = host["driver"], "nvidia_driver"
+def judge_gpu(host: Host) -> list[Problem]:
+    """Return which link between the GPU and us is broken, on a machine with drivers of its own."""
     if none := why_none(host):
-        yield trouble(*none)
-        return
-    known = False
+        return [trouble(*none)]
+    found: list[Problem] = []
+    driver = host["driver"]
+    loaded, installed = driver["loaded"], driver["installed"]
     if host["nouveau"]:
-        known = True
-        yield trouble(
+        found += of_driver(
             "the kernel module nouveau holds the GPU, so NVIDIA's cannot",
             "keep nouveau from loading ('blacklist nouveau' in /etc/modprobe.d, update-initramfs -u) and reboot",
-            mender,
         )
-    if driver["loaded"] and driver["installed"] and driver["loaded"] != driver["installed"]:
-        known = True
-        yield trouble(
-            f"the kernel runs the NVIDIA module {driver['loaded']}, but {driver['installed']} is installed",
-            "reboot",
-            mender,
-        )
+    if loaded and installed and loaded != installed:
+        found += of_driver(f"the kernel runs the NVIDIA module {loaded}, but {installed} is installed", "reboot")
     elif "version mismatch" in host["nvidia_smi_message"]:
-        known = True
-        running = driver["loaded"] or "that is loaded"
-        yield trouble(
-            f"the NVIDIA libraries do not fit the kernel module {running}{detail(host)}",
+        found += of_driver(
+            f"the NVIDIA libraries do not fit the kernel module {loaded or 'that is loaded'}{detail(host)}",
             "reboot; if that does not help, install libraries and module of one version",
-            mender,
         )
     if "proprietary" in (driver["loaded_flavour"], driver["flavour"]) and needs_open_modules(host):
-        known = True
-        yield trouble(
+        found += of_driver(
             "the NVIDIA kernel module is the proprietary one, which does not drive Blackwell",
             "install the open kernel modules in its place (Ubuntu: the packages with -open in their names), and reboot",
-            mender,
         )
     if host["gpus"]:
-        return  # a card that does not answer beside one that does is worth an advice: warn_cards
+        return found  # a card that does not answer beside one that does is worth an advice: warn_cards
     if broken := host.get("gpus_broken", []):
-        if not known:
-            yield from (broken_card(card) for card in broken)
-        return
-    if host["secure_boot"] and host["distribution"] == "debian" and not driver["loaded"]:
-        yield trouble(
-            "Secure Boot is on and no NVIDIA driver is loaded; Debian's are built on the machine (DKMS), and the"
-            " firmware does not know who signed them",
-            "switch Secure Boot off in the firmware, or use Ubuntu, whose modules are signed by Canonical",
-        )
-    elif host["nvidia_smi"] is None and not driver["loaded"] and not driver["installed"]:
-        yield trouble(
+        return found or [broken_card(card) for card in broken]
+    if host["secure_boot"] and host["distribution"] == "debian" and not loaded:
+        return [
+            *found,
+            trouble(
+                "Secure Boot is on and no NVIDIA driver is loaded; Debian's are built on the machine (DKMS), and the"
+                " firmware does not know who signed them",
+                "switch Secure Boot off in the firmware, or use Ubuntu, whose modules are signed by Canonical",
+            ),
+        ]
+    if host["nvidia_smi"] is None and not loaded and not installed:
+        return found + of_driver(
             "there is an NVIDIA GPU but no driver",
             "install the NVIDIA driver, branch 580 or newer, with the open kernel modules, and reboot",
-            mender,
         )
-    elif not known:
-        yield trouble(
-            f"the NVIDIA driver is installed but shows no GPU{detail(host)}",
-            "reboot; if that does not help, reinstall the driver for the running kernel",
-            mender,
-        )
+    return found or of_driver(
+        f"the NVIDIA driver is installed but shows no GPU{detail(host)}",
+        "reboot; if that does not help, reinstall the driver for the running kernel",
+    )
+
+
+def of_driver(problem: str, fix: str) -> list[Problem]:
+    """Return the one problem, with which the role nvidia_driver deals."""
+    return [trouble(problem, fix, "nvidia_driver")]
 
 
 def broken_card(card: Host) -> Problem:
@@ -641,33 +632,17 @@ def measure_packages(status: Path) -> Host:
     }
 
 
-def measure_wsl() -> dict[str, str]:
-    """Return the version of WSL and its kind of network, each empty if WSL does not tell."""
-    options = {"version": "--wsl-version", "networking": "--networking-mode"}
-    return {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in options.items()}
-
-
-class Engine(http.client.HTTPConnection):
-    """Docker Engine, by its socket."""
-
-    def connect(self) -> None:
-        """Connect to the socket."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(TIMEOUT)
-        self.sock.connect(DOCKER_SOCKET)
-
-
 def ask_engine(path: str) -> Any:
     """Return the engine's answer to a question of its API; None if it does not answer."""
-    connection = Engine("localhost")
-    try:
+    connection = http.client.HTTPConnection("localhost")
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException), socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(TIMEOUT)
+        link.connect(DOCKER_SOCKET)
+        connection.sock = link
         connection.request("GET", path)
         response = connection.getresponse()
         return json.loads(response.read()) if response.status == http.HTTPStatus.OK else None
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+    return None
 
 
 def engine_runs() -> bool:
@@ -798,7 +773,9 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "nouveau": Path("/sys/module/nouveau").is_dir(),
         "driver": measure_driver(kernel),
         **measure_packages(Path("/var/lib/dpkg/status")),
-        "wsl": measure_wsl() if wsl else {},
+        "wsl": {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in WSL_INFO.items()}
+        if wsl
+        else {},
         **gpus,
         **docker,
         "ports_in_use": measure_ports(ports) if ports else [],
@@ -809,6 +786,30 @@ def measure(ports: list[int], with_processes: bool) -> Host:
     if with_processes and host["gpus"] and not wsl:
         host["gpu_processes"] = measure_gpu_processes(host["nvidia_smi"])
     return host
+
+
+def look(wanted: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the module's result: the host, what is wrong with it if that is asked for, and our servers."""
+    host: Host
+    if not wanted:
+        host = measure([], False)
+        return {"changed": False, "ansible_facts": {"gpu_host": host}, "problems": [], "advice": warn(host)}
+    ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
+    host, there = together(
+        lambda: measure([] if ours else wanted["ports"], with_processes=True), servers.look if ours else dict
+    )
+    host["server_installed"] = ours
+    named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
+    wanted["disk_free"] = [
+        {**space, "place": named.get(space["path"], space["path"])}
+        for space in wanted["disk_free"]
+        if not (space["unless_exists"] and Path(space["unless_exists"]).exists())
+    ]
+    for place in (space["place"] for space in wanted["disk_free"]):
+        host["disk_free_gib"][place] = free_gib(place)
+        host["disk_devices"][place] = existing(place).stat().st_dev
+    result = {"problems": judge(host, wanted), "advice": warn(host), "servers": there}
+    return {"changed": False, "ansible_facts": {"gpu_host": host}, **result}
 
 
 def main() -> None:
@@ -826,31 +827,7 @@ def main() -> None:
         "wsl_memory_mib": {"type": "int", "default": 0},
         "manages_windows": {"type": "bool", "default": False},
     }
-    module = AnsibleModule(
-        argument_spec={"requirements": {"type": "dict", "options": requirements}}, supports_check_mode=True
-    )
-    wanted = module.params["requirements"]
-    if not wanted:
-        host = measure([], False)
-        module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=[], advice=warn(host))
-    ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
-    host, there = together(
-        lambda: measure([] if ours else wanted["ports"], with_processes=True), servers.look if ours else dict
-    )
-    host["server_installed"] = ours
-    named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
-    wanted["disk_free"] = [
-        {**space, "place": named.get(space["path"], space["path"])}
-        for space in wanted["disk_free"]
-        if not (space["unless_exists"] and Path(space["unless_exists"]).exists())
-    ]
-    for place in (space["place"] for space in wanted["disk_free"]):
-        host["disk_free_gib"][place] = free_gib(place)
-        host["disk_devices"][place] = existing(place).stat().st_dev
-    problems = judge(host, wanted)
-    module.exit_json(
-        changed=False, ansible_facts={"gpu_host": host}, problems=problems, advice=warn(host), servers=there
-    )
+    answer({"requirements": {"type": "dict", "options": requirements}}, lambda params, _: look(params["requirements"]))
 
 
 if __name__ == "__main__":

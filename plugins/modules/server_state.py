@@ -96,9 +96,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
-from ..module_utils.common import run, together
+from ..module_utils.common import answer, run, together
 from ..module_utils.model_code import refused
 from ..module_utils.servers import DEFINITION, PROGRAMS, ask_systemd, look, settings, sleeping
 
@@ -128,23 +126,10 @@ def read_golden_pages(name: str) -> dict[str, Any]:
     return {"item": name, "rc": status, "stdout": output, "stderr": errors}
 
 
-def main() -> None:
+def work(wanted: dict[str, Any], check: bool) -> dict[str, Any]:
     """Have it proven, or take the lock and look, as far as that is wanted."""
-    module = AnsibleModule(
-        argument_spec={
-            "lock": {"type": "str"},
-            "lock_seconds": {"type": "int", "default": 86400},
-            "weights": {"type": "path"},
-            "remote_code": {"type": "dict", "default": {}},
-            "prove": {"type": "list", "elements": "str", "default": []},
-            "isolated": {"type": "bool", "default": False},
-            "unlock": {"type": "bool", "default": False},
-        },
-        supports_check_mode=True,
-    )
-    wanted = module.params
     status, holder = 0, ""
-    if wanted["lock"] and not module.check_mode:
+    if wanted["lock"] and not check:
         limit = f"--property=RuntimeMaxSec={wanted['lock_seconds']}"
         options = (f"--unit={LOCK}", f"--description={wanted['lock']}", limit, "--quiet")
         status, _, holder = run("systemd-run", *options, "sleep", "infinity")
@@ -161,9 +146,23 @@ def main() -> None:
         if wanted["unlock"] and proofs:
             run("systemctl", "stop", LOCK)
         pages = [read_golden_pages(name) for name in wanted["prove"] if name not in asleep] if proofs else []
-        module.exit_json(changed=False, proofs=proofs, pages=pages)
+        return {"changed": False, "proofs": proofs, "pages": pages}
     weights = look_at_weights(Path(wanted["weights"]), wanted["remote_code"]) if wanted["weights"] else {}
-    module.exit_json(changed=False, **look(), locked=status == 0, holder=holder.strip(), weights=weights)
+    return {"changed": False, **look(), "locked": status == 0, "holder": holder.strip(), "weights": weights}
+
+
+def main() -> None:
+    """Run the module."""
+    options = {
+        "lock": {"type": "str"},
+        "lock_seconds": {"type": "int", "default": 86400},
+        "weights": {"type": "path"},
+        "remote_code": {"type": "dict", "default": {}},
+        "prove": {"type": "list", "elements": "str", "default": []},
+        "isolated": {"type": "bool", "default": False},
+        "unlock": {"type": "bool", "default": False},
+    }
+    answer(options, work)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ ASSERT = {"ansible.builtin.assert": {"that": False, "fail_msg": MESSAGE, "quiet"
 TASKS: dict[str, dict[str, Any]] = {
     "assert": ASSERT,
     "loop": {**ASSERT, "loop": [1, 2]},
-    "module": {"dots_ocr.deploy.apt_source": {"name": "test"}, "check_mode": True},
+    "module": {"dots_ocr.deploy.apt_set": {"id": "test", "source": {"name": "test"}}, "check_mode": True},
     "program": {"ansible.builtin.command": {"argv": ["sh", "-c", "echo no such page >&2; exit 4"]}},
     "playbook": {"ansible.builtin.debug": {"msg": "{{ nobody_knows }}"}},
 }
