@@ -18,29 +18,16 @@ KEY = "auto_map"
 WITHOUT = ("tokenizer.json", "vocab.json", "model.safetensors.index.json")
 
 
-def targets(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (name, target) for each text below an auto_map; what should be one and is not stands for itself."""
+def targets(value: Any, name: str = "", mapped: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield (name, target) for each text below an auto_map, at any depth; what should be a text stands for itself."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from targets(inner, key)
+            yield from targets(inner, key, mapped or key == KEY)
     elif isinstance(value, list):
         for inner in value:
-            yield from targets(inner, name)
-    elif value is not None:
+            yield from targets(inner, name, mapped)
+    elif mapped and value is not None:
         yield name, value if isinstance(value, str) else repr(value)
-
-
-def maps(value: Any) -> Iterator[Any]:
-    """Yield every value of the key auto_map in what a JSON file holds, at any depth."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key == KEY:
-                yield inner
-            else:
-                yield from maps(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from maps(inner)
 
 
 def refused(folder: Path, allowed: list[str]) -> list[str]:
@@ -54,7 +41,7 @@ def refused(folder: Path, allowed: list[str]) -> list[str]:
             continue
         try:
             contents = json.loads(file.read_text(encoding="utf-8"))
-            named = [pair for value in maps(contents) for pair in targets(value)]
+            named = list(targets(contents))
         except (OSError, ValueError, RecursionError) as error:
             found.append(f"{file.name} cannot be read ({type(error).__name__})")
             continue

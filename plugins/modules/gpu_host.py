@@ -717,15 +717,12 @@ def first_number(*command: str) -> int:
 
 def measure_ports(ports: list[int]) -> list[Host]:
     """Return which of the ports somebody listens on, with the process and its name where they are known."""
-    found = {}
-    listening = ask("ss", "--no-header", "--listening", "--numeric", "--tcp", "--processes", timeout=TIMEOUT)
-    for line in listening.splitlines():
-        port = int(line.split()[3].rpartition(":")[2])
-        holder = re.search(r'\("([^"]*)",pid=(\d+)', line)
+    found, listening = [], servers.ask_listeners()
+    for port in sorted(port for port in ports if str(port) in listening):
+        holder = re.search(r'\("([^"]*)",pid=(\d+)', listening[str(port)])
         pid, process = (int(holder[2]), holder[1]) if holder else (None, "")
-        if port in ports:
-            found[port] = {"port": port, "pid": pid, "process": process}
-    return [found[port] for port in sorted(found)]
+        found.append({"port": port, "pid": pid, "process": process})
+    return found
 
 
 def existing(path: str) -> Path:

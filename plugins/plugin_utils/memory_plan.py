@@ -305,7 +305,7 @@ def explain(memory: Memory, plan: Plan) -> str:
         f" - overhead {OVERHEAD_GIB:.2f}"
         f"{known} = {tokens * KV_BYTES_PER_TOKEN / GIB:.2f} GiB for {tokens:,} KV tokens,"
         f" {tokens // PAGE_TOKENS} usual pages;"
-        f" limits: images up to {megapixels(plan['max_pixels'])}, requests up to {plan['max_model_len']:,} tokens,"
+        f" limits: images up to {plan['max_pixels'] / 1e6:.2f} MP, requests up to {plan['max_model_len']:,} tokens,"
         f" {plan['max_num_seqs']} pages at once, {plan['max_num_queued_reqs']} with those that wait,"
         f" API processes: {plan['api_server_count']}"
     )
@@ -327,11 +327,6 @@ def share(memory: Memory, utilization: float, wishes: Wishes) -> str:
     elif utilization == UTILIZATION_CAP:
         reason = "the most we plan"
     return f"{utilization:.4g} ({reason}) = {gib(utilization * memory.total):.2f} GiB"
-
-
-def megapixels(pixels: int) -> str:
-    """Return a number of pixels for humans."""
-    return f"{pixels / 1e6:.2f} MP"
 
 
 def refusal(problem: str, fix: str) -> Plan:
@@ -364,7 +359,7 @@ def refuse(memory: Memory, wishes: Wishes, utilization: float, unknown: bool) ->
     needed = lowest.needed_gib()
     problem = (
         f"the model needs weights {lowest.weights_gib():.2f} + encoder {encoder_gib(lowest.max_pixels):.2f} for images"
-        f" up to {megapixels(lowest.max_pixels)} + overhead {OVERHEAD_GIB:.2f}"
+        f" up to {lowest.max_pixels / 1e6:.2f} MP + overhead {OVERHEAD_GIB:.2f}"
         f" + KV cache {needed - lowest.fixed_gib():.2f} for {lowest.needed_kv_tokens():,} tokens"
         f" = {needed:.2f} GiB at least, but vLLM gets utilization {share(memory, utilization, wishes)}"
         f" ({availability(memory)})"

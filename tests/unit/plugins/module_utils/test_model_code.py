@@ -67,7 +67,7 @@ def test_code_of_the_real_weights_passes(tmp_path: Path) -> None:
             "config.json names a.configuration_dots.C (AutoConfig)",
         ),
         ("config", {"auto_map": {"AutoConfig": "configuration_dots"}}, None),
-        ("config", {"auto_map": "evil.Model"}, "config.json names evil.Model ()"),
+        ("config", {"auto_map": "evil.Model"}, "config.json names evil.Model (auto_map)"),
         ("config", {"auto_map": {"AutoConfig": 7}}, "config.json names 7 (AutoConfig)"),
         (
             "tokenizer_config",
