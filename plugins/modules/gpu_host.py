@@ -37,6 +37,9 @@ options:
       weights: {description: "The folder of the model's weights.", type: path, default: /var/lib/dots-ocr/models}
       ports: {description: TCP ports that must be free., type: list, elements: int, default: []}
       installed: {description: A path that exists once our server is there; then the ports are its own., type: path}
+      engine:
+        description: Name of the set of packages with which M(dots_ocr.deploy.apt_set) installs an engine here.
+        type: str
       wsl_memory_mib: {description: "Main memory that a WSL host must have, in MiB; 0 is any.", type: int, default: 0}
       manages_windows:
         description: Whether the role C(wsl) may change what Windows gives to WSL.
@@ -117,6 +120,10 @@ advice:
   returned: always
   type: list
   elements: dict
+engine:
+  description: What M(dots_ocr.deploy.docker_engine_info) tells of the engine.
+  returned: with requirements
+  type: dict
 servers:
   description: What M(dots_ocr.deploy.server_state) tells of our servers, if O(requirements.installed) is there.
   returned: with requirements
@@ -136,7 +143,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..module_utils import engine, servers
+from ..module_utils import engine, engine_info, servers
 from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
 from ..module_utils.common import answer, ask, read_text, run, together
 
@@ -786,14 +793,16 @@ def measure(ports: list[int], with_processes: bool) -> Host:
 
 
 def look(wanted: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the module's result: the host, what is wrong with it if that is asked for, and our servers."""
+    """Return the module's result: the host, what is wrong with it if that is asked for, its engine and our servers."""
     host: Host
     if not wanted:
         host = measure([], False)
         return {"changed": False, "ansible_facts": {"gpu_host": host}, "problems": [], "advice": warn(host)}
     ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
-    host, there = together(
-        lambda: measure([] if ours else wanted["ports"], with_processes=True), servers.look if ours else dict
+    host, there, found = together(
+        lambda: measure([] if ours else wanted["ports"], with_processes=True),
+        servers.look if ours else dict,
+        lambda: engine_info.look(wanted["engine"]),
     )
     host["server_installed"] = ours
     named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
@@ -805,7 +814,7 @@ def look(wanted: dict[str, Any] | None) -> dict[str, Any]:
     for place in (space["place"] for space in wanted["disk_free"]):
         host["disk_free_gib"][place] = free_gib(place)
         host["disk_devices"][place] = existing(place).stat().st_dev
-    result = {"problems": judge(host, wanted), "advice": warn(host), "servers": there}
+    result = {"problems": judge(host, wanted), "advice": warn(host), "servers": there, "engine": found}
     return {"changed": False, "ansible_facts": {"gpu_host": host}, **result}
 
 
@@ -821,6 +830,7 @@ def main() -> None:
         "weights": {"type": "path", "default": "/var/lib/dots-ocr/models"},
         "ports": {"type": "list", "elements": "int", "default": []},
         "installed": {"type": "path"},
+        "engine": {"type": "str"},
         "wsl_memory_mib": {"type": "int", "default": 0},
         "manages_windows": {"type": "bool", "default": False},
     }

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine_info as info
 from ansible_collections.dots_ocr.deploy.plugins.modules import docker_daemon as daemon
-from ansible_collections.dots_ocr.deploy.plugins.modules import docker_engine_info as info
 
 REQUIRED = {"features": {"cdi": True}, "live-restore": False}
 LOGS: dict[str, Any] = {"log-driver": "local", "log-opts": {"max-size": "50m"}}
@@ -417,7 +417,7 @@ class Commands:
         self.units = units
         self.asked: list[str] = []
 
-    def ask(self, *command: str) -> str:
+    def ask(self, *command: str, timeout: float | None = None) -> str:
         """Answer one of them."""
         self.asked.append(" ".join(command[:2]))
         if command[:2] == ("systemctl", "is-active"):
