@@ -46,7 +46,7 @@ engine:
 """
 
 from ..module_utils.common import answer
-from ..module_utils.engine_info import look
+from ..module_utils.engine import look
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..module_utils import engine, engine_info, servers
+from ..module_utils import engine, servers
 from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
 from ..module_utils.common import answer, ask, read_text, run, together
 
@@ -206,7 +206,6 @@ TOOLKIT_PACKAGES = re.compile(
     re.MULTILINE,
 )
 
-DOCKER_SOCKET = "/var/run/docker.sock"
 # All distributions see this folder while Docker Desktop runs. One that it is integrated into has links to it.
 DOCKER_DESKTOP = Path("/mnt/wsl/docker-desktop")
 DOCKER_DESKTOP_LINKS = (*map(Path, ("/usr/bin/docker", "/usr/local/bin/docker", "/var/run/docker.sock")),)
@@ -644,7 +643,7 @@ def ask_engine(path: str) -> Any:
     connection = http.client.HTTPConnection("localhost")
     with contextlib.suppress(OSError, ValueError, http.client.HTTPException), socket.socket(socket.AF_UNIX) as link:
         link.settimeout(TIMEOUT)
-        link.connect(DOCKER_SOCKET)
+        link.connect(str(engine.SOCKET))
         connection.sock = link
         connection.request("GET", path)
         response = connection.getresponse()
@@ -654,7 +653,7 @@ def ask_engine(path: str) -> Any:
 
 def engine_runs() -> bool:
     """Tell whether an engine is there to be asked; a socket alone may be systemd's, which would start one."""
-    if not Path(DOCKER_SOCKET).exists():
+    if not engine.SOCKET.exists():
         return False
     return desktop_is_integrated() or any(read(name) == "dockerd" for name in Path("/proc").glob("[0-9]*/comm"))
 
@@ -802,7 +801,7 @@ def look(wanted: dict[str, Any] | None) -> dict[str, Any]:
     host, there, found = together(
         lambda: measure([] if ours else wanted["ports"], with_processes=True),
         servers.look if ours else dict,
-        lambda: engine_info.look(wanted["engine"]),
+        lambda: engine.look(wanted["engine"]),
     )
     host["server_installed"] = ours
     named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
