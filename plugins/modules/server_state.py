@@ -156,8 +156,10 @@ def stopped(servers: Settings, units: dict[str, dict[str, str]]) -> str:
     return said.split(" ")[0] or "the journal does not know when"
 
 
-def prove(name: str, server: dict[str, Any], isolated: bool) -> str:
+def prove(name: str, server: dict[str, Any], sleeping: bool, isolated: bool) -> str:
     """Return how a server has proven that it reads; nothing if it could not prove all of it."""
+    if sleeping:
+        return f"{name} is asleep, and stays so: the next page wakes it."
     show = ("docker", "run", "--rm", "--pull=never", "--network=none", f"--device={server['device']}")
     commands: list[tuple[str, ...]] = [(*show, "--entrypoint=nvidia-smi", server["image"]["pin"], "-L")]
     commands += [(f"{PROGRAMS}/api_firewall", "close", name)] if server["allowed_networks"] else []
@@ -188,12 +190,7 @@ def main() -> None:
     servers = settings(DEFINITION)
     units = ask_systemd(servers)
     sleeping = [name for name, server in servers.items() if asleep(server, units.get(f"{name}.service", {}))]
-    proofs = [
-        f"{name} is asleep, and stays so: the next page wakes it."
-        if name in sleeping
-        else prove(name, servers[name], wanted["isolated"])
-        for name in wanted["prove"]
-    ]
+    proofs = [prove(name, servers[name], name in sleeping, wanted["isolated"]) for name in wanted["prove"]]
     proofs = proofs if all(proofs) else []
     if wanted["unlock"] and proofs:
         run("systemctl", "stop", LOCK)
