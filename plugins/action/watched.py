@@ -1,7 +1,5 @@
 """Runs what may take long, and shows now and then how far it is."""
 
-from __future__ import annotations
-
 import copy
 import threading
 import time

@@ -1,14 +1,10 @@
 """The output of a play: Ansible's own, but what failed is told once."""
 
-from __future__ import annotations
-
 DOCUMENTATION = r"""
 name: once
 type: stdout
 short_description: Ansible's own output, with each failure told once
-description: >-
-  In place of an error and the result of its task, the result alone; of one that names its fix, only the message.
-  Errors in playbooks and variables keep their place. With C(-v) all is as Ansible has it.
+description: Of a failure that names its fix, only the message; of others, the result of the task. C(-v) shows all.
 extends_documentation_fragment: [default_callback, result_format_callback]
 author: The dots-ocr-deploy founders !UNKNOWN
 """

@@ -109,8 +109,10 @@ def look_at_weights(folder: Path, remote_code: dict[str, list[str]]) -> dict[str
     return {"exists": (folder / "config.json").is_file(), "refused": found}
 
 
-def prove(name: str, server: dict[str, Any], isolated: bool) -> str:
+def prove(name: str, server: dict[str, Any], sleeping: bool, isolated: bool) -> str:
     """Return how a server has proven that it reads; nothing if it could not prove all of it."""
+    if sleeping:
+        return f"{name} is asleep, and stays so: the next page wakes it."
     show = ("docker", "run", "--rm", "--pull=never", "--network=none", f"--device={server['device']}")
     commands: list[tuple[str, ...]] = [(*show, "--entrypoint=nvidia-smi", server["image"]["pin"], "-L")]
     commands += [(f"{PROGRAMS}/firewall", "close", name)] if server["allowed_networks"] else []
@@ -136,12 +138,7 @@ def work(wanted: dict[str, Any], check: bool) -> dict[str, Any]:
     if wanted["prove"]:
         servers = settings(DEFINITION)
         asleep = sleeping(servers, ask_systemd(servers))
-        proofs = [
-            f"{name} is asleep, and stays so: the next page wakes it."
-            if name in asleep
-            else prove(name, servers[name], wanted["isolated"])
-            for name in wanted["prove"]
-        ]
+        proofs = [prove(name, servers[name], name in asleep, wanted["isolated"]) for name in wanted["prove"]]
         proofs = proofs if all(proofs) else []
         if wanted["unlock"] and proofs:
             run("systemctl", "stop", LOCK)
