@@ -61,7 +61,9 @@ bench-host: .venv/ready
 bench-gateway: .venv/ready
 	@$(BIN)/python -m benchmarks.gateway
 
+# The tests' sudo has no keyboard, so that its password is asked for before they begin.
 verify: .venv/ready
+	@$(if $(SUDO),sudo true)
 	@$(BIN)/pytest verification --hosts=ansible://ocr_servers --ansible-inventory=inventory/local --sudo
 
 deploy: .venv/ready

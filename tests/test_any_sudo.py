@@ -85,5 +85,8 @@ def test_classic_sudo_is_taken_where_there_is_one(programs: list[str], plugin: A
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
     assert run("sh", "-c", f"echo {plugin.get_option('become_exe')}").strip() == wanted
-    makefile = run("make", "--directory", str(REPOSITORY), "--dry-run", "--assume-old=.venv/ready", "rehearse")
+    make = ("make", "--directory", str(REPOSITORY), "--dry-run", "--assume-old=.venv/ready")
+    makefile = run(*make, "rehearse", "verify")
     assert f"{wanted} -E .venv/bin/python -m rehearsal run" in makefile
+    # That of testinfra, by its plain name, has a password then.
+    assert "\nsudo true\n.venv/bin/pytest verification " in makefile

@@ -16,7 +16,7 @@ import pytest
 
 from tests import programs
 
-firewall = programs.load("api_firewall")
+firewall = programs.load("firewall")
 
 # In its own network: a server at port 8000 of every address, and a neighbour with two addresses who knocks.
 NEIGHBOUR = """

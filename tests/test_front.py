@@ -366,11 +366,11 @@ def test_readiness_wakes_it_and_asks_behind_the_front(
 
 
 def test_the_watchdog_stops_it_only_where_the_front_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped: list[list[str]] = []
-    monkeypatch.setattr(watchdog.subprocess, "run", lambda command, **_: stopped.append(command))
+    stopped: list[tuple[str, ...]] = []
+    monkeypatch.setattr(watchdog.ocr_probe, "systemctl", lambda *words, **_: stopped.append(words))
 
     async def play(host: Host) -> None:
-        for idle, calls in ((3600, []), (0, [["systemctl", "stop", "dots-ocr.service"]])):
+        for idle, calls in ((3600, []), (0, [("stop", "dots-ocr.service")])):
             host.front.idle = idle
             asking = threading.Thread(target=watchdog.sleep, args=(host.front.server, host.folder / "run"))
             asking.start()

@@ -441,7 +441,7 @@ def test_what_names_another_size_before_is_a_picture_to_pillow() -> None:
         ("data:image/png;base64,AAA", "base64"),
         ("data:image/png;base64,AA\nAA", "base64"),
         ("data:image/png;base64,\u00e9\u00e9", "base64"),
-        ("data:image/png;base64,====", "PNG"),
+        ("data:image/png;base64,====", "base64"),
         ("data:image/png;base64,", "PNG"),
         (url(b"hello"), "PNG"),
         (url(picture("TIFF"), "tiff"), "PNG"),

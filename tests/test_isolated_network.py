@@ -14,7 +14,7 @@ import pytest
 
 from tests import programs
 
-isolated = programs.load("isolated_network")
+isolated = programs.load("firewall")
 
 OURS = "-A PREROUTING -i dots-ocr0 -m conntrack ! --ctstate RELATED,ESTABLISHED"
 

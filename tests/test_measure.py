@@ -20,7 +20,7 @@ PLAN = {
     **{"kv_tokens": 153270, "fits": True, "explanation": "..."},
 }
 
-measure = programs.load("measure")
+ready = programs.load("ready")
 
 
 def log(version: str) -> str:
@@ -62,7 +62,7 @@ class Host:
         """Return what there is to record of the server."""
         (self.folder / "dots-ocr.json").write_text(json.dumps(self.settings | changes))
         done = programs.call(
-            measure, "dots-ocr", f"--settings-folder={self.folder}", PATH=f"{self.folder}:/bin:/usr/bin"
+            ready, "dots-ocr", "--measure", f"--settings-folder={self.folder}", PATH=f"{self.folder}:/bin:/usr/bin"
         )
         assert (done.returncode, done.stderr) == (0, "")
         found: dict[str, Any] = json.loads(done.stdout).get("measured", {})
@@ -93,7 +93,7 @@ def test_figures_of_each_vllm_are_read(host: Host, version: str, figures: dict[s
 def test_every_pattern_matches_its_examples() -> None:
     for known in FIGURES:
         for example in known["examples"].values():
-            assert set(measure.read_figures(example)) >= set(measure.re.compile(known["pattern"]).groupindex)
+            assert set(ready.read_figures(example)) >= set(ready.re.compile(known["pattern"]).groupindex)
 
 
 def test_record_belongs_to_the_limits_that_the_plan_knows(host: Host) -> None:
@@ -120,7 +120,7 @@ def test_more_than_a_tenth_from_the_plan_is_told_and_learned(host: Host, tokens:
     assert found["note"] == note
     gpu = {"memory_total_mib": 16303, "memory_free_mib": 15791}
     last = memory_plan.memory_plan(gpu, "bare_metal")
-    memory = memory_plan.read_gpu(gpu, "bare_metal", 0)
+    memory = memory_plan.Memory("bare_metal", *gpu.values())
     assert bool(memory_plan.learn_from(last, found, memory, {}, []).gib) == bool(note)
 
 
@@ -159,6 +159,6 @@ def test_without_the_size_of_the_kv_cache_nothing_is_recorded(host: Host, text: 
 
 
 def test_server_that_is_not_there_is_said(host: Host) -> None:
-    done = programs.call(measure, "dots-ocr", f"--settings-folder={host.folder}")
+    done = programs.call(ready, "dots-ocr", "--measure", f"--settings-folder={host.folder}")
     assert done.returncode == 1
-    assert "servers on this host: none" in done.stderr
+    assert "servers on this host: none" in done.stdout

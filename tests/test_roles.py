@@ -117,7 +117,7 @@ def test_tasks_begin_with_a_usual_verb() -> None:
 def test_one_variable_sets_how_long_every_task_waits_for_the_locks_of_apt() -> None:
     modules = (
         "ansible.builtin.apt",
-        *(f"dots_ocr.deploy.{name}" for name in ("apt_set", "apt_source", "nvidia_driver_plan")),
+        *(f"dots_ocr.deploy.{name}" for name in ("apt_set", "nvidia_driver_plan")),
     )
     files = [*REPOSITORY.glob("roles/*/tasks/*.yml"), *REPOSITORY.glob("playbooks/*.yml")]
     waits = {
@@ -177,7 +177,7 @@ def test_unit_has_limits(unit: Path) -> None:
 
 @pytest.mark.parametrize("playbook", sorted(REPOSITORY.glob("playbooks/*.yml")), ids=lambda path: path.name)
 def test_whatever_fetches_something_gets_the_proxy(playbook: Path) -> None:
-    ours = ("apt_set", "apt_source", "client_wheels")
+    ours = ("apt_set", "client_wheels")
     fetching = {*(f"dots_ocr.deploy.{name}" for name in ours), "ansible.builtin.apt", "ansible.builtin.uri"}
     roles = {
         role.name
@@ -298,7 +298,7 @@ def test_port_stands_in_one_place() -> None:
 
 PHASES = {"install", "configure", "run"}
 # Only the first phase fetches, only the second writes what the service reads.
-FETCHING = {"ansible.builtin.apt", "dots_ocr.deploy.apt_set", "dots_ocr.deploy.apt_source"}
+FETCHING = {"ansible.builtin.apt", "dots_ocr.deploy.apt_set"}
 
 
 def included(file: Path, name: str) -> Iterator[Path]:

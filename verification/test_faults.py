@@ -169,7 +169,7 @@ def test_api_process_is_killed(host: Host, server: Settings, matrix: list[Measur
             flush_firewall(host, server)
         signal(host, "KILL", "[v]llm serve")
     with host.sudo():
-        host.check_output("/usr/local/lib/dots-ocr/isolated_network prove %s", server["name"])
+        host.check_output("/usr/local/lib/dots-ocr/firewall prove %s", server["name"])
         assert host.run("docker exec %s sh -c 'test -e ~/.cache/planted.so'", server["container"]).rc == 1
 
 

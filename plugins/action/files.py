@@ -35,7 +35,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         source, template, extra = (entry.pop(name, None) for name in ("src", "template", "vars"))
         if template:
             lookup = lookup_loader.get("ansible.builtin.template", loader=self._loader, templar=self._templar)
-            (entry["content"],) = lookup.run([template], variables=task_vars, template_vars=extra or {})
+            # It copies its variables deeply, which takes longer than to fill in the template; not template_vars.
+            paths = {"ansible_search_path": task_vars.get("ansible_search_path", [])}
+            filled = {**task_vars, **(extra or {})}
+            (entry["content"],) = lookup.run([template], variables=paths, template_vars=filled)
         if not source:
             yield entry
             return

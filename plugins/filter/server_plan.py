@@ -65,19 +65,13 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 from packaging.version import Version
 
-from ..module_utils.cards import version
+from ..module_utils.cards import Problem, trouble, version
 from ..plugin_utils.memory_plan import RESERVE_MIB, memory_plan
 
 Data = dict[str, Any]
-Problem = dict[str, str]
 
 GPU_KEYS = ("index", "name", "compute_capability")  # what is recorded of one
 NEWEST_DRIVER = "9999"
-
-
-def trouble(problem: str, fix: str, mended_by: str = "") -> Problem:
-    """Return a problem as the module gpu_host does."""
-    return {"problem": problem, "fix": fix, "mended_by": mended_by}
 
 
 def refuse(name: str, profile: Data, gpu: Data) -> str | None:

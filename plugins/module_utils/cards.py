@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+Problem = dict[str, str]
+
 # NVIDIA's device ids grow with the generations (general knowledge): the open modules drive Turing and newer alone, and
 # Blackwell is driven by the open modules alone.
 OLDEST_OPEN = 0x1E00
 OLDEST_BLACKWELL = 0x2900
 BLACKWELL_CAPABILITY = (10,)
 OLDEST_CAPABILITY = (7, 5)  # Turing: of any image (roles/dots_ocr_server/profiles) and of the open modules
+
+
+def trouble(problem: str, fix: str, mended_by: str = "") -> Problem:
+    """Return a problem with its fix, and the role that deals with it."""
+    return {"problem": problem, "fix": fix, "mended_by": mended_by}
 
 
 def version(text: str) -> tuple[int, ...]:

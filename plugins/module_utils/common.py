@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ class Problem(Exception):
         super().__init__(f"{cause}. Fix: {fix}." if fix else f"{cause}.")
 
 
-def answer(module: AnsibleModule, work: Callable[[], dict[str, Any]]) -> None:
-    """End a module with what the work returns, or with its Problem."""
+def answer(options: dict[str, Any], work: Callable[[dict[str, Any], bool], dict[str, Any]]) -> None:
+    """Run a module that takes these options: it ends with what the work returns, or with its Problem.
+
+    The work is given the parameters, and whether it is only to be foreseen.
+    """
+    module = AnsibleModule(argument_spec=options, supports_check_mode=True)
     try:
-        result = work()
+        result = work(module.params, module.check_mode)
     except Problem as problem:
         module.fail_json(msg=str(problem))
     module.exit_json(**result)
@@ -66,6 +71,12 @@ def ask(*command: str, timeout: float | None = None) -> str:
     """Return what a program prints; nothing if it fails or is missing."""
     status, output, _ = run(*command, timeout=timeout)
     return output if status == 0 else ""
+
+
+def together(*works: Callable[[], Any]) -> list[Any]:
+    """Do work that waits for other programs at the same time, and return the results in this order."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(work) for work in works]]
 
 
 def require(*command: str) -> str:

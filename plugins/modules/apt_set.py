@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module apt_set: packages that belong together, installed, pinned, held, and removed without a trace."""
+"""Ansible module apt_set: packages that belong together and their source, pinned, held, and removed without a trace."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ description:
   - Installs packages, and remembers which ones, with those that they depend on, were not there before. Absent purges
     exactly these, except what others came to need meanwhile, so that the list of packages is what it was.
   - Pins versions in C(/etc/apt/preferences.d), holds the packages, and keeps unattended-upgrades off them.
+  - Brings the vendor's repository that they come from, which counts only if an accepted key has signed it.
   - C(ansible.builtin.apt) does the first half only. Nothing is needed on the host but apt.
 options:
   id: {description: Names the files., type: str, required: true}
   name:
-    description: The packages; with C(absent) all that were recorded if it is empty.
+    description: The packages; if it is empty, with C(absent) all that were recorded, with C(present) O(source) alone.
     type: list
     elements: str
     default: []
@@ -39,6 +40,45 @@ options:
     elements: str
     default: []
   upgrade: {description: "Whether packages that are there are brought to apt's candidate.", type: bool, default: false}
+  source:
+    description:
+      - Repository to bring first, or to remove last. It is written to C(/etc/apt/sources.list.d/NAME.sources) and
+        C(/etc/apt/keyrings/NAME.gpg), and its lists alone are fetched when something changed or when there are none.
+      - It names the accepted fingerprints beside the key's file, so that apt itself takes no other key, whatever the
+        file holds. If anything fails, what was there before stays.
+    type: dict
+    suboptions:
+      name: {description: Names the files., type: str, required: true}
+      uri: {description: Where the repository is., type: str, default: ""}
+      suite: {description: "Suite, or C(/) for a repository without any.", type: str, default: /}
+      components:
+        description: Components; none for a repository without suites.
+        type: list
+        elements: str
+        default: []
+      key:
+        description: The public key, armored or not, as a URL or as a path on the host. It is fetched once.
+        type: str
+        default: ""
+      fingerprints:
+        description: The keys that are accepted, by their full fingerprints. If it is empty, any in the key's file is.
+        type: list
+        elements: str
+        default: []
+      replaces:
+        description:
+          - Patterns of file names in C(sources.list.d), of entries that this one takes the place of. One that ends in
+            C(.list) stands for C(.sources) too, and the other way round, since an entry may be written in either form.
+        type: list
+        elements: str
+        default: []
+      conflicts:
+        description:
+          - Regular expression of the same repository in other entries. A file that O(source.replaces) names, and that
+            has nothing else, is removed; any other is an error, since two entries with different keys keep apt from
+            all work.
+        type: str
+        default: ""
   lock_timeout:
     description: Seconds to wait while another program holds a lock of apt or dpkg.
     type: int
@@ -57,6 +97,15 @@ EXAMPLES = r"""
       docker-ce: "5:28.5.*"
     hold: true
     blacklist: ["^docker-ce", "^containerd[.]io$"]
+    source:
+      name: docker
+      uri: https://download.docker.com/linux/debian
+      suite: trixie
+      components: [stable]
+      key: https://download.docker.com/linux/debian/gpg
+      fingerprints: [9DC858229FC7DD38854AE2D88D81803C0EBFCD88]
+      replaces: ["docker*.list"]
+      conflicts: download\.docker\.com
 """
 
 RETURN = r"""
@@ -64,11 +113,6 @@ installed:
   description: The packages of the set that are installed, with their versions.
   returned: always
   type: dict
-would_install:
-  description: In check mode, the packages that an installation would begin with.
-  returned: always
-  type: list
-  elements: str
 kept:
   description: With C(absent), packages of the set that were there before and stay.
   returned: always
@@ -82,9 +126,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils import apt
+from ..module_utils.apt_source import Source
 from ..module_utils.common import RECORDS, Problem, answer, ask, remove_empty, require, write
 
 PREFERENCES = Path("/etc/apt/preferences.d")
@@ -156,6 +199,8 @@ class Set:
         if self.record_file.exists():
             self.record = json.loads(self.record_file.read_text())
         self.packages = self.status()
+        source, patience = params["source"], params["lock_timeout"]
+        self.source = Source(source, patience, check) if source else None
 
     def status(self) -> Packages:
         """Ask dpkg for every package that it knows."""
@@ -207,7 +252,10 @@ class Set:
         return sorted(set(wrong))
 
     def present(self) -> dict[str, Any]:
-        """Bring the packages."""
+        """Bring the source and the packages."""
+        changed = [self.source.present() if self.source else False]
+        if self.source and not self.params["name"]:
+            return {"changed": any(changed)}
         pins = {name: str(version) for name, version in self.params["version"].items() if version}
         blacklist = self.params["blacklist"]
         files = {
@@ -215,7 +263,7 @@ class Set:
             self.blacklist: render_blacklist(blacklist) if blacklist else None,
         }
         before = {path: path.read_text() if path.exists() else None for path in files}
-        changed = [self.write(path, content) for path, content in files.items()]
+        changed += [self.write(path, content) for path, content in files.items()]
         try:
             missing = [name for name in self.params["name"] if not self.is_installed(name)]
             unwanted = [name for name in self.params["replace"] if self.is_installed(name)]
@@ -227,7 +275,7 @@ class Set:
                 self.write(path, content)
             raise
         changed += [bool(to_install or unwanted), self.hold()]
-        return {"changed": any(changed), "would_install": to_install if self.check else []}
+        return {"changed": any(changed)}
 
     def install(self, names: list[str], unwanted: list[str]) -> None:
         """Install packages, and record what came with them, also if it fails half-way."""
@@ -285,6 +333,8 @@ class Set:
             for path in (self.record_file, self.pins, self.blacklist):
                 path.unlink(missing_ok=True)
             remove_empty(RECORDS, RECORDS.parent)
+        if self.source:
+            changed |= self.source.absent()
         return {"changed": changed, "kept": kept}
 
     def purge_what_came_along(self, recorded: list[str]) -> None:
@@ -329,31 +379,39 @@ def main() -> None:
     """Run the module."""
     texts = {"type": "list", "elements": "str", "default": []}
     flag = {"type": "bool", "default": False}
-    module = AnsibleModule(
-        argument_spec={
-            "id": {"type": "str", "required": True},
-            "name": texts,
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "version": {"type": "dict", "default": {}},
-            "hold": flag,
-            "blacklist": texts,
-            "release": {"type": "str", "default": ""},
-            "refresh": {"type": "bool", "default": True},
-            "replace": texts,
-            "upgrade": flag,
-            "lock_timeout": {"type": "int", "default": 600},
-        },
-        supports_check_mode=True,
-    )
+    source = {
+        "name": {"type": "str", "required": True},
+        "uri": {"type": "str", "default": ""},
+        "suite": {"type": "str", "default": "/"},
+        "components": texts,
+        "key": {"type": "str", "default": "", "no_log": False},
+        "fingerprints": texts,
+        "replaces": texts,
+        "conflicts": {"type": "str", "default": ""},
+    }
+    options = {
+        "id": {"type": "str", "required": True},
+        "name": texts,
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        "version": {"type": "dict", "default": {}},
+        "hold": flag,
+        "blacklist": texts,
+        "release": {"type": "str", "default": ""},
+        "refresh": {"type": "bool", "default": True},
+        "replace": texts,
+        "upgrade": flag,
+        "source": {"type": "dict", "options": source},
+        "lock_timeout": {"type": "int", "default": 600},
+    }
 
-    def work() -> dict[str, Any]:
-        packages = Set(module.params, module.check_mode)
-        result = packages.present() if module.params["state"] == "present" else packages.absent()
-        names = [name for name in module.params["name"] if packages.is_installed(name)]
+    def work(params: dict[str, Any], check: bool) -> dict[str, Any]:
+        packages = Set(params, check)
+        result = packages.present() if params["state"] == "present" else packages.absent()
+        names = [name for name in params["name"] if packages.is_installed(name)]
         installed = {name: packages.packages[name]["version"] for name in names}
-        return {"would_install": [], "kept": [], "installed": installed, **result}
+        return {"kept": [], "installed": installed, **result}
 
-    answer(module, work)
+    answer(options, work)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils.common import Problem, answer, run, sha256
 
 REQUIREMENT = "dots-ocr-client[serve]"
@@ -180,29 +178,25 @@ def pip(*words: str | Path, path: Path | None = None) -> None:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec={
-            "repository": {"type": "path"},
-            "wheels": {"type": "str", "default": ""},
-            "python": {"type": "str", "required": True},
-            "machine": {"type": "str", "required": True},
-            "glibc": {"type": "str", "required": True},
-            "archive": {"type": "path"},
-        },
-        supports_check_mode=True,
-    )
-    wanted = module.params
-    target = Target(wanted["python"], wanted["machine"], wanted["glibc"])
-    source = Source(Path(wanted["wheels"] or wanted["repository"]), is_checkout=not wanted["wheels"])
-    collecting = wanted["archive"] is not None and not module.check_mode
+    options = {
+        "repository": {"type": "path"},
+        "wheels": {"type": "str", "default": ""},
+        "python": {"type": "str", "required": True},
+        "machine": {"type": "str", "required": True},
+        "glibc": {"type": "str", "required": True},
+        "archive": {"type": "path"},
+    }
 
-    def work() -> dict[str, Any]:
+    def work(wanted: dict[str, Any], check: bool) -> dict[str, Any]:
+        target = Target(wanted["python"], wanted["machine"], wanted["glibc"])
+        source = Source(Path(wanted["wheels"] or wanted["repository"]), is_checkout=not wanted["wheels"])
         fingerprint = source.fingerprint(target)
+        collecting = wanted["archive"] is not None and not check
         if collecting:
             source.collect(target, Path(wanted["archive"]))
         return {"changed": collecting, "fingerprint": fingerprint}
 
-    answer(module, work)
+    answer(options, work)
 
 
 if __name__ == "__main__":

@@ -70,8 +70,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils.common import RECORDS, Problem, answer, read, remove_empty, run, write
 from ..module_utils.engine import DAEMON, PLACES, UNFIT
 
@@ -260,8 +258,9 @@ class Configuration:
         certificates = {registry: self.certificate(registry) for registry in self.params["registry_ca"]}
         if wanted != existing:
             validate(wanted)
-        # First: without it, what was there before would be lost by a run that is cut off here.
-        self.write(RECORD, render(record_of(before, wanted)), 0o600)
+        # First what absent needs: without it, what was there before would be lost by a run that is cut off here.
+        kept = None if before is None else base64.b64encode(before).decode()
+        self.write(RECORD, render({"before": kept, "written": wanted}), 0o600)
         restart = wanted != existing and self.write(DAEMON, render(wanted))
         return self.write_others(render_proxy(self.params["proxy"]), certificates) or restart
 
@@ -345,11 +344,6 @@ def render(options: Options) -> bytes:
     return (json.dumps(options, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
 
 
-def record_of(before: bytes | None, written: Options) -> Options:
-    """Return what absent needs to know: the file of before, and what we made of it."""
-    return {"before": None if before is None else base64.b64encode(before).decode(), "written": written}
-
-
 def is_wsl() -> bool:
     """Tell whether this is WSL."""
     return "microsoft" in platform.release().lower() or Path("/run/WSL").is_dir()
@@ -361,24 +355,21 @@ def main() -> None:
     address = {"type": "str", "no_log": True}
     words = {"http": address, "https": address, "no_proxy": {"type": "str"}}
     # An empty object for each: Ansible fills the one of proxy, and would fill those that share it.
-    module = AnsibleModule(
-        argument_spec={
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "required": {"type": "dict", "default": {}},
-            "defaults": {"type": "list", "elements": "dict", "default": []},
-            "options": {"type": "dict", "default": {}},
-            "proxy": {"type": "dict", "default": {}, "options": words},
-            "registry_ca": {"type": "dict", "default": {}},
-        },
-        supports_check_mode=True,
-    )
-    configuration = Configuration(module.params, module.check_mode)
+    options = {
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        "required": {"type": "dict", "default": {}},
+        "defaults": {"type": "list", "elements": "dict", "default": []},
+        "options": {"type": "dict", "default": {}},
+        "proxy": {"type": "dict", "default": {}, "options": words},
+        "registry_ca": {"type": "dict", "default": {}},
+    }
 
-    def work() -> dict[str, Any]:
-        restart = configuration.present() if module.params["state"] == "present" else configuration.absent()
+    def work(params: Options, check: bool) -> dict[str, Any]:
+        configuration = Configuration(params, check)
+        restart = configuration.present() if params["state"] == "present" else configuration.absent()
         return {"changed": configuration.changed, "restart": restart}
 
-    answer(module, work)
+    answer(options, work)
 
 
 if __name__ == "__main__":

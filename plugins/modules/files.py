@@ -174,11 +174,11 @@ class Entry:
             problem = f"'{command}' refuses the new content, and nothing was replaced: {(errors or output).strip()}"
             self.fail(problem, rc=status, stdout=output, stderr=errors)
 
-    def own(self, path: Path) -> bool:
-        """Give a path its owner and mode; returns whether they differed."""
-        changed: bool = self.module.set_owner_if_different(str(path), self.owner, False, self.diff)
-        changed = self.module.set_group_if_different(str(path), self.group, changed, self.diff)
-        return bool(self.module.set_mode_if_different(str(path), self.mode, changed, self.diff))
+    def own(self, path: Path, diff: dict[str, Any]) -> bool:
+        """Give a path its owner and mode; returns whether they differed, which the difference notes."""
+        changed: bool = self.module.set_owner_if_different(str(path), self.owner, False, diff)
+        changed = self.module.set_group_if_different(str(path), self.group, changed, diff)
+        return bool(self.module.set_mode_if_different(str(path), self.mode, changed, diff))
 
     def make(self) -> bool:
         """Make it; returns whether there was anything to do."""
@@ -192,13 +192,13 @@ class Entry:
                     return True
                 for missing in reversed([place for place in (self.path, *self.path.parents) if not place.exists()]):
                     missing.mkdir()
-                    self.own(missing)
-            return self.own(self.path) or kind == "absent"
+                    self.own(missing, self.diff)
+            return self.own(self.path, self.diff) or kind == "absent"
         if self.content is None:
-            return kind != "absent" and self.own(self.path)
+            return kind != "absent" and self.own(self.path, self.diff)
         before = self.path.read_bytes() if kind == "file" else None
         if before == self.content:
-            return self.own(self.path)
+            return self.own(self.path, self.diff)
         self.diff = {
             "before": self.shown(before or b""),
             "after": self.shown(self.content),
@@ -206,7 +206,7 @@ class Entry:
             "after_header": str(self.path),
         }
         if not self.module.check_mode:
-            self.write(self.content)
+            write(self.path, self.content, own=lambda path: self.own(path, {}))
         return True
 
     def shown(self, content: bytes) -> str:
@@ -227,12 +227,6 @@ class Entry:
         else:
             self.path.unlink()
         return True
-
-    def write(self, content: bytes) -> None:
-        """Write the file beside the old one, for its owner's eyes only, and put it in its place."""
-        contents, self.diff = self.diff, {"before": {}, "after": {}}
-        write(self.path, content, own=self.own)
-        self.diff = contents
 
     def note(self, what: str, before: str, after: str) -> None:
         """Say a difference that is not one of content."""

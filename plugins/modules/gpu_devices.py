@@ -60,8 +60,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils.common import Problem, answer, read_text, remove_empty, run, write
 
 UNITS = ("nvidia-cdi-refresh.path", "nvidia-cdi-refresh.service")
@@ -277,10 +275,6 @@ class Devices:
         _, listed, said = self.ask("nvidia-ctk", "cdi", "list")
         return listed.split(), said.partition("registry errors were reported")[2].partition("\n")[2]
 
-    def devices(self) -> list[str]:
-        """Return the CDI devices."""
-        return self.registry()[0]
-
     def enable(self) -> bool:
         """Have the units work at boot and on changes."""
         states = self.ask("systemctl", "is-enabled", *UNITS)[1].split()
@@ -376,7 +370,7 @@ class Devices:
             write(ENVIRONMENT, wanted or None, keep=True)
         changed = changed or wanted != told
         before = read_text(SPECIFICATION)
-        found = self.devices()
+        found, _ = self.registry()
         stale = why_stale(before, read_text(LOADED_DRIVER).strip())
         if unwanted := [hook for hook in self.hooks if re.search(rf"\b{re.escape(hook)}\b", before)]:
             stale = f"it has the hook {unwanted[0]}"
@@ -387,7 +381,7 @@ class Devices:
             return {**result, "changed": changed or bool(stale)}
         if stale:
             self.refresh(stale)
-            result["devices"] = self.devices()
+            result["devices"], _ = self.registry()
         after = read_text(SPECIFICATION)
         fingerprint = self.fingerprint(after)
         if read_text(STAMP) != fingerprint:
@@ -421,16 +415,17 @@ class Devices:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec={
-            "device": {"type": "str", "default": "nvidia.com/gpu=all"},
-            "disabled_hooks": {"type": "list", "elements": "str", "default": []},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        },
-        supports_check_mode=True,
-    )
-    devices = Devices(module.params, module.check_mode)
-    answer(module, devices.present if module.params["state"] == "present" else devices.absent)
+    options = {
+        "device": {"type": "str", "default": "nvidia.com/gpu=all"},
+        "disabled_hooks": {"type": "list", "elements": "str", "default": []},
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    }
+
+    def work(params: dict[str, Any], check: bool) -> dict[str, Any]:
+        devices = Devices(params, check)
+        return devices.present() if params["state"] == "present" else devices.absent()
+
+    answer(options, work)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ options:
       weights: {description: "The folder of the model's weights.", type: path, default: /var/lib/dots-ocr/models}
       ports: {description: TCP ports that must be free., type: list, elements: int, default: []}
       installed: {description: A path that exists once our server is there; then the ports are its own., type: path}
+      engine:
+        description: Name of the set of packages with which M(dots_ocr.deploy.apt_set) installs an engine here.
+        type: str
       wsl_memory_mib: {description: "Main memory that a WSL host must have, in MiB; 0 is any.", type: int, default: 0}
       manages_windows:
         description: Whether the role C(wsl) may change what Windows gives to WSL.
@@ -84,6 +87,7 @@ ansible_facts:
       nouveau: false
       driver: {loaded: 580.173.02, loaded_flavour: open, installed: 580.173.02, flavour: open}
       nvidia_packages: [nvidia-driver-cuda, nvidia-kernel-open-dkms]
+      nvidia_container_toolkit: {nvidia-container-toolkit-base: 1.19.1-1}
       wsl: {}  # in WSL: {version: 2.6.1.0, networking: nat}, each empty if WSL does not tell
       nvidia_smi: /usr/bin/nvidia-smi
       nvidia_smi_message: ""  # what it said beside the GPUs
@@ -116,10 +120,20 @@ advice:
   returned: always
   type: list
   elements: dict
+engine:
+  description: What M(dots_ocr.deploy.docker_engine_info) tells of the engine.
+  returned: with requirements
+  type: dict
+servers:
+  description: What M(dots_ocr.deploy.server_state) tells of our servers, if O(requirements.installed) is there.
+  returned: with requirements
+  type: dict
 """
 
+import contextlib
 import http.client
 import json
+import math
 import os
 import platform
 import re
@@ -129,14 +143,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-
-from ..module_utils import engine
-from ..module_utils.cards import OLDEST_OPEN, needs_open_modules, version, why_none
-from ..module_utils.common import ask, read_text, run
+from ..module_utils import engine, servers
+from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
+from ..module_utils.common import answer, ask, read_text, run, together
 
 Host = dict[str, Any]
-Problem = dict[str, str]
 
 OLDEST_RELEASES = {"debian": "12", "ubuntu": "22.04"}
 OLDEST_SYSTEMD = 249  # of the directives that the units use
@@ -148,16 +159,22 @@ GRAPHS_CAPABILITY = 12
 
 # NVIDIA's documentation for WSL: root does not find nvidia-smi on its PATH, so it is called by its full path.
 WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
+WSL_INFO = {"version": "--wsl-version", "networking": "--networking-mode"}
 NVIDIA_PCI_VENDOR = "0x10de"
 DISPLAY_PCI_CLASS = "0x03"
 PCI = Path("/sys/bus/pci/devices")
 # Drivers of the kernel that keep a card for a virtual machine.
 RESERVING_DRIVERS = ("vfio-pci", "pci-stub", "xen-pciback")
 NAT_FIX = "put networkingMode=nat below [wsl2] in Windows' %UserProfile%\\.wslconfig, then in Windows: wsl --shutdown"
-QUERY = ("index", "name", "memory.total", "memory.free", "compute_cap", "driver_version")
-# A row of the answer to it. A name may have a comma, and a word in brackets may stand for any other value.
-ROW = re.compile(r"(\d+),\s*(.+),\s*([^,]+),\s*([^,]+),\s*([^,]+),\s*([^,]+)")
-VALUES = {"memory.total": r"\d+", "memory.free": r"\d+", "compute_cap": r"\d+\.\d+", "driver_version": r"\d+(?:\.\d+)+"}
+# What nvidia-smi is asked for beside index and name: how it looks, and what it is called in the fact.
+VALUES = {
+    "memory.total": (r"\d+", "memory_total_mib"),
+    "memory.free": (r"\d+", "memory_free_mib"),
+    "compute_cap": (r"\d+\.\d+", "compute_capability"),
+    "driver_version": (r"\d+(?:\.\d+)+", "driver_version"),
+}
+# A row of the answer. A name may have a comma, and a word in brackets may stand for any other value.
+ROW = re.compile(r"(\d+),\s*(.+)" + r",\s*([^,]+)" * len(VALUES))
 # What nvidia-smi says of a card that does not do (words of NVML), and what helps; the last is for any other word.
 CARD_FIXES = (
     (r"(?i)permission", "let Ansible become root; if the card is divided (MIG), undo that: nvidia-smi -i INDEX -mig 0"),
@@ -176,13 +193,19 @@ LOADED_MODULE = Path("/proc/driver/nvidia/version")
 # Packages of a driver, of kernel modules and of their libraries, in Debian's, Ubuntu's and NVIDIA's names. The
 # container toolkit and the package that only pins a branch are none.
 DRIVER_PACKAGES = re.compile(
-    rb"^Package: ((?:nvidia-(?!container|driver-pinning)|libnvidia-(?!container)|linux-(?:modules|objects|signatures)"
-    rb"-nvidia-|cuda-drivers|libcuda1|libcudadebugger1|xserver-xorg-video-nvidia)\S*)\n"
-    rb"(?:[A-Z]\S*: .*\n)*?Status: \S+ \S+ installed$",
+    r"^Package: ((?:nvidia-(?!container|driver-pinning)|libnvidia-(?!container)|linux-(?:modules|objects|signatures)"
+    r"-nvidia-|cuda-drivers|libcuda1|libcudadebugger1|xserver-xorg-video-nvidia)\S*)\n"
+    r"(?:[A-Z]\S*: .*\n)*?Status: \S+ \S+ installed$",
     re.MULTILINE,
 )
 
-DOCKER_SOCKET = "/var/run/docker.sock"
+# Those of NVIDIA Container Toolkit, with their versions.
+TOOLKIT_PACKAGES = re.compile(
+    r"^Package: ((?:lib)?nvidia-container\S*)\n(?:[A-Z]\S*: .*\n)*?Status: \S+ \S+ installed\n"
+    r"(?:[A-Z]\S*: .*\n)*?Version: (\S+)$",
+    re.MULTILINE,
+)
+
 # All distributions see this folder while Docker Desktop runs. One that it is integrated into has links to it.
 DOCKER_DESKTOP = Path("/mnt/wsl/docker-desktop")
 DOCKER_DESKTOP_LINKS = (*map(Path, ("/usr/bin/docker", "/usr/local/bin/docker", "/var/run/docker.sock")),)
@@ -199,11 +222,6 @@ FIRST_ENGINE_WITH_CONTAINERD_STORE = 29
 
 TIMEOUT = 10  # seconds, for whatever is asked; a driver that hangs gets a minute
 GPU_TIMEOUT = 60
-
-
-def trouble(problem: str, fix: str, mended_by: str = "") -> Problem:
-    """Return a problem with its fix, and the role that deals with it."""
-    return {"problem": problem, "fix": fix, "mended_by": mended_by}
 
 
 def judge(host: Host, requirements: dict[str, Any]) -> list[Problem]:
@@ -312,66 +330,57 @@ def judge_wsl_gpu(host: Host) -> Iterator[Problem]:
         )
 
 
-def judge_gpu(host: Host) -> Iterator[Problem]:
-    """Yield which link between the GPU and us is broken, on a machine with drivers of its own."""
-    driver, mender = host["driver"], "nvidia_driver"
+def judge_gpu(host: Host) -> list[Problem]:
+    """Return which link between the GPU and us is broken, on a machine with drivers of its own."""
     if none := why_none(host):
-        yield trouble(*none)
-        return
-    known = False
+        return [trouble(*none)]
+    found: list[Problem] = []
+    driver = host["driver"]
+    loaded, installed = driver["loaded"], driver["installed"]
     if host["nouveau"]:
-        known = True
-        yield trouble(
+        found += of_driver(
             "the kernel module nouveau holds the GPU, so NVIDIA's cannot",
             "keep nouveau from loading ('blacklist nouveau' in /etc/modprobe.d, update-initramfs -u) and reboot",
-            mender,
         )
-    if driver["loaded"] and driver["installed"] and driver["loaded"] != driver["installed"]:
-        known = True
-        yield trouble(
-            f"the kernel runs the NVIDIA module {driver['loaded']}, but {driver['installed']} is installed",
-            "reboot",
-            mender,
-        )
+    if loaded and installed and loaded != installed:
+        found += of_driver(f"the kernel runs the NVIDIA module {loaded}, but {installed} is installed", "reboot")
     elif "version mismatch" in host["nvidia_smi_message"]:
-        known = True
-        running = driver["loaded"] or "that is loaded"
-        yield trouble(
-            f"the NVIDIA libraries do not fit the kernel module {running}{detail(host)}",
+        found += of_driver(
+            f"the NVIDIA libraries do not fit the kernel module {loaded or 'that is loaded'}{detail(host)}",
             "reboot; if that does not help, install libraries and module of one version",
-            mender,
         )
     if "proprietary" in (driver["loaded_flavour"], driver["flavour"]) and needs_open_modules(host):
-        known = True
-        yield trouble(
+        found += of_driver(
             "the NVIDIA kernel module is the proprietary one, which does not drive Blackwell",
             "install the open kernel modules in its place (Ubuntu: the packages with -open in their names), and reboot",
-            mender,
         )
     if host["gpus"]:
-        return  # a card that does not answer beside one that does is worth an advice: warn_cards
+        return found  # a card that does not answer beside one that does is worth an advice: warn_cards
     if broken := host.get("gpus_broken", []):
-        if not known:
-            yield from (broken_card(card) for card in broken)
-        return
-    if host["secure_boot"] and host["distribution"] == "debian" and not driver["loaded"]:
-        yield trouble(
-            "Secure Boot is on and no NVIDIA driver is loaded; Debian's are built on the machine (DKMS), and the"
-            " firmware does not know who signed them",
-            "switch Secure Boot off in the firmware, or use Ubuntu, whose modules are signed by Canonical",
-        )
-    elif host["nvidia_smi"] is None and not driver["loaded"] and not driver["installed"]:
-        yield trouble(
+        return found or [broken_card(card) for card in broken]
+    if host["secure_boot"] and host["distribution"] == "debian" and not loaded:
+        return [
+            *found,
+            trouble(
+                "Secure Boot is on and no NVIDIA driver is loaded; Debian's are built on the machine (DKMS), and the"
+                " firmware does not know who signed them",
+                "switch Secure Boot off in the firmware, or use Ubuntu, whose modules are signed by Canonical",
+            ),
+        ]
+    if host["nvidia_smi"] is None and not loaded and not installed:
+        return found + of_driver(
             "there is an NVIDIA GPU but no driver",
             "install the NVIDIA driver, branch 580 or newer, with the open kernel modules, and reboot",
-            mender,
         )
-    elif not known:
-        yield trouble(
-            f"the NVIDIA driver is installed but shows no GPU{detail(host)}",
-            "reboot; if that does not help, reinstall the driver for the running kernel",
-            mender,
-        )
+    return found or of_driver(
+        f"the NVIDIA driver is installed but shows no GPU{detail(host)}",
+        "reboot; if that does not help, reinstall the driver for the running kernel",
+    )
+
+
+def of_driver(problem: str, fix: str) -> list[Problem]:
+    """Return the one problem, with which the role nvidia_driver deals."""
+    return [trouble(problem, fix, "nvidia_driver")]
 
 
 def broken_card(card: Host) -> Problem:
@@ -531,7 +540,7 @@ def measure_gpus(platform_name: str) -> Host:
     smi = WSL_NVIDIA_SMI if wsl and Path(WSL_NVIDIA_SMI).exists() else None if wsl else shutil.which("nvidia-smi")
     if smi is None:
         return {"nvidia_smi": None, "nvidia_smi_message": "", "gpus": [], "gpus_broken": []}
-    command = [smi, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    command = [smi, f"--query-gpu={','.join(('index', 'name', *VALUES))}", "--format=csv,noheader,nounits"]
     gpus, broken, said = read_gpus(*run(*command, timeout=GPU_TIMEOUT))
     addresses = [card["address"] for card in measure_pci() if card["driver"] not in RESERVING_DRIVERS]
     if 1 < len(addresses) > len(gpus) + len(broken):
@@ -571,24 +580,16 @@ def read_gpus(status: int, answer: str, errors: str) -> tuple[list[Host], list[H
 
 
 def parse_gpu(line: str) -> Host:
-    """Return one GPU from a row of nvidia-smi's answer to QUERY; the ValueError says which word is no value."""
+    """Return one GPU from a row of nvidia-smi's answer; the ValueError says which word is no value."""
     row = ROW.fullmatch(line.strip())
     if row is None:
         raise ValueError(f"nvidia-smi says '{line}'")
     index, name, *told = (value.strip() for value in row.groups())
-    bad = [f"{field} is {value}" for (field, form), value in zip(VALUES.items(), told, strict=True)
-           if not re.fullmatch(form, value)]  # fmt: skip
-    if bad:
+    values = dict(zip(VALUES, told, strict=True))
+    if bad := [f"{field} is {value}" for field, value in values.items() if not re.fullmatch(VALUES[field][0], value)]:
         raise ValueError(", ".join(bad))
-    total, free, capability, driver = told
-    return {
-        "index": int(index),
-        "name": name,
-        "memory_total_mib": int(total),
-        "memory_free_mib": int(free),
-        "compute_capability": capability,
-        "driver_version": driver,
-    }
+    facts = {VALUES[field][1]: int(value) if value.isdecimal() else value for field, value in values.items()}
+    return {"index": int(index), "name": name, **facts}
 
 
 def measure_gpu_processes(smi: str) -> list[Host]:
@@ -628,46 +629,31 @@ def measure_driver(kernel: str) -> dict[str, str]:
     return found
 
 
-def measure_packages(status: Path) -> list[str]:
-    """Return the installed packages that are of a driver of NVIDIA, by dpkg's own file: fast, and without a program."""
-    try:
-        return sorted(name.decode() for name in DRIVER_PACKAGES.findall(status.read_bytes()))
-    except OSError:
-        return []
-
-
-def measure_wsl() -> dict[str, str]:
-    """Return the version of WSL and its kind of network, each empty if WSL does not tell."""
-    options = {"version": "--wsl-version", "networking": "--networking-mode"}
-    return {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in options.items()}
-
-
-class Engine(http.client.HTTPConnection):
-    """Docker Engine, by its socket."""
-
-    def connect(self) -> None:
-        """Connect to the socket."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(TIMEOUT)
-        self.sock.connect(DOCKER_SOCKET)
+def measure_packages(status: Path) -> Host:
+    """Return the installed packages of NVIDIA's driver and toolkit, by dpkg's own file: fast, without a program."""
+    text = read_text(status)
+    return {
+        "nvidia_packages": sorted(DRIVER_PACKAGES.findall(text)),
+        "nvidia_container_toolkit": dict(TOOLKIT_PACKAGES.findall(text)),
+    }
 
 
 def ask_engine(path: str) -> Any:
     """Return the engine's answer to a question of its API; None if it does not answer."""
-    connection = Engine("localhost")
-    try:
+    connection = http.client.HTTPConnection("localhost")
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException), socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(TIMEOUT)
+        link.connect(str(engine.SOCKET))
+        connection.sock = link
         connection.request("GET", path)
         response = connection.getresponse()
         return json.loads(response.read()) if response.status == http.HTTPStatus.OK else None
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+    return None
 
 
 def engine_runs() -> bool:
     """Tell whether an engine is there to be asked; a socket alone may be systemd's, which would start one."""
-    if not Path(DOCKER_SOCKET).exists():
+    if not engine.SOCKET.exists():
         return False
     return desktop_is_integrated() or any(read(name) == "dockerd" for name in Path("/proc").glob("[0-9]*/comm"))
 
@@ -726,21 +712,23 @@ def image_folder(info: Host) -> str:
 
 def starts_with_containerd() -> bool:
     """Tell whether the engine that is installed, or will be, keeps its first images in containerd's store."""
-    release = re.search(r"version (\d+)", ask("dockerd", "--version", timeout=TIMEOUT))
-    return release is None or int(release.group(1)) >= FIRST_ENGINE_WITH_CONTAINERD_STORE
+    return (first_number("dockerd", "--version") or math.inf) >= FIRST_ENGINE_WITH_CONTAINERD_STORE
+
+
+def first_number(*command: str) -> int:
+    """Return the first number that a program prints, 0 if it prints none."""
+    found = re.search(r"\d+", ask(*command, timeout=TIMEOUT))
+    return int(found[0]) if found else 0
 
 
 def measure_ports(ports: list[int]) -> list[Host]:
     """Return which of the ports somebody listens on, with the process and its name where they are known."""
-    found = {}
-    listening = ask("ss", "--no-header", "--listening", "--numeric", "--tcp", "--processes", timeout=TIMEOUT)
-    for line in listening.splitlines():
-        port = int(line.split()[3].rpartition(":")[2])
-        holder = re.search(r'\("([^"]*)",pid=(\d+)', line)
+    found, listening = [], servers.ask_listeners()
+    for port in sorted(port for port in ports if str(port) in listening):
+        holder = re.search(r'\("([^"]*)",pid=(\d+)', listening[str(port)])
         pid, process = (int(holder[2]), holder[1]) if holder else (None, "")
-        if port in ports:
-            found[port] = {"port": port, "pid": pid, "process": process}
-    return [found[port] for port in sorted(found)]
+        found.append({"port": port, "pid": pid, "process": process})
+    return found
 
 
 def existing(path: str) -> Path:
@@ -756,20 +744,6 @@ def free_gib(path: str) -> int:
     return shutil.disk_usage(existing(path)).free >> 30
 
 
-def measure_systemd() -> int:
-    """Return the version of systemd, 0 if there is none."""
-    found = re.match(r"systemd (\d+)", ask("systemctl", "--version", timeout=TIMEOUT))
-    return int(found.group(1)) if found else 0
-
-
-def measure_secure_boot() -> bool:
-    """Tell whether the firmware says that Secure Boot is on: four bytes of attributes, then the value."""
-    try:
-        return SECURE_BOOT.read_bytes()[4:] == b"\x01"
-    except OSError:
-        return False
-
-
 def measure(ports: list[int], with_processes: bool) -> Host:
     """Measure this host."""
     try:
@@ -778,6 +752,7 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         release = {}
     kernel = platform.release()
     kind = measure_platform(kernel)
+    gpus, docker = together(lambda: measure_gpus(kind), lambda: measure_docker(ports))
     wsl = kind in ("wsl1", "wsl2")
     cards = measure_pci()
     reserved = [card for card in cards if card["driver"] in RESERVING_DRIVERS]
@@ -786,12 +761,12 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "platform": kind,
         "container": measure_container(),
         "systemd": Path("/run/systemd/system").is_dir(),
-        "systemd_version": measure_systemd(),
+        "systemd_version": first_number("systemctl", "--version"),
         "distribution": release.get("ID", ""),
         "distribution_version": release.get("VERSION_ID", ""),
         "architecture": platform.machine(),
         "kernel_release": kernel,
-        "secure_boot": measure_secure_boot(),
+        "secure_boot": read_text(SECURE_BOOT)[4:] == "\x01",  # after four bytes of attributes
         "docker_engine": shutil.which("dockerd", path=engine.PLACES) is not None,
         "memory_total_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "nvidia_pci_devices": len(devices),
@@ -800,10 +775,12 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "dxg": Path("/dev/dxg").exists(),
         "nouveau": Path("/sys/module/nouveau").is_dir(),
         "driver": measure_driver(kernel),
-        "nvidia_packages": measure_packages(Path("/var/lib/dpkg/status")),
-        "wsl": measure_wsl() if wsl else {},
-        **measure_gpus(kind),
-        **measure_docker(ports),
+        **measure_packages(Path("/var/lib/dpkg/status")),
+        "wsl": {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in WSL_INFO.items()}
+        if wsl
+        else {},
+        **gpus,
+        **docker,
         "ports_in_use": measure_ports(ports) if ports else [],
         "gpu_processes": [],
         "disk_free_gib": {},
@@ -812,6 +789,32 @@ def measure(ports: list[int], with_processes: bool) -> Host:
     if with_processes and host["gpus"] and not wsl:
         host["gpu_processes"] = measure_gpu_processes(host["nvidia_smi"])
     return host
+
+
+def look(wanted: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the module's result: the host, what is wrong with it if that is asked for, its engine and our servers."""
+    host: Host
+    if not wanted:
+        host = measure([], False)
+        return {"changed": False, "ansible_facts": {"gpu_host": host}, "problems": [], "advice": warn(host)}
+    ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
+    host, there, found = together(
+        lambda: measure([] if ours else wanted["ports"], with_processes=True),
+        servers.look if ours else dict,
+        lambda: engine.look(wanted["engine"]),
+    )
+    host["server_installed"] = ours
+    named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
+    wanted["disk_free"] = [
+        {**space, "place": named.get(space["path"], space["path"])}
+        for space in wanted["disk_free"]
+        if not (space["unless_exists"] and Path(space["unless_exists"]).exists())
+    ]
+    for place in (space["place"] for space in wanted["disk_free"]):
+        host["disk_free_gib"][place] = free_gib(place)
+        host["disk_devices"][place] = existing(place).stat().st_dev
+    result = {"problems": judge(host, wanted), "advice": warn(host), "servers": there, "engine": found}
+    return {"changed": False, "ansible_facts": {"gpu_host": host}, **result}
 
 
 def main() -> None:
@@ -826,29 +829,11 @@ def main() -> None:
         "weights": {"type": "path", "default": "/var/lib/dots-ocr/models"},
         "ports": {"type": "list", "elements": "int", "default": []},
         "installed": {"type": "path"},
+        "engine": {"type": "str"},
         "wsl_memory_mib": {"type": "int", "default": 0},
         "manages_windows": {"type": "bool", "default": False},
     }
-    module = AnsibleModule(
-        argument_spec={"requirements": {"type": "dict", "options": requirements}}, supports_check_mode=True
-    )
-    wanted = module.params["requirements"]
-    if not wanted:
-        host = measure([], False)
-        module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=[], advice=warn(host))
-    ours = bool(wanted["installed"]) and Path(wanted["installed"]).exists()
-    host = {**measure([] if ours else wanted["ports"], with_processes=True), "server_installed": ours}
-    named = {"images": host["docker"]["images"], "weights": wanted["weights"]}
-    wanted["disk_free"] = [
-        {**space, "place": named.get(space["path"], space["path"])}
-        for space in wanted["disk_free"]
-        if not (space["unless_exists"] and Path(space["unless_exists"]).exists())
-    ]
-    for place in (space["place"] for space in wanted["disk_free"]):
-        host["disk_free_gib"][place] = free_gib(place)
-        host["disk_devices"][place] = existing(place).stat().st_dev
-    problems = judge(host, wanted)
-    module.exit_json(changed=False, ansible_facts={"gpu_host": host}, problems=problems, advice=warn(host))
+    answer({"requirements": {"type": "dict", "options": requirements}}, lambda params, _: look(params["requirements"]))
 
 
 if __name__ == "__main__":

@@ -104,11 +104,9 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils import apt
 from ..module_utils.cards import OLDEST_OPEN, is_blackwell, needs_open_modules, why_none
-from ..module_utils.common import RECORDS, Problem, answer, ask, read_text, run
+from ..module_utils.common import RECORDS, Problem, answer, ask, read_text, run, together
 
 Host = dict[str, Any]
 
@@ -169,11 +167,11 @@ class Wishes(NamedTuple):
 class Resolution(NamedTuple):
     """The packages of one source."""
 
-    packages: tuple[str, ...]
-    kernel: tuple[str, ...] = ()
-    repository: str = ""
-    pinning: str = ""
-    versions: tuple[tuple[str, str], ...] = ()
+    packages: list[str]
+    kernel: list[str]
+    repository: str
+    pinning: str
+    versions: dict[str, str]
 
 
 def major(text: str) -> int:
@@ -208,10 +206,10 @@ def flavours(host: Host, system: System) -> list[str]:
     return [*exact, *(flavour for flavour in similar if flavour not in exact)]
 
 
-def kernel_packages(flavour: str, there: Container[str]) -> tuple[str, ...]:
+def kernel_packages(flavour: str, there: Container[str]) -> list[str]:
     """Return those of the packages there that would bring another kernel."""
     names = (f"linux-{flavour}", f"linux-image-{flavour}", f"linux-headers-{flavour}")
-    return tuple(name for name in names if name in there)
+    return [name for name in names if name in there]
 
 
 def known(name: str, system: System) -> bool:
@@ -259,8 +257,8 @@ def resolve_ubuntu(host: Host, system: System, wishes: Wishes) -> Resolution:
                 continue
             if not known(f"{modules}-{release}", system):
                 raise upgrade_kernel(host, flavour, f"module of branch {branch}, signed by Canonical,")
-            packages = (f"{modules}-{flavour}", f"{modules}-{release}", *others)
-            return Resolution(packages, kernel_packages(flavour, system.packages))
+            packages = [f"{modules}-{flavour}", f"{modules}-{release}", *others]
+            return Resolution(packages, kernel_packages(flavour, system.packages), "", "", {})
     ours = re.compile(rf"linux-modules-nvidia-(\d+)(?:-server)?-open-(?:{'|'.join(map(re.escape, candidates))})")
     offers = {found.group(1) for found in map(ours.fullmatch, system.available) if found}
     seen = f" (there is {', '.join(sorted(offers))})" if offers else ""
@@ -306,14 +304,10 @@ def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
         suffix = f"-{wishes.branch}" if int(wishes.branch) < 590 else ""
         names = [f"libnvidia-compute{suffix}", f"nvidia-dkms{suffix}-open", f"nvidia-utils{suffix}"]
     pattern = f"{version}-*" if wishes.package_version else f"{version}.*"
-    packages = (*names, headers, *((meta,) if known(meta, system) else ()))
-    return Resolution(
-        packages,
-        kernel_packages(candidates[0], {*system.packages, *packages}),
-        folder,
-        f"nvidia-driver-pinning-{version}",
-        tuple((name, pattern) for name in (*names, *PINNED_TOGETHER)),
-    )
+    packages = [*names, headers, *([meta] if known(meta, system) else [])]
+    kernel = kernel_packages(candidates[0], {*system.packages, *packages})
+    versions = dict.fromkeys((*names, *PINNED_TOGETHER), pattern)
+    return Resolution(packages, kernel, folder, f"nvidia-driver-pinning-{version}", versions)
 
 
 def folder_of(host: Host) -> str:
@@ -463,7 +457,7 @@ def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
     ours = system.owned or not there
     if not ours and not foreign_is_good(host, wishes):
         raise refuse_foreign(host, wishes)
-    chosen = resolve(host, system, wishes) if ours else Resolution(())
+    chosen = resolve(host, system, wishes) if ours else Resolution([], [], "", "", {})
     replace, unpin = [], []
     if ours:
         for name in host["nvidia_packages"]:
@@ -476,16 +470,12 @@ def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
         unpin = sorted(pinnings - {chosen.pinning})
     folder = FOLDERS.get(chosen.repository)
     return {
+        **chosen._asdict(),
         "install": ours,
         "branch": wishes.branch,
-        "repository": chosen.repository,
         "key": {"file": folder.key if folder else "", "fingerprint": folder.fingerprint if folder else ""},
-        "pinning": chosen.pinning,
         "unpin": unpin,
-        "packages": list(chosen.packages),
-        "versions": dict(chosen.versions),
         "replace": replace,
-        "kernel": list(chosen.kernel),
         "missing": [name for name in chosen.packages if name not in system.packages],
         "reboot": judge_reboot(host, system),
         "faults": judge(host, wishes, ours),
@@ -510,13 +500,13 @@ def measure_packages() -> tuple[dict[str, str], frozenset[str]]:
 
 def measure(release: str) -> System:
     """Ask apt, dpkg and the kernel."""
-    packages, configured = measure_packages()
+    (packages, configured), names = together(measure_packages, lambda: ask("apt-cache", "pkgnames").split())
     asking = Path("/run/reboot-required.pkgs")
     modules = Path("/lib/modules", release, "modules.dep")
     return System(
         packages=packages,
         configured=configured,
-        available=frozenset(ask("apt-cache", "pkgnames").split()),
+        available=frozenset(names),
         owned=any(RECORDS.glob("nvidia-driver*.json")),
         reboot_wanted_by=tuple(sorted(set(asking.read_text().split()))) if asking.exists() else (),
         booted_since=modules.exists() and boot_time() > modules.stat().st_mtime,
@@ -525,34 +515,29 @@ def measure(release: str) -> System:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec={
-            "host": {"type": "dict", "required": True},
-            "branch": {"type": "str", "default": "auto"},
-            "package_version": {"type": "str", "default": ""},
-            "source": {"type": "str", "choices": ["auto", "ubuntu", "cuda_repo"], "default": "auto"},
-            "lock_timeout": {"type": "int", "default": 600},
-        },
-        supports_check_mode=True,
-    )
-    host = module.params["host"]
-    wishes = Wishes(module.params["branch"], module.params["package_version"], module.params["source"])
+    options = {
+        "host": {"type": "dict", "required": True},
+        "branch": {"type": "str", "default": "auto"},
+        "package_version": {"type": "str", "default": ""},
+        "source": {"type": "str", "choices": ["auto", "ubuntu", "cuda_repo"], "default": "auto"},
+        "lock_timeout": {"type": "int", "default": 600},
+    }
 
-    def work() -> dict[str, Any]:
+    def work(params: dict[str, Any], _check: bool) -> dict[str, Any]:
+        host, wishes = params["host"], Wishes(params["branch"], params["package_version"], params["source"])
         try:
             plan = make_plan(host, measure(host["kernel_release"]), wishes)
         except NotInLists:
-            apt.refresh(module.params["lock_timeout"])
+            apt.refresh(params["lock_timeout"])
             plan = make_plan(host, measure(host["kernel_release"]), wishes)
-        units = ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system")
         return {
             "changed": False,
             "machine_id": read_text("/etc/machine-id").strip(),
-            "persistenced": any(Path(folder, "nvidia-persistenced.service").exists() for folder in units),
+            "persistenced": ask("systemctl", "cat", "nvidia-persistenced.service") != "",
             **plan,
         }
 
-    answer(module, work)
+    answer(options, work)
 
 
 if __name__ == "__main__":

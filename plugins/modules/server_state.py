@@ -9,11 +9,18 @@ module: server_state
 short_description: What is known of the servers on this host
 description:
   - Reads the servers' settings, units, images and proven state, and who listens where.
-  - On request takes the lock of this host first, so that two deployments do not meet, and has each server prove that it
-    reads. Changes nothing else.
+  - On request takes the lock of this host first, so that two deployments do not meet. Or it has each server prove that
+    it reads, without looking at anything else. Changes nothing else.
 options:
   lock: {description: Take the lock under this description. In check mode it is not taken., type: str}
   lock_seconds: {description: "When systemd takes the lock back, should the controller die.", type: int, default: 86400}
+  weights: {description: "A folder with weights, of which it is told which code they name.", type: path}
+  remote_code:
+    description:
+      - By the profile of an image, which code the weights may name, such as C(modeling.Model), and modules of which
+        they may name all, such as C(configuration).
+    type: dict
+    default: {}
   prove:
     description: Servers that have to prove that a container gets their GPU, and that they read.
     type: list
@@ -51,9 +58,10 @@ stopped:
   description: Since when servers that were proven to read are stopped, and disabled in systemd; empty if one is not.
   returned: success
   type: str
+asleep: {description: Names of the servers that have left the GPU until a page comes., returned: success, type: list}
 settled:
   description: Whether there are servers, all as they were when they were last proven to read, up, without a restart, at
-    boot, too, and watched as their settings say.
+    boot, too, or asleep, and watched as their settings say.
   returned: success
   type: bool
 images:
@@ -64,140 +72,94 @@ listeners: {description: "Who listens at each TCP port, as ss says it.", returne
 now: {description: Seconds since 1970., returned: success, type: int}
 locked: {description: Whether the lock that was asked for has been taken., returned: success, type: bool}
 holder: {description: Why it has not been., returned: success, type: str}
-proofs:
-  description: What each server that was asked for it said. Empty if one could not prove it.
+weights:
+  description:
+    - Whether the folder with weights has a C(config.json), and by the profile what is not allowed, a text each.
   returned: success
+  type: dict
+  sample: {exists: true, refused: {native_v0_32: ["config.json names evil.Model (AutoModel)"]}}
+proofs:
+  description: What each server that was asked for it said. A sleeping one is left so. Empty if one could not prove it.
+  returned: with O(prove)
   type: list
   elements: str
+pages:
+  description: Once all have proven it, what C(golden_pages) says of each server, as of a loop of commands.
+  returned: with O(prove)
+  type: list
+  elements: dict
+  sample: [{item: dots-ocr, rc: 0, stdout: "{}", stderr: ""}]
 """
 
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
+from ..module_utils.common import answer, run, together
+from ..module_utils.model_code import refused
+from ..module_utils.servers import DEFINITION, PROGRAMS, ask_systemd, look, settings, sleeping
 
-from ..module_utils.common import ask, run
-
-DEFINITION = Path("/etc/dots-ocr/server")
-PROVEN = Path("/var/lib/dots-ocr/states/good/server")
-PROGRAMS = "/usr/local/lib/dots-ocr"
 LOCK = "dots-ocr-deployment.service"
-HELD = ("active", "deactivating")
-UNIT_STOPPED = "9d1aaa27d60140bd96365438aad20286"  # systemd's id of that message (sd-messages.h)
-STOPPED = (("inactive", "disabled"), ("failed", "disabled"))
-
-Settings = dict[str, dict[str, Any]]
 
 
-def settings(folder: Path) -> Settings:
-    """Return the settings of each server in a folder of definitions, by its name."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+def look_at_weights(folder: Path, remote_code: dict[str, list[str]]) -> dict[str, Any]:
+    """Return whether there are weights, and by the profile of an image which code they may not name."""
+    found = {profile: refused(folder, allowed) for profile, allowed in remote_code.items()}
+    return {"exists": (folder / "config.json").is_file(), "refused": found}
 
 
-def timer(server: str) -> str:
-    """Return the name of the timer that has the watchdog look after a server."""
-    return f"dots-ocr-watchdog@{server}.timer"
-
-
-def ask_systemd(servers: Settings) -> dict[str, dict[str, str]]:
-    """Return what systemd says of each server's unit and of the timer of its watchdog, by name."""
-    names = [name for server in servers for name in (f"{server}.service", timer(server))]
-    properties = "--property=ActiveState,UnitFileState,NRestarts"
-    blocks = ask("systemctl", "show", properties, *names).split("\n\n") if names else []
-    return dict(zip(names, [dict(line.split("=", 1) for line in one.splitlines()) for one in blocks], strict=False))
-
-
-def ask_docker(servers: Settings) -> dict[str, Any]:
-    """Return what Docker says of the servers' images."""
-    pins = sorted({server["image"]["pin"] for server in servers.values() if "image" in server})
-    found = {pin: json.loads(ask("docker", "image", "inspect", pin) or "[]") for pin in pins}
-    return {pin: images[0] for pin, images in found.items() if images}
-
-
-def ask_listeners() -> dict[str, str]:
-    """Return who listens, by port."""
-    found: dict[str, str] = {}
-    for line in ask("ss", "--no-header", "--listening", "--numeric", "--tcp", "--processes").splitlines():
-        port = line.split()[3].rpartition(":")[2]
-        found[port] = f"{found[port]}\n{line}" if port in found else line
-    return found
-
-
-def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
-    """Tell whether nothing is left to be done for what is installed."""
-    for name, server in servers.items():
-        unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
-        watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
-        if [unit.get(key) for key in ("ActiveState", "UnitFileState", "NRestarts")] != ["active", "enabled", "0"]:
-            return False
-        if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
-            return False
-    return bool(servers) and json.loads(ask(f"{PROGRAMS}/state", "compare") or "{}").get("same", False) is True
-
-
-def stopped(servers: Settings, units: dict[str, dict[str, str]]) -> str:
-    """Return since when the servers are stopped by their owner, or nothing."""
-    states = [(one.get("ActiveState"), one.get("UnitFileState")) for one in units.values()]
-    # An installation that was broken off before its first start has proven nothing yet.
-    if not states or not settings(PROVEN) or any(state not in STOPPED for state in states):
-        return ""
-    # systemd itself forgets a unit that nothing wants.
-    last = ("journalctl", "--quiet", "--no-pager", "--lines=1", "--output=short-iso", f"MESSAGE_ID={UNIT_STOPPED}")
-    said = ask(*last, *(f"--unit={name}.service" for name in servers))
-    return said.split(" ")[0] or "the journal does not know when"
-
-
-def prove(name: str, server: dict[str, Any], isolated: bool) -> str:
+def prove(name: str, server: dict[str, Any], sleeping: bool, isolated: bool) -> str:
     """Return how a server has proven that it reads; nothing if it could not prove all of it."""
+    if sleeping:
+        return f"{name} is asleep, and stays so: the next page wakes it."
     show = ("docker", "run", "--rm", "--pull=never", "--network=none", f"--device={server['device']}")
     commands: list[tuple[str, ...]] = [(*show, "--entrypoint=nvidia-smi", server["image"]["pin"], "-L")]
-    commands += [(f"{PROGRAMS}/api_firewall", "close", name)] if server["allowed_networks"] else []
-    commands += [(f"{PROGRAMS}/isolated_network", "prove", name)] if isolated else []
-    if any(run(*command)[0] != 0 for command in commands):
-        return ""
-    return str(json.loads(ask(f"{PROGRAMS}/ready", name, "--keep-compiled") or "{}").get("summary", ""))
+    commands += [(f"{PROGRAMS}/firewall", "close", name)] if server["allowed_networks"] else []
+    commands += [(f"{PROGRAMS}/firewall", "prove", name)] if isolated else []
+    commands += [(f"{PROGRAMS}/ready", name, "--keep-compiled")]
+    done = together(*(partial(run, *command) for command in commands))
+    return str(json.loads(done[-1][1]).get("summary", "")) if all(status == 0 for status, *_ in done) else ""
 
 
-def main() -> None:
-    """Take the lock, look, have it proven, and give the lock back, as far as that is wanted."""
-    module = AnsibleModule(
-        argument_spec={
-            "lock": {"type": "str"},
-            "lock_seconds": {"type": "int", "default": 86400},
-            "prove": {"type": "list", "elements": "str", "default": []},
-            "isolated": {"type": "bool", "default": False},
-            "unlock": {"type": "bool", "default": False},
-        },
-        supports_check_mode=True,
-    )
-    wanted = module.params
+def read_golden_pages(name: str) -> dict[str, Any]:
+    """Return what became of a server's golden pages, as a loop of commands returns it."""
+    status, output, errors = run(f"{PROGRAMS}/golden_pages", name, "compare")
+    return {"item": name, "rc": status, "stdout": output, "stderr": errors}
+
+
+def work(wanted: dict[str, Any], check: bool) -> dict[str, Any]:
+    """Have it proven, or take the lock and look, as far as that is wanted."""
     status, holder = 0, ""
-    if wanted["lock"] and not module.check_mode:
+    if wanted["lock"] and not check:
         limit = f"--property=RuntimeMaxSec={wanted['lock_seconds']}"
         options = (f"--unit={LOCK}", f"--description={wanted['lock']}", limit, "--quiet")
         status, _, holder = run("systemd-run", *options, "sleep", "infinity")
-    servers = settings(DEFINITION)
-    proofs = [prove(name, servers[name], wanted["isolated"]) for name in wanted["prove"]]
-    proofs = proofs if all(proofs) else []
-    if wanted["unlock"] and proofs:
-        run("systemctl", "stop", LOCK)
-    units = ask_systemd(servers)
-    module.exit_json(
-        changed=False,
-        servers=servers,
-        proven=settings(PROVEN),
-        running=[name for name in servers if units.get(f"{name}.service", {}).get("ActiveState") in HELD],
-        stopped=stopped(servers, units),
-        settled=settled(servers, units),
-        images=ask_docker(servers),
-        listeners=ask_listeners(),
-        now=int(time.time()),
-        locked=status == 0,
-        holder=holder.strip(),
-        proofs=proofs,
-    )
+    if wanted["prove"]:
+        servers = settings(DEFINITION)
+        asleep = sleeping(servers, ask_systemd(servers))
+        proofs = [prove(name, servers[name], name in asleep, wanted["isolated"]) for name in wanted["prove"]]
+        proofs = proofs if all(proofs) else []
+        if wanted["unlock"] and proofs:
+            run("systemctl", "stop", LOCK)
+        pages = [read_golden_pages(name) for name in wanted["prove"] if name not in asleep] if proofs else []
+        return {"changed": False, "proofs": proofs, "pages": pages}
+    weights = look_at_weights(Path(wanted["weights"]), wanted["remote_code"]) if wanted["weights"] else {}
+    return {"changed": False, **look(), "locked": status == 0, "holder": holder.strip(), "weights": weights}
+
+
+def main() -> None:
+    """Run the module."""
+    options = {
+        "lock": {"type": "str"},
+        "lock_seconds": {"type": "int", "default": 86400},
+        "weights": {"type": "path"},
+        "remote_code": {"type": "dict", "default": {}},
+        "prove": {"type": "list", "elements": "str", "default": []},
+        "isolated": {"type": "bool", "default": False},
+        "unlock": {"type": "bool", "default": False},
+    }
+    answer(options, work)
 
 
 if __name__ == "__main__":

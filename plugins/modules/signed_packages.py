@@ -61,8 +61,7 @@ import hashlib
 import re
 import tempfile
 from pathlib import Path
-
-from ansible.module_utils.basic import AnsibleModule
+from typing import Any
 
 from ..module_utils.common import Problem, answer, run, sha256
 
@@ -82,10 +81,10 @@ def codename(release: Path) -> str:
 class Folder:
     """The folder on this host."""
 
-    def __init__(self, module: AnsibleModule) -> None:
-        """Take what is wanted."""
-        self.module = module
-        self.params = module.params
+    def __init__(self, params: dict[str, Any], check: bool) -> None:
+        """Take what is wanted, and whether it is only to be foreseen."""
+        self.params = params
+        self.check = check
         self.path = Path(self.params["path"])
         self.fingerprints = [text.replace(" ", "").upper() for text in self.params["fingerprints"]]
         for text in self.fingerprints:
@@ -155,7 +154,7 @@ class Folder:
         refused = []
         for root in sorted((self.path / "signed").glob("*")):
             for base in sorted({path.parent for path in root.rglob("*Release") if path.is_file()}):
-                with tempfile.TemporaryDirectory(dir=self.module.tmpdir) as work:
+                with tempfile.TemporaryDirectory() as work:
                     try:
                         indexes = self.indexes(root, base, Path(work))
                     except Problem as problem:
@@ -199,7 +198,7 @@ class Folder:
         content = "".join(f"{text}\n\n" for text in texts).encode(errors="surrogateescape")
         total = f"{hashlib.sha256(content).hexdigest()} {len(content)} Packages"
         date = email.utils.formatdate(usegmt=True)
-        if not self.module.check_mode:
+        if not self.check:
             (self.path / "Packages").write_bytes(content)
             (self.path / "Release").write_text(f"Suite: {self.params['suite']}\nDate: {date}\nSHA256:\n {total}\n")
         return {"changed": True, "signed": len(packages) - len(unsigned), "unsigned": unsigned}
@@ -209,18 +208,15 @@ def main() -> None:
     """Run the module."""
     text = {"type": "str", "required": True}
     texts = {"type": "list", "elements": "str"}
-    module = AnsibleModule(
-        argument_spec={
-            "path": {"type": "path", "required": True},
-            "suite": text,
-            "release": text,
-            "keyrings": {"type": "list", "elements": "path", "required": True, "no_log": False},
-            "fingerprints": {**texts, "required": True},
-            "unsigned": {**texts, "default": []},
-        },
-        supports_check_mode=True,
-    )
-    answer(module, lambda: Folder(module).offer())
+    options = {
+        "path": {"type": "path", "required": True},
+        "suite": text,
+        "release": text,
+        "keyrings": {"type": "list", "elements": "path", "required": True, "no_log": False},
+        "fingerprints": {**texts, "required": True},
+        "unsigned": {**texts, "default": []},
+    }
+    answer(options, lambda params, check: Folder(params, check).offer())
 
 
 if __name__ == "__main__":

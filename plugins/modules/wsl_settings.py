@@ -66,12 +66,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, unescape
-
-from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.cards import version
 from ..module_utils.common import RECORDS, Problem, answer, read, remove_empty, run, write
@@ -136,7 +133,7 @@ TASK = """\
 
 
 class Text:
-    """A file of settings, line by line, with the encoding and the line ends that it had."""
+    """A file of settings in blocks, each the lines from one header to the next, with the encoding that it had."""
 
     def __init__(self, data: bytes, new_line: str = "\n") -> None:
         """Take a file apart; without contents it gets the line ends that are asked for."""
@@ -144,49 +141,46 @@ class Text:
         text = data[len(self.mark) :].decode(self.encoding, "surrogateescape")
         self.new_line = ("\r\n" if "\r\n" in text else "\n") if text else new_line
         self.ends = text.endswith("\n") or not text
-        self.lines = text.replace("\r\n", "\n").split("\n")
-        if self.ends:
-            self.lines.pop()
+        lines = text.replace("\r\n", "\n").split("\n")
+        self.blocks: list[list[str]] = [[]]  # the first has no header
+        for line in lines[:-1] if self.ends else lines:
+            if SECTION.match(line):
+                self.blocks.append([])
+            self.blocks[-1].append(line)
 
     def data(self) -> bytes:
         """Return the file."""
-        text = self.new_line.join(self.lines) + (self.new_line if self.ends and self.lines else "")
+        lines = [line for block in self.blocks for line in block]
+        text = self.new_line.join(lines) + (self.new_line if self.ends and lines else "")
         return self.mark + text.encode(self.encoding, "surrogateescape")
 
-    def headers(self, section: str) -> list[int]:
-        """Return the numbers of the lines with the headers of a section; WSL does not mind the case of names."""
-        found = ((number, SECTION.match(line)) for number, line in enumerate(self.lines))
-        return [number for number, header in found if header and header[1].strip().lower() == section.lower()]
+    def section(self, name: str) -> list[list[str]]:
+        """Return the blocks of a section; WSL does not mind the case of names."""
+        headers = [(block, SECTION.match(block[0])) for block in self.blocks[1:]]
+        return [block for block, header in headers if header and header[1].strip().lower() == name.lower()]
 
-    def of_section(self, section: str) -> Iterator[int]:
-        """Yield the numbers of the lines below all headers of a section."""
-        headers, inside = self.headers(section), False
-        for number, line in enumerate(self.lines):
-            if SECTION.match(line):
-                inside = number in headers
-            elif inside:
-                yield number
+    def find(self, section: str, key: str) -> list[tuple[list[str], int, re.Match[str]]]:
+        """Return every line that sets a key: its block, its number there, and its parts."""
+        lines = [(block, number) for block in self.section(section) for number in range(1, len(block))]
+        found = [(block, number, KEY.match(block[number])) for block, number in lines]
+        return [(block, number, parts) for block, number, parts in found if parts and parts[2].lower() == key.lower()]
 
-    def find(self, section: str, key: str) -> list[tuple[int, re.Match[str]]]:
-        """Return every line that sets a key, with its parts."""
-        found = ((number, KEY.match(self.lines[number])) for number in self.of_section(section))
-        return [(number, parts) for number, parts in found if parts and parts[2].lower() == key.lower()]
-
-    def replace(self, number: int, parts: re.Match[str], value: str) -> None:
-        """Give another value to the key of a line, and keep all around it."""
-        self.lines[number] = f"{parts[1]}{parts[2]}{parts[3]}{value}{parts[5]}"
-
-    def add(self, section: str, key: str, value: str) -> None:
-        """Add a key at the end of its section, which is there."""
-        headers = self.headers(section)
-        below = [headers[-1], *(number for number in self.of_section(section) if self.lines[number].strip())]
-        self.lines.insert(max(below) + 1, f"{key}={value}")
-
-    def add_section(self, section: str) -> bool:
-        """Add a section at the end; tell whether it took an empty line to keep it apart."""
-        apart = bool(self.lines and self.lines[-1].strip())
-        self.lines += [*([""] if apart else []), f"[{section}]"]
+    def add(self, section: str, key: str, value: str) -> bool | None:
+        """Add a key at the end of its section; return whether an empty line came with one that is new, else nothing."""
+        apart = None
+        if not self.section(section):
+            apart = bool(self.blocks[-1] and self.blocks[-1][-1].strip())
+            self.blocks[-1] += [""] * apart
+            self.blocks.append([f"[{section}]"])
+        block = self.section(section)[-1]
+        last = max(number for number, line in enumerate(block) if line.strip())
+        block.insert(last + 1, f"{key}={value}")
         return apart
+
+
+def with_value(parts: re.Match[str], value: str) -> str:
+    """Return a line with another value of its key, and all around it as it was."""
+    return f"{parts[1]}{parts[2]}{parts[3]}{value}{parts[5]}"
 
 
 def merge(text: Text, keys: Keys, record: Record) -> None:
@@ -200,44 +194,37 @@ def merge(text: Text, keys: Keys, record: Record) -> None:
     for section, wanted in keys.items():
         for key, value in wanted.items():
             found = text.find(section, key)
-            if found and all(parts[4] == value for _, parts in found):
+            if found and all(parts[4] == value for _, _, parts in found):
                 continue
             known = record.setdefault("keys", {}).setdefault(section, {})
-            before = known.get(key, {}).get("before", [parts[4] for _, parts in found])
+            before = known.get(key, {}).get("before", [parts[4] for _, _, parts in found])
             known[key] = {"set": value, "before": before}
-            for number, parts in found:
-                text.replace(number, parts, value)
-            if found:
-                continue
-            if not text.headers(section):
-                record.setdefault("sections", {})[section] = text.add_section(section)
-            text.add(section, key, value)
+            for block, number, parts in found:
+                block[number] = with_value(parts, value)
+            if not found and (apart := text.add(section, key, value)) is not None:
+                record.setdefault("sections", {})[section] = apart
 
 
 def put_back(text: Text, section: str, key: str, known: dict[str, Any]) -> None:
     """Give a key the values that it had before we came, or take it away; what somebody set since stays."""
     before = list(known["before"])
-    for number, parts in reversed(text.find(section, key)):
+    for block, number, parts in reversed(text.find(section, key)):
         value = before.pop() if before else None
-        if parts[4] != known["set"]:
-            continue
-        if value is None:
-            del text.lines[number]
-        else:
-            text.replace(number, parts, value)
+        if parts[4] == known["set"]:
+            block[number : number + 1] = [] if value is None else [with_value(parts, value)]
 
 
 def tidy(text: Text, section: str, record: Record) -> None:
     """Take away a section that we added, with the empty line before it, if nothing is left in it."""
     if section not in record.get("sections", {}):
         return
-    apart = record["sections"].pop(section)
-    headers = text.headers(section)
-    if len(headers) == 1 and not any(text.lines[number].strip() for number in text.of_section(section)):
-        first = headers[0]
-        del text.lines[first]
-        if apart and first > 0 and not text.lines[first - 1].strip():
-            del text.lines[first - 1]
+    apart, blocks = record["sections"].pop(section), text.section(section)
+    if len(blocks) == 1 and not any(line.strip() for line in blocks[0][1:]):
+        place = next(number for number, block in enumerate(text.blocks) if block is blocks[0])
+        above = text.blocks[place - 1]
+        if apart and above and not above[-1].strip():
+            del above[-1]
+        above += text.blocks.pop(place)[1:]
 
 
 def plan_file(path: Path, keys: Keys, record: Record, new_line: str) -> tuple[bytes | None, bytes | None]:
@@ -247,7 +234,7 @@ def plan_file(path: Path, keys: Keys, record: Record, new_line: str) -> tuple[by
     if before is None and keys:
         record["created"] = True
     merge(text, keys, record)
-    if not text.lines and (before is None or record.get("created")):
+    if not any(text.blocks) and (before is None or record.get("created")):
         return before, None
     return before, text.data()
 
@@ -330,21 +317,19 @@ class Windows:
             raise Problem(f"programs of Windows cannot be run from WSL ({path}: {errors})", INTEROP_FIX)
         return status, output + errors
 
-    def run(self, program: str, *arguments: str) -> str:
-        """Run a program of Windows that must not fail, and return what it said."""
-        status, said = self.attempt(program, *arguments)
+    def run(
+        self, program: str, *arguments: str, problem: str = "", fix: str = INTEROP_FIX, timeout: int = TIMEOUT
+    ) -> str:
+        """Run a program of Windows that must not fail, and return what it said; raises Problem with its words."""
+        status, said = self.attempt(program, *arguments, timeout=timeout)
         if status != 0:
-            raise Problem(f"{program} failed with status {status} ({line(said)})", INTEROP_FIX)
+            raise Problem(f"{problem or f'{program} failed with status {status}'} ({line(said)})", fix)
         return said
 
     def starter(self) -> tuple[str, str]:
         """Return the command and the arguments that start the distribution, which then stays by its idle timeouts."""
         command = self.path("-w", str(self.drive / SYSTEM / "wsl.exe"))
         return command, f"-d {self.distribution} -u root --exec /bin/true"
-
-    def has_task(self, task: str) -> bool:
-        """Tell whether there is a task of this name."""
-        return self.attempt("schtasks.exe", "/query", "/tn", task)[0] == 0
 
     def starts(self) -> bool:
         """Tell whether the task is there and starts this distribution."""
@@ -360,30 +345,22 @@ class Windows:
         file = self.profile / ".dots-ocr-task.xml"
         try:
             file.write_bytes(codecs.BOM_UTF16_LE + text.replace("\n", "\r\n").encode("utf-16-le"))
-            name = self.path("-w", str(file))
-            status, said = self.attempt("schtasks.exe", "/create", "/tn", self.task, "/xml", name, "/f")
+            words = ("/create", "/tn", self.task, "/xml", self.path("-w", str(file)), "/f")
+            fix = "create it by hand (docs/start/windows.md) and set wsl_logon_task to false"
+            self.run("schtasks.exe", *words, problem=f"Windows refuses the task {self.task}", fix=fix)
         finally:
             file.unlink(missing_ok=True)
-        if status != 0:
-            raise Problem(
-                f"Windows refuses the task {self.task} ({line(said)})",
-                "create it by hand (docs/start/windows.md) and set wsl_logon_task to false",
-            )
 
     def unregister(self, task: str) -> None:
         """Remove a task."""
-        status, said = self.attempt("schtasks.exe", "/delete", "/tn", task, "/f")
-        if status != 0:
-            raise Problem(
-                f"Windows does not remove the task {task} ({line(said)})",
-                f"in Windows: schtasks /delete /tn {task} /f, then run again",
-            )
+        problem = f"Windows does not remove the task {task}"
+        fix = f"in Windows: schtasks /delete /tn {task} /f, then run again"
+        self.run("schtasks.exe", "/delete", "/tn", task, "/f", problem=problem, fix=fix)
 
     def update(self) -> None:
         """Update WSL."""
-        status, said = self.attempt("wsl.exe", "--update", timeout=UPDATE_TIMEOUT)
-        if status != 0:
-            raise Problem(f"wsl.exe --update failed ({line(said)})", "in Windows: wsl --update, then wsl --shutdown")
+        fix = "in Windows: wsl --update, then wsl --shutdown"
+        self.run("wsl.exe", "--update", problem="wsl.exe --update failed", fix=fix, timeout=UPDATE_TIMEOUT)
 
 
 def installed_wsl() -> str:
@@ -430,8 +407,9 @@ def describe_change(change: Change) -> dict[str, str]:
     return {"before_header": str(file), "after_header": str(file), "before": old, "after": new}
 
 
-def apply(params: dict[str, Any], record: dict[str, Any], real: bool) -> dict[str, Any]:
-    """Do what is asked, if it is for real; writes on the record. Everything that can be refused is refused first."""
+def apply(params: dict[str, Any], check: bool) -> dict[str, Any]:
+    """Do what is asked, unless it is only to be foreseen. Everything that can be refused is refused first."""
+    record: dict[str, Any] = json.loads(read(RECORDS / RECORD) or "{}")
     absent, wishes, touched = params["state"] == "absent", params["windows"], record.get("windows", {})
     asked = bool(touched) if absent else wishes is not None
     update = check_wishes(wishes) if asked and not absent else False
@@ -449,7 +427,8 @@ def apply(params: dict[str, Any], record: dict[str, Any], real: bool) -> dict[st
         wanted = not absent and wishes["logon_task"]
         register = wanted and not windows.starts()
         # A task of another name is that of a distribution before it was renamed.
-        unregister = bool(task) and (not wanted or task != windows.task) and windows.has_task(task)
+        unregister = bool(task) and (not wanted or task != windows.task)
+        unregister = unregister and windows.attempt("schtasks.exe", "/query", "/tn", task)[0] == 0
         kept = {"config": forget_if_empty(config), "task": windows.task if wanted and (register or task) else ""}
         where = {"path": str(path), "distribution": windows.distribution}
         record["windows"] = {**kept, **where} if any(kept.values()) else {}
@@ -459,7 +438,7 @@ def apply(params: dict[str, Any], record: dict[str, Any], real: bool) -> dict[st
     changes = [change for change in files if change[1] != change[2]]
     result["changed"] |= register or unregister or bool(changes)
     result["diff"] = [describe_change(change) for change in changes]
-    if not real:
+    if check:
         return result
     # Written before the changes, so that what is half done can be put back; after them, if it says that all is.
     if not absent:
@@ -490,26 +469,21 @@ def write_record(record: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        {
-            "state": {"choices": ["present", "absent"], "default": "present"},
-            "conf": {"type": "dict", "default": {}},
-            "windows": {
-                "type": "dict",
-                "options": {
-                    "config": {"type": "dict", "default": {}},
-                    "logon_task": {"type": "bool", "default": True},
-                    "distribution": {"default": ""},
-                    "floor": {"default": ""},
-                    "update": {"type": "bool", "default": False},
-                },
+    options = {
+        "state": {"choices": ["present", "absent"], "default": "present"},
+        "conf": {"type": "dict", "default": {}},
+        "windows": {
+            "type": "dict",
+            "options": {
+                "config": {"type": "dict", "default": {}},
+                "logon_task": {"type": "bool", "default": True},
+                "distribution": {"default": ""},
+                "floor": {"default": ""},
+                "update": {"type": "bool", "default": False},
             },
         },
-        supports_check_mode=True,
-    )
-    file = RECORDS / RECORD
-    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    answer(module, lambda: apply(module.params, record, not module.check_mode))
+    }
+    answer(options, apply)
 
 
 if __name__ == "__main__":

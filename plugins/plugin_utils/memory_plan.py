@@ -32,7 +32,7 @@ UTILIZATION_CAP = 0.85  # the rest is for what vLLM does not see when it measure
 # it to main memory and everything runs 2 to 6 times slower, silently; and what Windows' desktop uses varies.
 RESERVE_MIB = {"bare_metal": 512, "wsl2": 1_024}
 STABLE_UTILIZATION = 0.05  # up to this much more is not worth a restart
-# A KV cache that differs by more than this part from the plan is one to learn from, and to tell (files/measure too).
+# A KV cache that differs by more than this part from the plan is one to learn from, and to tell (files/ready too).
 LEARN_FROM = 0.1
 
 # vLLM counts the pages that it reads and those that wait: for each that is read, four may wait.
@@ -174,7 +174,7 @@ def memory_plan(
         running: Whether the server runs now and holds the memory of `previous`.
         lowered: By how much a failed start showed the plan to be too high: `utilization`, the fraction to take off one
             that is planned, and `below`, the limits of which a lower rung is wanted. Wishes stay as they are.
-        measured: What vLLM said when it started with `previous`, as files/measure of the role dots_ocr_server records
+        measured: What vLLM said when it started with `previous`, as files/ready of the role dots_ocr_server tells
             it. Where its KV cache on a GPU differs by more than a tenth from what was planned, the next plan counts on
             the difference: while card, platform and the wishes that cost memory stay, never where `lowered` says that
             a plan was too high, never for images larger than those it was measured with where it was more than planned,
@@ -183,20 +183,20 @@ def memory_plan(
         learn: Whether `measured`, and what `previous` learned before, may be used.
 
     Raises:
-        AnsibleFilterError: Something that is given is malformed.
+        AnsibleFilterError: A wish, or a figure that was measured or recorded, is malformed.
     """
     wanted = read_wishes(wishes)
-    last = read_mapping(previous, "the previous plan")
+    last = dict(previous or {})
     held = number(last.get("gpu_memory_utilization", 0), "the previous utilization") if running else 0.0
-    memory = read_gpu(gpu, platform, held)
-    lowering = read_lowered(lowered)
+    total, free = gpu["memory_total_mib"], gpu["memory_free_mib"]
+    memory = Memory(platform, total, min(total, free + held * total))  # free without our server
+    lowering = [dict(entry) for entry in lowered or []]
     less = sum(entry.get("utilization", 0.0) for entry in lowering)
     utilization = wanted.get("gpu_memory_utilization", round(max(memory.planned_utilization() - less, 0.0), 2))
     # As it was recorded, explanation and all: a file that says the same thing in other words is a change too.
     recorded = {key: last[key] for key in (*PLAN[:-1], "fp8", "lowered", "learned", PLAN[-1]) if key in last}
     recorded["wishes"] = wanted
-    figures = read_mapping(measured, "what was measured")
-    learned = learn_from(last, figures, memory, wanted, lowering) if learn else Learned()
+    learned = learn_from(last, dict(measured or {}), memory, wanted, lowering) if learn else Learned()
     kept = last.get("lowered", []) == lowering and keeps(last, memory, wanted, utilization, running)
     if kept and learned == read_learned(last):
         return recorded
@@ -305,7 +305,7 @@ def explain(memory: Memory, plan: Plan) -> str:
         f" - overhead {OVERHEAD_GIB:.2f}"
         f"{known} = {tokens * KV_BYTES_PER_TOKEN / GIB:.2f} GiB for {tokens:,} KV tokens,"
         f" {tokens // PAGE_TOKENS} usual pages;"
-        f" limits: images up to {megapixels(plan['max_pixels'])}, requests up to {plan['max_model_len']:,} tokens,"
+        f" limits: images up to {plan['max_pixels'] / 1e6:.2f} MP, requests up to {plan['max_model_len']:,} tokens,"
         f" {plan['max_num_seqs']} pages at once, {plan['max_num_queued_reqs']} with those that wait,"
         f" API processes: {plan['api_server_count']}"
     )
@@ -327,11 +327,6 @@ def share(memory: Memory, utilization: float, wishes: Wishes) -> str:
     elif utilization == UTILIZATION_CAP:
         reason = "the most we plan"
     return f"{utilization:.4g} ({reason}) = {gib(utilization * memory.total):.2f} GiB"
-
-
-def megapixels(pixels: int) -> str:
-    """Return a number of pixels for humans."""
-    return f"{pixels / 1e6:.2f} MP"
 
 
 def refusal(problem: str, fix: str) -> Plan:
@@ -364,7 +359,7 @@ def refuse(memory: Memory, wishes: Wishes, utilization: float, unknown: bool) ->
     needed = lowest.needed_gib()
     problem = (
         f"the model needs weights {lowest.weights_gib():.2f} + encoder {encoder_gib(lowest.max_pixels):.2f} for images"
-        f" up to {megapixels(lowest.max_pixels)} + overhead {OVERHEAD_GIB:.2f}"
+        f" up to {lowest.max_pixels / 1e6:.2f} MP + overhead {OVERHEAD_GIB:.2f}"
         f" + KV cache {needed - lowest.fixed_gib():.2f} for {lowest.needed_kv_tokens():,} tokens"
         f" = {needed:.2f} GiB at least, but vLLM gets utilization {share(memory, utilization, wishes)}"
         f" ({availability(memory)})"
@@ -415,17 +410,10 @@ def number(value: Any, what: str) -> float:
     return found
 
 
-def read_mapping(value: Any, what: str) -> Plan:
-    """Return a dictionary, an empty one for None."""
-    if value is not None and not isinstance(value, Mapping):
-        raise AnsibleFilterError(f"memory_plan: {what} must be a dictionary, not {value!r}")
-    return dict(value or {})
-
-
 def read_wishes(wishes: Mapping[str, Any] | None) -> Wishes:
     """Return the wishes that are any, in plain numbers."""
     found: Wishes = {}
-    given = read_mapping(wishes, "the wishes")
+    given = wishes or {}
     if unknown := sorted(set(given) - set(WISHES)):
         raise AnsibleFilterError(f"memory_plan: unknown wishes: {', '.join(unknown)}; there are: {', '.join(WISHES)}")
     for key in WISHES:
@@ -441,30 +429,4 @@ def read_wishes(wishes: Mapping[str, Any] | None) -> Wishes:
 
 def read_learned(plan: Plan) -> Learned:
     """Return what a plan had learned, if anything."""
-    return Learned(**read_mapping(plan.get("learned"), "what the previous plan learned"))
-
-
-def read_lowered(lowered: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Return what failed starts showed to be too high; raises AnsibleFilterError where it is malformed."""
-    if not isinstance(lowered or [], list):
-        raise AnsibleFilterError(f"memory_plan: what is lowered must be a list, not {lowered!r}")
-    found = [read_mapping(entry, "each entry of what is lowered") for entry in lowered or []]
-    for entry in found:
-        if unknown := sorted({*entry, *entry.get("below", [])} - {"utilization", "below", *Limits._fields}):
-            raise AnsibleFilterError(f"memory_plan: {', '.join(unknown)} cannot be lowered")
-        number(entry.get("utilization", 0), "the utilization to take off")
-    return found
-
-
-def read_gpu(gpu: Mapping[str, Any], platform: str, held: float) -> Memory:
-    """Return the GPU's memory, where our server holds the fraction of it that is given."""
-    measured = read_mapping(gpu, "the GPU")
-    if missing := [key for key in ("memory_total_mib", "memory_free_mib") if measured.get(key) is None]:
-        raise AnsibleFilterError(f"memory_plan: the GPU lacks {', '.join(missing)}")
-    if platform not in RESERVE_MIB:
-        raise AnsibleFilterError(f"memory_plan: the platform must be one of {', '.join(RESERVE_MIB)}, not {platform!r}")
-    total = number(measured["memory_total_mib"], "memory_total_mib")
-    free = number(measured["memory_free_mib"], "memory_free_mib")
-    if not total or free > total:
-        raise AnsibleFilterError(f"memory_plan: {free:g} MiB cannot be free of {total:g} MiB")
-    return Memory(str(platform), total, min(total, free + held * total))
+    return Learned(**(plan.get("learned") or {}))

@@ -203,7 +203,7 @@ def describe(inventory: Inventory, backends: dict[str, Backend], ports: dict[str
     wide = {"plan": {"max_num_seqs": 16, "max_num_queued_reqs": 80}}
     inventory.ask("cpu1", backends["cpu1"].settings())
     inventory.ask("twin", *({**vllm, **wide, "name": f"dots-ocr@{gpu}", "port": 8000 + gpu} for gpu in (0, 1)))
-    inventory.found("gpu1", known("gpu1", backends["gpu1"].port))
+    inventory.found("gpu1", known("gpu1", backends["gpu1"].port, on_demand=True))
     inventory.found("gpu2", known("gpu2", backends["gpu2"].port))
     inventory.found("far", known("far", 8000, address="192.0.2.7", capacity=300, limit=0))
     inventory.found("v6", known("v6", 8000, address="2001:db8::7", limit=2), key="")

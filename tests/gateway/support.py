@@ -249,6 +249,10 @@ class Gateway:
         """Return a server's state, such as UP."""
         return self._statistics(server)["status"]
 
+    def health(self) -> str:
+        """Return what the gateway says of itself."""
+        return str(json.loads(self.ask("GET", "/health").body).get("status"))
+
     def sessions(self, server: str) -> int:
         """Return how many pages a server reads, as community.general.haproxy looks for it."""
         return int(self._statistics(server)["scur"])

@@ -123,6 +123,7 @@ def test_wrong_key_is_refused(main: Gateway, backends: Backends, header: str | N
 
 def test_health_needs_no_key_and_fails_without_servers(main: Gateway) -> None:
     assert main.ask("GET", "/health").status == 200
+    wait_until(lambda: main.health() == "ok", "all servers were asked")
     for server in ("gpu1", "gpu2", "cpu1"):
         main.command(f"set server ocr/{server} state maint")
     answer = main.ask("GET", "/health")
@@ -170,13 +171,15 @@ def test_server_that_is_asleep_is_up_and_woken_by_a_page_alone(
     thread.start()
     try:
         wait_until(lambda: main.status("gpu1") == "UP", "gpu1 up")
-        assert main.ask("GET", "/health").status == 200
+        wait_until(lambda: main.health() == "asleep", "the gateway says that it is asleep")
         wake = tmp_path / "run/dots-ocr/wake"
         assert not wake.exists()
         with in_background(partial(main.ask, key=ALICE), count=2) as answers:
             wait_until(wake.exists, "a page wakes it")
+            assert main.health() == "asleep"
             behind.start(behind.port)
         assert [answer.status for answer in answers] == [200, 200]
+        wait_until(lambda: main.health() == "ok", "the gateway says that it is awake")
     finally:
         loop.call_soon_threadsafe(serving.cancel)
         thread.join()

@@ -17,9 +17,7 @@ import signal
 import socket
 import ssl
 import subprocess
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,22 +161,16 @@ def load_key(file: Path) -> str:
     return key
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leave a redirect alone: the key is not for where it points."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Follow none."""
-
-
-def opener(url: str) -> urllib.request.OpenerDirector:
-    """Return what opens the server's URLs: no proxy has a say."""
+def connect(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
+    """Return a connection to a server: no proxy has a say, and the key follows no redirect."""
+    if url.scheme == "http":
+        return http.client.HTTPConnection(url.netloc)
     context = ssl.create_default_context()
     # The server's own certificate need not name this address, and what goes to this very machine passes no network.
-    if is_own_address(urllib.parse.urlsplit(url).hostname or ""):
+    if is_own_address(url.hostname or ""):
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    handlers = (urllib.request.ProxyHandler({}), NoRedirect, urllib.request.HTTPSHandler(context=context))
-    return urllib.request.build_opener(*handlers)
+    return http.client.HTTPSConnection(url.netloc, context=context)
 
 
 def is_own_address(host: str) -> bool:
@@ -212,23 +204,22 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 def ask(server: Server, path: str, seconds: float, body: Any = None) -> bytes:
     """Return the answer to a GET, or to a POST of a body as JSON; raises NotYet or Failed."""
     url = server.url + path
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "Connection": "close"}
     if server.key:
         headers["Authorization"] = f"Bearer {server.key}"
-    data = json.dumps(body).encode() if body is not None else None
+    method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
     try:
-        request = urllib.request.Request(url, data, headers)
-        with time_limit(seconds, url):
-            try:
-                with opener(url).open(request) as response:
-                    answer: bytes = response.read(ANSWER_BYTES)
-                    return hide(server, answer) if len(server.key) >= SHORTEST_HIDDEN else answer
-            except urllib.error.HTTPError as error:
-                status, text = error.code, hide(server, error.read(ANSWER_BYTES)).decode(errors="replace")
+        parts = urllib.parse.urlsplit(url)
+        with time_limit(seconds, url), contextlib.closing(connect(parts)) as connection:
+            connection.request(method, parts.path, data, headers)
+            response = connection.getresponse()
+            status, answer = response.status, response.read(ANSWER_BYTES)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        why = hide(server, repr(getattr(error, "reason", error)).encode()).decode()[:500]
+        why = hide(server, repr(error).encode()).decode()[:500]
         raise NotYet(f"{url} does not answer: {why}.", WAIT) from error
-    said = " ".join(text.split())[:500]
+    if 200 <= status < 300:
+        return hide(server, answer) if len(server.key) >= SHORTEST_HIDDEN else answer
+    said = " ".join(hide(server, answer).decode(errors="replace").split())[:500]
     if status in (401, 403):
         sent = f"the API key in {server.api_key_file}" if server.key else "a request without an API key"
         fix = f"{REDEPLOY[:-1]}, which starts the server with the key that is in the file."
@@ -458,6 +449,16 @@ def run(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout
+
+
+def systemctl(*words: str, seconds: float | None = None, fix: str = "correct what it names.") -> None:
+    """Run systemctl, for as long as it may take; raises Failed."""
+    try:
+        done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failed(f"systemctl {' '.join(words)}: {error}", fix) from error
+    if done.returncode != 0:
+        raise Failed(f"systemctl {' '.join(words)}: {done.stderr.strip()}", fix)
 
 
 def boot_id() -> str:

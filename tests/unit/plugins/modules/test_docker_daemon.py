@@ -12,7 +12,6 @@ import yaml
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.dots_ocr.deploy.plugins.module_utils import engine
 from ansible_collections.dots_ocr.deploy.plugins.modules import docker_daemon as daemon
-from ansible_collections.dots_ocr.deploy.plugins.modules import docker_engine_info as info
 
 REQUIRED = {"features": {"cdi": True}, "live-restore": False}
 LOGS: dict[str, Any] = {"log-driver": "local", "log-opts": {"max-size": "50m"}}
@@ -290,14 +289,14 @@ def test_proxy_keeps_its_percent_signs_from_systemd() -> None:
     ],
 )
 def test_version_of_the_engine(text: str, version: str) -> None:
-    assert info.parse_version(text) == version
+    assert engine.parse_version(text) == version
 
 
 def test_data_is_counted_without_the_engine(tmp_path: Path) -> None:
     for name in ("containers/1", "volumes/a", "volumes/b", "100000.100000/volumes/c"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "volumes/metadata.db").touch()
-    assert info.kept_in({tmp_path, tmp_path / "nowhere"}) == {"containers": 1, "volumes": 3}
+    assert engine.kept_in({tmp_path, tmp_path / "nowhere"}) == {"containers": 1, "volumes": 3}
 
 
 @pytest.mark.parametrize(
@@ -327,9 +326,9 @@ def test_settings_of_the_engine(text: str, options: dict[str, str], tmp_path: Pa
 )
 def test_podman_in_the_place_of_docker(content: bytes, result: bool, tmp_path: Path) -> None:
     command = tmp_path / "docker"
-    assert not info.is_podman(command)
+    assert not engine.is_podman(command)
     command.write_bytes(content)
-    assert info.is_podman(command) is result
+    assert engine.is_podman(command) is result
 
 
 def container(name: str, *, running: bool = True, remove: bool = False, policy: str = "no") -> dict[str, Any]:
@@ -348,7 +347,7 @@ def test_only_what_nobody_else_starts_again_is_started_again() -> None:
         container("of-a-unit", remove=True),
         container("policy", policy="unless-stopped"),
     ]
-    assert info.running_containers(inspected) == ["keeper"]
+    assert engine.running_containers(inspected) == ["keeper"]
 
 
 INFO: dict[str, Any] = {
@@ -370,7 +369,7 @@ INFO: dict[str, Any] = {
     ],
 )
 def test_engine_that_can_run_the_server(changes: dict[str, Any]) -> None:
-    assert list(info.judge({**INFO, **changes}, "Engine containerd runc docker-init", has_iptables=True)) == []
+    assert list(engine.judge({**INFO, **changes}, "Engine containerd runc docker-init", has_iptables=True)) == []
 
 
 @pytest.mark.parametrize(
@@ -385,7 +384,7 @@ def test_engine_that_can_run_the_server(changes: dict[str, Any]) -> None:
 def test_engine_that_cannot_run_the_server_is_named_with_the_fix(
     changes: dict[str, Any], problem: str, fix: str
 ) -> None:
-    [found] = info.judge({**INFO, **changes}, "Engine containerd", has_iptables=True)
+    [found] = engine.judge({**INFO, **changes}, "Engine containerd", has_iptables=True)
     assert problem in found["problem"]
     assert fix in found["fix"]
 
@@ -398,15 +397,15 @@ def test_engine_that_cannot_run_the_server_is_named_with_the_fix(
     ],
 )
 def test_podman_is_not_taken_for_docker(said: dict[str, Any], components: str) -> None:
-    [found] = info.judge(said, components, has_iptables=True)
+    [found] = engine.judge(said, components, has_iptables=True)
     assert "podman answers" in found["problem"]
 
 
 def test_program_that_closes_the_network_is_needed() -> None:
     nftables = {**INFO, "FirewallBackend": {"Driver": "nftables"}}
-    [found] = info.judge(nftables, "Engine", has_iptables=False)
+    [found] = engine.judge(nftables, "Engine", has_iptables=False)
     assert found["fix"].startswith("'apt-get install iptables'")
-    assert list(info.judge({}, "", has_iptables=False)) == []
+    assert list(engine.judge({}, "", has_iptables=False)) == []
 
 
 class Commands:
@@ -417,7 +416,7 @@ class Commands:
         self.units = units
         self.asked: list[str] = []
 
-    def ask(self, *command: str) -> str:
+    def ask(self, *command: str, timeout: float | None = None) -> str:
         """Answer one of them."""
         self.asked.append(" ".join(command[:2]))
         if command[:2] == ("systemctl", "is-active"):
@@ -435,10 +434,10 @@ class Commands:
 def test_engine_that_is_stopped_is_not_started_by_asking(
     units: dict[str, str], asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(info.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
+    monkeypatch.setattr(engine.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
     commands = Commands(**units)
-    monkeypatch.setattr(info, "ask", commands.ask)
-    problems = info.look()["problems"]
+    monkeypatch.setattr(engine, "ask", commands.ask)
+    problems = engine.look()["problems"]
     assert ("docker info" in commands.asked, len(problems)) == (asked, int(asked))
 
 
@@ -453,8 +452,8 @@ def test_engine_that_is_stopped_is_not_started_by_asking(
 def test_tells_whether_there_is_anything_to_start_and_who_brought_it(
     units: dict[str, str], up: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(info, "ask", Commands(**units).ask)
-    monkeypatch.setattr(info, "RECORDS", tmp_path)
+    monkeypatch.setattr(engine, "ask", Commands(**units).ask)
+    monkeypatch.setattr(engine, "RECORDS", tmp_path)
     (tmp_path / "docker-engine.json").touch()
-    found = info.look("docker-engine")
-    assert (found["up"], found["brought"], info.look("other")["brought"]) == (up, True, False)
+    found = engine.look("docker-engine")
+    assert (found["up"], found["brought"], engine.look("other")["brought"]) == (up, True, False)

@@ -219,7 +219,7 @@ def ctk(folders: tuple[Path, Path], tmp_path: Path) -> Run:
     """Return the stand-in of nvidia-ctk, with its places below a folder of the test; a GPU answers."""
     places = {"/usr/bin/nvidia-smi": tmp_path / "nvidia-smi", "/etc/stand-in-gpu.json": tmp_path / "gpu.json",
               "/etc/cdi": folders[0], "/var/run/cdi": folders[1], "/dev/dxg": tmp_path / "dxg",
-              "/usr/lib/wsl": tmp_path}  # fmt: skip
+              "/usr/lib/wsl": tmp_path, "/run/stand-in-gpu": tmp_path / "taken"}  # fmt: skip
     package = STAND_INS / "apt/libnvidia-container/packages/nvidia-container-toolkit-base"
     for source in (STAND_INS / "host/root/usr/bin/nvidia-smi", package / "usr/bin/nvidia-ctk"):
         text = source.read_text()

@@ -286,6 +286,15 @@ Status: install ok installed
 
 Package: libnvidia-container1
 Status: install ok installed
+Priority: optional
+Architecture: amd64
+Version: 1.19.1-1
+Description: a library
+ Version: none
+
+Package: nvidia-container-toolkit-base
+Status: deinstall ok config-files
+Version: 1.18.0-1
 
 Package: nvidia-driver-pinning-580
 Status: install ok installed
@@ -296,8 +305,10 @@ def test_packages_of_a_driver_are_told_from_others_and_from_remains(tmp_path: Pa
     status = tmp_path / "status"
     status.write_text(STATUS)
     names = ["libnvidia-compute-580", "linux-modules-nvidia-580-server-open-generic", "nvidia-utils-580"]
-    assert gpu_host.measure_packages(status) == names
-    assert gpu_host.measure_packages(tmp_path / "missing") == []
+    toolkit = {"libnvidia-container1": "1.19.1-1"}
+    assert gpu_host.measure_packages(status) == {"nvidia_packages": names, "nvidia_container_toolkit": toolkit}
+    nothing: dict[str, Any] = {"nvidia_packages": [], "nvidia_container_toolkit": {}}
+    assert gpu_host.measure_packages(tmp_path / "missing") == nothing
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import servers
 from ansible_collections.dots_ocr.deploy.plugins.modules import server_state as module
 
 SETTINGS = {
@@ -24,8 +25,9 @@ ANSWERS = {
     "state compare": '{"same": true}',
     "ready dots-ocr": '{"ready": true, "summary": "It reads."}',
     "docker run": "GPU 0",
-    "isolated_network prove": "",
-    "api_firewall close": "",
+    "golden_pages dots-ocr": '{"passed": true}',
+    "firewall prove": "",
+    "firewall close": "",
     "journalctl": "2026-11-30T11:13:13+00:00 host systemd[1]: Stopped dots-ocr.service.\n",
     "systemd-run": "",
     "systemctl stop": "",
@@ -40,10 +42,11 @@ class Host:
         self.settings: dict[str, Any] = dict(SETTINGS)
         self.folder = folder
         self.called: list[str] = []
-        monkeypatch.setattr(module, "DEFINITION", folder)
-        monkeypatch.setattr(module, "PROVEN", folder)
+        for place in (module, servers):
+            monkeypatch.setattr(place, "DEFINITION", folder)
+        monkeypatch.setattr(servers, "PROVEN", folder)
         monkeypatch.setattr(module, "run", self.run)
-        monkeypatch.setattr(module, "ask", lambda *command: self.run(*command)[1])
+        monkeypatch.setattr(servers, "ask", lambda *command: self.run(*command)[1])
 
     def run(self, *command: str) -> tuple[int, str, str]:
         words = " ".join([Path(command[0]).name, *command[1:]])
@@ -123,7 +126,7 @@ def test_an_installation_that_never_read_is_not_stopped(
     host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     host.answers["systemctl show"] = f"NRestarts=0\n{DOWN}\n{DOWN}"
-    monkeypatch.setattr(module, "PROVEN", tmp_path / "nothing")
+    monkeypatch.setattr(servers, "PROVEN", tmp_path / "nothing")
     assert host.look(capsys)["stopped"] == ""
 
 
@@ -132,6 +135,21 @@ def test_a_server_without_watchdog_has_no_timer(host: Host, capsys: pytest.Captu
     assert not host.look(capsys)["settled"]
     host.answers["systemctl show"] = f"NRestarts=0\n{UP}\nActiveState=inactive\nUnitFileState=disabled\n"
     assert host.look(capsys)["settled"]
+
+
+def test_a_server_that_is_asleep_is_left_so(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers["systemctl show"] = f"NRestarts=1\nActiveState=inactive\nUnitFileState=enabled\n\n{UP}"
+    assert not host.look(capsys)["settled"]
+    host.settings["on_demand"] = {"idle": 60}
+    found = host.look(capsys)
+    assert (found["settled"], found["asleep"], found["running"]) == (True, ["dots-ocr"], [])
+    found = host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)
+    assert found["proofs"] == ["dots-ocr is asleep, and stays so: the next page wakes it."]
+    assert found["pages"] == []
+    assert not any(words.startswith(("ready", "docker run", "golden_pages")) for words in host.called)
+    host.answers["systemctl show"] = f"NRestarts=0\nActiveState=failed\nUnitFileState=enabled\n\n{UP}"
+    found = host.look(capsys)
+    assert (found["settled"], found["asleep"]) == (False, [])
 
 
 def test_a_lock_that_another_holds_is_not_taken(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,10 +163,36 @@ def test_a_lock_that_another_holds_is_not_taken(host: Host, capsys: pytest.Captu
 
 def test_a_server_proves_that_it_reads_and_the_lock_goes_back(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.settings["allowed_networks"] = ["192.0.2.0/24"]
-    assert host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)["proofs"] == ["It reads."]
+    found = host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)
+    assert found["proofs"] == ["It reads."]
+    assert found["pages"] == [{"item": "dots-ocr", "rc": 0, "stdout": '{"passed": true}', "stderr": ""}]
     assert "systemctl stop dots-ocr-deployment.service" in host.called
-    for command in ("docker run", "isolated_network prove", "api_firewall close", "ready dots-ocr"):
+    for command in ("docker run", "firewall prove", "firewall close", "ready dots-ocr"):
         host.answers = {**ANSWERS, command: None}
         host.called.clear()
-        assert host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)["proofs"] == []
+        found = host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)
+        assert (found["proofs"], found["pages"]) == ([], [])
         assert not any(words.startswith("systemctl stop") for words in host.called)
+
+
+def test_golden_pages_that_differ_leave_the_proof_as_it_is(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers["golden_pages dots-ocr"] = None
+    found = host.look(capsys, prove=["dots-ocr"])
+    assert (found["proofs"], [one["rc"] for one in found["pages"]]) == (["It reads."], [1])
+
+
+def test_tells_by_profile_which_code_the_weights_may_not_name(
+    host: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "weights"
+    allowed = {"old": ["code"], "new": []}
+    found = host.look(capsys, weights=str(folder), remote_code=allowed)
+    assert found["weights"] == {"exists": False, "refused": {"old": [], "new": []}}
+    folder.mkdir()
+    (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "code.C"}}')
+    found = host.look(capsys, weights=str(folder), remote_code=allowed)
+    assert found["weights"] == {
+        "exists": True,
+        "refused": {"old": [], "new": ["config.json names code.C (AutoConfig)"]},
+    }
+    assert host.look(capsys)["weights"] == {}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ansible_collections.dots_ocr.deploy.plugins.modules import signed_packages
 
-from tests.unit.plugins.modules.conftest import Key
+from tests.unit.plugins.conftest import Key
 
 INDEX = "main/binary-amd64/Packages"
 
@@ -85,10 +84,9 @@ class Bundle:
             "fingerprints": ["AB12" * 10, self.keys["vendor"].fingerprint],
             "unsigned": [],
         }
-        module = SimpleNamespace(params=wanted | params, check_mode=False, tmpdir=str(self.path.parent))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("APT_CONFIG", str(settings))
-            found: dict[str, Any] = signed_packages.Folder(module).offer()
+            found: dict[str, Any] = signed_packages.Folder(wanted | params, check=False).offer()
         return found
 
     def refuse(self, complaint: str, packages: str = "one 1.0, two 1.0", **params: Any) -> None:

@@ -1,4 +1,4 @@
-"""The module model_code: what of the weights' own code is refused, with the profiles that the role really has."""
+"""What of the weights' own code is refused, with the profiles that the role really has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.dots_ocr.deploy.plugins.modules import model_code
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import model_code
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 WEIGHTS = REPOSITORY / "rehearsal/tiny_model/dots.ocr"
@@ -21,7 +21,6 @@ KNOWN = {
     "AutoConfig": "configuration_dots.DotsOCRConfig",
     "AutoModelForCausalLM": "modeling_dots_ocr.DotsOCRForCausalLM",
 }
-CLASSES = ["DotsOCRForCausalLM"]
 ALLOWED = ["configuration_dots", "modeling_dots_ocr.DotsOCRForCausalLM"]
 
 
@@ -31,7 +30,7 @@ def refused(folder: Path, **files: Any) -> list[str]:
         (folder / f"{name}.json").write_bytes(
             contents if isinstance(contents, bytes) else json.dumps(contents).encode()
         )
-    result: list[str] = model_code.refused(folder, ALLOWED, CLASSES)
+    result: list[str] = model_code.refused(folder, ALLOWED)
     return result
 
 
@@ -40,7 +39,7 @@ def test_every_profile_trusts_code_for_what_it_names_only(name: str) -> None:
     """The flag is there where something is named, and the weights that are served pass."""
     profile = PROFILES[name]
     assert ("--trust-remote-code" in profile["arguments"]) == bool(profile.get("remote_code"))
-    assert model_code.refused(WEIGHTS, profile["remote_code"], CLASSES) == []
+    assert model_code.refused(WEIGHTS, profile["remote_code"]) == []
     # What the profile's image would execute of a module is ours, or the whole model's code is trusted.
     assert profile["configuration_class"] or name == "rednote_v0_9_1"
 
@@ -68,7 +67,7 @@ def test_code_of_the_real_weights_passes(tmp_path: Path) -> None:
             "config.json names a.configuration_dots.C (AutoConfig)",
         ),
         ("config", {"auto_map": {"AutoConfig": "configuration_dots"}}, None),
-        ("config", {"auto_map": "evil.Model"}, "config.json names evil.Model ()"),
+        ("config", {"auto_map": "evil.Model"}, "config.json names evil.Model (auto_map)"),
         ("config", {"auto_map": {"AutoConfig": 7}}, "config.json names 7 (AutoConfig)"),
         (
             "tokenizer_config",
@@ -78,9 +77,9 @@ def test_code_of_the_real_weights_passes(tmp_path: Path) -> None:
         ("processor_config", {"auto_map": {"AutoProcessor": "e.P"}}, "processor_config.json names e.P (AutoProcessor)"),
         ("anything", {"auto_map": {"AutoImageProcessor": "e.P"}}, "anything.json names e.P (AutoImageProcessor)"),
         ("config", {"architectures": ["Evil"]}, "config.json names the class Evil (architectures)"),
-        ("config", {"architectures": [*CLASSES, "E"]}, "config.json names the class E (architectures)"),
+        ("config", {"architectures": ["DotsOCRForCausalLM", "E"]}, "config.json names the class E (architectures)"),
         ("config", {"architectures": "Evil"}, "config.json names the class Evil (architectures)"),
-        ("config", {"architectures": CLASSES, "auto_map": KNOWN}, None),
+        ("config", {"architectures": ["DotsOCRForCausalLM"], "auto_map": KNOWN}, None),
         ("config", b'{"auto_map": {', "config.json cannot be read (JSONDecodeError)"),
         ("config", b"[" * 100_000, "config.json cannot be read (RecursionError)"),
         ("config", b"\xff\xfe", "config.json cannot be read (UnicodeDecodeError)"),
@@ -96,4 +95,4 @@ def test_data_of_the_tokenizer_is_not_searched(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_not_there_names_nothing(tmp_path: Path) -> None:
-    assert model_code.refused(tmp_path / "nowhere", ALLOWED, CLASSES) == []
+    assert model_code.refused(tmp_path / "nowhere", ALLOWED) == []

@@ -1,88 +1,22 @@
-#!/usr/bin/python
-"""Ansible module apt_source: a vendor's apt repository, which counts only if an accepted key has signed it."""
+"""A vendor's apt repository, which counts only if an accepted key has signed it: what apt_set does about its source.
+
+`deb822_repository` takes any key that the URL yields, and needs python3-debian on the host; `gpg` is not on every host
+either. This needs nothing but apt.
+"""
 
 from __future__ import annotations
-
-DOCUMENTATION = r"""
----
-module: apt_source
-short_description: A vendor's apt repository, which counts only if an accepted key has signed it
-description:
-  - Writes C(/etc/apt/sources.list.d/NAME.sources) and C(/etc/apt/keyrings/NAME.gpg), and fetches the lists of this
-    source alone when something changed or when there are none.
-  - The source names the accepted fingerprints beside the key's file, so that apt itself takes no other key, whatever
-    the file holds.
-  - C(deb822_repository) takes any key that the URL yields, and needs python3-debian on the host; C(gpg) is not on every
-    host either. This needs nothing but apt.
-  - If anything fails, what was there before stays.
-options:
-  name: {description: Names the files., type: str, required: true}
-  state: {description: Whether the source is to be present., type: str, choices: [present, absent], default: present}
-  uri: {description: Where the repository is., type: str, default: ""}
-  suite: {description: "Suite, or C(/) for a repository without any.", type: str, default: /}
-  components: {description: Components; none for a repository without suites., type: list, elements: str, default: []}
-  key:
-    description: The public key, armored or not, as a URL or as a path on the host. It is fetched once.
-    type: str
-    default: ""
-  fingerprints:
-    description: The keys that are accepted, by their full fingerprints. If it is empty, any in the key's file is.
-    type: list
-    elements: str
-    default: []
-  replaces:
-    description:
-      - Patterns of file names in C(sources.list.d), of entries that this one takes the place of. One that ends in
-        C(.list) stands for C(.sources) too, and the other way round, since an entry may be written in either form.
-    type: list
-    elements: str
-    default: []
-  conflicts:
-    description:
-      - Regular expression of the same repository in other entries. A file that O(replaces) names, and that has nothing
-        else, is removed; any other is an error, since two entries with different keys keep apt from all work.
-    type: str
-    default: ""
-  lock_timeout:
-    description: Seconds to wait while another program holds the lock of apt's lists.
-    type: int
-    default: 600
-attributes:
-  check_mode: {description: Foresees what it would change., support: full}
-author: The dots-ocr-deploy founders !UNKNOWN
-"""
-
-EXAMPLES = r"""
-- name: Add Docker's repository
-  dots_ocr.deploy.apt_source:
-    name: docker
-    uri: https://download.docker.com/linux/debian
-    suite: trixie
-    components: [stable]
-    key: https://download.docker.com/linux/debian/gpg
-    fingerprints: [9DC858229FC7DD38854AE2D88D81803C0EBFCD88]
-    replaces: ["docker*.list"]
-    conflicts: download\.docker\.com
-"""
-
-RETURN = r"""
-removed: {description: Files of older entries that were removed., returned: always, type: list, elements: str}
-refreshed: {description: Whether the lists of this source were fetched., returned: always, type: bool}
-"""
 
 import base64
 import binascii
 import fnmatch
 import hashlib
 import re
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.urls import fetch_url
-
-from ..module_utils import apt
-from ..module_utils.common import Problem, answer, read, write
+from . import apt
+from .common import Problem, read, write
 
 KEYRINGS = Path("/etc/apt/keyrings")
 LISTS = Path("/var/lib/apt/lists")
@@ -133,10 +67,11 @@ def find_older(own: Path, conflicts: str, replaces: list[str]) -> list[Path]:
 class Source:
     """The source on this host."""
 
-    def __init__(self, module: AnsibleModule) -> None:
-        """Take what is wanted."""
-        self.module = module
-        self.params = module.params
+    def __init__(self, params: dict[str, Any], lock_timeout: int, check: bool) -> None:
+        """Take what is wanted, the seconds to wait for apt's locks, and whether it is only to be foreseen."""
+        self.params = params
+        self.lock_timeout = lock_timeout
+        self.check = check
         self.file = apt.SOURCES / f"{self.params['name']}.sources"
         self.keyring = KEYRINGS / f"{self.params['name']}.gpg"
         self.fingerprints = [text.replace(" ", "").upper() for text in self.params["fingerprints"]]
@@ -153,18 +88,22 @@ class Source:
     def fetch_key(self) -> bytes:
         """Return the key's packets, from where it is."""
         place = self.params["key"]
-        if not place.startswith("/"):
-            response, info = fetch_url(self.module, place, timeout=60)
-            if info["status"] != 200:
+        if place.startswith("/"):
+            try:
+                return packets_of(Path(place).read_bytes(), place)
+            except OSError as error:
                 raise Problem(
-                    f"cannot fetch the key {place}: {info['msg']}",
-                    "check the network, the proxy and the address of the key",
-                )
-            return packets_of(response.read(), place)
+                    f"cannot read the key {place}: {error.strerror}", "correct the path of the key"
+                ) from error
+        # A twentieth of a second of each run, for a key that is fetched once.
+        from ansible.module_utils.urls import open_url
+
         try:
-            return packets_of(Path(place).read_bytes(), place)
-        except OSError as error:
-            raise Problem(f"cannot read the key {place}: {error.strerror}", "correct the path of the key") from error
+            key: bytes = open_url(place, timeout=60).read()
+        except (OSError, HTTPException, ValueError) as error:
+            fix = "check the network, the proxy and the address of the key"
+            raise Problem(f"cannot fetch the key {place}: {error}", fix) from error
+        return packets_of(key, place)
 
     def lists(self) -> list[Path]:
         """Return the lists of the repository in the source's file; apt names them after its address."""
@@ -180,7 +119,7 @@ class Source:
         # What apt keeps of all sources stays: it takes it seconds to read them again.
         alone += ("Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
         command = ["apt-get", "update", *(word for text in (*alone, "Acquire::Retries=2") for word in ("-o", text))]
-        status, text = apt.apt(command, self.params["lock_timeout"])
+        status, text = apt.apt(command, self.lock_timeout)
         # Older releases of apt end with 0 when a repository cannot be reached.
         said = " ".join(line for line in text.splitlines() if line.startswith(("E:", "W:", "Err:")))
         uri = self.params["uri"]
@@ -199,16 +138,15 @@ class Source:
         if status != 0 or "Failed to fetch" in said:
             raise apt.explain(text, f"cannot fetch the lists of {uri}: apt-get update", warnings=True)
 
-    def present(self) -> dict[str, Any]:
-        """Bring the source."""
+    def present(self) -> bool:
+        """Bring the source, and its lists if there are none; tell whether that changes it."""
         if not self.params["uri"] or not self.params["key"]:
             raise Problem("uri and key are required", "set both")
         older = find_older(self.file, self.params["conflicts"], self.params["replaces"])
         packets = read(self.keyring) or b""
         changed = bool(older) or read(self.file) != self.render(packets).encode()
-        result = {"changed": changed, "refreshed": False, "removed": [str(file) for file in older]}
-        if self.module.check_mode or (not changed and self.lists()):
-            return result
+        if self.check or (not changed and self.lists()):
+            return changed
         before = {path: read(path) for path in (self.file, self.keyring, *older)}
         try:
             if changed:
@@ -222,39 +160,12 @@ class Source:
             for path, content in before.items():
                 write(path, content)
             raise
-        return {**result, "refreshed": True}
+        return changed
 
-    def absent(self) -> dict[str, Any]:
-        """Remove the source, its key and its lists."""
+    def absent(self) -> bool:
+        """Remove the source, its key and its lists; tell whether there was one."""
         files = [path for path in (self.file, self.keyring) if path.exists()]
-        if not self.module.check_mode:
+        if not self.check:
             for path in [*self.lists(), *files]:
                 path.unlink()
-        return {"changed": bool(files), "refreshed": False, "removed": []}
-
-
-def main() -> None:
-    """Run the module."""
-    text = {"type": "str", "default": ""}
-    texts = {"type": "list", "elements": "str", "default": []}
-    module = AnsibleModule(
-        argument_spec={
-            "name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "uri": text,
-            "suite": {"type": "str", "default": "/"},
-            "components": texts,
-            "key": {**text, "no_log": False},
-            "fingerprints": texts,
-            "replaces": texts,
-            "conflicts": text,
-            "lock_timeout": {"type": "int", "default": 600},
-        },
-        supports_check_mode=True,
-    )
-    source = Source(module)
-    answer(module, source.present if module.params["state"] == "present" else source.absent)
-
-
-if __name__ == "__main__":
-    main()
+        return bool(files)

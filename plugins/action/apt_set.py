@@ -1,0 +1,3 @@
+"""The controller's side of the module apt_set: an installation may take long."""
+
+from .watched import ActionModule  # noqa: F401

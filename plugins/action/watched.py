@@ -1,0 +1,49 @@
+"""Runs what may take long, and shows now and then how far it is."""
+
+import copy
+import threading
+import time
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+SECONDS = 20  # until the first word, and from each to the next
+APT = 'echo "$(du -sh /var/cache/apt/archives | cut -f 1) fetched; last in dpkg.log: $(tail -n 1 /var/log/dpkg.log)"'
+# How far programs have read the large files that they have open.
+READS = (
+    "for process in $(pgrep --exact '{}'); do for open in $(find -L /proc/$process/fd -type f -size +1M); do"
+    " set -- $(cat /proc/$process/fdinfo/${{open##*/}});"
+    ' echo "$(basename "$(readlink $open)"): $((100 * $2 / $(stat --dereference --format %s $open))) %"; done; done'
+)
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    """Runs a shell's command, or the module apt_set."""
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the module's result."""
+        super().run(tmp, task_vars)
+        arguments, name, ended = dict(self._task.args), self._task.action, threading.Event()
+        reads = arguments.pop("reads", None)
+        watch = READS.format(reads) if reads else arguments.pop("watch", APT)
+        if "cmd" in arguments:
+            name = "ansible.legacy.command"
+            arguments |= {"_raw_params": arguments.pop("cmd"), "_uses_shell": True}
+        beside = threading.Thread(target=self.show, args=(watch, task_vars, ended), daemon=True)
+        beside.start()
+        try:
+            return dict(self._execute_module(module_name=name, module_args=arguments, task_vars=task_vars))
+        finally:
+            ended.set()
+            beside.join(SECONDS)
+
+    def show(self, watch: str, known: dict[str, Any], ended: threading.Event) -> None:
+        """Show how far it is until it has ended, through a connection that shares no state with the module's."""
+        other, began = copy.copy(self), time.monotonic()
+        other._connection = copy.copy(self._connection)
+        other._connection.become = copy.copy(self._connection.become)
+        while not ended.wait(float(known.get("_dots_ocr_watch_seconds", SECONDS))):
+            said = " ".join(other._low_level_execute_command(watch)["stdout"].split())
+            passed = f"{time.monotonic() - began:.0f} s so far"
+            Display().display(f"{known['inventory_hostname']}: {self._task.get_name()}: {passed}. {said}")

@@ -1,0 +1,61 @@
+"""Tests of the action plugin watched."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[4]
+
+
+def play(folder: Path, task: dict[str, Any], seconds: float, until: str = "never") -> str:
+    """Return what ansible-playbook says of a task that is shown every so many seconds; words of it let the task end."""
+    os.mkfifo(folder / "seen")
+    values = {"_dots_ocr_watch_seconds": seconds}
+    tasks = [{"name": "Take long", **task}]
+    playbook = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": values, "tasks": tasks}]
+    (folder / "play.yml").write_text(json.dumps(playbook))
+    command = ["ansible-playbook", "--inventory=localhost,", str(folder / "play.yml")]
+    said = ""
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        for line in running.stdout or ():
+            if until in line and until not in said:
+                (folder / "seen").write_text("by the test")
+            said += line
+    return said
+
+
+def test_what_takes_long_is_shown(tmp_path: Path) -> None:
+    task = {"cmd": f"cat {tmp_path}/seen", "watch": "echo 3 of; echo 4 layers"}
+    said = play(tmp_path, {"dots_ocr.deploy.watched": task}, 0.1, "3 of 4 layers")
+    assert re.search(r"localhost: Take long: \d+ s so far\. 3 of 4 layers", said)
+    assert "failed=0" in said
+
+
+def test_how_far_a_file_is_read_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(4 << 20))
+    shutil.copy("/bin/cat", tmp_path / "half-way-there")
+    cmd = "exec 3<large; dd bs=1M count=2 <&3 >/dev/null 2>&1; exec ./half-way-there seen"
+    watched = {"cmd": cmd, "chdir": str(tmp_path), "reads": "no-such-thing|half-way-there"}
+    said = play(tmp_path, {"dots_ocr.deploy.watched": watched}, 0.1, "large: 50 %")
+    assert re.search(r"localhost: Take long: \d+ s so far\. large: 50 %", said)
+    assert "failed=0" in said
+
+
+def test_what_is_quick_shows_nothing_and_fails_as_a_command_does(tmp_path: Path) -> None:
+    said = play(tmp_path, {"dots_ocr.deploy.watched": {"cmd": "echo gone >&2; exit 3", "watch": "false"}}, 60)
+    assert "so far" not in said
+    assert ("rc: 3" in said, "stderr: gone" in said, "failed=1" in said) == (True, True, True)
+
+
+def test_installation_is_watched(tmp_path: Path) -> None:
+    said = play(tmp_path, {"dots_ocr.deploy.apt_set": {"id": "test", "name": ["dpkg"]}, "check_mode": True}, 0.01)
+    assert re.search(r"localhost: Take long: 0 s so far\. \S+ fetched; last in dpkg\.log: ", said)
+    assert "failed=0" in said
