@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from asyncio.subprocess import Process, SubprocessStreamProtocol
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -150,25 +151,24 @@ class TesseractEngine:
         if program is None:
             packages = " ".join(map(_package, self.languages.split("+")))
             raise EngineMissing(f"there is no tesseract on the PATH. Fix: apt-get install tesseract-ocr {packages}")
+        loop = asyncio.get_running_loop()
         try:
-            process = await asyncio.create_subprocess_exec(
+            transport, protocol = await loop.subprocess_exec(
+                lambda: SubprocessStreamProtocol(2**16, loop),
                 program,
                 *options,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
                 # Its OpenMP threads wait busily for each other. With two threads each, four pages at once on two cores
                 # took 22 to 263 s instead of 5 to 7 s, and a page alone gains next to nothing from a second thread.
                 env={**os.environ, "OMP_THREAD_LIMIT": "1"},
             )
         except OSError as error:
             raise EngineError(f"{program} does not run: {error.strerror or error}") from error
+        process = Process(transport, protocol, loop)
         try:
             output, complaints = await process.communicate(png)
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            transport.close()  # kills it, if need be; the loop may end before anything else is done about its pipes
+            await process.wait()
         complaint = complaints.decode(errors="replace").strip()
         # With several languages Tesseract goes on without those that it lacks and still reports success.
         if "Failed loading language" in complaint:
