@@ -23,7 +23,7 @@ from PIL import Image
 from .. import errors
 from ..credentials import bare, read_key, without_login
 from ..engines.base import Answer
-from ..engines.server import MAX_COUNT, Completion, Server, is_about_length
+from ..engines.server import MAX_COUNT, Server
 from ..engines.vllm import VLLMEngine
 from ..loop_thread import LoopThread
 from ..pages import images
@@ -330,17 +330,10 @@ class VLLMDotsOCRClient:
             except TimeoutError:
                 raise errors.DeadlineExceeded(f"no answer within {seconds:g} s: look at the server's load") from None
 
-    async def _send(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> Completion:
+    async def _send(self, conversation: Conversation, max_tokens: int | None, seconds: float) -> Answer:
         messages = await asyncio.to_thread(conversation.encoded)
         request: dict[str, Any] = {"model": self._engine.model, "messages": messages, "temperature": 0.0}
-        if max_tokens is not None:
-            try:
-                bounded = {**request, "max_completion_tokens": max_tokens}
-                return await self._server.complete(bounded, b"", seconds, stream=False)
-            except errors.RequestRejected as error:
-                if not is_about_length(error):
-                    raise
-        return await self._server.complete(request, b"", seconds, stream=False)
+        return await self._server.complete(request, b"", seconds, stream=False, limit=max_tokens)
 
     async def _aclose(self) -> None:
         with contextlib.suppress(errors.DotsOCRError):  # the address or the key is none
@@ -368,7 +361,7 @@ def root_of(base_url: str) -> str:
 
 
 def completion_of(
-    content: str, model: str, counted: Answer | Completion | None = None, finish_reason: str = "stop"
+    content: str, model: str, counted: Answer | None = None, finish_reason: str = "stop"
 ) -> dict[str, Any]:
     """Make a completion as vLLM would send it; its usage is empty unless both numbers of tokens are known."""
     usage: dict[str, Any] = {}

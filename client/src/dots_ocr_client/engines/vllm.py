@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import math
 import os
 import random
@@ -22,7 +21,7 @@ from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
 from ..results import layout
 from .admission import Limiter
 from .base import Answer, Task, is_blank, place
-from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Completion, Server, is_about_length, is_loopback
+from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Server, is_loopback
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"  # where the server of this project listens
 # A PDF's page is shrunk to leave so much of the context for its answer (our own choice: a dense page takes it).
@@ -62,9 +61,6 @@ class _Served:
     stops_loops: bool  # it knows `REPETITION`
     root: str  # where the model was loaded from, if it tells
     rehearses: bool  # its model reads only its own pages
-
-
-_Read = tuple[Completion, PageImage, tuple[str, ...]]  # an answer, the page as it was sent, and what was done to it
 
 
 class VLLMEngine:
@@ -152,9 +148,8 @@ class VLLMEngine:
             Repetition, CutOff, UnusableAnswer: The answer is of no use, and neither was the second.
         """
         deadline = time.monotonic() + seconds
-        picture = await asyncio.to_thread(base64.b64encode, page.png)
         try:
-            answer = await self._ask_twice(page, picture, task, deadline)
+            answer = await self._ask_twice(page, task, deadline)
         except errors.UnusableAnswer as error:
             if self._served is not None and self._served.rehearses:
                 raise errors.UnusableAnswer(REHEARSES) from error
@@ -177,11 +172,11 @@ class VLLMEngine:
         """Close the connections."""
         await self._server.aclose()
 
-    async def _ask_twice(self, page: PageImage, picture: bytes, task: Task, deadline: float) -> Answer:
+    async def _ask_twice(self, page: PageImage, task: Task, deadline: float) -> Answer:
         """Ask, and once more in another way if the answer is of a kind that this may help."""
         temperature, is_layout = MODES[task.mode].temperature, task.mode == "layout"
         try:
-            return await self._ask(page, picture, task, temperature, deadline)
+            return await self._ask(page, task, temperature, deadline)
         except errors.UnusableAnswer as error:
             if not (is_layout or isinstance(error, errors.Repetition | errors.CutOff)):
                 raise
@@ -193,37 +188,26 @@ class VLLMEngine:
             temperature = max(temperature, OTHER_TEMPERATURE)
             note = f"{_what_happened(first, 'first answer')}, so the page was read again at temperature {temperature:g}"
         try:
-            answer = await self._ask(page, picture, task, temperature, deadline)
+            answer = await self._ask(page, task, temperature, deadline)
         except errors.UnusableAnswer as error:
             if is_layout:
                 raise errors.UnusableAnswer(f"the layout: {first}; as plain text: {error}") from error
             raise
         return replace(answer, warnings=(note, *answer.warnings))
 
-    async def _ask(self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float) -> Answer:
+    async def _ask(self, page: PageImage, task: Task, temperature: float, deadline: float) -> Answer:
         """Read a page in just one way."""
         spec = MODES[task.mode]
-        completion, page, made = await self._complete(page, picture, task, temperature, deadline)
-        answer = Answer(
-            mode=task.mode,
-            text=completion.text,
-            model=completion.model,
-            prompt_tokens=completion.prompt_tokens,
-            completion_tokens=completion.completion_tokens,
-            finish_reason="stop",
-            warnings=(*made, *completion.warnings),
-            engine=completion.engine,
-            attempts=completion.attempts,
-        )
-        if not completion.text.strip():
+        answer, page = await self._complete(page, task, temperature, deadline)
+        if not answer.text.strip():
             if await asyncio.to_thread(is_blank, page):
                 return replace(answer, text="")
             raise errors.UnusableAnswer("the answer is empty, but the page is not blank")
         if spec.answer == "text":
             return answer
-        seen, warnings = await self._seen(page, task.mode, completion.prompt_tokens, deadline)
+        seen, warnings = await self._seen(page, task.mode, answer.prompt_tokens, deadline)
         own = (page.width, page.height)
-        found = await asyncio.to_thread(layout.parse, completion.text, seen, own, texts=spec.answer == "cells")
+        found = await asyncio.to_thread(layout.parse, answer.text, seen, own, texts=spec.answer == "cells")
         if not found.cells and not await asyncio.to_thread(is_blank, page):
             raise errors.UnusableAnswer("the layout is empty, but the page is not blank")
         return replace(
@@ -234,12 +218,12 @@ class VLLMEngine:
         )
 
     async def _complete(
-        self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float
-    ) -> _Read:
-        """Send one request until the server answers it."""
+        self, page: PageImage, task: Task, temperature: float, deadline: float
+    ) -> tuple[Answer, PageImage]:
+        """Send one request until the server answers it; return the page as it was sent, too."""
         for attempt in range(max(TRIES, OVERLOAD_TRIES)):
             try:
-                return await self._complete_once(page, picture, task, temperature, deadline)
+                return await self._complete_once(page, task, temperature, deadline)
             except errors.UnusableAnswer:
                 raise
             except errors.ModelNotServed as error:
@@ -268,13 +252,13 @@ class VLLMEngine:
         raise AssertionError("the last try either returns or raises")
 
     async def _complete_once(
-        self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float
-    ) -> _Read:
+        self, page: PageImage, task: Task, temperature: float, deadline: float
+    ) -> tuple[Answer, PageImage]:
         served = await self._know(deadline)
         spec = MODES[task.mode]
         if spec.mocr and _DOTS_OCR.search(served.root):
             raise errors.ModeNotSupported(f"{served.root} is dots.ocr, and only dots.mocr knows the mode {task.mode!r}")
-        page, picture, made = await self._with_room(page, picture, served.context)
+        page, made = await self._with_room(page, served.context)
         prompt = self._render(spec, page, task)
         request: dict[str, Any] = {
             "model": self.model,
@@ -287,35 +271,28 @@ class VLLMEngine:
         # Without a length (not vLLM, or a gateway that hides it) the server fills what is left by itself.
         # So it has to where a page seems to take the better part: it may shrink pages more than is known here.
         needed = self._needed(page, prompt)
-        if (limit := (served.context or 0) - needed) >= needed:
-            try:
-                limited = {**request, "max_completion_tokens": limit}
-                return await self._send(limited, picture, served, deadline), page, made
-            except (
-                errors.RequestRejected
-            ) as error:  # a tokenizer may need more for the prompt, or the server shrinks less now
-                if not is_about_length(error):
-                    raise
-        return await self._send(request, picture, served, deadline), page, made
+        left = (served.context or 0) - needed
+        answer = await self._server.complete(
+            request,
+            page.png,
+            _left(deadline),
+            stream=not served.stops_loops if self._stream is None else self._stream,
+            limit=left if left >= needed else None,
+        )
+        return replace(answer, mode=task.mode, warnings=(*made, *answer.warnings)), page
 
-    async def _with_room(
-        self, page: PageImage, picture: bytes, context: int | None
-    ) -> tuple[PageImage, bytes, tuple[str, ...]]:
+    async def _with_room(self, page: PageImage, context: int | None) -> tuple[PageImage, tuple[str, ...]]:
         """Shrink a page of a PDF beside which the context would have no room for its answer."""
         if page.dpi is None or context is None:
-            return page, picture, ()
+            return page, ()
         sent = (page.sent_width, page.sent_height)
         room = max(context - ANSWER_TOKENS, min(PAGE_TOKENS, context * 2 // 3))
         if images.image_tokens(*sent, max_pixels=self._max_pixels) <= room:
-            return page, picture, ()
+            return page, ()
         width, height = size = images.smart_resize(*sent, max_pixels=room * images.FACTOR**2)
         png = await asyncio.to_thread(lambda: images.to_png(page.image.resize(size, Image.Resampling.BICUBIC)))
         note = f"the page was sent as {width} x {height} px, to leave its answer room in a context of {context} tokens"
-        return replace(page, png=png, sent_width=width, sent_height=height), base64.b64encode(png), (note,)
-
-    async def _send(self, request: dict[str, Any], picture: bytes, served: _Served, deadline: float) -> Completion:
-        stream = not served.stops_loops if self._stream is None else self._stream
-        return await self._server.complete(request, picture, _left(deadline), stream=stream)
+        return replace(page, png=png, sent_width=width, sent_height=height), (note,)
 
     async def _know(self, deadline: float) -> _Served:
         """Return what the server says about itself; asked once, then remembered until something fails."""
@@ -386,7 +363,7 @@ class VLLMEngine:
                 "messages": _messages(spec, self._render(spec, smallest, Task(mode))),
                 "max_completion_tokens": 1,
             }
-            tokens = await self._server.count_prompt(request, base64.b64encode(smallest.png), _left(deadline))
+            tokens = await self._server.count_prompt(request, smallest.png, _left(deadline))
             if tokens is not None:
                 self._text_tokens[mode] = tokens - _SMALLEST_TOKENS
 
