@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Final, Literal, Self
+from typing import IO, Any, BinaryIO, Final, Literal
 from urllib.parse import unquote_to_bytes
 
 import pypdfium2
@@ -171,58 +171,60 @@ class PageReference:
     password: str | None = field(default=None, repr=False)  # of an encrypted PDF
 
 
-class _Held:
-    """What has a temporary file, which goes when this is closed or its ``with`` statement ends."""
-
-    _temporary: IO[bytes] | None
-
-    def close(self) -> None:
-        """Remove the temporary file, if there is one."""
-        if self._temporary is not None:
-            self._temporary.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class OpenDocument(_Held):
+class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
     """A document whose pages can be drawn; made by `open_document`. Use it in a ``with`` statement, or `close` it.
 
     Attributes:
         name: As `describe` gives it.
-        page_count: Pages of the whole document.
+        page_count: Pages of the whole document; 0 until it has been looked into.
         numbers: The pages that are wanted, in ascending order, counted from 1.
         dpi: At which pages of a PDF are drawn; ``None``: as each of them needs. Set it before they are.
+        whole: What `look_into` needs.
     """
 
-    dpi: int | None = None
-
-    def __init__(
-        self, whole: PageReference, page_count: int, numbers: tuple[int, ...], temporary: IO[bytes] | None
-    ) -> None:
-        """Take the reference of the whole document, and over the temporary file."""
+    def __init__(self, whole: PageReference, temporary: IO[bytes] | None = None) -> None:
+        """Take the reference of the whole document, and over the temporary file that it is in, if it is."""
         self.name = whole.label
-        self.page_count = page_count
-        self.numbers = numbers
-        self._whole = whole
+        self.page_count = 0
+        self.numbers: tuple[int, ...] = ()
+        self.dpi: int | None = None
+        self.whole = whole
         self._temporary = temporary
+
+    def choose(self, pages: str | Iterable[int] | None, count: int, warnings: tuple[str, ...]) -> OpenDocument:
+        """Say which pages are wanted, and return the document. This may write a temporary file, so it blocks.
+
+        Args:
+            pages: As for `open_document`.
+            count: What `look_into` returned, and so the warnings.
+            warnings: Of the whole document.
+        """
+        self.page_count, self.numbers = count, parse_pages(pages, count, self.name)
+        self.whole = replace(self.whole, warnings=warnings)
+        if isinstance(self.whole.source, bytes) and count > 1:  # each page is drawn by itself, and gets all of it
+            self._temporary = _spool(io.BytesIO(self.whole.source), self.name)
+            stamp = _stamp(os.fstat(self._temporary.fileno()))
+            self.whole = replace(self.whole, source=self._temporary.name, stamp=stamp)
+        return self
 
     def reference(self, number: int) -> PageReference:
         """Return what `draw` needs for any page of the document; `ValueError` if there is none of that number."""
         if not 1 <= number <= self.page_count:
             raise ValueError(f"{self.name} has {self.page_count} pages, and no page {number}")
         label = self.name if self.page_count == 1 else f"page {number} of {self.name}"
-        said = self._whole.warnings if number == self.numbers[0] else ()  # they are of the whole document
-        return replace(self._whole, label=label, number=number, warnings=said, dpi=self.dpi)
+        said = self.whole.warnings if number == self.numbers[0] else ()  # they are of the whole document
+        return replace(self.whole, label=label, number=number, warnings=said, dpi=self.dpi)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one; pages cannot be drawn any more."""
-        if isinstance(self._whole.source, str):
-            forget(self._whole.source)
-        super().close()
+        if isinstance(self.whole.source, str):
+            forget(self.whole.source)
+        if self._temporary is not None:
+            self._temporary.close()
+
+    def __exit__(self, *_: object) -> None:
+        """Close the document."""
+        self.close()
 
 
 def describe(source: Source) -> str:
@@ -260,38 +262,22 @@ def open_document(
         InputError: It does not exist, is broken, encrypted, too large, of an unknown kind, or has no such pages.
         TypeError: ``source`` is nothing of what `Source` allows.
     """
-    with take(source, password) as taken:
-        return taken.opened(pages, *look_into(taken.reference))
+    with closed_on_failure(take(source, password)) as document:
+        return document.choose(pages, *look_into(document.whole))
 
 
-class Taken(_Held):
-    """A document that nobody has looked into; made by `take`. Leaving its ``with`` statement removes what is left."""
-
-    def __init__(self, reference: PageReference, temporary: IO[bytes] | None) -> None:
-        """Take over the temporary file."""
-        self.reference = reference
-        self._temporary = temporary
-
-    def opened(self, pages: str | Iterable[int] | None, count: int, warnings: tuple[str, ...]) -> OpenDocument:
-        """Make an open document of it, which takes over the temporary file. This may write one, so it blocks.
-
-        Args:
-            pages: As for `open_document`.
-            count: What `look_into` returned, and so the warnings.
-            warnings: Of the whole document.
-        """
-        whole = replace(self.reference, warnings=warnings)
-        numbers = parse_pages(pages, count, whole.label)
-        if isinstance(whole.source, bytes) and count > 1:  # each page is drawn by itself, and gets all of it
-            self._temporary = _spool(io.BytesIO(whole.source), whole.label)
-            stamp = _stamp(os.fstat(self._temporary.fileno()))
-            whole = replace(whole, source=self._temporary.name, stamp=stamp)
-        temporary, self._temporary = self._temporary, None
-        return OpenDocument(whole, count, numbers, temporary)
+@contextlib.contextmanager
+def closed_on_failure(document: OpenDocument) -> Iterator[OpenDocument]:
+    """Close a document if what is done with it fails."""
+    try:
+        yield document
+    except BaseException:
+        document.close()
+        raise
 
 
-def take(source: Source, password: str | None = None) -> Taken:
-    """Find out where a document is, how long, and whether it is a PDF; nothing is decoded. This blocks.
+def take(source: Source, password: str | None = None) -> OpenDocument:
+    """Find out where a document is, how long, and whether it is a PDF; its pages are not counted. This blocks.
 
     Args:
         source: As for `open_document`.
@@ -304,14 +290,14 @@ def take(source: Source, password: str | None = None) -> Taken:
     name = describe(source)
     password = password or os.environ.get(PASSWORD_VARIABLE)
     if isinstance(source, Image.Image):
-        return Taken(PageReference(name, 0, "image", source, None, False), None)
+        return OpenDocument(PageReference(name, 0, "image", source, None, False))
     data = _decode_data_url(source, name) if _is_data_url(source) else source
     temporary: IO[bytes] | None = None
     try:
         if isinstance(data, bytes):
             _check_bytes(len(data), data[:_HEAD], name)
             if not _is_pdf(data[:_HEAD]):
-                return Taken(PageReference(name, 0, "image", data, None, True), None)
+                return OpenDocument(PageReference(name, 0, "image", data, None, True))
             data = io.BytesIO(data)
         if not isinstance(data, str | os.PathLike):
             temporary = _spool(data, name)
@@ -322,7 +308,7 @@ def take(source: Source, password: str | None = None) -> Taken:
             _check_bytes(status.st_size, head, name)
         kind: Literal["pdf", "image"] = "pdf" if _is_pdf(head) else "image"
         place = str(Path(path).absolute())
-        return Taken(PageReference(name, 0, kind, place, _stamp(status), True, password=password), temporary)
+        return OpenDocument(PageReference(name, 0, kind, place, _stamp(status), True, password=password), temporary)
     except BaseException:
         if temporary is not None:
             temporary.close()

@@ -98,9 +98,9 @@ class Rasterizer:
             InputError: As for `documents.open_document`; or the document crashes the worker, or takes so many seconds.
             ConfigurationError: There is no Python to start workers with, as in a frozen application.
         """
-        with await asyncio.to_thread(documents.take, source, password) as taken:
-            found = await self._run(_look_into, taken.reference, seconds, "opened")
-            return await asyncio.to_thread(taken.opened, pages, *found)
+        with documents.closed_on_failure(await asyncio.to_thread(documents.take, source, password)) as document:
+            found = await self._run(_look_into, document.whole, seconds, "opened")
+            return await asyncio.to_thread(document.choose, pages, *found)
 
     async def draw(self, reference: PageReference, seconds: float = 60) -> PageImage:
         """Draw a page as soon as a worker is free, which then has so many seconds. Cancelling this ends the worker.

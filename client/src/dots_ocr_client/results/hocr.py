@@ -19,6 +19,7 @@ from PIL import Image, ImageChops
 
 from ..errors import InputError
 from ..pages.documents import PageImage
+from ..texts import encodable
 from . import Box, Cell, FailedPage, Page, layout
 
 # Grey levels (of 255) by which ink differs from the paper around it (our own choice: print on a grey ground does).
@@ -160,8 +161,7 @@ def _around(boxes: Iterable[Box]) -> Box:
 
 def _xml(text: str) -> str:
     """Replace what cannot stand in XML."""
-    text = text.encode("utf-8", "replace").decode()
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", text)
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", encodable(text))
 
 
 def _ink(picture: Image.Image, box: Box, scale: tuple[float, float]) -> Image.Image:
