@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from ..errors import RequestRejected
 from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import Mode
-from ..results import Attempt, Box, Cell
+from ..results import Attempt, Box, Cell, layout
 from .admission import Limiter
 
 
@@ -134,10 +133,8 @@ def place(page: PageImage, box: Box) -> tuple[int, int, int, int]:
     Raises:
         RequestRejected: It shows nothing of the page.
     """
-    across, down = page.sent_width / page.width, page.sent_height / page.height
-    left, top = max(0, math.floor(box.left * across)), max(0, math.floor(box.top * down))
-    right = min(page.sent_width, math.ceil(box.right * across))
-    bottom = min(page.sent_height, math.ceil(box.bottom * down))
+    sent, own = (page.sent_width, page.sent_height), (page.width, page.height)
+    left, top, right, bottom = layout.to_page(box, own, sent)
     if left >= right or top >= bottom:
         raise RequestRejected(
             f"the box {list(box)} lies outside the page of {page.width} x {page.height} px. Fix: give it in these "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import math
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from ..errors import EngineError, EngineMissing, UnusableAnswer
 from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import Mode
-from ..results import Box, Cell
+from ..results import Box, Cell, layout
 from .admission import Limiter
 from .base import Answer, Task, cut_out, is_blank
 
@@ -213,7 +212,7 @@ def _cells(rows: Sequence[Sequence[str]], said: Iterable[str], page: PageImage) 
         match row[0]:
             case "3":
                 finish()
-                box = _box(_area(row), page)
+                box = layout.to_page(_area(row), (page.sent_width, page.sent_height), (page.width, page.height))
             case "4":
                 letters.append("")
             case "5":  # a picture is a block with one blank word
@@ -225,12 +224,6 @@ def _cells(rows: Sequence[Sequence[str]], said: Iterable[str], page: PageImage) 
 def _area(row: Sequence[str]) -> tuple[int, int, int, int]:
     left, top, width, height = map(int, row[6:10])
     return left, top, left + width, top + height
-
-
-def _box(sent: Sequence[int], page: PageImage) -> Box:
-    across, down = page.width / page.sent_width, page.height / page.sent_height
-    left, top, right, bottom = (edge * times for edge, times in zip(sent, (across, down) * 2, strict=True))
-    return Box(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)).within(page.width, page.height)
 
 
 def _without(png: bytes, rows: Iterable[Sequence[str]]) -> bytes:

@@ -19,7 +19,6 @@ from PIL import Image, ImageChops
 
 from ..errors import InputError
 from ..pages.documents import PageImage
-from ..texts import encodable
 from . import Box, Cell, FailedPage, Page, layout
 
 # Grey levels (of 255) by which ink differs from the paper around it (our own choice: print on a grey ground does).
@@ -63,13 +62,13 @@ def words(cell: Cell, page: Page, picture: Image.Image | None = None) -> list[li
 
     `picture` is the page's image, of the same proportions, if there is one.
     """
-    box = cell.box or Box(0, 0, page.width, page.height)
+    box = (cell.box or Box(0, 0, page.width, page.height)).within(page.width, page.height)
     lines = _MARKS.sub(r"\2", layout.plain_text([cell])).replace(_GLUE, "\ufffd").splitlines()
     texts = [[piece for word in line.split() for piece in _pieces(word)] for line in lines if line.strip()]
     if not texts or box.left == box.right or box.top == box.bottom:
         return []
     scale = (page.width / picture.width, page.height / picture.height) if picture else (1.0, 1.0)
-    ink = picture and _ink(picture, box, scale)
+    ink = picture and _ink(picture.crop(layout.to_page(box, (page.width, page.height), picture.size)))
     rows = _rows(ink) if ink else []
     if ink and rows:
         bands = [ink.crop((0, top, ink.width, bottom)) for top, bottom in rows]
@@ -161,14 +160,13 @@ def _around(boxes: Iterable[Box]) -> Box:
 
 def _xml(text: str) -> str:
     """Replace what cannot stand in XML."""
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", encodable(text))
+    text = text.encode("utf-8", "replace").decode()
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", text)
 
 
-def _ink(picture: Image.Image, box: Box, scale: tuple[float, float]) -> Image.Image:
-    """Return what is inside a box, with white for ink and black for paper, and without the rules of tables."""
-    edges = (box.left / scale[0], box.top / scale[1], box.right / scale[0], box.bottom / scale[1])
-    grey = picture.crop((math.floor(edges[0]), math.floor(edges[1]), math.ceil(edges[2]), math.ceil(edges[3])))
-    grey = grey.convert("L")
+def _ink(picture: Image.Image) -> Image.Image:
+    """Return a picture with white for ink and black for paper, and without the rules of tables."""
+    grey = picture.convert("L")
     histogram = grey.histogram()
     paper = Image.new("L", grey.size, histogram.index(max(histogram)))
     ink = ImageChops.difference(grey, paper).point([0] * INK + [255] * (256 - INK))

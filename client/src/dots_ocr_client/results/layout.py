@@ -121,12 +121,8 @@ def to_page(numbers: Sequence[float], seen: tuple[int, int], page: tuple[int, in
     It is the smallest in whole pixels that covers it, cut off at the edges of the page.
     """
     left, top, right, bottom = map(Fraction, numbers)
-    return Box(
-        min(max(math.floor(left * page[0] / seen[0]), 0), page[0]),
-        min(max(math.floor(top * page[1] / seen[1]), 0), page[1]),
-        min(max(math.ceil(right * page[0] / seen[0]), 0), page[0]),
-        min(max(math.ceil(bottom * page[1] / seen[1]), 0), page[1]),
-    )
+    corners = left * page[0] / seen[0], top * page[1] / seen[1], right * page[0] / seen[0], bottom * page[1] / seen[1]
+    return Box(*map(math.floor, corners[:2]), *map(math.ceil, corners[2:])).within(*page)
 
 
 def to_seen(box: Box, seen: tuple[int, int], page: tuple[int, int]) -> Box:
