@@ -228,13 +228,8 @@ async def _next(stream: AsyncGenerator[Page | FailedPage, None]) -> Page | Faile
 
 
 def _task(options: PageOptions) -> Task:
-    mode, box, question, dpi = (
-        options.get("mode", "layout"),
-        options.get("box"),
-        options.get("question"),
-        options.get("dpi"),
-    )
-    if dpi is not None and dpi < 1:
+    mode, box, question = options.get("mode", "layout"), options.get("box"), options.get("question")
+    if (dpi := options.get("dpi")) is not None and dpi < 1:
         raise ValueError(f"dpi must be at least 1, not {dpi!r}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")

@@ -132,9 +132,11 @@ class Chain:
                         answer = replace(answer, engine="", model="")
                     return _page(clock.page, engine, answer, before - clock.left, tuple(clock.attempts.values()))
                 _note(clock, engine, failure, before - clock.left)
-                if not _is_absence(failure, breaker):
+                # One deadline may be the page's fault, several are not.
+                hangs = isinstance(failure, errors.DeadlineExceeded) and breaker.state != "closed"
+                if not hangs and not isinstance(failure, errors.ServerUnavailable):
                     break
-                if not (self._may_wait(failure, breaker, clock) and await _back(breaker, clock)):
+                if not await self._is_back(failure, breaker, clock):
                     if self._on_unavailable == "fallback":
                         break
                     raise errors.AllEnginesFailed(page.number, tuple(clock.attempts.values())) from failure
@@ -146,8 +148,8 @@ class Chain:
         for engine in self.engines:
             await engine.aclose()
 
-    def _may_wait(self, failure: errors.EngineError, breaker: Breaker, clock: _Clock) -> bool:
-        """Tell whether a page waits for its engine, and set how long."""
+    async def _is_back(self, failure: errors.EngineError, breaker: Breaker, clock: _Clock) -> bool:
+        """Wait until a page may ask again, perhaps as a probe; tell whether it may wait, and there was time enough."""
         patience = self._max_wait
         if self._on_unavailable == "fallback":
             there = breaker.state == "closed"
@@ -156,7 +158,14 @@ class Chain:
             if not _is_gone(failure) or clock.returns > RETURNS:
                 return False
         clock.wait_until = min(clock.wait_until, time.monotonic() + patience)
-        return self._on_unavailable != "fail"
+        while self._on_unavailable != "fail":
+            pause = max(LOOK_SECONDS, breaker.seconds_left)
+            if pause >= clock.wait_until - time.monotonic():
+                return False
+            await asyncio.sleep(pause)
+            if breaker.state != "half-open" and breaker.seconds_left == 0:
+                return True
+        return False
 
     async def _ask_one(self, engine: Engine, breaker: Breaker, task: Task, clock: _Clock, *, others: bool) -> Answer:
         """Ask one engine."""
@@ -243,28 +252,10 @@ def _refuse(breaker: Breaker) -> None:
             raise errors.CircuitOpen(f"{was}; it is asked again in {seconds:.1f} s; last: {breaker.reason}")
 
 
-def _is_absence(failure: errors.EngineError, breaker: Breaker) -> bool:
-    """Tell whether the engine failed, and not the page. One deadline may be the page's fault, several are not."""
-    return isinstance(failure, errors.ServerUnavailable) or (
-        isinstance(failure, errors.DeadlineExceeded) and breaker.state != "closed"
-    )
-
-
 def _is_gone(failure: errors.EngineError) -> bool:
     """Tell whether the engine is away and may soon be back: it is not full, and does not fail over the page."""
     there = isinstance(failure, errors.Overloaded) or failure.status not in (None, 502, 503)
     return isinstance(failure, errors.ServerUnavailable) and failure.passing and not there
-
-
-async def _back(breaker: Breaker, clock: _Clock) -> bool:
-    """Wait until a page may ask again, perhaps as a probe; tell whether there was time enough."""
-    while True:
-        pause = max(LOOK_SECONDS, breaker.seconds_left)
-        if pause >= clock.wait_until - time.monotonic():
-            return False
-        await asyncio.sleep(pause)
-        if breaker.state != "half-open" and breaker.seconds_left == 0:
-            return True
 
 
 def _note(clock: _Clock, engine: Engine, error: errors.EngineError, seconds: float) -> None:

@@ -41,7 +41,6 @@ from ..errors import (
 from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import Mode
-from ..results import Box
 from .admission import Limiter
 from .base import Answer, Task, cut_out
 from .server import LOOP_CHUNKS, LOOP_TAIL, is_loop
@@ -213,7 +212,9 @@ class QwenEngine:
 
     def _transcribe(self, page: PageImage, task: Task, job: _Job) -> Answer:
         job.check()
-        picture = page.image if task.box is None else _cut_out(page, task.box)
+        picture = page.image if task.box is None else cut_out(page, task.box)
+        if task.box is not None and max(picture.size) >= images.MAX_ASPECT * min(picture.size):
+            raise RequestRejected(f"the box {list(task.box)} is too narrow: the model takes aspect ratios below 200")
         mode: Mode = "text" if task.mode == "layout" else task.mode
         warnings = ("qwen reads text without layout",) if task.mode == "layout" else ()
         if task.mode != "general" and images.is_blank(picture):
@@ -321,12 +322,11 @@ class QwenEngine:
             return self._folder
         hub: Any = importlib.import_module("huggingface_hub")
         try:
-            folder = Path(hub.snapshot_download(self.model, local_files_only=not self._download))
+            return Path(hub.snapshot_download(self.model, local_files_only=not self._download))
         except Exception as error:  # the Hub's client raises its own errors and those of its HTTP library
             if self._download:
                 raise self._files_missing(f"{self.model} could not be downloaded ({_short(error)})") from error
             raise self._files_missing(f"{self.model} is not in the local Hugging Face cache") from error
-        return folder
 
     def _files_missing(self, what: str) -> EngineMissing:
         where = "" if self._folder is None else f" --local-dir {self._folder}"
@@ -470,14 +470,6 @@ def _cuda_device(torch: Any, gpu: Gpu) -> str:
         if f"GPU-{torch.cuda.get_device_properties(index).uuid}" == gpu.uuid:
             return f"cuda:{index}"
     raise EngineMissing(f"torch does not see {gpu.uuid}: install its CUDA build, or correct CUDA_VISIBLE_DEVICES")
-
-
-def _cut_out(page: PageImage, box: Box) -> Image.Image:
-    """Return what the box shows."""
-    picture = cut_out(page, box)
-    if max(picture.size) >= images.MAX_ASPECT * min(picture.size):
-        raise RequestRejected(f"the box {list(box)} is too narrow: the model takes aspect ratios below 200")
-    return picture
 
 
 def _packages_missing(reason: object) -> EngineMissing:

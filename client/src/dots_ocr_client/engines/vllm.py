@@ -270,7 +270,8 @@ class VLLMEngine:
             request["repetition_detection"] = REPETITION
         # Without a length (not vLLM, or a gateway that hides it) the server fills what is left by itself.
         # So it has to where a page seems to take the better part: it may shrink pages more than is known here.
-        needed = self._needed(page, prompt)
+        needed = images.image_tokens(page.sent_width, page.sent_height, max_pixels=self._max_pixels)
+        needed += len(prompt.encode(errors="replace")) // 2 + 64  # twice what tokenizers take, and the template
         left = (served.context or 0) - needed
         answer = await self._server.complete(
             request,
@@ -322,10 +323,6 @@ class VLLMEngine:
         return PLACEHOLDER + spec.prompt.format(
             box=box, width=page.sent_width, height=page.sent_height, question=question
         )
-
-    def _needed(self, page: PageImage, prompt: str) -> int:
-        image = images.image_tokens(page.sent_width, page.sent_height, max_pixels=self._max_pixels)
-        return image + len(prompt.encode(errors="replace")) // 2 + 64  # twice what tokenizers take, and the template
 
     async def _seen(
         self, page: PageImage, mode: Mode, prompt_tokens: int | None, deadline: float

@@ -143,7 +143,7 @@ class PageImage:
         Raises:
             InputError: It is too large, too narrow, or cannot be decoded.
         """
-        return _page_of(number, image, warnings, "the image")
+        return draw(PageReference("the image", number, "image", image, None, False, warnings))
 
     @classmethod
     def undrawn(cls, reference: PageReference) -> PageImage:
@@ -345,7 +345,7 @@ def draw(reference: PageReference) -> PageImage:
     if reference.kind == "pdf":
         return _draw_pdf(reference)
     if isinstance(reference.source, Image.Image):
-        return _page_of(reference.number, reference.source, reference.warnings, reference.label)
+        return _page_of(reference.source, reference)
     with _opened_image(reference, "drawn") as image:
         if image.format == "TIFF":
             try:
@@ -354,16 +354,21 @@ def draw(reference: PageReference) -> PageImage:
                 image.seek((pages or range(frames))[reference.number - 1])
             except Exception as error:  # see _page_of
                 raise InputError(f"{reference.label} cannot be decoded: {_reason(error)}") from error
-        return _page_of(reference.number, image, reference.warnings, reference.label)
+        return _page_of(image, reference)
 
 
 def forget(path: str | None = None) -> None:
     """Close the PDF, if it is this one, that the last `draw` in this process left open."""
-    global _kept
     with _pdfium:
         if _kept is not None and path in (None, _kept.path):
-            _kept.pdf.close()
-            _kept = None
+            _close_kept()
+
+
+def _close_kept() -> None:
+    global _kept
+    if _kept is not None:
+        _kept.pdf.close()
+        _kept = None
 
 
 def parse_pages(pages: str | Iterable[int] | None, count: int, name: str) -> tuple[int, ...]:
@@ -503,19 +508,6 @@ def _check_stamp(path: str, stamp: tuple[int, ...] | None, label: str, verb: str
         raise InputError(f"{label} cannot be {verb}: the file has changed since it was opened")
 
 
-@contextlib.contextmanager
-def _opened_image(reference: PageReference, verb: str) -> Iterator[Image.Image]:
-    source, label = reference.source, reference.label
-    assert not isinstance(source, Image.Image)
-    if isinstance(source, str):
-        _check_stamp(source, reference.stamp, label, verb)
-    with (
-        io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, label) as file,
-        _open_image(file, label) as image,
-    ):
-        yield image
-
-
 def _is_animated(image: Image.Image) -> bool:
     if image.format == "MPO":  # a photograph with previews behind it: phones write it under the name of JPEG
         return False
@@ -550,24 +542,30 @@ def _tiff_pages(image: Any, name: str, wanted: int = MAX_TIFF_PAGES + 1) -> tupl
     return pages, frame
 
 
-def _open_image(file: BinaryIO, label: str) -> Image.Image:
-    file.seek(0)
-    head = file.read(_HEAD)
-    file.seek(0)
-    heic = head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
-    formats = (*FORMATS, "HEIF") if heic and _register_heif() else FORMATS
-    try:
-        image = Image.open(file, formats=formats)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{label} is too large to be one page: {_reason(error)}") from error
-    except UnidentifiedImageError as error:
-        if heic:
-            raise InputError(f"{label} is a HEIC image: pip install 'dots-ocr-client[heic]'") from error
-        kinds = ", ".join(FORMATS)
-        raise InputError(f"{label} is neither a PDF nor an image of a known kind ({kinds})") from error
-    except Exception as error:  # see _page_of
-        raise InputError(f"{label} cannot be opened: {_reason(error)}") from error
-    return image
+@contextlib.contextmanager
+def _opened_image(reference: PageReference, verb: str) -> Iterator[Image.Image]:
+    source, label = reference.source, reference.label
+    assert not isinstance(source, Image.Image)
+    if isinstance(source, str):
+        _check_stamp(source, reference.stamp, label, verb)
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, label) as file:
+        head = file.read(_HEAD)
+        file.seek(0)
+        heic = head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+        formats = (*FORMATS, "HEIF") if heic and _register_heif() else FORMATS
+        try:
+            image = Image.open(file, formats=formats)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise InputError(f"{label} is too large to be one page: {_reason(error)}") from error
+        except UnidentifiedImageError as error:
+            if heic:
+                raise InputError(f"{label} is a HEIC image: pip install 'dots-ocr-client[heic]'") from error
+            kinds = ", ".join(FORMATS)
+            raise InputError(f"{label} is neither a PDF nor an image of a known kind ({kinds})") from error
+        except Exception as error:  # see _page_of
+            raise InputError(f"{label} cannot be opened: {_reason(error)}") from error
+        with image:
+            yield image
 
 
 def _register_heif() -> bool:
@@ -580,32 +578,41 @@ def _register_heif() -> bool:
     return False
 
 
-def _page_of(number: int, image: Image.Image, warnings: tuple[str, ...], label: str) -> PageImage:
+def _page_of(image: Image.Image, reference: PageReference) -> PageImage:
+    label, warnings = reference.label, reference.warnings
     try:
         own = images.upright_size(image)
         images.smart_resize(*own)
-        _check_scans(image, label)
+        jpeg = _jpeg(image)
+        _check_scans(jpeg, image.size, label)
         if math.prod(image.size) > MAX_PAGE_PIXELS:
             image = _reduced(image, label)
         try:
             rgb = images.to_rgb(image)
         except OSError:
-            rgb = images.to_rgb(_without_end(image, label))
+            if not jpeg:
+                raise
+            rgb = images.to_rgb(_without_end(image, jpeg, label))
             warnings += ("the file is cut off: the last few rows of pixels may be missing, or finer details",)
-        return _encode(number, rgb, warnings, own)
+        return _encode(reference.number, rgb, warnings, own)
     except InputError:
         raise
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
         raise InputError(f"{label} cannot be decoded: {_reason(error)}") from error
 
 
-def _without_end(image: Image.Image, label: str) -> Image.Image:
-    """Return a JPEG of which hardly more than the end mark is missing, after Pillow refused it."""
+def _jpeg(image: Image.Image) -> bytes:
+    """Return the file of a JPEG; nothing of another, or of one that is decoded already and has no file any more."""
     file = getattr(image, "fp", None)
     if image.format not in ("JPEG", "MPO") or file is None:
-        raise
-    file.seek(0)
-    data = file.read()
+        return b""
+    file.seek(0)  # Pillow seeks before it reads
+    data: bytes = file.read()
+    return data
+
+
+def _without_end(image: Image.Image, data: bytes, label: str) -> Image.Image:
+    """Return a JPEG of which hardly more than the end mark is missing, after Pillow refused it."""
     whole = Image.open(io.BytesIO(data + b"\xff\xd9"), formats=("JPEG",))
     whole.draft(None, image.size)
     if image.info.get("progressive"):  # each scan makes all of it finer
@@ -644,14 +651,9 @@ def _reduced(image: Image.Image, label: str) -> Image.Image:
     return image
 
 
-def _check_scans(image: Image.Image, label: str) -> None:
-    """Refuse a JPEG whose scans would take minutes; one that is decoded already has no file any more."""
-    file = getattr(image, "fp", None)
-    if image.format not in ("JPEG", "MPO") or file is None:
-        return
-    file.seek(0)  # Pillow seeks before it reads
-    data = file.read()
-    most = max(1, MAX_SCANNED_PIXELS // math.prod(image.size))
+def _check_scans(data: bytes, size: tuple[int, int], label: str) -> None:
+    """Refuse a JPEG whose scans would take minutes."""
+    most = max(1, MAX_SCANNED_PIXELS // math.prod(size))
     if data.count(b"\xff\xda") > most and (scans := _count_scans(data)) > most:
         raise InputError(
             f"{label} is a JPEG of {scans} scans, and one of its size may have {most}. Fix: save it anew, not as a "
@@ -790,9 +792,7 @@ def _opened_pdf(reference: PageReference, verb: str) -> Iterator[_Kept]:
     _check_stamp(path, reference.stamp, label, verb)
     with _pdfium:
         if _kept is None or (_kept.path, _kept.key) != (path, key) or not _kept.pages_left:
-            if _kept is not None:
-                _kept.pdf.close()
-                _kept = None
+            _close_kept()
             pdf = _open_pdf(path, label, reference.password)
             _kept = _Kept(path, key, pdf, max(1, KEPT_BYTES * len(pdf) // Path(path).stat().st_size))
         try:

@@ -130,7 +130,7 @@ class Rasterizer:
                     async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
                         return await run(self._threads, job, worker, reference, seconds)
             except TimeoutError as error:
-                raise InputError(_too_long(reference, verb, seconds)) from error
+                raise InputError(f"{reference.label} cannot be {verb}: {_too_long(seconds)}") from error
             finally:
                 self.busy -= 1
                 if not self._finalizer.alive:
@@ -182,6 +182,7 @@ class _Worker:
         self, verb: str, reference: PageReference, seconds: float, make: Callable[[dict[str, Any], bytes], Result]
     ) -> Result:
         """Have a page ``drawn`` or ``read``, or a document ``opened``; return what is made of `_answer_to`'s answer."""
+        cannot = f"{reference.label} cannot be {verb}"
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
@@ -198,22 +199,18 @@ class _Worker:
                 raise EOFError
             if "error" not in fields:
                 return make(fields, png)
-            reason = str(fields["error"])
         except (OSError, ValueError, EOFError) as error:  # BrokenPipeError; half an answer; closed by end()
             self.end(patience=5)
             status = self._process.returncode
-            if status == -signal.SIGPROF:
-                raise InputError(_too_long(reference, verb, IMAGE_SECONDS)) from error
-            if status == -signal.SIGALRM:
-                raise InputError(_too_long(reference, verb, seconds)) from error
             names = {number.value: number.name for number in signal.Signals}  # those for real time have none
             how = f"signal {names.get(-status, -status)}" if status < 0 else f"exit status {status}"
-            raise InputError(f"{reference.label} cannot be {verb}: its process ended ({how})") from error
+            limit = {-signal.SIGPROF: IMAGE_SECONDS, -signal.SIGALRM: seconds}.get(status)
+            why = f"its process ended ({how})" if limit is None else _too_long(limit)
+            raise InputError(f"{cannot}: {why}") from error
         except Exception as error:  # a decoder made it answer what no page is
             self.end()
-            reason = f"its process gave no sound answer ({type(error).__name__})"
-            raise InputError(f"{reference.label} cannot be {verb}: {reason}") from error
-        raise InputError(reason)
+            raise InputError(f"{cannot}: its process gave no sound answer ({type(error).__name__})") from error
+        raise InputError(str(fields["error"]))
 
     def leave(self) -> None:
         """Let go of another process's worker, which would not end with that one; without its pipes' locks."""
@@ -277,8 +274,8 @@ def _worker(idle: list[_Worker], reference: PageReference, verb: str) -> _Worker
         raise InputError(f"{reference.label} cannot be {verb}: no process can be started: {error}") from error
 
 
-def _too_long(reference: PageReference, verb: str, seconds: float) -> str:
-    return f"{reference.label} cannot be {verb}: it takes longer than {seconds:g} s"
+def _too_long(seconds: float) -> str:
+    return f"it takes longer than {seconds:g} s"
 
 
 def _look_into(worker: _Worker | None, reference: PageReference, seconds: float) -> tuple[int, tuple[str, ...]]:

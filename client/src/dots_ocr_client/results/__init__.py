@@ -6,24 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, NamedTuple, Self, TypeVar, get_args
 
+from ..prompts import Category as Category
 from ..prompts import Mode
 from . import export
-
-# What dots.ocr tells apart. The mode ``web`` of dots.mocr has others, which stay as the model wrote them.
-Category = Literal[
-    "Caption",
-    "Footnote",
-    "Formula",
-    "List-item",
-    "Page-footer",
-    "Page-header",
-    "Picture",
-    "Section-header",
-    "Table",
-    "Text",
-    "Title",
-]
-
 
 _Result = TypeVar("_Result", bound="Document | Page | FailedPage | Cell | Attempt")
 # Numbers in results from here on are none (our own choice: no page, side or count of tokens is near it).
