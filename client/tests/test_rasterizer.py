@@ -101,7 +101,7 @@ def no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise AssertionError("decoded here")
 
-    for name in ("_open_image", "_open_pdf", "_tiff_pages", "_page_of"):
+    for name in ("_opened_image", "_open_pdf", "_tiff_pages", "_page_of"):
         monkeypatch.setattr(documents, name, crash)
 
 

@@ -184,7 +184,8 @@ class Store:
         self._origin: dict[str, Any] = {"format": _FORMAT_VERSION, "sha256": sha256, "mode": mode}
         if dpi is not None:
             self._origin["dpi"] = dpi
-        self._opened: Folder | None = None
+        self._folder: Folder
+        self._open = contextlib.ExitStack()  # what `close` closes
         self._entries: dict[int, _Entry] = {}
         self._journal: int | None = None
         self._end = 0
@@ -193,15 +194,10 @@ class Store:
 
     def open(self) -> None:
         """Look for what earlier runs left."""
-        self._opened = self._root.inner(self._place)
+        self._folder = self._open.enter_context(contextlib.closing(self._root.inner(self._place)))
         head = self._read_head()
         self._pages_changed = self._resume()
         self.finished = None if self._pages_changed else head
-
-    @property
-    def _folder(self) -> Folder:
-        assert self._opened is not None, "open the store first"
-        return self._opened
 
     def is_unchanged(self, formats: frozenset[str], *, headers: bool, retry_failed: bool, upgrade: bool) -> bool:
         """Tell whether the outputs are there, and nothing that is asked for could make them better."""
@@ -319,9 +315,7 @@ class Store:
         with contextlib.suppress(OSError):
             self.sync()
         self._close_journal()
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        self._open.close()
 
     def _delete_journal(self) -> None:
         self._folder.remove(self._name + JOURNAL)
