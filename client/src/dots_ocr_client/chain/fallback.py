@@ -40,21 +40,14 @@ class _Clock:
     draw: Draw | None
     limit: float
     left: float
-    started: Callable[[], None]
+    started: Callable[[], None] | None
     wait_until: float = math.inf
     returns: int = 0
     attempts: dict[str, Attempt] = field(default_factory=dict)
 
-    def start(self) -> None:
-        self.started()
-        self.started = _nothing
-
     async def draw_for(self, engine: Engine) -> None:
         if self.draw is not None and getattr(engine, "pixels", True):
             self.page, self.draw = await self.draw(), None
-
-
-def _nothing() -> None: ...
 
 
 class Chain:
@@ -102,7 +95,7 @@ class Chain:
         self._max_wait = max_wait
 
     async def ask(
-        self, page: PageImage, task: Task, started: Callable[[], None] = _nothing, draw: Draw | None = None
+        self, page: PageImage, task: Task, started: Callable[[], None] | None = None, draw: Draw | None = None
     ) -> Page:
         """Read one page.
 
@@ -179,11 +172,13 @@ class Chain:
                 "left: allow more time (timeout=), or ask no other engine"
             )
         _refuse(breaker)
-        if clock.started is not _nothing:  # while the page waits for its first engine
+        if clock.started:  # while the page waits for its first engine
             await clock.draw_for(engine)
         async with engine.limiter:
             await clock.draw_for(engine)
-            clock.start()
+            if clock.started:
+                clock.started()
+                clock.started = None
             if more_seconds := getattr(engine, "more_seconds", None):
                 clock.left += await more_seconds()
             begin = time.monotonic()

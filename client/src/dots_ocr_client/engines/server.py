@@ -87,9 +87,9 @@ class Server:
             # Not through models.list(), which breaks on JSON that is not a list of models.
             listing: Any = await self._connect().get("/models", cast_to=object, options={"timeout": _timeout(seconds)})
             cards = [dict(self._secrets.hide_all(card)) for card in listing["data"]]
-            if all(isinstance(card["id"], str) for card in cards):
-                return cards
-            fault = self._not_an_api()
+            if not all(isinstance(card["id"], str) for card in cards):
+                raise self._not_an_api()
+            return cards
         except Exception as error:
             fault = await self._translate(error, seconds, None)
         raise fault
@@ -266,16 +266,11 @@ class Server:
         return self._judge("".join(pieces), finish_reason, model, usage, about)
 
     def _judge(self, text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Answer:
-        hidden: tuple[str, ...] = ()
-        if isinstance(text, str):
-            said = encodable(text)
-            text = self._secrets.hide_in_page(said)
-            if text != said:
-                hidden = ("the server repeated the key that it was sent: *** stands in its place",)
+        said = encodable(text) if isinstance(text, str) else ""
+        read = self._secrets.hide_in_page(said)
         if finish_reason == "length":
-            read = text if isinstance(text, str) else ""
             raise errors.CutOff("the answer was cut off at the end of the context: use a larger --max-model-len", read)
-        if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
+        if finish_reason == "repetition" or is_loop(read):
             raise errors.Repetition("the model repeated itself without end: try again, or with another resolution")
         if finish_reason in ("abort", "error"):  # vLLM's own words (vllm/v1/engine); the status is 200 all the same
             raise errors.ServerUnavailable("the server gave the page up in the middle of its answer: look at its log")
@@ -298,15 +293,17 @@ class Server:
             )
         told = _ENGINE.fullmatch(engine)
         if told and engine != "vllm":
-            hidden += (f"the server had {engine} ({model}) read the page",)
+            notes.insert(0, f"the server had {engine} ({model}) read the page")
+        if read != said:
+            notes.insert(0, "the server repeated the key that it was sent: *** stands in its place")
         return Answer(
             mode="text",
-            text=text,
+            text=read,
             model=model,
             prompt_tokens=_count(usage, "prompt_tokens"),
             completion_tokens=_count(usage, "completion_tokens"),
             finish_reason="stop",
-            warnings=(*hidden, *notes),
+            warnings=tuple(notes),
             engine=engine if told else None,
             attempts=attempts,
         )
