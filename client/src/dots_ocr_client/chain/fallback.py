@@ -184,7 +184,8 @@ class Chain:
             begin = time.monotonic()
             try:
                 seconds = clock.left * SHARE if others else clock.left
-                seconds -= await _admit(engine, breaker, min(PROBE_SECONDS, seconds))
+                await _admit(engine, breaker, min(PROBE_SECONDS, seconds))
+                seconds -= time.monotonic() - begin
                 age = breaker.age
                 try:
                     async with asyncio.timeout(seconds):
@@ -207,16 +208,14 @@ class Chain:
                 clock.left -= time.monotonic() - begin
 
 
-async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
-    """Let a page through to its engine, if need be after a probe, which may take so many seconds; return what it took.
+async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> None:
+    """Let a page through to its engine, if need be after a probe, which may take so many seconds.
 
     Raises:
         CircuitOpen: The engine is not there, or another page is finding out whether it is.
         Unauthorized: It is there again, and refuses the key.
     """
-    spent = 0.0
     if breaker.begin_probe():
-        begin = time.monotonic()
         try:
             async with asyncio.timeout(seconds):
                 await engine.probe(seconds)
@@ -232,9 +231,7 @@ async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
             raise
         engine.limiter.restart()
         breaker.close()
-        spent = time.monotonic() - begin
     _refuse(breaker)
-    return spent
 
 
 def _refuse(breaker: Breaker) -> None:

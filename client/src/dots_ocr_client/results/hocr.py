@@ -72,7 +72,7 @@ def words(cell: Cell, page: Page, picture: Image.Image | None = None) -> list[li
     rows = _rows(ink) if ink else []
     if ink and rows:
         bands = [ink.crop((0, top, ink.width, bottom)) for top, bottom in rows]
-        spans = [_stretches(_profile(band, down=True)) for band in bands]
+        spans = [_stretches(band.getprojection()[0]) for band in bands]
     else:
         count = _guess(texts, box)
         scale, height = (1.0, 1.0), (box.bottom - box.top) / count
@@ -171,29 +171,24 @@ def _ink(picture: Image.Image) -> Image.Image:
     paper = Image.new("L", grey.size, histogram.index(max(histogram)))
     ink = ImageChops.difference(grey, paper).point([0] * INK + [255] * (256 - INK))
     for down in (True, False) if ink.height >= TALL else (False,):
-        for at, part in enumerate(_profile(ink, down=down)):
-            if part > RULE:
+        size = (ink.width, 1) if down else (1, ink.height)
+        means: Any = ink.convert("F").resize(size, Image.Resampling.BOX).get_flattened_data()
+        for at, mean in enumerate(means):  # of each column or row
+            if mean > RULE * 255:
                 ink.paste(0, (at, 0, at + 1, ink.height) if down else (0, at, ink.width, at + 1))
     return ink
 
 
-def _profile(ink: Image.Image, *, down: bool = False) -> list[float]:
-    """Return which part of each row (or, going down, of each column) is ink."""
-    size = (ink.width, 1) if down else (1, ink.height)
-    means: Any = ink.convert("F").resize(size, Image.Resampling.BOX).get_flattened_data()
-    return [value / 255 for value in means]
-
-
-def _stretches(profile: Sequence[float]) -> list[tuple[int, int]]:
-    """Return where there is ink, as beginnings and ends."""
-    marks = [False, *(part > 0 for part in profile), False]
+def _stretches(inked: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where there is ink (1) along a line, as beginnings and ends."""
+    marks = [0, *inked, 0]
     edges = [at for at, (before, after) in enumerate(pairwise(marks)) if before != after]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _rows(ink: Image.Image) -> list[tuple[int, int]]:
     """Return the upper and lower edges of lines; dots and accents belong to the line that is nearest."""
-    rows = _stretches(_profile(ink))
+    rows = _stretches(ink.getprojection()[1])
     if not rows:
         return []
     usual = sorted(bottom - top for top, bottom in rows)[len(rows) // 2]

@@ -269,7 +269,7 @@ class Store:
         if self.finished is not None and not self._entries:
             return Summary(self.finished["pages"], self.finished["failed_pages"], dict(self.finished["engines"]))
         readers = [entry.engine for entry in self._entries.values()]
-        engines = Counter(reader for reader in sorted(filter(None, readers)))
+        engines = Counter(sorted(filter(None, readers)))
         return Summary(len(readers), readers.count(None), dict(engines))
 
     def assemble(self, formats: frozenset[str], *, headers: bool, draw: Callable[[int], PageImage]) -> None:
