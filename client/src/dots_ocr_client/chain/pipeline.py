@@ -49,10 +49,8 @@ async def deliver(
             reference = document.reference(number)
             undrawn = PageImage.undrawn(reference)
             page = await chain.ask(undrawn, task, end_turn, lambda: draw(reference))
-        except InputError as error:
-            page = FailedPage(number, type(error).__name__, str(error))
-        except AllEnginesFailed as error:
-            page = FailedPage(number, type(error).__name__, str(error), error.attempts)
+        except (InputError, AllEnginesFailed) as error:
+            page = FailedPage(number, type(error).__name__, str(error), getattr(error, "attempts", ()))
         await finished.put(page)
 
     async def feed() -> None:

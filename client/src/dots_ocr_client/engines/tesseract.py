@@ -199,26 +199,18 @@ def _cells(rows: Sequence[Sequence[str]], said: Iterable[str], page: PageImage) 
     Only the text as a whole tells where there are spaces: between Chinese words, there are none.
     """
     spaced = {"".join(line.split()): line.strip() for line in said}
-    cells: list[Cell] = []
-    box = Box(0, 0, 0, 0)
-    letters: list[str] = []  # of each line, without spaces
-
-    def finish() -> None:
-        if lines := [spaced.get(line, line) for line in letters if line]:
-            cells.append(Cell("Text", box, "\n".join(lines)))
-        letters.clear()
-
+    paragraphs: list[tuple[Box, list[str]]] = []  # each with the letters of its lines, without spaces
     for row in rows:
         match row[0]:
             case "3":
-                finish()
-                box = layout.to_page(_area(row), (page.sent_width, page.sent_height), (page.width, page.height))
+                sent, own = (page.sent_width, page.sent_height), (page.width, page.height)
+                paragraphs.append((layout.to_page(_area(row), sent, own), []))
             case "4":
-                letters.append("")
+                paragraphs[-1][1].append("")
             case "5":  # a picture is a block with one blank word
-                letters[-1] += row[11].strip()
-    finish()
-    return tuple(cells)
+                paragraphs[-1][1][-1] += row[11].strip()
+    texts = ((box, "\n".join(spaced.get(line, line) for line in lines if line)) for box, lines in paragraphs)
+    return tuple(Cell("Text", box, text) for box, text in texts if text)
 
 
 def _area(row: Sequence[str]) -> tuple[int, int, int, int]:

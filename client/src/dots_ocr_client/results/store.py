@@ -28,7 +28,7 @@ from ..pages.documents import PageImage
 from ..prompts import Mode
 from ..version import __version__
 from . import Cell, FailedPage, Page, export, hocr, page_of
-from .layout import table_rows
+from .layout import table_rows, to_page
 
 # What outputs there are, by what their names end with; ``csv`` and ``pictures`` are folders, with a file for each table
 # and each picture.
@@ -413,10 +413,9 @@ class Store:
             if number != page.number:
                 number, image = page.number, hocr.drawn(draw, page.number)
             if image is not None and cell.box is not None:
-                across, down = image.width / page.width, image.height / page.height
-                box = [round(edge * (across, down)[side % 2]) for side, edge in enumerate(cell.box)]
-                if box[0] < box[2] and box[1] < box[3]:
-                    yield _part(page, index, "png"), images.to_png(image.crop((box[0], box[1], box[2], box[3])))
+                box = to_page(cell.box, (page.width, page.height), image.size)
+                if box.left < box.right and box.top < box.bottom:
+                    yield _part(page, index, "png"), images.to_png(image.crop(box))
 
     def _cells(self, category: str) -> Iterator[tuple[Page, int, Cell]]:
         """The cells of a kind, with their pages and places."""
