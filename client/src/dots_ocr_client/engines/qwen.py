@@ -183,7 +183,8 @@ class QwenEngine:
         """
         job = _Job(seconds)
         self._jobs.add(job)
-        self._stop_idle_timer()
+        if self._idle_timer:
+            self._idle_timer.cancel()
         try:
             return await self._run(self._transcribe, page, task, job)
         finally:
@@ -197,16 +198,12 @@ class QwenEngine:
         """Drop the model."""
         for job in self._jobs:
             job.cancel()
-        self._stop_idle_timer()
+        if self._idle_timer:
+            self._idle_timer.cancel()
         await self._run(self._unload)
 
     async def _run(self, function: Callable[..., _Result], *arguments: object) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(function, *arguments))
-
-    def _stop_idle_timer(self) -> None:
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-            self._idle_timer = None
 
     # What follows runs in the thread.
 

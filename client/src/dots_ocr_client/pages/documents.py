@@ -583,8 +583,7 @@ def _page_of(image: Image.Image, reference: PageReference) -> PageImage:
     try:
         own = images.upright_size(image)
         images.smart_resize(*own)
-        jpeg = _jpeg(image)
-        _check_scans(jpeg, image.size, label)
+        jpeg = _jpeg(image, label)
         if math.prod(image.size) > MAX_PAGE_PIXELS:
             image = _reduced(image, label)
         try:
@@ -601,13 +600,23 @@ def _page_of(image: Image.Image, reference: PageReference) -> PageImage:
         raise InputError(f"{label} cannot be decoded: {_reason(error)}") from error
 
 
-def _jpeg(image: Image.Image) -> bytes:
-    """Return the file of a JPEG; nothing of another, or of one that is decoded already and has no file any more."""
+def _jpeg(image: Image.Image, label: str) -> bytes:
+    """Return the file of a JPEG; nothing of another, or of one that is decoded already and has no file any more.
+
+    Raises:
+        InputError: Its scans would take minutes.
+    """
     file = getattr(image, "fp", None)
     if image.format not in ("JPEG", "MPO") or file is None:
         return b""
     file.seek(0)  # Pillow seeks before it reads
     data: bytes = file.read()
+    most = max(1, MAX_SCANNED_PIXELS // math.prod(image.size))
+    if data.count(b"\xff\xda") > most and (scans := _count_scans(data)) > most:
+        raise InputError(
+            f"{label} is a JPEG of {scans} scans, and one of its size may have {most}. Fix: save it anew, not as a "
+            "progressive JPEG"
+        )
     return data
 
 
@@ -649,16 +658,6 @@ def _reduced(image: Image.Image, label: str) -> Image.Image:
             small.paste(images.to_rgb(band, brightest).reduce(factor), (0, top // factor))
         image = small
     return image
-
-
-def _check_scans(data: bytes, size: tuple[int, int], label: str) -> None:
-    """Refuse a JPEG whose scans would take minutes."""
-    most = max(1, MAX_SCANNED_PIXELS // math.prod(size))
-    if data.count(b"\xff\xda") > most and (scans := _count_scans(data)) > most:
-        raise InputError(
-            f"{label} is a JPEG of {scans} scans, and one of its size may have {most}. Fix: save it anew, not as a "
-            "progressive JPEG"
-        )
 
 
 def _count_scans(data: bytes) -> int:
