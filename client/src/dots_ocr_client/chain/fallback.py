@@ -38,7 +38,6 @@ class _Clock:
 
     page: PageImage
     draw: Draw | None
-    limit: float
     left: float
     started: Callable[[], None] | None
     wait_until: float = math.inf
@@ -109,7 +108,7 @@ class Chain:
             AllEnginesFailed: No engine could, or none was to be asked any more.
             ConfigurationError: The settings of one are wrong; those behind it are not tried.
         """
-        clock = _Clock(page, draw, self._timeout, self._timeout, started)
+        clock = _Clock(page, draw, self._timeout, started)
         for position, (engine, breaker) in enumerate(zip(self.engines, self._breakers, strict=True), start=1):
             others = any(task.mode in other.modes for other in self.engines[position:])
             while True:
@@ -165,7 +164,7 @@ class Chain:
         if task.mode not in engine.modes:
             raise errors.ModeNotSupported(f"{engine.name} cannot read in the mode {task.mode!r}")
         if clock.left <= 0:
-            raise errors.NotApplicable(f"nothing was left of the {clock.limit:g} s for the page")
+            raise errors.NotApplicable(f"nothing was left of the {self._timeout:g} s for the page")
         if others and engine.expected_seconds > clock.left:
             raise errors.NotApplicable(
                 f"{engine.name} takes {engine.expected_seconds:g} s for a page or more, and {clock.left:.1f} s were "

@@ -69,22 +69,18 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """Short name, which results carry."""
-        ...
 
     @property
     def modes(self) -> frozenset[Mode]:
         """What it can be asked for; it is skipped for anything else."""
-        ...
 
     @property
     def limiter(self) -> Limiter:
         """How many pages it may be given at once; the caller holds one of its slots while it calls `read`."""
-        ...
 
     @property
     def expected_seconds(self) -> float:
         """About how long one page takes; with less time left, an engine that has others behind it is passed over."""
-        ...
 
     async def probe(self, seconds: float) -> None:
         """Find out whether the engine could read a page now, at little cost: for a server, its health and its model.
@@ -96,7 +92,6 @@ class Engine(Protocol):
             EngineError: It could not.
             ConfigurationError: It never will with these settings.
         """
-        ...
 
     async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
         """Read one page.
@@ -110,11 +105,9 @@ class Engine(Protocol):
             EngineError: This engine cannot; another one may.
             ConfigurationError: The settings are wrong; no other engine is asked.
         """
-        ...
 
     async def aclose(self) -> None:
         """Let go of connections and the like."""
-        ...
 
 
 def is_blank(page: PageImage) -> bool:

@@ -182,17 +182,24 @@ class VLLMEngine:
                 raise
             first = error
         if is_layout:
-            task, temperature = Task("text"), MODES["text"].temperature
-            note = f"{_what_happened(first, 'layout answer')}, so the page was read as plain text"
+            task, temperature, how = Task("text"), MODES["text"].temperature, "as plain text"
         else:
             temperature = max(temperature, OTHER_TEMPERATURE)
-            note = f"{_what_happened(first, 'first answer')}, so the page was read again at temperature {temperature:g}"
+            how = f"again at temperature {temperature:g}"
         try:
             answer = await self._ask(page, task, temperature, deadline)
         except errors.UnusableAnswer as error:
             if is_layout:
                 raise errors.UnusableAnswer(f"the layout: {first}; as plain text: {error}") from error
             raise
+        match first:
+            case errors.Repetition():
+                what = "repeated itself without end"
+            case errors.CutOff():
+                what = "was cut off"
+            case _:
+                what = f"was of no use ({first})"
+        note = f"the {'layout' if is_layout else 'first'} answer {what}, so the page was read {how}"
         return replace(answer, warnings=(note, *answer.warnings))
 
     async def _ask(self, page: PageImage, task: Task, temperature: float, deadline: float) -> Answer:
@@ -372,14 +379,6 @@ def _messages(spec: ModeSpec, prompt: str) -> list[dict[str, Any]]:
     parts = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": prompt}]
     system = [] if spec.system is None else [{"role": "system", "content": spec.system}]
     return [*system, {"role": "user", "content": parts}]
-
-
-def _what_happened(error: errors.UnusableAnswer, what: str) -> str:
-    if isinstance(error, errors.Repetition):
-        return f"the {what} repeated itself without end"
-    if isinstance(error, errors.CutOff):
-        return f"the {what} was cut off"
-    return f"the {what} was of no use ({error})"
 
 
 def _left(deadline: float) -> float:
