@@ -11,7 +11,7 @@ from typing import Final, Literal, get_args
 
 from .. import errors
 from ..engines.admission import PATIENCE, Breaker
-from ..engines.base import Answer, Engine, Task, is_blank
+from ..engines.base import Answer, Engine, Task
 from ..pages.documents import PageImage
 from ..results import Attempt, Box, Page
 
@@ -120,7 +120,7 @@ class Chain:
                     failure = error
                 else:
                     empty = not (answer.text or answer.cells) and bool(clock.page.png)
-                    if empty and await asyncio.to_thread(is_blank, clock.page):
+                    if empty and await asyncio.to_thread(clock.page.is_blank):
                         answer = replace(answer, engine="", model="")
                     return _page(clock.page, engine, answer, before - clock.left, tuple(clock.attempts.values()))
                 _note(clock, engine, failure, before - clock.left)

@@ -8,7 +8,6 @@ from typing import Protocol
 from PIL import Image
 
 from ..errors import RequestRejected
-from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import Mode
 from ..results import Attempt, Box, Cell, layout
@@ -108,11 +107,6 @@ class Engine(Protocol):
 
     async def aclose(self) -> None:
         """Let go of connections and the like."""
-
-
-def is_blank(page: PageImage) -> bool:
-    """Tell whether a page shows nothing at all; that takes a moment."""
-    return images.is_blank(page.image)
 
 
 def cut_out(page: PageImage, box: Box) -> Image.Image:

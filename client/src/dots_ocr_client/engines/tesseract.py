@@ -21,7 +21,7 @@ from ..pages.documents import PageImage
 from ..prompts import Mode
 from ..results import Box, Cell, layout
 from .admission import Limiter
-from .base import Answer, Task, cut_out, is_blank
+from .base import Answer, Task, cut_out
 
 # Tesseract's page segmentation modes: find columns and blocks by itself (its default), or take all as one block.
 PAGE_LAYOUT, ONE_BLOCK = "3", "6"
@@ -108,7 +108,7 @@ class TesseractEngine:
         cells = _cells(rows, said, page) if task.mode == "layout" else ()
         text = "\n\n".join(cell.text for cell in cells) if task.mode == "layout" else "\n".join(said).rstrip()
         warnings = []
-        if not text and task.box is None and not await asyncio.to_thread(is_blank, page):
+        if not text and task.box is None and not await asyncio.to_thread(page.is_blank):
             warnings.append("the page is not blank, but no text was found on it")
         words = [(len(row[11]), float(row[10]), row) for row in rows if row[0] == "5" and row[11].strip()]
         letters, unsure = (sum(length for length, sure, _ in words if sure < most) for most in (101, SURE))

@@ -20,7 +20,7 @@ from ..pages.documents import PageImage
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
 from ..results import layout
 from .admission import Limiter
-from .base import Answer, Task, is_blank, place
+from .base import Answer, Task, place
 from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Server, is_loopback
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"  # where the server of this project listens
@@ -207,7 +207,7 @@ class VLLMEngine:
         spec = MODES[task.mode]
         answer, page = await self._complete(page, task, temperature, deadline)
         if not answer.text.strip():
-            if await asyncio.to_thread(is_blank, page):
+            if await asyncio.to_thread(page.is_blank):
                 return replace(answer, text="")
             raise errors.UnusableAnswer("the answer is empty, but the page is not blank")
         if spec.answer == "text":
@@ -215,7 +215,7 @@ class VLLMEngine:
         seen, warnings = await self._seen(page, task.mode, answer.prompt_tokens, deadline)
         own = (page.width, page.height)
         found = await asyncio.to_thread(layout.parse, answer.text, seen, own, texts=spec.answer == "cells")
-        if not found.cells and not await asyncio.to_thread(is_blank, page):
+        if not found.cells and not await asyncio.to_thread(page.is_blank):
             raise errors.UnusableAnswer("the layout is empty, but the page is not blank")
         return replace(
             answer,

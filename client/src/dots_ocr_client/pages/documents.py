@@ -131,6 +131,10 @@ class PageImage:
         """The page as engines get it, decoded anew at every use."""
         return Image.open(io.BytesIO(self.png), formats=("PNG",)).convert("RGB")
 
+    def is_blank(self) -> bool:
+        """Tell whether the page shows nothing at all; that takes a moment."""
+        return images.is_blank(self.image)
+
     @classmethod
     def of(cls, number: int, image: Image.Image, warnings: tuple[str, ...] = ()) -> PageImage:
         """Make a page of any PIL image (its current frame), which is not changed.
