@@ -7,19 +7,18 @@ torchvision, whose usual build does not go with a torch for CPUs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import importlib
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -251,23 +250,35 @@ class QwenEngine:
             "pixel_values": pixels["pixel_values"],
             "image_grid_thw": pixels["image_grid_thw"],
         }
-        answer = _Tokens(loaded.tokenizer)
-        with _interruptible(loaded.model, job):
-            loaded.model.generate(
+
+        def answer_of(sequence: Any, last: int = 0) -> str:
+            """Return the text of an answer, or of so many of its last tokens."""
+            return str(loaded.tokenizer.decode(sequence[0, ids.shape[1] :][-last:], skip_special_tokens=True))
+
+        def stops(sequence: Any, *_: object, **__: object) -> bool:
+            """Raise `Repetition` if the answer is a loop by now."""
+            if (sequence.shape[1] - ids.shape[1]) % LOOP_CHUNKS == 0 and is_loop(answer_of(sequence, LOOP_TAIL)):
+                raise _repetition()
+            return False
+
+        with contextlib.ExitStack() as hooks:
+            for module in loaded.model.modules():  # the prompt alone takes a CPU half a minute
+                hooks.enter_context(module.register_forward_pre_hook(lambda *_: job.check()))
+            sequence = loaded.model.generate(
                 **{name: tensor.to(loaded.model.device) for name, tensor in inputs.items()},
-                streamer=answer,
+                stopping_criteria=[stops],
                 max_new_tokens=self._max_new_tokens,
                 # Greedy, whatever the model's own settings are. Penalties would ruin tables.
                 **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0},
             )
-        text = answer.text().strip()
+        text, count = answer_of(sequence).strip(), int(sequence.shape[1] - ids.shape[1])
         if is_loop(text):
             raise _repetition()
-        if len(answer.tokens) >= self._max_new_tokens and answer.tokens[-1] not in loaded.end_tokens:
+        if count >= self._max_new_tokens and int(sequence[0, -1]) not in loaded.end_tokens:
             raise CutOff(f"the answer was cut off after {self._max_new_tokens} tokens: allow more (max_new_tokens=)")
         if not text:
             raise UnusableAnswer("the model wrote nothing, though the page is not blank: try another model")
-        return text, int(ids.shape[1]), len(answer.tokens)
+        return text, int(ids.shape[1]), count
 
     def _load(self) -> _Loaded:
         """Load the model."""
@@ -280,7 +291,11 @@ class QwenEngine:
         if device != "cpu" and not torch.cuda.is_available():
             raise EngineMissing("torch finds no GPU that it can use: install its CUDA build, or choose device='cpu'")
         try:
-            with _without_progress_bars(transformers):
+            with contextlib.ExitStack() as afterwards:
+                logging = transformers.utils.logging
+                if logging.is_progress_bar_enabled():
+                    logging.disable_progress_bar()
+                    afterwards.callback(logging.enable_progress_bar)
                 options = {"local_files_only": True}
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
                 image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
@@ -379,58 +394,6 @@ class _Job:
             raise DeadlineExceeded(f"no answer within {self._seconds:.0f} s: allow more time, or use a GPU")
 
 
-class _Tokens:
-    """Takes the tokens of an answer while it is written; what transformers calls a streamer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokens: list[int] = []
-        self._tokenizer = tokenizer
-        self._prompt_was_here = False
-
-    def put(self, tokens: Any) -> None:
-        """Take the prompt, which comes first, or the next token; raise `Repetition` if the answer is a loop."""
-        if not self._prompt_was_here:
-            self._prompt_was_here = True
-            return
-        self.tokens += tokens.flatten().tolist()
-        if len(self.tokens) % LOOP_CHUNKS == 0 and is_loop(self.text(LOOP_TAIL)):
-            raise _repetition()
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-    def text(self, last: int | None = None) -> str:
-        """Return the text of all tokens, or of so many of the last ones."""
-        return str(self._tokenizer.decode(self.tokens[-(last or 0) :], skip_special_tokens=True))
-
-
-@contextmanager
-def _interruptible(model: Any, job: _Job) -> Iterator[None]:
-    """Let the end of the job end the model's work at its next module: the prompt alone takes a CPU half a minute."""
-
-    def check(module: Any, arguments: Any) -> None:
-        job.check()
-
-    hooks = [module.register_forward_pre_hook(check) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _without_progress_bars(transformers: Any) -> Iterator[None]:
-    logging = transformers.utils.logging
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
 def _prompt(loaded: _Loaded, text: str, image_tokens: int) -> str:
     """Write the prompt in the model's own format, with as many placeholders as the image has tokens."""
     tokenizer = loaded.tokenizer
@@ -449,10 +412,7 @@ def _prompt(loaded: _Loaded, text: str, image_tokens: int) -> str:
 
 def _gpus() -> list[Gpu]:
     """Ask ``nvidia-smi``: torch would take hundreds of MiB on each GPU only to look at it."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -195,8 +195,8 @@ class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
         self.whole = whole
         self._temporary = temporary
 
-    def choose(self, pages: str | Iterable[int] | None, count: int, warnings: tuple[str, ...]) -> OpenDocument:
-        """Say which pages are wanted, and return the document. This may write a temporary file, so it blocks.
+    def choose(self, pages: str | Iterable[int] | None, count: int, warnings: tuple[str, ...]) -> None:
+        """Say which pages are wanted. This may write a temporary file, so it blocks.
 
         Args:
             pages: As for `open_document`.
@@ -209,7 +209,6 @@ class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
             self._temporary = _spool(io.BytesIO(self.whole.source), self.name)
             stamp = _stamp(os.fstat(self._temporary.fileno()))
             self.whole = replace(self.whole, source=self._temporary.name, stamp=stamp)
-        return self
 
     def reference(self, number: int) -> PageReference:
         """Return what `draw` needs for any page of the document; `ValueError` if there is none of that number."""
@@ -266,18 +265,11 @@ def open_document(
         InputError: It does not exist, is broken, encrypted, too large, of an unknown kind, or has no such pages.
         TypeError: ``source`` is nothing of what `Source` allows.
     """
-    with closed_on_failure(take(source, password)) as document:
-        return document.choose(pages, *look_into(document.whole))
-
-
-@contextlib.contextmanager
-def closed_on_failure(document: OpenDocument) -> Iterator[OpenDocument]:
-    """Close a document if what is done with it fails."""
-    try:
-        yield document
-    except BaseException:
-        document.close()
-        raise
+    with contextlib.ExitStack() as failed:
+        document = failed.enter_context(take(source, password))
+        document.choose(pages, *look_into(document.whole))
+        failed.pop_all()
+    return document
 
 
 def take(source: Source, password: str | None = None) -> OpenDocument:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache
@@ -98,9 +98,12 @@ class Rasterizer:
             InputError: As for `documents.open_document`; or the document crashes the worker, or takes so many seconds.
             ConfigurationError: There is no Python to start workers with, as in a frozen application.
         """
-        with documents.closed_on_failure(await asyncio.to_thread(documents.take, source, password)) as document:
+        with contextlib.ExitStack() as failed:
+            document = failed.enter_context(await asyncio.to_thread(documents.take, source, password))
             found = await self._run(_look_into, document.whole, seconds, "opened")
-            return await asyncio.to_thread(document.choose, pages, *found)
+            await asyncio.to_thread(document.choose, pages, *found)
+            failed.pop_all()
+        return document
 
     async def draw(self, reference: PageReference, seconds: float = 60) -> PageImage:
         """Draw a page as soon as a worker is free, which then has so many seconds. Cancelling this ends the worker.
@@ -124,15 +127,26 @@ class Rasterizer:
         async with self._slots:
             self.busy += 1
             self._changed = time.monotonic()
+            worker, answered = None, False
             try:
-                with _lent(self._idle, reference, verb) as worker:
-                    run = asyncio.get_running_loop().run_in_executor
-                    async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
-                        return await run(self._threads, job, worker, reference, seconds)
+                if reference.in_process:
+                    worker = _worker(self._idle, reference, verb)
+                run = asyncio.get_running_loop().run_in_executor
+                async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
+                    result = await run(self._threads, job, worker, reference, seconds)
+                answered = True
+                return result
+            except InputError:
+                answered = True
+                raise
             except TimeoutError as error:
                 raise InputError(f"{reference.label} cannot be {verb}: {_too_long(seconds)}") from error
             finally:
                 self.busy -= 1
+                if worker and answered and worker.alive:
+                    self._idle.append(worker)
+                elif worker:
+                    worker.end()
                 if not self._finalizer.alive:
                     _end_all(self._idle)
 
@@ -233,26 +247,6 @@ class _Worker:
             assert pipe is not None
             with contextlib.suppress(OSError):  # what was not sent is lost
                 pipe.close()
-
-
-@contextlib.contextmanager
-def _lent(idle: list[_Worker], reference: PageReference, verb: str) -> Iterator[_Worker | None]:
-    """Lend a worker, and end it unless it has answered; none to what needs no process."""
-    if not reference.in_process:
-        yield None
-        return
-    worker, answered = _worker(idle, reference, verb), False
-    try:
-        yield worker
-        answered = True
-    except InputError:
-        answered = True
-        raise
-    finally:
-        if answered and worker.alive:
-            idle.append(worker)
-        else:
-            worker.end()
 
 
 def _worker(idle: list[_Worker], reference: PageReference, verb: str) -> _Worker:
@@ -373,6 +367,7 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     fcntl.fcntl(requests, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(requests, fcntl.F_GETFL)
     for number in _ENDING:  # a process inherits what its parent ignores, and what the thread that starts it blocks
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
@@ -393,23 +388,16 @@ def _serve() -> None:
         # These end this process even inside a decoder; the parent, if it waits at all, is faster than the first.
         signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST) + 1)
         signal.setitimer(signal.ITIMER_PROF, processor)
-        with _ended_with_parent(requests.fileno()):
-            answer = _answer_to(verb, reference)
+        # SIGIO ends it when its input ends: no one wants the answer any more.
+        fcntl.fcntl(requests, fcntl.F_SETFL, flags | os.O_ASYNC)
+        if select.select([requests], [], [], 0)[0]:  # it has ended before
+            return
+        answer = _answer_to(verb, reference)
+        fcntl.fcntl(requests, fcntl.F_SETFL, flags)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         answers.writelines(answer)
         answers.flush()
-
-
-@contextlib.contextmanager
-def _ended_with_parent(requests: int) -> Iterator[None]:
-    """End this process by SIGIO when its input ends, even inside a decoder: no one wants the answer any more."""
-    flags = fcntl.fcntl(requests, fcntl.F_GETFL)
-    fcntl.fcntl(requests, fcntl.F_SETFL, flags | os.O_ASYNC)
-    if select.select([requests], [], [], 0)[0]:  # it has ended before
-        raise SystemExit
-    yield
-    fcntl.fcntl(requests, fcntl.F_SETFL, flags)
 
 
 def _answer_to(verb: str, reference: PageReference) -> tuple[bytes, bytes]:
