@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -37,6 +37,7 @@ from .documents import OpenDocument, PageImage, PageReference, Source
 from .pdf_text import TextLayer
 
 Result = TypeVar("Result")
+Make = Callable[[dict[str, Any], bytes, PageReference], Result]  # of a worker's answer, its PNG and what was asked for
 
 MAX_WORKERS: Final = 8  # by default; our own choice: together they draw more pages than one server takes in
 # Address space of a worker in bytes; our own choice: the largest page takes up to 1.8 GiB (WebP without loss).
@@ -100,7 +101,7 @@ class Rasterizer:
         """
         with contextlib.ExitStack() as failed:
             document = failed.enter_context(await asyncio.to_thread(documents.take, source, password))
-            found = await self._run(_look_into, document.whole, seconds, "opened")
+            found = await self._run("opened", document.whole, seconds, documents.look_into, _found)
             await asyncio.to_thread(document.choose, pages, *found)
             failed.pop_all()
         return document
@@ -111,29 +112,34 @@ class Rasterizer:
         Raises:
             InputError: The page cannot be drawn, crashes its worker, or takes too long. Other pages are not affected.
         """
-        return await self._run(_draw, reference, seconds, "drawn")
+        return await self._run("drawn", reference, seconds, documents.draw, _page)
 
     async def extract_text(self, reference: PageReference, seconds: float = 60) -> TextLayer:
         """Take the text layer out of a PDF's page, as `draw` draws it."""
-        return await self._run(_extract_text, reference, seconds, "read")
+        return await self._run(
+            "read", reference, seconds, pdf_text.extract, lambda fields, *_: TextLayer.from_dict(fields)
+        )
 
     async def _run(
         self,
-        job: Callable[[_Worker | None, PageReference, float], Result],
+        verb: str,
         reference: PageReference,
         seconds: float,
-        verb: str,
+        here: Callable[[PageReference], Result],
+        make: Make[Result],
     ) -> Result:
+        """Have a worker do what would be done `here`, and `make` the result of its answer; see `_answer_to`."""
         async with self._slots:
             self.busy += 1
             self._changed = time.monotonic()
             worker, answered = None, False
             try:
+                work = partial(here, reference)
                 if reference.in_process:
                     worker = _worker(self._idle, reference, verb)
-                run = asyncio.get_running_loop().run_in_executor
+                    work = partial(worker.ask, verb, reference, seconds, make)
                 async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
-                    result = await run(self._threads, job, worker, reference, seconds)
+                    result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
                 answered = True
                 return result
             except InputError:
@@ -192,9 +198,7 @@ class _Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(
-        self, verb: str, reference: PageReference, seconds: float, make: Callable[[dict[str, Any], bytes], Result]
-    ) -> Result:
+    def ask(self, verb: str, reference: PageReference, seconds: float, make: Make[Result]) -> Result:
         """Have a page ``drawn`` or ``read``, or a document ``opened``; return what is made of `_answer_to`'s answer."""
         cannot = f"{reference.label} cannot be {verb}"
         requests, answers = self._process.stdin, self._process.stdout
@@ -212,7 +216,7 @@ class _Worker:
             if len(png) < size:
                 raise EOFError
             if "error" not in fields:
-                return make(fields, png)
+                return make(fields, png, reference)
         except (OSError, ValueError, EOFError) as error:  # BrokenPipeError; half an answer; closed by end()
             self.end(patience=5)
             status = self._process.returncode
@@ -272,32 +276,15 @@ def _too_long(seconds: float) -> str:
     return f"it takes longer than {seconds:g} s"
 
 
-def _look_into(worker: _Worker | None, reference: PageReference, seconds: float) -> tuple[int, tuple[str, ...]]:
-    if worker is None:
-        return documents.look_into(reference)
-
-    def make(fields: dict[str, Any], _: bytes) -> tuple[int, tuple[str, ...]]:
-        _check_numbers(fields, "count")
-        return fields["count"], tuple(map(str, fields["warnings"]))
-
-    return worker.ask("opened", reference, seconds, make)
+def _found(fields: dict[str, Any], _: bytes, __: PageReference) -> tuple[int, tuple[str, ...]]:
+    _check_numbers(fields, "count")
+    return fields["count"], tuple(map(str, fields["warnings"]))
 
 
-def _draw(worker: _Worker | None, reference: PageReference, seconds: float) -> PageImage:
-    if worker is None:
-        return documents.draw(reference)
+def _page(fields: dict[str, Any], png: bytes, reference: PageReference) -> PageImage:
     origin = reference if reference.kind == "pdf" else None
-
-    def make(fields: dict[str, Any], png: bytes) -> PageImage:
-        _check_numbers(fields, "number", "width", "height", "sent_width", "sent_height", *["dpi"] * bool(origin))
-        return PageImage(**{**fields, "png": png, "warnings": tuple(map(str, fields["warnings"])), "origin": origin})
-
-    return worker.ask("drawn", reference, seconds, make)
-
-
-def _extract_text(worker: _Worker | None, reference: PageReference, seconds: float) -> TextLayer:
-    assert worker is not None, "only PDFs have a text layer, and they are for workers"
-    return worker.ask("read", reference, seconds, lambda fields, _: TextLayer.from_dict(fields))
+    _check_numbers(fields, "number", "width", "height", "sent_width", "sent_height", *["dpi"] * bool(origin))
+    return PageImage(**{**fields, "png": png, "warnings": tuple(map(str, fields["warnings"])), "origin": origin})
 
 
 def _check_numbers(fields: dict[str, Any], *names: str) -> None:
