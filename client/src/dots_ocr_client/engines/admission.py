@@ -38,7 +38,7 @@ PATIENCE: Final = 10.0
 PAUSE: Final = 1.0
 # Seconds between two probes at most: how late the return of an engine is noticed. A vLLM server takes minutes to start.
 MAX_PAUSE: Final = 10.0
-# Each pause is shortened by up to this part, at random, so that many clients do not probe at the same moment.
+# Each pause is shortened by up to this part, at random, so that many clients do not come back at the same moment.
 JITTER: Final = 0.5
 
 Clock = Callable[[], float]

@@ -19,7 +19,7 @@ from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
 from ..results import layout
-from .admission import Limiter
+from .admission import JITTER, Limiter
 from .base import Answer, Task, place
 from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Server, is_loopback
 
@@ -40,16 +40,14 @@ OVERLOAD_TRIES: Final = 6
 # Longest wait before the second try; it doubles for the next one. With a server that is not there, both waits together
 # stay under 2 s, because another engine may be waiting for its turn.
 WAIT_SECONDS: Final = 0.5
-# Each wait is shortened by up to this part, at random, so that many clients do not come back at the same moment.
-JITTER: Final = 0.5
 # A prompt in English takes at least one token for so many characters (our own bound; tokenizers need one for 4 or 5).
 # What is missing up to that shows that the server shrank the page.
 CHARACTERS_PER_TOKEN: Final = 6
 
-# A folder may be called DotsOCR whatever is in it, because older servers want a name without a dot.
 WAKE_SECONDS: Final = 540.0  # for which the server's role holds a page while it starts (files/front)
 LEAST_IDLE: Final = 60.0  # before which no server falls asleep (dots_ocr_server_idle_minutes)
 STATE_SECONDS: Final = 2.0  # to say whether it sleeps
+# A folder may be called DotsOCR whatever is in it, because older servers want a name without a dot.
 _DOTS_OCR = re.compile(r"(^|/)dots\.ocr/?$", re.IGNORECASE)
 
 

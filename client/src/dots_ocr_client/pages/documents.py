@@ -288,15 +288,13 @@ def take(source: Source, password: str | None = None) -> OpenDocument:
     if isinstance(source, Image.Image):
         return OpenDocument(PageReference(name, 0, "image", source, None, False))
     data = _decode_data_url(source, name) if _is_data_url(source) else source
-    temporary: IO[bytes] | None = None
-    try:
-        if isinstance(data, bytes):
-            _check_bytes(len(data), data[:_HEAD], name)
-            if not _is_pdf(data[:_HEAD]):
-                return OpenDocument(PageReference(name, 0, "image", data, None, True))
-            data = io.BytesIO(data)
-        if not isinstance(data, str | os.PathLike):
-            temporary = _spool(data, name)
+    if isinstance(data, bytes):
+        _check_bytes(len(data), data[:_HEAD], name)
+        if not _is_pdf(data[:_HEAD]):
+            return OpenDocument(PageReference(name, 0, "image", data, None, True))
+        data = io.BytesIO(data)
+    with contextlib.ExitStack() as failed:
+        temporary = None if isinstance(data, str | os.PathLike) else failed.enter_context(_spool(data, name))
         path = temporary.name if temporary is not None else os.fsdecode(data)  # type: ignore[arg-type]
         with _open_file(path, name) as file:
             head = file.read(_HEAD)
@@ -304,11 +302,8 @@ def take(source: Source, password: str | None = None) -> OpenDocument:
             _check_bytes(status.st_size, head, name)
         kind: Literal["pdf", "image"] = "pdf" if _is_pdf(head) else "image"
         place = str(Path(path).absolute())
-        return OpenDocument(PageReference(name, 0, kind, place, _stamp(status), True, password=password), temporary)
-    except BaseException:
-        if temporary is not None:
-            temporary.close()
-        raise
+        failed.pop_all()
+    return OpenDocument(PageReference(name, 0, kind, place, _stamp(status), True, password=password), temporary)
 
 
 def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
