@@ -14,16 +14,13 @@ from .engines.base import Engine, Task
 from .engines.defaults import make_engines
 from .errors import AllEnginesFailed, InputError
 from .loop_thread import LoopThread
-from .pages.documents import OpenDocument, Source, describe, parse_pages
+from .pages.documents import OpenDocument, Pages, Source, describe, parse_pages
 from .pages.rasterizer import Rasterizer
 from .prompts import MODES, Mode
 from .results import Box, Document, FailedPage, Page
 
 # For one page and all engines together, in seconds; a busy GPU takes 10 to 30 s for a full page.
 DEFAULT_TIMEOUT: Final = 120.0
-
-# Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all.
-Pages = str | Iterable[int] | None
 
 
 class ClientOptions(TypedDict, total=False):

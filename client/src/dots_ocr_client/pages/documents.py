@@ -96,6 +96,8 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 # A path, a ``data:`` URL, the bytes of a file, a file opened for reading bytes, or a PIL image (its current frame).
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+# Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all.
+Pages = str | Iterable[int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
         self.whole = whole
         self._temporary = temporary
 
-    def choose(self, pages: str | Iterable[int] | None, count: int, warnings: tuple[str, ...]) -> None:
+    def choose(self, pages: Pages, count: int, warnings: tuple[str, ...]) -> None:
         """Say which pages are wanted. This may write a temporary file, so it blocks.
 
         Args:
@@ -247,9 +249,7 @@ def describe(source: Source) -> str:
     return printable(os.fsdecode(source))
 
 
-def open_document(
-    source: Source, pages: str | Iterable[int] | None = None, *, password: str | None = None
-) -> OpenDocument:
+def open_document(source: Source, pages: Pages = None, *, password: str | None = None) -> OpenDocument:
     """Find out what a document is and how many pages it has, without drawing any. This reads files, so it blocks.
 
     It decodes in this process; `rasterizer` does the same for files of strangers.
@@ -362,7 +362,7 @@ def _close_kept() -> None:
         _kept = None
 
 
-def parse_pages(pages: str | Iterable[int] | None, count: int, name: str) -> tuple[int, ...]:
+def parse_pages(pages: Pages, count: int, name: str) -> tuple[int, ...]:
     """Return the numbers of the pages that are wanted, as for `open_document`, of so many, in ascending order.
 
     Raises:

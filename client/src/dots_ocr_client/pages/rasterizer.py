@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -33,7 +33,7 @@ from PIL import Image
 from ..errors import ConfigurationError, InputError
 from ..loop_thread import LoopThread
 from . import documents, pdf_text
-from .documents import OpenDocument, PageImage, PageReference, Source
+from .documents import OpenDocument, PageImage, PageReference, Pages, Source
 from .pdf_text import TextLayer
 
 Result = TypeVar("Result")
@@ -91,7 +91,7 @@ class Rasterizer:
         return time.monotonic() - self._changed if self.busy == self.workers else 0.0
 
     async def open(
-        self, source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60, password: str | None = None
+        self, source: Source, pages: Pages = None, seconds: float = 60, password: str | None = None
     ) -> OpenDocument:
         """Do what `documents.open_document` does, as soon as a worker is free. Cancelling this ends the worker.
 
@@ -168,7 +168,7 @@ def _for_threads() -> tuple[LoopThread, Rasterizer]:
 
 
 def open_document(
-    source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60, password: str | None = None
+    source: Source, pages: Pages = None, seconds: float = 60, password: str | None = None
 ) -> OpenDocument:
     """Do what `Rasterizer.open` does, for code that is not asynchronous; any thread may call it."""
     loop, rasterizer = _for_threads()
