@@ -183,8 +183,7 @@ class Chain:
             begin = time.monotonic()
             try:
                 seconds = clock.left * SHARE if others else clock.left
-                await _admit(engine, breaker, min(PROBE_SECONDS, seconds))
-                seconds -= time.monotonic() - begin
+                seconds -= await _admit(engine, breaker, min(PROBE_SECONDS, seconds))
                 age = breaker.age
                 try:
                     async with asyncio.timeout(seconds):
@@ -207,14 +206,16 @@ class Chain:
                 clock.left -= time.monotonic() - begin
 
 
-async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> None:
-    """Let a page through to its engine, if need be after a probe, which may take so many seconds.
+async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
+    """Let a page through to its engine, if need be after a probe, which may take so many seconds; return what it took.
 
     Raises:
         CircuitOpen: The engine is not there, or another page is finding out whether it is.
         Unauthorized: It is there again, and refuses the key.
     """
+    spent = 0.0
     if breaker.begin_probe():
+        begin = time.monotonic()
         try:
             async with asyncio.timeout(seconds):
                 await engine.probe(seconds)
@@ -230,7 +231,9 @@ async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> None:
             raise
         engine.limiter.restart()
         breaker.close()
+        spent = time.monotonic() - begin
     _refuse(breaker)
+    return spent
 
 
 def _refuse(breaker: Breaker) -> None:

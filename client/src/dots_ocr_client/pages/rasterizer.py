@@ -134,10 +134,11 @@ class Rasterizer:
             self._changed = time.monotonic()
             worker, answered = None, False
             try:
-                work = partial(here, reference)
                 if reference.in_process:
                     worker = _worker(self._idle, reference, verb)
                     work = partial(worker.ask, verb, reference, seconds, make)
+                else:
+                    work = partial(here, reference)
                 async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
                     result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
                 answered = True
