@@ -25,18 +25,7 @@ from typing import Any, Final, TypeVar
 
 from PIL import Image
 
-from ..errors import (
-    ConfigurationError,
-    CutOff,
-    DeadlineExceeded,
-    EngineError,
-    EngineMissing,
-    NotApplicable,
-    Repetition,
-    RequestRejected,
-    ServerUnavailable,
-    UnusableAnswer,
-)
+from .. import errors
 from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import Mode
@@ -135,7 +124,7 @@ class QwenEngine:
         """
         device = device or os.environ.get("DOTS_OCR_QWEN_DEVICE") or "auto"
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
-            raise ConfigurationError(f"{device!r} is not a device for qwen: write auto, cpu, cuda or cuda:1")
+            raise errors.ConfigurationError(f"{device!r} is not a device for qwen: write auto, cpu, cuda or cuda:1")
         numbers = {"max_pixels": max_pixels, "max_new_tokens": max_new_tokens, "idle_seconds": idle_seconds}
         for name, number in numbers.items():
             if not number > 0:
@@ -210,7 +199,9 @@ class QwenEngine:
         job.check()
         picture = page.image if task.box is None else cut_out(page, task.box)
         if task.box is not None and max(picture.size) >= images.MAX_ASPECT * min(picture.size):
-            raise RequestRejected(f"the box {list(task.box)} is too narrow: the model takes aspect ratios below 200")
+            raise errors.RequestRejected(
+                f"the box {list(task.box)} is too narrow: the model takes aspect ratios below 200"
+            )
         mode: Mode = "text" if task.mode == "layout" else task.mode
         warnings = ("qwen reads text without layout",) if task.mode == "layout" else ()
         if task.mode != "general" and images.is_blank(picture):
@@ -219,7 +210,7 @@ class QwenEngine:
         try:
             self._loaded = self._loaded or self._load()
             text, prompt_tokens, completion_tokens = self._generate(self._loaded, picture, prompt, job)
-        except EngineError:
+        except errors.EngineError:
             raise
         except Exception as error:  # torch and transformers raise nearly anything
             failure = self._explain(error)
@@ -256,10 +247,9 @@ class QwenEngine:
             return str(loaded.tokenizer.decode(sequence[0, ids.shape[1] :][-last:], skip_special_tokens=True))
 
         def stops(sequence: Any, *_: object, **__: object) -> bool:
-            """Raise `Repetition` if the answer is a loop by now."""
-            if (sequence.shape[1] - ids.shape[1]) % LOOP_CHUNKS == 0 and is_loop(answer_of(sequence, LOOP_TAIL)):
-                raise _repetition()
-            return False
+            """Tell now and then whether the answer has become a loop."""
+            count = sequence.shape[1] - ids.shape[1]
+            return bool(count % LOOP_CHUNKS == 0) and is_loop(answer_of(sequence, LOOP_TAIL))
 
         with contextlib.ExitStack() as hooks:
             for module in loaded.model.modules():  # the prompt alone takes a CPU half a minute
@@ -271,13 +261,17 @@ class QwenEngine:
                 # Greedy, whatever the model's own settings are. Penalties would ruin tables.
                 **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0},
             )
-        text, count = answer_of(sequence).strip(), int(sequence.shape[1] - ids.shape[1])
-        if is_loop(text):
-            raise _repetition()
+        text, count = answer_of(sequence), int(sequence.shape[1] - ids.shape[1])
+        if is_loop(text) or is_loop(text := text.strip()):
+            raise errors.Repetition(
+                "the model repeated itself without end: try another model, or another resolution (max_pixels=)"
+            )
         if count >= self._max_new_tokens and int(sequence[0, -1]) not in loaded.end_tokens:
-            raise CutOff(f"the answer was cut off after {self._max_new_tokens} tokens: allow more (max_new_tokens=)")
+            raise errors.CutOff(
+                f"the answer was cut off after {self._max_new_tokens} tokens: allow more (max_new_tokens=)"
+            )
         if not text:
-            raise UnusableAnswer("the model wrote nothing, though the page is not blank: try another model")
+            raise errors.UnusableAnswer("the model wrote nothing, though the page is not blank: try another model")
         return text, int(ids.shape[1]), count
 
     def _load(self) -> _Loaded:
@@ -289,7 +283,9 @@ class QwenEngine:
             raise _packages_missing(error) from error
         device = self._device if gpu is None else _cuda_device(torch, gpu)
         if device != "cpu" and not torch.cuda.is_available():
-            raise EngineMissing("torch finds no GPU that it can use: install its CUDA build, or choose device='cpu'")
+            raise errors.EngineMissing(
+                "torch finds no GPU that it can use: install its CUDA build, or choose device='cpu'"
+            )
         try:
             with contextlib.ExitStack() as afterwards:
                 logging = transformers.utils.logging
@@ -319,7 +315,7 @@ class QwenEngine:
         gpu = choose_gpu([] if self._keep_free_mib is None else _gpus(), needed, self._keep_free_mib)
         if gpu is None:
             kept = "all" if self._keep_free_mib is None else f"{self._keep_free_mib} MiB"
-            raise NotApplicable(
+            raise errors.NotApplicable(
                 f"{self.model} needs {needed} MiB of GPU memory, and {kept} of each GPU is kept for a vLLM that comes "
                 "back: give keep_free_mib= what vLLM takes; or choose device='cuda' if vLLM does not run there, or "
                 "device='cpu', which takes minutes for a page (or set DOTS_OCR_QWEN_DEVICE)"
@@ -340,23 +336,23 @@ class QwenEngine:
                 raise self._files_missing(f"{self.model} could not be downloaded ({_short(error)})") from error
             raise self._files_missing(f"{self.model} is not in the local Hugging Face cache") from error
 
-    def _files_missing(self, what: str) -> EngineMissing:
+    def _files_missing(self, what: str) -> errors.EngineMissing:
         where = "" if self._folder is None else f" --local-dir {self._folder}"
-        return EngineMissing(f"{what}: hf download {self.model}{where}")
+        return errors.EngineMissing(f"{what}: hf download {self.model}{where}")
 
-    def _explain(self, error: Exception) -> EngineError:
+    def _explain(self, error: Exception) -> errors.EngineError:
         """Say what an unexpected error means. Its own traceback must not be kept: it would hold the memory."""
         if (
             isinstance(error, MemoryError)
             or type(error).__name__ == "OutOfMemoryError"  # torch's, which may not be imported yet
             or "can't allocate memory" in str(error)  # torch's for the CPU
         ):
-            full = ServerUnavailable(
+            full = errors.ServerUnavailable(
                 f"the memory does not suffice for {self.model}: free some, or choose a smaller max_pixels= or model"
             )
             full.passing = False
             return full
-        return EngineError(f"{self.model} failed with {type(error).__name__}: {_short(error)}")
+        return errors.EngineError(f"{self.model} failed with {type(error).__name__}: {_short(error)}")
 
     def _unload(self) -> None:
         if self._loaded is None:
@@ -391,7 +387,7 @@ class _Job:
     def check(self) -> None:
         """Raise `DeadlineExceeded` if no time is left, or nobody waits any more."""
         if self._cancelled.is_set() or time.monotonic() >= self._end:
-            raise DeadlineExceeded(f"no answer within {self._seconds:.0f} s: allow more time, or use a GPU")
+            raise errors.DeadlineExceeded(f"no answer within {self._seconds:.0f} s: allow more time, or use a GPU")
 
 
 def _prompt(loaded: _Loaded, text: str, image_tokens: int) -> str:
@@ -399,7 +395,7 @@ def _prompt(loaded: _Loaded, text: str, image_tokens: int) -> str:
     tokenizer = loaded.tokenizer
     image = tokenizer.convert_ids_to_tokens(loaded.model.config.image_token_id)
     if image in text:
-        raise RequestRejected(f"the question contains {image}, which stands for an image: leave it out")
+        raise errors.RequestRejected(f"the question contains {image}, which stands for an image: leave it out")
     prompt = ""
     if tokenizer.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": text}]
@@ -426,18 +422,16 @@ def _cuda_device(torch: Any, gpu: Gpu) -> str:
     for index in range(torch.cuda.device_count()):
         if f"GPU-{torch.cuda.get_device_properties(index).uuid}" == gpu.uuid:
             return f"cuda:{index}"
-    raise EngineMissing(f"torch does not see {gpu.uuid}: install its CUDA build, or correct CUDA_VISIBLE_DEVICES")
-
-
-def _packages_missing(reason: object) -> EngineMissing:
-    return EngineMissing(
-        f"qwen needs torch and transformers ({reason}): pip install 'dots-ocr-client[qwen]'; without an NVIDIA GPU, "
-        "install torch from PyTorch's index of CPU builds first, which are far smaller"
+    raise errors.EngineMissing(
+        f"torch does not see {gpu.uuid}: install its CUDA build, or correct CUDA_VISIBLE_DEVICES"
     )
 
 
-def _repetition() -> Repetition:
-    return Repetition("the model repeated itself without end: try another model, or another resolution (max_pixels=)")
+def _packages_missing(reason: object) -> errors.EngineMissing:
+    return errors.EngineMissing(
+        f"qwen needs torch and transformers ({reason}): pip install 'dots-ocr-client[qwen]'; without an NVIDIA GPU, "
+        "install torch from PyTorch's index of CPU builds first, which are far smaller"
+    )
 
 
 def _short(error: object) -> str:
