@@ -574,22 +574,19 @@ def test_cancelling_keeps_what_was_read_and_leaves_no_tasks(tmp_path: Path, out:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that two workers open; they get stuck at one called ``stuck.png``, until they are ended."""
     opened: list[str] = []
-    look_into = rasterizer._look_into
+    ask = rasterizer._Worker.ask
 
-    def look(
-        worker: rasterizer._Worker | None, reference: PageReference, seconds: float
-    ) -> tuple[int, tuple[str, ...]]:
+    def look(worker: rasterizer._Worker, verb: str, reference: PageReference, *rest: Any) -> Any:
         opened.append(Path(reference.label).name)
         if opened[-1] != "stuck.png":
-            return look_into(worker, reference, seconds)
-        assert worker is not None
+            return ask(worker, verb, reference, *rest)
         end = time.monotonic() + 2 * PATIENCE
         while worker.alive and time.monotonic() < end:
             time.sleep(0.005)
         raise InputError("ended")
 
     monkeypatch.setattr(rasterizer, "_default_workers", lambda: 2)
-    monkeypatch.setattr(rasterizer, "_look_into", look)
+    monkeypatch.setattr(rasterizer._Worker, "ask", look)
     return opened
 
 

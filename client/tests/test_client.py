@@ -177,7 +177,7 @@ def test_documents_that_wait_for_being_opened_do_not_stand_before_the_pages_of_o
     async def main() -> int:
         async with AsyncDotsOCR(engines=[Recorder()]) as ocr:
             await asyncio.gather(*(ocr.open(sheet_file) for _ in range(20)))
-            return ocr._pipeline._rasterizer.workers
+            return ocr._rasterizer.workers
 
     monkeypatch.setattr(Rasterizer, "open", look)
     assert asyncio.run(main()) == most

@@ -101,7 +101,7 @@ def no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise AssertionError("decoded here")
 
-    for name in ("_open_image", "_open_pdf", "_tiff_pages", "_page_of"):
+    for name in ("_opened_image", "_open_pdf", "_tiff_pages", "_page_of"):
         monkeypatch.setattr(documents, name, crash)
 
 
@@ -168,7 +168,7 @@ def test_it_tells_for_how_long_no_worker_has_been_free(sheet: Image.Image, monke
     now = 0.0
     finish: queue.Queue[None] = queue.Queue()
     monkeypatch.setattr(rasterizer, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(rasterizer, "_draw", lambda *_: finish.get(timeout=20))
+    monkeypatch.setattr(documents, "draw", lambda _: finish.get(timeout=20))
 
     async def run() -> None:
         nonlocal now

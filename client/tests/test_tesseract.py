@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import time
@@ -154,6 +155,26 @@ def test_it_is_killed_at_the_deadline(fake_tesseract: FakeTesseract, page: PageI
     assert time.monotonic() - started < 10
     process = int((tmp_path / "pid").read_text())
     assert not Path(f"/proc/{process}").exists(), "it was left running"
+
+
+def test_cancelled_twice_it_leaves_nothing_open_behind_the_loop(
+    fake_tesseract: FakeTesseract, page: PageImage, tmp_path: Path
+) -> None:
+    # A program of its own keeps the other ends of the pipes open.
+    fake_tesseract(f"sleep 20 & echo $$ > {tmp_path}/begun; mv {tmp_path}/begun {tmp_path}/pid; exec sleep 60")
+
+    async def run() -> None:
+        reading = asyncio.create_task(TesseractEngine().read(page, Task(), 60.0))
+        while not (tmp_path / "pid").exists():
+            await asyncio.sleep(0.01)
+        reading.cancel()
+        while Path("/proc", (tmp_path / "pid").read_text().strip()).exists():
+            await asyncio.sleep(0.01)
+        reading.cancel()  # as the end of a loop does
+        await asyncio.wait([reading], timeout=0)
+
+    asyncio.run(run())
+    gc.collect()  # of pipes that are open beside a closed loop asyncio complains, and pytest hands that on
 
 
 def test_it_gets_the_page_one_thread_and_no_languages_but_those_asked_for(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from dots_ocr_client import (
+    Answer,
     AsyncDotsOCR,
     Box,
     DotsOCR,
@@ -28,7 +28,7 @@ from dots_ocr_client import (
     VLLMEngine,
 )
 from dots_ocr_client.engines import vllm
-from dots_ocr_client.engines.server import Completion, Server
+from dots_ocr_client.engines.server import Server
 from dots_ocr_client.pages import images
 from dots_ocr_client.prompts import MODES, PLACEHOLDER
 from PIL import Image
@@ -100,7 +100,7 @@ def test_what_the_server_made_of_a_large_page_is_found_out(engine: VLLMEngine) -
 
     async def find_out() -> tuple[tuple[int, int], tuple[str, ...]]:
         try:
-            tokens = await engine._server.count_prompt(request, base64.b64encode(page.png), 60)
+            tokens = await engine._server.count_prompt(request, page.png, 60)
             return await engine._seen(page, "layout", tokens, time.monotonic() + 60)
         finally:
             await engine.aclose()
@@ -131,9 +131,9 @@ def test_cancelling_frees_the_server(
     complete = Server.complete
 
     async def complete_at_length(
-        self: Server, request: dict[str, Any], picture: bytes, seconds: float, *, stream: bool
-    ) -> Completion:
-        return await complete(self, {**request, "ignore_eos": True}, picture, seconds, stream=stream)
+        self: Server, request: dict[str, Any], png: bytes, seconds: float, **options: Any
+    ) -> Answer:
+        return await complete(self, {**request, "ignore_eos": True}, png, seconds, **options)
 
     monkeypatch.setattr(Server, "complete", complete_at_length)
 

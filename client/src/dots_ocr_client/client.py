@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, aclosing
 from typing import Final, NoReturn, TypedDict, Unpack
 
 from .chain.fallback import Chain, OnUnavailable
-from .chain.pipeline import Pipeline
+from .chain.pipeline import AHEAD, deliver
 from .engines.admission import CAP
 from .engines.base import Engine, Task
 from .engines.defaults import make_engines
 from .errors import AllEnginesFailed, InputError
 from .loop_thread import LoopThread
-from .pages.documents import OpenDocument, Source, describe, parse_pages
+from .pages.documents import OpenDocument, Pages, Source, describe, parse_pages
+from .pages.rasterizer import Rasterizer
 from .prompts import MODES, Mode
 from .results import Box, Document, FailedPage, Page
 
 # For one page and all engines together, in seconds; a busy GPU takes 10 to 30 s for a full page.
 DEFAULT_TIMEOUT: Final = 120.0
-
-# Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all.
-Pages = str | Iterable[int] | None
 
 
 class ClientOptions(TypedDict, total=False):
@@ -104,7 +103,9 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
             engines = make_engines(base_url=base_url, api_key=api_key, model=model, max_in_flight=max_in_flight)
         self.max_in_flight = max_in_flight
         self._chain = Chain(engines, timeout, on_unavailable, max_wait)
-        self._pipeline = Pipeline(self._chain, max_in_flight)
+        self._rasterizer = Rasterizer()
+        self._openings = asyncio.Semaphore(self._rasterizer.workers)
+        self._turns = asyncio.Semaphore(max(2 * self._rasterizer.workers, round(AHEAD * max_in_flight)))
 
     async def read(self, document: Source, **options: Unpack[ReadOptions]) -> Document:
         """Read a document.
@@ -141,13 +142,14 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
                 page = await anext(results)
         return page if isinstance(page, Page) else _raise(page)
 
-    async def open(self, document: Source, *, password: str | None = None) -> OpenDocument:
+    async def open(self, document: Source, *, pages: Pages = None, password: str | None = None) -> OpenDocument:
         """Open a document as soon as a process is free for it; `stream` takes it, once or more. Close it afterwards.
 
         Raises:
             InputError: The document cannot be read by any engine.
         """
-        return await self._pipeline.open(document, password=password)
+        async with self._openings:  # the others wait here, not in front of the pages of documents that are open
+            return await self._rasterizer.open(document, pages, password=password)
 
     async def stream(
         self, document: Source | OpenDocument, **options: Unpack[ReadOptions]
@@ -157,20 +159,21 @@ class AsyncDotsOCR(AbstractAsyncContextManager["AsyncDotsOCR"]):
         Close the generator if you stop early (``contextlib.aclosing``); that cancels what is still at the server.
         Arguments and errors are those of `read`, but a page that fails never raises. What `open` returned stays open.
         """
-        task, pages, numbers = _task(options), options.get("pages"), None
+        task, pages = _task(options), options.get("pages")
         with ExitStack() as ours:
             if not isinstance(document, OpenDocument):
-                document = ours.enter_context(await self._pipeline.open(document, pages, options.get("password")))
-            elif pages is not None:
-                numbers = parse_pages(pages, document.page_count, document.name)
+                document = ours.enter_context(await self.open(document, pages=pages, password=options.get("password")))
+                pages = None  # they are its numbers
+            numbers = document.numbers if pages is None else parse_pages(pages, document.page_count, document.name)
             document.dpi = options.get("dpi") or document.dpi
-            async with aclosing(self._pipeline.deliver(document, task, numbers)) as results:
+            draw = self._rasterizer.draw
+            async with aclosing(deliver(document, numbers, draw, self._chain, task, self._turns)) as results:
                 async for page in results:
                     yield page
 
     async def aclose(self) -> None:
         """Close the connections and end the processes that draw; a second call does nothing."""
-        await self._pipeline.aclose()
+        await asyncio.to_thread(self._rasterizer.close)  # pages that are still asked for fail
         await self._chain.aclose()
 
     async def __aexit__(self, *_: object) -> None:
@@ -228,13 +231,8 @@ async def _next(stream: AsyncGenerator[Page | FailedPage, None]) -> Page | Faile
 
 
 def _task(options: PageOptions) -> Task:
-    mode, box, question, dpi = (
-        options.get("mode", "layout"),
-        options.get("box"),
-        options.get("question"),
-        options.get("dpi"),
-    )
-    if dpi is not None and dpi < 1:
+    mode, box, question = options.get("mode", "layout"), options.get("box"), options.get("question")
+    if (dpi := options.get("dpi")) is not None and dpi < 1:
         raise ValueError(f"dpi must be at least 1, not {dpi!r}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")

@@ -127,11 +127,11 @@ class Secrets:
 
     def hide(self, text: str) -> str:
         """Return what a server says of itself, or of a fault, without the secrets."""
-        return text if self._in_words is None else self._in_words.sub(HIDDEN, text)
+        return self._in_words.sub(HIDDEN, text)
 
     def hide_in_page(self, text: str) -> str:
         """Return what a server says that a page says; secrets shorter than `SHORTEST` stay."""
-        return text if self._in_pages is None else self._in_pages.sub(HIDDEN, text)
+        return self._in_pages.sub(HIDDEN, text)
 
     def hide_all(self, value: Any, depth: int = DEEPEST) -> Any:
         """Return JSON that a server says of itself without the secrets; short ones stay, since ids consist of words."""
@@ -146,13 +146,12 @@ class Secrets:
         return {self.hide_all(name): self.hide_all(one, depth - 1) for name, one in value.items()}
 
 
-def _pattern(secrets: Iterable[str]) -> re.Pattern[str] | None:
-    """Match the secrets as they are, and as JSON, Python, URLs and HTML write them."""
+def _pattern(secrets: Iterable[str]) -> re.Pattern[str]:
+    """Match the secrets as they are, and as JSON, Python, URLs and HTML write them; without any, nothing."""
     spelled = {
         form
         for secret in secrets
         for plain in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], html.escape(secret), quote(secret, safe=""))
         for form in (plain, plain.replace("/", r"\/"), quote(secret))
     }
-    longest_first = sorted(spelled, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    return re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))) or "(?!)")

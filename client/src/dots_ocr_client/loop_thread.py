@@ -25,12 +25,7 @@ class LoopThread:
         self._thread: threading.Thread | None = None
         # Our own, because shutting down asyncio's takes a new thread, which the end of the interpreter does not allow.
         self._executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="dots-ocr")
-        self._closed = False
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
+        self.closed = False  # whether `close` was called
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end and return what it returns.
@@ -39,7 +34,7 @@ class LoopThread:
             RuntimeError: The loop is closed, or was closed in the meantime.
         """
         with self._lock:
-            if self._closed:
+            if self.closed:
                 work.close()
                 raise RuntimeError("this client is closed: make a new one")
             if self._loop is None:
@@ -59,7 +54,7 @@ class LoopThread:
     def close(self, last_work: Coroutine[Any, Any, None]) -> None:
         """Cancel what is running, run the last work if anything ran at all, and end the thread."""
         with self._lock:
-            self._closed = True
+            self.closed = True
             loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
         if loop is None or thread is None:
             last_work.close()

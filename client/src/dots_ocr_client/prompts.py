@@ -6,7 +6,7 @@ The prompts are byte for byte those of upstream (dots_ocr/utils/prompts.py), lin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 # What to read; see `MODES`.
 Mode = Literal["layout", "layout_only", "text", "grounding", "web", "scene", "svg", "general"]
@@ -18,10 +18,21 @@ PLACEHOLDER: Final = "<|img|><|imgpad|><|endofimg|>"
 TEMPERATURE: Final = 0.1
 TOP_P: Final = 0.9  # both as in upstream's client (dots_ocr/model/inference.py)
 
-_CATEGORIES = (
-    "['Caption', 'Footnote', 'Formula', 'List-item', 'Page-footer', "
-    "'Page-header', 'Picture', 'Section-header', 'Table', 'Text', 'Title']"
-)
+# What dots.ocr tells apart. The mode ``web`` of dots.mocr has others, which stay as the model wrote them.
+Category = Literal[
+    "Caption",
+    "Footnote",
+    "Formula",
+    "List-item",
+    "Page-footer",
+    "Page-header",
+    "Picture",
+    "Section-header",
+    "Table",
+    "Text",
+    "Title",
+]
+_CATEGORIES = list(get_args(Category))
 
 
 @dataclass(frozen=True, slots=True)

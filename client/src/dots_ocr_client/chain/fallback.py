@@ -11,7 +11,7 @@ from typing import Final, Literal, get_args
 
 from .. import errors
 from ..engines.admission import PATIENCE, Breaker
-from ..engines.base import Answer, Engine, Task, is_blank
+from ..engines.base import Answer, Engine, Task
 from ..pages.documents import PageImage
 from ..results import Attempt, Box, Page
 
@@ -38,23 +38,15 @@ class _Clock:
 
     page: PageImage
     draw: Draw | None
-    limit: float
     left: float
-    started: Callable[[], None]
+    started: Callable[[], None] | None
     wait_until: float = math.inf
     returns: int = 0
     attempts: dict[str, Attempt] = field(default_factory=dict)
 
-    def start(self) -> None:
-        self.started()
-        self.started = _nothing
-
     async def draw_for(self, engine: Engine) -> None:
         if self.draw is not None and getattr(engine, "pixels", True):
             self.page, self.draw = await self.draw(), None
-
-
-def _nothing() -> None: ...
 
 
 class Chain:
@@ -102,7 +94,7 @@ class Chain:
         self._max_wait = max_wait
 
     async def ask(
-        self, page: PageImage, task: Task, started: Callable[[], None] = _nothing, draw: Draw | None = None
+        self, page: PageImage, task: Task, started: Callable[[], None] | None = None, draw: Draw | None = None
     ) -> Page:
         """Read one page.
 
@@ -116,7 +108,7 @@ class Chain:
             AllEnginesFailed: No engine could, or none was to be asked any more.
             ConfigurationError: The settings of one are wrong; those behind it are not tried.
         """
-        clock = _Clock(page, draw, self._timeout, self._timeout, started)
+        clock = _Clock(page, draw, self._timeout, started)
         for position, (engine, breaker) in enumerate(zip(self.engines, self._breakers, strict=True), start=1):
             others = any(task.mode in other.modes for other in self.engines[position:])
             while True:
@@ -128,13 +120,15 @@ class Chain:
                     failure = error
                 else:
                     empty = not (answer.text or answer.cells) and bool(clock.page.png)
-                    if empty and await asyncio.to_thread(is_blank, clock.page):
+                    if empty and await asyncio.to_thread(clock.page.is_blank):
                         answer = replace(answer, engine="", model="")
                     return _page(clock.page, engine, answer, before - clock.left, tuple(clock.attempts.values()))
                 _note(clock, engine, failure, before - clock.left)
-                if not _is_absence(failure, breaker):
+                # One deadline may be the page's fault, several are not.
+                hangs = isinstance(failure, errors.DeadlineExceeded) and breaker.state != "closed"
+                if not hangs and not isinstance(failure, errors.ServerUnavailable):
                     break
-                if not (self._may_wait(failure, breaker, clock) and await _back(breaker, clock)):
+                if not await self._is_back(failure, breaker, clock):
                     if self._on_unavailable == "fallback":
                         break
                     raise errors.AllEnginesFailed(page.number, tuple(clock.attempts.values())) from failure
@@ -146,8 +140,8 @@ class Chain:
         for engine in self.engines:
             await engine.aclose()
 
-    def _may_wait(self, failure: errors.EngineError, breaker: Breaker, clock: _Clock) -> bool:
-        """Tell whether a page waits for its engine, and set how long."""
+    async def _is_back(self, failure: errors.EngineError, breaker: Breaker, clock: _Clock) -> bool:
+        """Wait until a page may ask again, perhaps as a probe; tell whether it may wait, and there was time enough."""
         patience = self._max_wait
         if self._on_unavailable == "fallback":
             there = breaker.state == "closed"
@@ -156,25 +150,34 @@ class Chain:
             if not _is_gone(failure) or clock.returns > RETURNS:
                 return False
         clock.wait_until = min(clock.wait_until, time.monotonic() + patience)
-        return self._on_unavailable != "fail"
+        while self._on_unavailable != "fail":
+            pause = max(LOOK_SECONDS, breaker.seconds_left)
+            if pause >= clock.wait_until - time.monotonic():
+                return False
+            await asyncio.sleep(pause)
+            if breaker.state != "half-open" and breaker.seconds_left == 0:
+                return True
+        return False
 
     async def _ask_one(self, engine: Engine, breaker: Breaker, task: Task, clock: _Clock, *, others: bool) -> Answer:
         """Ask one engine."""
         if task.mode not in engine.modes:
             raise errors.ModeNotSupported(f"{engine.name} cannot read in the mode {task.mode!r}")
         if clock.left <= 0:
-            raise errors.NotApplicable(f"nothing was left of the {clock.limit:g} s for the page")
+            raise errors.NotApplicable(f"nothing was left of the {self._timeout:g} s for the page")
         if others and engine.expected_seconds > clock.left:
             raise errors.NotApplicable(
                 f"{engine.name} takes {engine.expected_seconds:g} s for a page or more, and {clock.left:.1f} s were "
                 "left: allow more time (timeout=), or ask no other engine"
             )
         _refuse(breaker)
-        if clock.started is not _nothing:  # while the page waits for its first engine
+        if clock.started:  # while the page waits for its first engine
             await clock.draw_for(engine)
         async with engine.limiter:
             await clock.draw_for(engine)
-            clock.start()
+            if clock.started:
+                clock.started()
+                clock.started = None
             if more_seconds := getattr(engine, "more_seconds", None):
                 clock.left += await more_seconds()
             begin = time.monotonic()
@@ -243,28 +246,10 @@ def _refuse(breaker: Breaker) -> None:
             raise errors.CircuitOpen(f"{was}; it is asked again in {seconds:.1f} s; last: {breaker.reason}")
 
 
-def _is_absence(failure: errors.EngineError, breaker: Breaker) -> bool:
-    """Tell whether the engine failed, and not the page. One deadline may be the page's fault, several are not."""
-    return isinstance(failure, errors.ServerUnavailable) or (
-        isinstance(failure, errors.DeadlineExceeded) and breaker.state != "closed"
-    )
-
-
 def _is_gone(failure: errors.EngineError) -> bool:
     """Tell whether the engine is away and may soon be back: it is not full, and does not fail over the page."""
     there = isinstance(failure, errors.Overloaded) or failure.status not in (None, 502, 503)
     return isinstance(failure, errors.ServerUnavailable) and failure.passing and not there
-
-
-async def _back(breaker: Breaker, clock: _Clock) -> bool:
-    """Wait until a page may ask again, perhaps as a probe; tell whether there was time enough."""
-    while True:
-        pause = max(LOOK_SECONDS, breaker.seconds_left)
-        if pause >= clock.wait_until - time.monotonic():
-            return False
-        await asyncio.sleep(pause)
-        if breaker.state != "half-open" and breaker.seconds_left == 0:
-            return True
 
 
 def _note(clock: _Clock, engine: Engine, error: errors.EngineError, seconds: float) -> None:

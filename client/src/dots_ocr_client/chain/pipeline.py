@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Final
 
 from ..engines import admission
 from ..engines.base import Task
 from ..errors import AllEnginesFailed, ConfigurationError, InputError
-from ..pages.documents import OpenDocument, PageImage, Source
-from ..pages.rasterizer import Rasterizer
+from ..pages.documents import OpenDocument, PageImage, PageReference
 from ..results import FailedPage, Page
 from .fallback import Chain
 
@@ -21,74 +20,61 @@ AHEAD: Final = 0.5
 # Finished pages that may wait for a slow receiver; after that reading pauses. They hold text, not images.
 BACKLOG: Final = 64
 
+Draw = Callable[[PageReference], Awaitable[PageImage]]
 
-class Pipeline:
-    """Reads the pages of any number of documents at once; all share its limits."""
 
-    def __init__(self, chain: Chain, max_in_flight: int) -> None:
-        """Take the chain that reads the pages, and how many it may have at once."""
-        self._chain = chain
-        self._rasterizer = Rasterizer()
-        self._openings = asyncio.Semaphore(self._rasterizer.workers)
-        self._turns = asyncio.Semaphore(max(2 * self._rasterizer.workers, round(AHEAD * max_in_flight)))
+async def deliver(
+    document: OpenDocument, numbers: Sequence[int], draw: Draw, chain: Chain, task: Task, turns: asyncio.Semaphore
+) -> AsyncGenerator[Page | FailedPage, None]:
+    """Read pages of a document and yield them as they finish.
 
-    async def open(
-        self, source: Source, pages: str | Iterable[int] | None = None, password: str | None = None
-    ) -> OpenDocument:
-        """Open a document; see `Rasterizer.open`."""
-        async with self._openings:  # the others wait here, not in front of the pages of documents that are open
-            return await self._rasterizer.open(source, pages, password=password)
+    The document stays open. Close the generator if you stop early.
 
-    async def deliver(
-        self, document: OpenDocument, task: Task, numbers: Sequence[int] | None = None
-    ) -> AsyncGenerator[Page | FailedPage, None]:
-        """Read pages of a document, by default those for which it was opened, and yield them as they finish.
+    Args:
+        document: Any.
+        numbers: Which of its pages, counted from 1.
+        draw: Draws one.
+        chain: Reads one.
+        task: What to read.
+        turns: Pages that may be drawn and not yet be with an engine, of all documents; see `AHEAD`.
 
-        The document stays open. Close the generator if you stop early.
+    Raises:
+        ConfigurationError: Wrong base URL, model or API key; pages that are not finished are given up.
+    """
+    finished: asyncio.Queue[Page | FailedPage | None] = asyncio.Queue(BACKLOG)
 
-        Raises:
-            ConfigurationError: Wrong base URL, model or API key; pages that are not finished are given up.
-        """
-        finished: asyncio.Queue[Page | FailedPage | None] = asyncio.Queue(BACKLOG)
-
-        async def finish(number: int, end_turn: Callable[..., None]) -> None:
-            page: Page | FailedPage
-            try:
-                reference = document.reference(number)
-                undrawn = PageImage.undrawn(reference)
-                page = await self._chain.ask(undrawn, task, end_turn, lambda: self._rasterizer.draw(reference))
-            except InputError as error:
-                page = FailedPage(number, type(error).__name__, str(error))
-            except AllEnginesFailed as error:
-                page = FailedPage(number, type(error).__name__, str(error), error.attempts)
-            await finished.put(page)
-
-        async def feed() -> None:
-            wrong: BaseException | None = None
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for number in numbers or document.numbers:
-                        await self._turns.acquire()
-                        end_turn = admission.turn(self._turns)
-                        page = group.create_task(finish(number, end_turn))
-                        page.add_done_callback(end_turn)  # also of one that is cancelled before it began
-            except* ConfigurationError as errors:
-                wrong = errors.exceptions[0]  # what is raised here, Python 3.11.2 hands on in a group
-            finally:
-                await finished.put(None)
-            if wrong is not None:
-                raise wrong from None
-
-        feeder = asyncio.create_task(feed())
+    async def finish(number: int, end_turn: Callable[..., None]) -> None:
+        page: Page | FailedPage
         try:
-            while (page := await finished.get()) is not None:
-                yield page
-            await feeder
-        finally:
-            feeder.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ConfigurationError):
-                await feeder
+            reference = document.reference(number)
+            undrawn = PageImage.undrawn(reference)
+            page = await chain.ask(undrawn, task, end_turn, lambda: draw(reference))
+        except (InputError, AllEnginesFailed) as error:
+            page = FailedPage(number, type(error).__name__, str(error), getattr(error, "attempts", ()))
+        await finished.put(page)
 
-    async def aclose(self) -> None:
-        """End the processes that draw; pages that are still asked for fail."""
-        await asyncio.to_thread(self._rasterizer.close)
+    async def feed() -> None:
+        wrong: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in numbers:
+                    await turns.acquire()
+                    end_turn = admission.turn(turns)
+                    page = group.create_task(finish(number, end_turn))
+                    page.add_done_callback(end_turn)  # also of one that is cancelled before it began
+        except* ConfigurationError as errors:
+            wrong = errors.exceptions[0]  # what is raised here, Python 3.11.2 hands on in a group
+        finally:
+            await finished.put(None)
+        if wrong is not None:
+            raise wrong from None
+
+    feeder = asyncio.create_task(feed())
+    try:
+        while (page := await finished.get()) is not None:
+            yield page
+        await feeder
+    finally:
+        feeder.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ConfigurationError):
+            await feeder

@@ -23,7 +23,7 @@ from PIL import Image
 from .. import errors
 from ..credentials import bare, read_key, without_login
 from ..engines.base import Answer
-from ..engines.server import MAX_COUNT, Completion, Server, is_about_length
+from ..engines.server import MAX_COUNT, Server
 from ..engines.vllm import VLLMEngine
 from ..loop_thread import LoopThread
 from ..pages import images
@@ -321,21 +321,15 @@ class VLLMDotsOCRClient:
             _log.warning("dots.ocr was not trained with this prompt and may ignore it: %.100r", conversation.prompt)
         messages = await asyncio.to_thread(conversation.encoded)
         request: dict[str, Any] = {"model": self._engine.model, "messages": messages, "temperature": 0.0}
-        bounded = request if max_tokens is None else {**request, "max_completion_tokens": max_tokens}
         try:
-            try:
-                completion = await self._server.complete(bounded, b"", seconds, stream=False)
-            except errors.RequestRejected as error:
-                if bounded is request or not is_about_length(error):
-                    raise
-                completion = await self._server.complete(request, b"", seconds, stream=False)
+            answer = await self._server.complete(request, b"", seconds, stream=False, limit=max_tokens)
         except errors.CutOff as error:
             if not error.text.strip():
                 raise
             return completion_of(error.text + CUT_OFF, MODEL, finish_reason="length")
-        if not completion.text.strip():
+        if not answer.text.strip():
             raise errors.UnusableAnswer("the answer is empty")
-        return completion_of(completion.text, completion.model, completion)
+        return completion_of(answer.text, answer.model, answer)
 
     async def _aclose(self) -> None:
         with contextlib.suppress(errors.DotsOCRError):  # the address or the key is none
@@ -363,7 +357,7 @@ def root_of(base_url: str) -> str:
 
 
 def completion_of(
-    content: str, model: str, counted: Answer | Completion | None = None, finish_reason: str = "stop"
+    content: str, model: str, counted: Answer | None = None, finish_reason: str = "stop"
 ) -> dict[str, Any]:
     """Make a completion as vLLM would send it; its usage is empty unless both numbers of tokens are known."""
     usage: dict[str, Any] = {}

@@ -19,7 +19,6 @@ import contextlib
 import math
 import random
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Final, Literal, Self
 
@@ -39,7 +38,7 @@ PATIENCE: Final = 10.0
 PAUSE: Final = 1.0
 # Seconds between two probes at most: how late the return of an engine is noticed. A vLLM server takes minutes to start.
 MAX_PAUSE: Final = 10.0
-# Each pause is shortened by up to this part, at random, so that many clients do not probe at the same moment.
+# Each pause is shortened by up to this part, at random, so that many clients do not come back at the same moment.
 JITTER: Final = 0.5
 
 Clock = Callable[[], float]
@@ -71,7 +70,8 @@ class Limiter:
         self._limit = float(start)
         self._slow_start = True
         self.in_flight = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._slots = asyncio.Semaphore(start)
+        self._there_are = start  # slots, free or held: for a while more than the limit, after it was lowered
         self._halved_at = float("-inf")
 
     @property
@@ -81,9 +81,11 @@ class Limiter:
 
     def succeeded(self) -> None:
         """Note a page that the engine read: the limit grows, if it was what kept others waiting."""
-        if self.in_flight >= self.limit or self._waiting:
+        if self.in_flight >= self.limit or self._slots.locked():
             self._limit = min(self._cap, self._limit + (1 if self._slow_start else 1 / self._limit))
-            self._wake()
+            if self._there_are < self.limit:
+                self._there_are += 1
+                self._slots.release()
 
     def overloaded(self) -> None:
         """Note that the engine has too much to do: the limit is halved."""
@@ -100,36 +102,20 @@ class Limiter:
 
     async def __aenter__(self) -> Self:
         """Wait for a slot."""
-        if self.in_flight < self.limit and not self._waiting:
-            self.in_flight += 1
-            return self
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.cancelled():
-                with contextlib.suppress(ValueError):  # `_wake` may have passed over it already
-                    self._waiting.remove(turn)
-            else:  # given and not taken
-                self._release()
-            raise
+        await self._slots.acquire()
+        while self._there_are > self.limit:
+            self._there_are -= 1
+            await self._slots.acquire()
+        self.in_flight += 1
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Give the slot back."""
-        self._release()
-
-    def _release(self) -> None:
         self.in_flight -= 1
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting and self.in_flight < self.limit:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                self.in_flight += 1
-                turn.set_result(None)
+        if self._there_are > self.limit:
+            self._there_are -= 1
+        else:
+            self._slots.release()
 
 
 class Breaker:

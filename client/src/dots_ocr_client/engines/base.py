@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 from PIL import Image
 
 from ..errors import RequestRejected
-from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import Mode
-from ..results import Attempt, Box, Cell
+from ..results import Attempt, Box, Cell, layout
 from .admission import Limiter
 
 
@@ -70,22 +68,18 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """Short name, which results carry."""
-        ...
 
     @property
     def modes(self) -> frozenset[Mode]:
         """What it can be asked for; it is skipped for anything else."""
-        ...
 
     @property
     def limiter(self) -> Limiter:
         """How many pages it may be given at once; the caller holds one of its slots while it calls `read`."""
-        ...
 
     @property
     def expected_seconds(self) -> float:
         """About how long one page takes; with less time left, an engine that has others behind it is passed over."""
-        ...
 
     async def probe(self, seconds: float) -> None:
         """Find out whether the engine could read a page now, at little cost: for a server, its health and its model.
@@ -97,7 +91,6 @@ class Engine(Protocol):
             EngineError: It could not.
             ConfigurationError: It never will with these settings.
         """
-        ...
 
     async def read(self, page: PageImage, task: Task, seconds: float) -> Answer:
         """Read one page.
@@ -111,16 +104,9 @@ class Engine(Protocol):
             EngineError: This engine cannot; another one may.
             ConfigurationError: The settings are wrong; no other engine is asked.
         """
-        ...
 
     async def aclose(self) -> None:
         """Let go of connections and the like."""
-        ...
-
-
-def is_blank(page: PageImage) -> bool:
-    """Tell whether a page shows nothing at all; that takes a moment."""
-    return images.is_blank(page.image)
 
 
 def cut_out(page: PageImage, box: Box) -> Image.Image:
@@ -134,10 +120,8 @@ def place(page: PageImage, box: Box) -> tuple[int, int, int, int]:
     Raises:
         RequestRejected: It shows nothing of the page.
     """
-    across, down = page.sent_width / page.width, page.sent_height / page.height
-    left, top = max(0, math.floor(box.left * across)), max(0, math.floor(box.top * down))
-    right = min(page.sent_width, math.ceil(box.right * across))
-    bottom = min(page.sent_height, math.ceil(box.bottom * down))
+    sent, own = (page.sent_width, page.sent_height), (page.width, page.height)
+    left, top, right, bottom = layout.to_page(box, own, sent)
     if left >= right or top >= bottom:
         raise RequestRejected(
             f"the box {list(box)} lies outside the page of {page.width} x {page.height} px. Fix: give it in these "

@@ -7,41 +7,28 @@ torchvision, whose usual build does not go with a torch for CPUs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import importlib
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from PIL import Image
 
-from ..errors import (
-    ConfigurationError,
-    CutOff,
-    DeadlineExceeded,
-    EngineError,
-    EngineMissing,
-    NotApplicable,
-    Repetition,
-    RequestRejected,
-    ServerUnavailable,
-    UnusableAnswer,
-)
+from .. import errors
 from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import Mode
-from ..results import Box
 from .admission import Limiter
 from .base import Answer, Task, cut_out
 from .server import LOOP_CHUNKS, LOOP_TAIL, is_loop
@@ -137,7 +124,7 @@ class QwenEngine:
         """
         device = device or os.environ.get("DOTS_OCR_QWEN_DEVICE") or "auto"
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
-            raise ConfigurationError(f"{device!r} is not a device for qwen: write auto, cpu, cuda or cuda:1")
+            raise errors.ConfigurationError(f"{device!r} is not a device for qwen: write auto, cpu, cuda or cuda:1")
         numbers = {"max_pixels": max_pixels, "max_new_tokens": max_new_tokens, "idle_seconds": idle_seconds}
         for name, number in numbers.items():
             if not number > 0:
@@ -184,7 +171,8 @@ class QwenEngine:
         """
         job = _Job(seconds)
         self._jobs.add(job)
-        self._stop_idle_timer()
+        if self._idle_timer:
+            self._idle_timer.cancel()
         try:
             return await self._run(self._transcribe, page, task, job)
         finally:
@@ -198,22 +186,22 @@ class QwenEngine:
         """Drop the model."""
         for job in self._jobs:
             job.cancel()
-        self._stop_idle_timer()
+        if self._idle_timer:
+            self._idle_timer.cancel()
         await self._run(self._unload)
 
     async def _run(self, function: Callable[..., _Result], *arguments: object) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(function, *arguments))
 
-    def _stop_idle_timer(self) -> None:
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-            self._idle_timer = None
-
     # What follows runs in the thread.
 
     def _transcribe(self, page: PageImage, task: Task, job: _Job) -> Answer:
         job.check()
-        picture = page.image if task.box is None else _cut_out(page, task.box)
+        picture = page.image if task.box is None else cut_out(page, task.box)
+        if task.box is not None and max(picture.size) >= images.MAX_ASPECT * min(picture.size):
+            raise errors.RequestRejected(
+                f"the box {list(task.box)} is too narrow: the model takes aspect ratios below 200"
+            )
         mode: Mode = "text" if task.mode == "layout" else task.mode
         warnings = ("qwen reads text without layout",) if task.mode == "layout" else ()
         if task.mode != "general" and images.is_blank(picture):
@@ -222,7 +210,7 @@ class QwenEngine:
         try:
             self._loaded = self._loaded or self._load()
             text, prompt_tokens, completion_tokens = self._generate(self._loaded, picture, prompt, job)
-        except EngineError:
+        except errors.EngineError:
             raise
         except Exception as error:  # torch and transformers raise nearly anything
             failure = self._explain(error)
@@ -253,23 +241,38 @@ class QwenEngine:
             "pixel_values": pixels["pixel_values"],
             "image_grid_thw": pixels["image_grid_thw"],
         }
-        answer = _Tokens(loaded.tokenizer)
-        with _interruptible(loaded.model, job):
-            loaded.model.generate(
+
+        def answer_of(sequence: Any, last: int = 0) -> str:
+            """Return the text of an answer, or of so many of its last tokens."""
+            return str(loaded.tokenizer.decode(sequence[0, ids.shape[1] :][-last:], skip_special_tokens=True))
+
+        def stops(sequence: Any, *_: object, **__: object) -> bool:
+            """Tell now and then whether the answer has become a loop."""
+            count = sequence.shape[1] - ids.shape[1]
+            return bool(count % LOOP_CHUNKS == 0) and is_loop(answer_of(sequence, LOOP_TAIL))
+
+        with contextlib.ExitStack() as hooks:
+            for module in loaded.model.modules():  # the prompt alone takes a CPU half a minute
+                hooks.enter_context(module.register_forward_pre_hook(lambda *_: job.check()))
+            sequence = loaded.model.generate(
                 **{name: tensor.to(loaded.model.device) for name, tensor in inputs.items()},
-                streamer=answer,
+                stopping_criteria=[stops],
                 max_new_tokens=self._max_new_tokens,
                 # Greedy, whatever the model's own settings are. Penalties would ruin tables.
                 **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0},
             )
-        text = answer.text().strip()
-        if is_loop(text):
-            raise _repetition()
-        if len(answer.tokens) >= self._max_new_tokens and answer.tokens[-1] not in loaded.end_tokens:
-            raise CutOff(f"the answer was cut off after {self._max_new_tokens} tokens: allow more (max_new_tokens=)")
+        text, count = answer_of(sequence), int(sequence.shape[1] - ids.shape[1])
+        if is_loop(text) or is_loop(text := text.strip()):
+            raise errors.Repetition(
+                "the model repeated itself without end: try another model, or another resolution (max_pixels=)"
+            )
+        if count >= self._max_new_tokens and int(sequence[0, -1]) not in loaded.end_tokens:
+            raise errors.CutOff(
+                f"the answer was cut off after {self._max_new_tokens} tokens: allow more (max_new_tokens=)"
+            )
         if not text:
-            raise UnusableAnswer("the model wrote nothing, though the page is not blank: try another model")
-        return text, int(ids.shape[1]), len(answer.tokens)
+            raise errors.UnusableAnswer("the model wrote nothing, though the page is not blank: try another model")
+        return text, int(ids.shape[1]), count
 
     def _load(self) -> _Loaded:
         """Load the model."""
@@ -280,9 +283,15 @@ class QwenEngine:
             raise _packages_missing(error) from error
         device = self._device if gpu is None else _cuda_device(torch, gpu)
         if device != "cpu" and not torch.cuda.is_available():
-            raise EngineMissing("torch finds no GPU that it can use: install its CUDA build, or choose device='cpu'")
+            raise errors.EngineMissing(
+                "torch finds no GPU that it can use: install its CUDA build, or choose device='cpu'"
+            )
         try:
-            with _without_progress_bars(transformers):
+            with contextlib.ExitStack() as afterwards:
+                logging = transformers.utils.logging
+                if logging.is_progress_bar_enabled():
+                    logging.disable_progress_bar()
+                    afterwards.callback(logging.enable_progress_bar)
                 options = {"local_files_only": True}
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
                 image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
@@ -306,7 +315,7 @@ class QwenEngine:
         gpu = choose_gpu([] if self._keep_free_mib is None else _gpus(), needed, self._keep_free_mib)
         if gpu is None:
             kept = "all" if self._keep_free_mib is None else f"{self._keep_free_mib} MiB"
-            raise NotApplicable(
+            raise errors.NotApplicable(
                 f"{self.model} needs {needed} MiB of GPU memory, and {kept} of each GPU is kept for a vLLM that comes "
                 "back: give keep_free_mib= what vLLM takes; or choose device='cuda' if vLLM does not run there, or "
                 "device='cpu', which takes minutes for a page (or set DOTS_OCR_QWEN_DEVICE)"
@@ -321,30 +330,29 @@ class QwenEngine:
             return self._folder
         hub: Any = importlib.import_module("huggingface_hub")
         try:
-            folder = Path(hub.snapshot_download(self.model, local_files_only=not self._download))
+            return Path(hub.snapshot_download(self.model, local_files_only=not self._download))
         except Exception as error:  # the Hub's client raises its own errors and those of its HTTP library
             if self._download:
                 raise self._files_missing(f"{self.model} could not be downloaded ({_short(error)})") from error
             raise self._files_missing(f"{self.model} is not in the local Hugging Face cache") from error
-        return folder
 
-    def _files_missing(self, what: str) -> EngineMissing:
+    def _files_missing(self, what: str) -> errors.EngineMissing:
         where = "" if self._folder is None else f" --local-dir {self._folder}"
-        return EngineMissing(f"{what}: hf download {self.model}{where}")
+        return errors.EngineMissing(f"{what}: hf download {self.model}{where}")
 
-    def _explain(self, error: Exception) -> EngineError:
+    def _explain(self, error: Exception) -> errors.EngineError:
         """Say what an unexpected error means. Its own traceback must not be kept: it would hold the memory."""
         if (
             isinstance(error, MemoryError)
             or type(error).__name__ == "OutOfMemoryError"  # torch's, which may not be imported yet
             or "can't allocate memory" in str(error)  # torch's for the CPU
         ):
-            full = ServerUnavailable(
+            full = errors.ServerUnavailable(
                 f"the memory does not suffice for {self.model}: free some, or choose a smaller max_pixels= or model"
             )
             full.passing = False
             return full
-        return EngineError(f"{self.model} failed with {type(error).__name__}: {_short(error)}")
+        return errors.EngineError(f"{self.model} failed with {type(error).__name__}: {_short(error)}")
 
     def _unload(self) -> None:
         if self._loaded is None:
@@ -379,59 +387,7 @@ class _Job:
     def check(self) -> None:
         """Raise `DeadlineExceeded` if no time is left, or nobody waits any more."""
         if self._cancelled.is_set() or time.monotonic() >= self._end:
-            raise DeadlineExceeded(f"no answer within {self._seconds:.0f} s: allow more time, or use a GPU")
-
-
-class _Tokens:
-    """Takes the tokens of an answer while it is written; what transformers calls a streamer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokens: list[int] = []
-        self._tokenizer = tokenizer
-        self._prompt_was_here = False
-
-    def put(self, tokens: Any) -> None:
-        """Take the prompt, which comes first, or the next token; raise `Repetition` if the answer is a loop."""
-        if not self._prompt_was_here:
-            self._prompt_was_here = True
-            return
-        self.tokens += tokens.flatten().tolist()
-        if len(self.tokens) % LOOP_CHUNKS == 0 and is_loop(self.text(LOOP_TAIL)):
-            raise _repetition()
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-    def text(self, last: int | None = None) -> str:
-        """Return the text of all tokens, or of so many of the last ones."""
-        return str(self._tokenizer.decode(self.tokens[-(last or 0) :], skip_special_tokens=True))
-
-
-@contextmanager
-def _interruptible(model: Any, job: _Job) -> Iterator[None]:
-    """Let the end of the job end the model's work at its next module: the prompt alone takes a CPU half a minute."""
-
-    def check(module: Any, arguments: Any) -> None:
-        job.check()
-
-    hooks = [module.register_forward_pre_hook(check) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _without_progress_bars(transformers: Any) -> Iterator[None]:
-    logging = transformers.utils.logging
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+            raise errors.DeadlineExceeded(f"no answer within {self._seconds:.0f} s: allow more time, or use a GPU")
 
 
 def _prompt(loaded: _Loaded, text: str, image_tokens: int) -> str:
@@ -439,7 +395,7 @@ def _prompt(loaded: _Loaded, text: str, image_tokens: int) -> str:
     tokenizer = loaded.tokenizer
     image = tokenizer.convert_ids_to_tokens(loaded.model.config.image_token_id)
     if image in text:
-        raise RequestRejected(f"the question contains {image}, which stands for an image: leave it out")
+        raise errors.RequestRejected(f"the question contains {image}, which stands for an image: leave it out")
     prompt = ""
     if tokenizer.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": text}]
@@ -452,10 +408,7 @@ def _prompt(loaded: _Loaded, text: str, image_tokens: int) -> str:
 
 def _gpus() -> list[Gpu]:
     """Ask ``nvidia-smi``: torch would take hundreds of MiB on each GPU only to look at it."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -469,26 +422,16 @@ def _cuda_device(torch: Any, gpu: Gpu) -> str:
     for index in range(torch.cuda.device_count()):
         if f"GPU-{torch.cuda.get_device_properties(index).uuid}" == gpu.uuid:
             return f"cuda:{index}"
-    raise EngineMissing(f"torch does not see {gpu.uuid}: install its CUDA build, or correct CUDA_VISIBLE_DEVICES")
-
-
-def _cut_out(page: PageImage, box: Box) -> Image.Image:
-    """Return what the box shows."""
-    picture = cut_out(page, box)
-    if max(picture.size) >= images.MAX_ASPECT * min(picture.size):
-        raise RequestRejected(f"the box {list(box)} is too narrow: the model takes aspect ratios below 200")
-    return picture
-
-
-def _packages_missing(reason: object) -> EngineMissing:
-    return EngineMissing(
-        f"qwen needs torch and transformers ({reason}): pip install 'dots-ocr-client[qwen]'; without an NVIDIA GPU, "
-        "install torch from PyTorch's index of CPU builds first, which are far smaller"
+    raise errors.EngineMissing(
+        f"torch does not see {gpu.uuid}: install its CUDA build, or correct CUDA_VISIBLE_DEVICES"
     )
 
 
-def _repetition() -> Repetition:
-    return Repetition("the model repeated itself without end: try another model, or another resolution (max_pixels=)")
+def _packages_missing(reason: object) -> errors.EngineMissing:
+    return errors.EngineMissing(
+        f"qwen needs torch and transformers ({reason}): pip install 'dots-ocr-client[qwen]'; without an NVIDIA GPU, "
+        "install torch from PyTorch's index of CPU builds first, which are far smaller"
+    )
 
 
 def _short(error: object) -> str:

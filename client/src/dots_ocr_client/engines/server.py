@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import ipaddress
 import json
@@ -11,15 +12,14 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from datetime import UTC
-from email.utils import parsedate_to_datetime
+from email.utils import mktime_tz, parsedate_tz
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import errors
 from ..credentials import Address, Secrets, read_key
 from ..results import Attempt, attempts_of
 from ..texts import encodable
+from .base import Answer
 
 if TYPE_CHECKING:  # openai takes half a second to import, so it waits until it is needed
     import httpx2
@@ -60,19 +60,6 @@ _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LENGTH = re.compile(r"context length|max(imum)?[ _-]model[ _-]len|max_(completion_)?tokens", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished answer."""
-
-    text: str  # what the model wrote
-    model: str  # as the server names it
-    prompt_tokens: int | None  # as the server counted them, if it did
-    completion_tokens: int | None
-    warnings: tuple[str, ...] = ()  # of ``dots-ocr serve``, which engine read the page first of all
-    engine: str | None = None  # that engine, if the server tells
-    attempts: tuple[Attempt, ...] = ()  # those that it tried before, as above
-
-
 class Server:
     """One server; connections are opened when first needed. Nothing is retried here."""
 
@@ -100,9 +87,9 @@ class Server:
             # Not through models.list(), which breaks on JSON that is not a list of models.
             listing: Any = await self._connect().get("/models", cast_to=object, options={"timeout": _timeout(seconds)})
             cards = [dict(self._secrets.hide_all(card)) for card in listing["data"]]
-            if all(isinstance(card["id"], str) for card in cards):
-                return cards
-            fault = self._not_an_api()
+            if not all(isinstance(card["id"], str) for card in cards):
+                raise self._not_an_api()
+            return cards
         except Exception as error:
             fault = await self._translate(error, seconds, None)
         raise fault
@@ -146,47 +133,46 @@ class Server:
             return None
         return self._quote(version) if isinstance(version, str) else None
 
-    async def complete(self, request: dict[str, Any], picture: bytes, seconds: float, *, stream: bool) -> Completion:
-        """Send one request and wait for the whole answer.
+    async def complete(
+        self, request: dict[str, Any], png: bytes, seconds: float, *, stream: bool, limit: int | None = None
+    ) -> Answer:
+        """Send one request and wait for the whole answer, which has no cells; its mode is the caller's to set.
 
         Cancelling this closes the connection, upon which vLLM stops working on the page. That is the only limit in
         time for certain: a server that sends one byte now and then outlives every other.
 
         Args:
             request: Body of the request, with `PICTURE` as the URL of the picture.
-            picture: A PNG in base64.
+            png: The picture.
             seconds: For each connect, read and write.
             stream: Ask for the answer piece by piece. Then a loop is noticed while it lasts, and the connection closed,
                 and there are limits on the first and on every further piece.
+            limit: Tokens of the answer at most. If the server says that they do not fit into its context, it is asked
+                again without: it fills what is left by itself.
 
         Raises:
-            ModelNotServed: The server does not know the model.
-            Unauthorized: The server wants another API key.
-            ConfigurationError: There is no OpenAI API at the base URL.
-            Overloaded: 429 or 503.
-            ServerUnavailable: No connection, another unexpected status, or nothing like an answer.
-            DeadlineExceeded: `seconds`, or one of the limits on streams.
-            RequestRejected: 400, 413 or 422; see `is_about_length`.
-            Repetition, CutOff, UnusableAnswer: The answer is of no use.
+            EngineError, ConfigurationError: As `VLLMEngine.read` has them, all but ModeNotSupported.
         """
+        bounded = request if limit is None else {**request, "max_completion_tokens": limit}
         fault: errors.DotsOCRError
         try:
             if stream:
-                return await self._collect(request, picture, seconds)
+                return await self._collect(bounded, png, seconds)
             # Trusting nothing: the SDK hands over whatever JSON, or even text, the server sent.
-            completion = await self._post(request, picture, seconds)
+            completion = await self._post(bounded, png, seconds)
             choice, model = completion.choices[0], completion.model or request["model"]
             about = getattr(completion, "dots_ocr", None)
             return self._judge(choice.message.content, choice.finish_reason, model, completion.usage, about)
         except Exception as error:
             fault = await self._translate(error, seconds, request["model"])
+        if limit is not None and isinstance(fault, errors.RequestRejected) and _LENGTH.search(str(fault)):
+            return await self.complete(request, png, seconds, stream=stream)
         raise fault
 
-    async def count_prompt(self, request: dict[str, Any], picture: bytes, seconds: float) -> int | None:
+    async def count_prompt(self, request: dict[str, Any], png: bytes, seconds: float) -> int | None:
         """Send a request as for `complete`, for the sake of the prompt's tokens; return these, if the server tells."""
         try:
-            completion = await self._post(request, picture, seconds)
-            return _count(completion.usage, "prompt_tokens")
+            return _count((await self._post(request, png, seconds)).usage, "prompt_tokens")
         except Exception:
             return None
 
@@ -229,10 +215,11 @@ class Server:
         assert self._http is not None
         return await self._http.get(self.base_url.removesuffix("/v1") + path, timeout=_timeout(seconds))
 
-    async def _post(self, request: dict[str, Any], picture: bytes, seconds: float, **streaming: Any) -> Any:
+    async def _post(self, request: dict[str, Any], png: bytes, seconds: float, **streaming: Any) -> Any:
         """Send a request with a body of our own making: the SDK would go through megabytes of picture several times."""
         from openai.types.chat import ChatCompletion
 
+        picture = await asyncio.to_thread(base64.b64encode, png)
         before, prefix, after = json.dumps(request).encode().partition(PICTURE.encode())
         return await self._connect().post(
             "/chat/completions",
@@ -242,7 +229,7 @@ class Server:
             **streaming,
         )
 
-    async def _collect(self, request: dict[str, Any], picture: bytes, seconds: float) -> Completion:
+    async def _collect(self, request: dict[str, Any], png: bytes, seconds: float) -> Answer:
         import openai
         from openai.types.chat import ChatCompletionChunk
 
@@ -254,7 +241,7 @@ class Server:
         chunks = 0
         try:
             async with asyncio.timeout(FIRST_TOKEN_SECONDS) as limit:
-                async with await self._post(request, picture, seconds, **streaming) as stream:
+                async with await self._post(request, png, seconds, **streaming) as stream:
                     async for chunk in stream:
                         limit.reschedule(loop.time() + IDLE_SECONDS)
                         chunks += 1
@@ -278,17 +265,12 @@ class Server:
             raise errors.ServerUnavailable(f"{self.base_url} broke its answer off: look at its log")
         return self._judge("".join(pieces), finish_reason, model, usage, about)
 
-    def _judge(self, text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Completion:
-        hidden: tuple[str, ...] = ()
-        if isinstance(text, str):
-            said = encodable(text)
-            text = self._secrets.hide_in_page(said)
-            if text != said:
-                hidden = ("the server repeated the key that it was sent: *** stands in its place",)
+    def _judge(self, text: Any, finish_reason: Any, model: Any, usage: Any, about: Any) -> Answer:
+        said = encodable(text) if isinstance(text, str) else ""
+        read = self._secrets.hide_in_page(said)
         if finish_reason == "length":
-            read = text if isinstance(text, str) else ""
             raise errors.CutOff("the answer was cut off at the end of the context: use a larger --max-model-len", read)
-        if finish_reason == "repetition" or (isinstance(text, str) and is_loop(text)):
+        if finish_reason == "repetition" or is_loop(read):
             raise errors.Repetition("the model repeated itself without end: try again, or with another resolution")
         if finish_reason in ("abort", "error"):  # vLLM's own words (vllm/v1/engine); the status is 200 all the same
             raise errors.ServerUnavailable("the server gave the page up in the middle of its answer: look at its log")
@@ -297,7 +279,6 @@ class Server:
             raise errors.UnusableAnswer(f"the model stopped for the reason {reason!r}: look at the server's log")
         if not isinstance(text, str):
             raise errors.UnusableAnswer("the answer has no text: look at the server's log")
-        tokens = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
         # dots-ocr serve says beside its answer who read the page, a gateway in a header, and other servers not at all.
         about = about if isinstance(about, dict) else {}
         engine = self._quote(about.get("engine", _engine.get()) or "")
@@ -312,8 +293,20 @@ class Server:
             )
         told = _ENGINE.fullmatch(engine)
         if told and engine != "vllm":
-            hidden += (f"the server had {engine} ({model}) read the page",)
-        return Completion(text, model, *tokens, (*hidden, *notes), engine if told else None, attempts)
+            notes.insert(0, f"the server had {engine} ({model}) read the page")
+        if read != said:
+            notes.insert(0, "the server repeated the key that it was sent: *** stands in its place")
+        return Answer(
+            mode="text",
+            text=read,
+            model=model,
+            prompt_tokens=_count(usage, "prompt_tokens"),
+            completion_tokens=_count(usage, "completion_tokens"),
+            finish_reason="stop",
+            warnings=tuple(notes),
+            engine=engine if told else None,
+            attempts=attempts,
+        )
 
     def _quote(self, said: object, length: int = 300) -> str:
         """Return what a server said in one line, without the secrets, and cut off only then."""
@@ -389,10 +382,8 @@ class Server:
     async def _takes_the_key(self, seconds: float) -> bool:
         try:
             await self.models(seconds)
-        except errors.ConfigurationError:
-            return False
-        except errors.EngineError:
-            return True  # which it does not say
+        except errors.DotsOCRError as error:
+            return not isinstance(error, errors.ConfigurationError)  # any other fault does not say
         return True
 
     async def _explain_not_found(
@@ -424,11 +415,6 @@ def is_loop(text: str) -> bool:
         return False
     # Shifted by its own period a periodic text is equal to itself.
     return any(tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1))
-
-
-def is_about_length(error: errors.RequestRejected) -> bool:
-    """Tell whether the server refused a request because prompt and answer together do not fit into its context."""
-    return bool(_LENGTH.search(str(error)))
 
 
 def _count(usage: Any, name: str) -> int | None:
@@ -484,13 +470,10 @@ def _retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
+        date = parsedate_tz(value)
+        seconds = mktime_tz(date) - time.time() if date else float(value)
+    except (ValueError, OverflowError):
+        return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import math
 import os
 import re
 import shutil
 import time
+from asyncio.subprocess import Process, SubprocessStreamProtocol
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -19,9 +19,9 @@ from ..errors import EngineError, EngineMissing, UnusableAnswer
 from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import Mode
-from ..results import Box, Cell
+from ..results import Box, Cell, layout
 from .admission import Limiter
-from .base import Answer, Task, cut_out, is_blank
+from .base import Answer, Task, cut_out
 
 # Tesseract's page segmentation modes: find columns and blocks by itself (its default), or take all as one block.
 PAGE_LAYOUT, ONE_BLOCK = "3", "6"
@@ -108,7 +108,7 @@ class TesseractEngine:
         cells = _cells(rows, said, page) if task.mode == "layout" else ()
         text = "\n\n".join(cell.text for cell in cells) if task.mode == "layout" else "\n".join(said).rstrip()
         warnings = []
-        if not text and task.box is None and not await asyncio.to_thread(is_blank, page):
+        if not text and task.box is None and not await asyncio.to_thread(page.is_blank):
             warnings.append("the page is not blank, but no text was found on it")
         words = [(len(row[11]), float(row[10]), row) for row in rows if row[0] == "5" and row[11].strip()]
         letters, unsure = (sum(length for length, sure, _ in words if sure < most) for most in (101, SURE))
@@ -150,25 +150,24 @@ class TesseractEngine:
         if program is None:
             packages = " ".join(map(_package, self.languages.split("+")))
             raise EngineMissing(f"there is no tesseract on the PATH. Fix: apt-get install tesseract-ocr {packages}")
+        loop = asyncio.get_running_loop()
         try:
-            process = await asyncio.create_subprocess_exec(
+            transport, protocol = await loop.subprocess_exec(
+                lambda: SubprocessStreamProtocol(2**16, loop),
                 program,
                 *options,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
                 # Its OpenMP threads wait busily for each other. With two threads each, four pages at once on two cores
                 # took 22 to 263 s instead of 5 to 7 s, and a page alone gains next to nothing from a second thread.
                 env={**os.environ, "OMP_THREAD_LIMIT": "1"},
             )
         except OSError as error:
             raise EngineError(f"{program} does not run: {error.strerror or error}") from error
+        process = Process(transport, protocol, loop)
         try:
             output, complaints = await process.communicate(png)
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            transport.close()  # kills it, if need be; the loop may end before anything else is done about its pipes
+            await process.wait()
         complaint = complaints.decode(errors="replace").strip()
         # With several languages Tesseract goes on without those that it lacks and still reports success.
         if "Failed loading language" in complaint:
@@ -200,37 +199,23 @@ def _cells(rows: Sequence[Sequence[str]], said: Iterable[str], page: PageImage) 
     Only the text as a whole tells where there are spaces: between Chinese words, there are none.
     """
     spaced = {"".join(line.split()): line.strip() for line in said}
-    cells: list[Cell] = []
-    box = Box(0, 0, 0, 0)
-    letters: list[str] = []  # of each line, without spaces
-
-    def finish() -> None:
-        if lines := [spaced.get(line, line) for line in letters if line]:
-            cells.append(Cell("Text", box, "\n".join(lines)))
-        letters.clear()
-
+    paragraphs: list[tuple[Box, list[str]]] = []  # each with the letters of its lines, without spaces
     for row in rows:
         match row[0]:
             case "3":
-                finish()
-                box = _box(_area(row), page)
+                sent, own = (page.sent_width, page.sent_height), (page.width, page.height)
+                paragraphs.append((layout.to_page(_area(row), sent, own), []))
             case "4":
-                letters.append("")
+                paragraphs[-1][1].append("")
             case "5":  # a picture is a block with one blank word
-                letters[-1] += row[11].strip()
-    finish()
-    return tuple(cells)
+                paragraphs[-1][1][-1] += row[11].strip()
+    texts = ((box, "\n".join(spaced.get(line, line) for line in lines if line)) for box, lines in paragraphs)
+    return tuple(Cell("Text", box, text) for box, text in texts if text)
 
 
 def _area(row: Sequence[str]) -> tuple[int, int, int, int]:
     left, top, width, height = map(int, row[6:10])
     return left, top, left + width, top + height
-
-
-def _box(sent: Sequence[int], page: PageImage) -> Box:
-    across, down = page.width / page.sent_width, page.height / page.sent_height
-    left, top, right, bottom = (edge * times for edge, times in zip(sent, (across, down) * 2, strict=True))
-    return Box(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)).within(page.width, page.height)
 
 
 def _without(png: bytes, rows: Iterable[Sequence[str]]) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import math
 import os
 import random
@@ -20,9 +19,9 @@ from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import MODES, PLACEHOLDER, Mode, ModeSpec
 from ..results import layout
-from .admission import Limiter
-from .base import Answer, Task, is_blank, place
-from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Completion, Server, is_about_length, is_loopback
+from .admission import JITTER, Limiter
+from .base import Answer, Task, place
+from .server import MAX_COUNT, PICTURE, REHEARSAL, REHEARSES, SERVICE, Server, is_loopback
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000/v1"  # where the server of this project listens
 # A PDF's page is shrunk to leave so much of the context for its answer (our own choice: a dense page takes it).
@@ -41,16 +40,14 @@ OVERLOAD_TRIES: Final = 6
 # Longest wait before the second try; it doubles for the next one. With a server that is not there, both waits together
 # stay under 2 s, because another engine may be waiting for its turn.
 WAIT_SECONDS: Final = 0.5
-# Each wait is shortened by up to this part, at random, so that many clients do not come back at the same moment.
-JITTER: Final = 0.5
 # A prompt in English takes at least one token for so many characters (our own bound; tokenizers need one for 4 or 5).
 # What is missing up to that shows that the server shrank the page.
 CHARACTERS_PER_TOKEN: Final = 6
 
-# A folder may be called DotsOCR whatever is in it, because older servers want a name without a dot.
 WAKE_SECONDS: Final = 540.0  # for which the server's role holds a page while it starts (files/front)
 LEAST_IDLE: Final = 60.0  # before which no server falls asleep (dots_ocr_server_idle_minutes)
 STATE_SECONDS: Final = 2.0  # to say whether it sleeps
+# A folder may be called DotsOCR whatever is in it, because older servers want a name without a dot.
 _DOTS_OCR = re.compile(r"(^|/)dots\.ocr/?$", re.IGNORECASE)
 
 
@@ -62,9 +59,6 @@ class _Served:
     stops_loops: bool  # it knows `REPETITION`
     root: str  # where the model was loaded from, if it tells
     rehearses: bool  # its model reads only its own pages
-
-
-_Read = tuple[Completion, PageImage, tuple[str, ...]]  # an answer, the page as it was sent, and what was done to it
 
 
 class VLLMEngine:
@@ -152,9 +146,8 @@ class VLLMEngine:
             Repetition, CutOff, UnusableAnswer: The answer is of no use, and neither was the second.
         """
         deadline = time.monotonic() + seconds
-        picture = await asyncio.to_thread(base64.b64encode, page.png)
         try:
-            answer = await self._ask_twice(page, picture, task, deadline)
+            answer = await self._ask_twice(page, task, deadline)
         except errors.UnusableAnswer as error:
             if self._served is not None and self._served.rehearses:
                 raise errors.UnusableAnswer(REHEARSES) from error
@@ -177,54 +170,50 @@ class VLLMEngine:
         """Close the connections."""
         await self._server.aclose()
 
-    async def _ask_twice(self, page: PageImage, picture: bytes, task: Task, deadline: float) -> Answer:
+    async def _ask_twice(self, page: PageImage, task: Task, deadline: float) -> Answer:
         """Ask, and once more in another way if the answer is of a kind that this may help."""
         temperature, is_layout = MODES[task.mode].temperature, task.mode == "layout"
         try:
-            return await self._ask(page, picture, task, temperature, deadline)
+            return await self._ask(page, task, temperature, deadline)
         except errors.UnusableAnswer as error:
             if not (is_layout or isinstance(error, errors.Repetition | errors.CutOff)):
                 raise
             first = error
         if is_layout:
-            task, temperature = Task("text"), MODES["text"].temperature
-            note = f"{_what_happened(first, 'layout answer')}, so the page was read as plain text"
+            task, temperature, how = Task("text"), MODES["text"].temperature, "as plain text"
         else:
             temperature = max(temperature, OTHER_TEMPERATURE)
-            note = f"{_what_happened(first, 'first answer')}, so the page was read again at temperature {temperature:g}"
+            how = f"again at temperature {temperature:g}"
         try:
-            answer = await self._ask(page, picture, task, temperature, deadline)
+            answer = await self._ask(page, task, temperature, deadline)
         except errors.UnusableAnswer as error:
             if is_layout:
                 raise errors.UnusableAnswer(f"the layout: {first}; as plain text: {error}") from error
             raise
+        match first:
+            case errors.Repetition():
+                what = "repeated itself without end"
+            case errors.CutOff():
+                what = "was cut off"
+            case _:
+                what = f"was of no use ({first})"
+        note = f"the {'layout' if is_layout else 'first'} answer {what}, so the page was read {how}"
         return replace(answer, warnings=(note, *answer.warnings))
 
-    async def _ask(self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float) -> Answer:
+    async def _ask(self, page: PageImage, task: Task, temperature: float, deadline: float) -> Answer:
         """Read a page in just one way."""
         spec = MODES[task.mode]
-        completion, page, made = await self._complete(page, picture, task, temperature, deadline)
-        answer = Answer(
-            mode=task.mode,
-            text=completion.text,
-            model=completion.model,
-            prompt_tokens=completion.prompt_tokens,
-            completion_tokens=completion.completion_tokens,
-            finish_reason="stop",
-            warnings=(*made, *completion.warnings),
-            engine=completion.engine,
-            attempts=completion.attempts,
-        )
-        if not completion.text.strip():
-            if await asyncio.to_thread(is_blank, page):
+        answer, page = await self._complete(page, task, temperature, deadline)
+        if not answer.text.strip():
+            if await asyncio.to_thread(page.is_blank):
                 return replace(answer, text="")
             raise errors.UnusableAnswer("the answer is empty, but the page is not blank")
         if spec.answer == "text":
             return answer
-        seen, warnings = await self._seen(page, task.mode, completion.prompt_tokens, deadline)
+        seen, warnings = await self._seen(page, task.mode, answer.prompt_tokens, deadline)
         own = (page.width, page.height)
-        found = await asyncio.to_thread(layout.parse, completion.text, seen, own, texts=spec.answer == "cells")
-        if not found.cells and not await asyncio.to_thread(is_blank, page):
+        found = await asyncio.to_thread(layout.parse, answer.text, seen, own, texts=spec.answer == "cells")
+        if not found.cells and not await asyncio.to_thread(page.is_blank):
             raise errors.UnusableAnswer("the layout is empty, but the page is not blank")
         return replace(
             answer,
@@ -234,12 +223,12 @@ class VLLMEngine:
         )
 
     async def _complete(
-        self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float
-    ) -> _Read:
-        """Send one request until the server answers it."""
+        self, page: PageImage, task: Task, temperature: float, deadline: float
+    ) -> tuple[Answer, PageImage]:
+        """Send one request until the server answers it; return the page as it was sent, too."""
         for attempt in range(max(TRIES, OVERLOAD_TRIES)):
             try:
-                return await self._complete_once(page, picture, task, temperature, deadline)
+                return await self._complete_once(page, task, temperature, deadline)
             except errors.UnusableAnswer:
                 raise
             except errors.ModelNotServed as error:
@@ -268,13 +257,13 @@ class VLLMEngine:
         raise AssertionError("the last try either returns or raises")
 
     async def _complete_once(
-        self, page: PageImage, picture: bytes, task: Task, temperature: float, deadline: float
-    ) -> _Read:
+        self, page: PageImage, task: Task, temperature: float, deadline: float
+    ) -> tuple[Answer, PageImage]:
         served = await self._know(deadline)
         spec = MODES[task.mode]
         if spec.mocr and _DOTS_OCR.search(served.root):
             raise errors.ModeNotSupported(f"{served.root} is dots.ocr, and only dots.mocr knows the mode {task.mode!r}")
-        page, picture, made = await self._with_room(page, picture, served.context)
+        page, made = await self._with_room(page, served.context)
         prompt = self._render(spec, page, task)
         request: dict[str, Any] = {
             "model": self.model,
@@ -286,36 +275,30 @@ class VLLMEngine:
             request["repetition_detection"] = REPETITION
         # Without a length (not vLLM, or a gateway that hides it) the server fills what is left by itself.
         # So it has to where a page seems to take the better part: it may shrink pages more than is known here.
-        needed = self._needed(page, prompt)
-        if (limit := (served.context or 0) - needed) >= needed:
-            try:
-                limited = {**request, "max_completion_tokens": limit}
-                return await self._send(limited, picture, served, deadline), page, made
-            except (
-                errors.RequestRejected
-            ) as error:  # a tokenizer may need more for the prompt, or the server shrinks less now
-                if not is_about_length(error):
-                    raise
-        return await self._send(request, picture, served, deadline), page, made
+        needed = images.image_tokens(page.sent_width, page.sent_height, max_pixels=self._max_pixels)
+        needed += len(prompt.encode(errors="replace")) // 2 + 64  # twice what tokenizers take, and the template
+        left = (served.context or 0) - needed
+        answer = await self._server.complete(
+            request,
+            page.png,
+            _left(deadline),
+            stream=not served.stops_loops if self._stream is None else self._stream,
+            limit=left if left >= needed else None,
+        )
+        return replace(answer, mode=task.mode, warnings=(*made, *answer.warnings)), page
 
-    async def _with_room(
-        self, page: PageImage, picture: bytes, context: int | None
-    ) -> tuple[PageImage, bytes, tuple[str, ...]]:
+    async def _with_room(self, page: PageImage, context: int | None) -> tuple[PageImage, tuple[str, ...]]:
         """Shrink a page of a PDF beside which the context would have no room for its answer."""
         if page.dpi is None or context is None:
-            return page, picture, ()
+            return page, ()
         sent = (page.sent_width, page.sent_height)
         room = max(context - ANSWER_TOKENS, min(PAGE_TOKENS, context * 2 // 3))
         if images.image_tokens(*sent, max_pixels=self._max_pixels) <= room:
-            return page, picture, ()
+            return page, ()
         width, height = size = images.smart_resize(*sent, max_pixels=room * images.FACTOR**2)
         png = await asyncio.to_thread(lambda: images.to_png(page.image.resize(size, Image.Resampling.BICUBIC)))
         note = f"the page was sent as {width} x {height} px, to leave its answer room in a context of {context} tokens"
-        return replace(page, png=png, sent_width=width, sent_height=height), base64.b64encode(png), (note,)
-
-    async def _send(self, request: dict[str, Any], picture: bytes, served: _Served, deadline: float) -> Completion:
-        stream = not served.stops_loops if self._stream is None else self._stream
-        return await self._server.complete(request, picture, _left(deadline), stream=stream)
+        return replace(page, png=png, sent_width=width, sent_height=height), (note,)
 
     async def _know(self, deadline: float) -> _Served:
         """Return what the server says about itself; asked once, then remembered until something fails."""
@@ -345,10 +328,6 @@ class VLLMEngine:
         return PLACEHOLDER + spec.prompt.format(
             box=box, width=page.sent_width, height=page.sent_height, question=question
         )
-
-    def _needed(self, page: PageImage, prompt: str) -> int:
-        image = images.image_tokens(page.sent_width, page.sent_height, max_pixels=self._max_pixels)
-        return image + len(prompt.encode(errors="replace")) // 2 + 64  # twice what tokenizers take, and the template
 
     async def _seen(
         self, page: PageImage, mode: Mode, prompt_tokens: int | None, deadline: float
@@ -386,7 +365,7 @@ class VLLMEngine:
                 "messages": _messages(spec, self._render(spec, smallest, Task(mode))),
                 "max_completion_tokens": 1,
             }
-            tokens = await self._server.count_prompt(request, base64.b64encode(smallest.png), _left(deadline))
+            tokens = await self._server.count_prompt(request, smallest.png, _left(deadline))
             if tokens is not None:
                 self._text_tokens[mode] = tokens - _SMALLEST_TOKENS
 
@@ -398,14 +377,6 @@ def _messages(spec: ModeSpec, prompt: str) -> list[dict[str, Any]]:
     parts = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": prompt}]
     system = [] if spec.system is None else [{"role": "system", "content": spec.system}]
     return [*system, {"role": "user", "content": parts}]
-
-
-def _what_happened(error: errors.UnusableAnswer, what: str) -> str:
-    if isinstance(error, errors.Repetition):
-        return f"the {what} repeated itself without end"
-    if isinstance(error, errors.CutOff):
-        return f"the {what} was cut off"
-    return f"the {what} was of no use ({error})"
 
 
 def _left(deadline: float) -> float:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Final, Literal, Self
+from typing import IO, Any, BinaryIO, Final, Literal
 from urllib.parse import unquote_to_bytes
 
 import pypdfium2
@@ -96,6 +96,8 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 # A path, a ``data:`` URL, the bytes of a file, a file opened for reading bytes, or a PIL image (its current frame).
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+# Which pages of a document: such as ``"1-3,7,10-"`` or numbers counted from 1; ``None`` for all.
+Pages = str | Iterable[int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,10 @@ class PageImage:
         """The page as engines get it, decoded anew at every use."""
         return Image.open(io.BytesIO(self.png), formats=("PNG",)).convert("RGB")
 
+    def is_blank(self) -> bool:
+        """Tell whether the page shows nothing at all; that takes a moment."""
+        return images.is_blank(self.image)
+
     @classmethod
     def of(cls, number: int, image: Image.Image, warnings: tuple[str, ...] = ()) -> PageImage:
         """Make a page of any PIL image (its current frame), which is not changed.
@@ -143,7 +149,7 @@ class PageImage:
         Raises:
             InputError: It is too large, too narrow, or cannot be decoded.
         """
-        return _page_of(number, image, warnings, "the image")
+        return draw(PageReference("the image", number, "image", image, None, False, warnings))
 
     @classmethod
     def undrawn(cls, reference: PageReference) -> PageImage:
@@ -171,58 +177,59 @@ class PageReference:
     password: str | None = field(default=None, repr=False)  # of an encrypted PDF
 
 
-class _Held:
-    """What has a temporary file, which goes when this is closed or its ``with`` statement ends."""
-
-    _temporary: IO[bytes] | None
-
-    def close(self) -> None:
-        """Remove the temporary file, if there is one."""
-        if self._temporary is not None:
-            self._temporary.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class OpenDocument(_Held):
+class OpenDocument(contextlib.AbstractContextManager["OpenDocument"]):
     """A document whose pages can be drawn; made by `open_document`. Use it in a ``with`` statement, or `close` it.
 
     Attributes:
         name: As `describe` gives it.
-        page_count: Pages of the whole document.
+        page_count: Pages of the whole document; 0 until it has been looked into.
         numbers: The pages that are wanted, in ascending order, counted from 1.
         dpi: At which pages of a PDF are drawn; ``None``: as each of them needs. Set it before they are.
+        whole: What `look_into` needs.
     """
 
-    dpi: int | None = None
-
-    def __init__(
-        self, whole: PageReference, page_count: int, numbers: tuple[int, ...], temporary: IO[bytes] | None
-    ) -> None:
-        """Take the reference of the whole document, and over the temporary file."""
+    def __init__(self, whole: PageReference, temporary: IO[bytes] | None = None) -> None:
+        """Take the reference of the whole document, and over the temporary file that it is in, if it is."""
         self.name = whole.label
-        self.page_count = page_count
-        self.numbers = numbers
-        self._whole = whole
+        self.page_count = 0
+        self.numbers: tuple[int, ...] = ()
+        self.dpi: int | None = None
+        self.whole = whole
         self._temporary = temporary
+
+    def choose(self, pages: Pages, count: int, warnings: tuple[str, ...]) -> None:
+        """Say which pages are wanted. This may write a temporary file, so it blocks.
+
+        Args:
+            pages: As for `open_document`.
+            count: What `look_into` returned, and so the warnings.
+            warnings: Of the whole document.
+        """
+        self.page_count, self.numbers = count, parse_pages(pages, count, self.name)
+        self.whole = replace(self.whole, warnings=warnings)
+        if isinstance(self.whole.source, bytes) and count > 1:  # each page is drawn by itself, and gets all of it
+            self._temporary = _spool(io.BytesIO(self.whole.source), self.name)
+            stamp = _stamp(os.fstat(self._temporary.fileno()))
+            self.whole = replace(self.whole, source=self._temporary.name, stamp=stamp)
 
     def reference(self, number: int) -> PageReference:
         """Return what `draw` needs for any page of the document; `ValueError` if there is none of that number."""
         if not 1 <= number <= self.page_count:
             raise ValueError(f"{self.name} has {self.page_count} pages, and no page {number}")
         label = self.name if self.page_count == 1 else f"page {number} of {self.name}"
-        said = self._whole.warnings if number == self.numbers[0] else ()  # they are of the whole document
-        return replace(self._whole, label=label, number=number, warnings=said, dpi=self.dpi)
+        said = self.whole.warnings if number == self.numbers[0] else ()  # they are of the whole document
+        return replace(self.whole, label=label, number=number, warnings=said, dpi=self.dpi)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one; pages cannot be drawn any more."""
-        if isinstance(self._whole.source, str):
-            forget(self._whole.source)
-        super().close()
+        if isinstance(self.whole.source, str):
+            forget(self.whole.source)
+        if self._temporary is not None:
+            self._temporary.close()
+
+    def __exit__(self, *_: object) -> None:
+        """Close the document."""
+        self.close()
 
 
 def describe(source: Source) -> str:
@@ -242,9 +249,7 @@ def describe(source: Source) -> str:
     return printable(os.fsdecode(source))
 
 
-def open_document(
-    source: Source, pages: str | Iterable[int] | None = None, *, password: str | None = None
-) -> OpenDocument:
+def open_document(source: Source, pages: Pages = None, *, password: str | None = None) -> OpenDocument:
     """Find out what a document is and how many pages it has, without drawing any. This reads files, so it blocks.
 
     It decodes in this process; `rasterizer` does the same for files of strangers.
@@ -260,38 +265,15 @@ def open_document(
         InputError: It does not exist, is broken, encrypted, too large, of an unknown kind, or has no such pages.
         TypeError: ``source`` is nothing of what `Source` allows.
     """
-    with take(source, password) as taken:
-        return taken.opened(pages, *look_into(taken.reference))
+    with contextlib.ExitStack() as failed:
+        document = failed.enter_context(take(source, password))
+        document.choose(pages, *look_into(document.whole))
+        failed.pop_all()
+    return document
 
 
-class Taken(_Held):
-    """A document that nobody has looked into; made by `take`. Leaving its ``with`` statement removes what is left."""
-
-    def __init__(self, reference: PageReference, temporary: IO[bytes] | None) -> None:
-        """Take over the temporary file."""
-        self.reference = reference
-        self._temporary = temporary
-
-    def opened(self, pages: str | Iterable[int] | None, count: int, warnings: tuple[str, ...]) -> OpenDocument:
-        """Make an open document of it, which takes over the temporary file. This may write one, so it blocks.
-
-        Args:
-            pages: As for `open_document`.
-            count: What `look_into` returned, and so the warnings.
-            warnings: Of the whole document.
-        """
-        whole = replace(self.reference, warnings=warnings)
-        numbers = parse_pages(pages, count, whole.label)
-        if isinstance(whole.source, bytes) and count > 1:  # each page is drawn by itself, and gets all of it
-            self._temporary = _spool(io.BytesIO(whole.source), whole.label)
-            stamp = _stamp(os.fstat(self._temporary.fileno()))
-            whole = replace(whole, source=self._temporary.name, stamp=stamp)
-        temporary, self._temporary = self._temporary, None
-        return OpenDocument(whole, count, numbers, temporary)
-
-
-def take(source: Source, password: str | None = None) -> Taken:
-    """Find out where a document is, how long, and whether it is a PDF; nothing is decoded. This blocks.
+def take(source: Source, password: str | None = None) -> OpenDocument:
+    """Find out where a document is, how long, and whether it is a PDF; its pages are not counted. This blocks.
 
     Args:
         source: As for `open_document`.
@@ -304,17 +286,15 @@ def take(source: Source, password: str | None = None) -> Taken:
     name = describe(source)
     password = password or os.environ.get(PASSWORD_VARIABLE)
     if isinstance(source, Image.Image):
-        return Taken(PageReference(name, 0, "image", source, None, False), None)
+        return OpenDocument(PageReference(name, 0, "image", source, None, False))
     data = _decode_data_url(source, name) if _is_data_url(source) else source
-    temporary: IO[bytes] | None = None
-    try:
-        if isinstance(data, bytes):
-            _check_bytes(len(data), data[:_HEAD], name)
-            if not _is_pdf(data[:_HEAD]):
-                return Taken(PageReference(name, 0, "image", data, None, True), None)
-            data = io.BytesIO(data)
-        if not isinstance(data, str | os.PathLike):
-            temporary = _spool(data, name)
+    if isinstance(data, bytes):
+        _check_bytes(len(data), data[:_HEAD], name)
+        if not _is_pdf(data[:_HEAD]):
+            return OpenDocument(PageReference(name, 0, "image", data, None, True))
+        data = io.BytesIO(data)
+    with contextlib.ExitStack() as failed:
+        temporary = None if isinstance(data, str | os.PathLike) else failed.enter_context(_spool(data, name))
         path = temporary.name if temporary is not None else os.fsdecode(data)  # type: ignore[arg-type]
         with _open_file(path, name) as file:
             head = file.read(_HEAD)
@@ -322,11 +302,8 @@ def take(source: Source, password: str | None = None) -> Taken:
             _check_bytes(status.st_size, head, name)
         kind: Literal["pdf", "image"] = "pdf" if _is_pdf(head) else "image"
         place = str(Path(path).absolute())
-        return Taken(PageReference(name, 0, kind, place, _stamp(status), True, password=password), temporary)
-    except BaseException:
-        if temporary is not None:
-            temporary.close()
-        raise
+        failed.pop_all()
+    return OpenDocument(PageReference(name, 0, kind, place, _stamp(status), True, password=password), temporary)
 
 
 def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
@@ -359,7 +336,7 @@ def draw(reference: PageReference) -> PageImage:
     if reference.kind == "pdf":
         return _draw_pdf(reference)
     if isinstance(reference.source, Image.Image):
-        return _page_of(reference.number, reference.source, reference.warnings, reference.label)
+        return _page_of(reference.source, reference)
     with _opened_image(reference, "drawn") as image:
         if image.format == "TIFF":
             try:
@@ -368,19 +345,24 @@ def draw(reference: PageReference) -> PageImage:
                 image.seek((pages or range(frames))[reference.number - 1])
             except Exception as error:  # see _page_of
                 raise InputError(f"{reference.label} cannot be decoded: {_reason(error)}") from error
-        return _page_of(reference.number, image, reference.warnings, reference.label)
+        return _page_of(image, reference)
 
 
 def forget(path: str | None = None) -> None:
     """Close the PDF, if it is this one, that the last `draw` in this process left open."""
-    global _kept
     with _pdfium:
         if _kept is not None and path in (None, _kept.path):
-            _kept.pdf.close()
-            _kept = None
+            _close_kept()
 
 
-def parse_pages(pages: str | Iterable[int] | None, count: int, name: str) -> tuple[int, ...]:
+def _close_kept() -> None:
+    global _kept
+    if _kept is not None:
+        _kept.pdf.close()
+        _kept = None
+
+
+def parse_pages(pages: Pages, count: int, name: str) -> tuple[int, ...]:
     """Return the numbers of the pages that are wanted, as for `open_document`, of so many, in ascending order.
 
     Raises:
@@ -517,19 +499,6 @@ def _check_stamp(path: str, stamp: tuple[int, ...] | None, label: str, verb: str
         raise InputError(f"{label} cannot be {verb}: the file has changed since it was opened")
 
 
-@contextlib.contextmanager
-def _opened_image(reference: PageReference, verb: str) -> Iterator[Image.Image]:
-    source, label = reference.source, reference.label
-    assert not isinstance(source, Image.Image)
-    if isinstance(source, str):
-        _check_stamp(source, reference.stamp, label, verb)
-    with (
-        io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, label) as file,
-        _open_image(file, label) as image,
-    ):
-        yield image
-
-
 def _is_animated(image: Image.Image) -> bool:
     if image.format == "MPO":  # a photograph with previews behind it: phones write it under the name of JPEG
         return False
@@ -564,24 +533,30 @@ def _tiff_pages(image: Any, name: str, wanted: int = MAX_TIFF_PAGES + 1) -> tupl
     return pages, frame
 
 
-def _open_image(file: BinaryIO, label: str) -> Image.Image:
-    file.seek(0)
-    head = file.read(_HEAD)
-    file.seek(0)
-    heic = head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
-    formats = (*FORMATS, "HEIF") if heic and _register_heif() else FORMATS
-    try:
-        image = Image.open(file, formats=formats)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{label} is too large to be one page: {_reason(error)}") from error
-    except UnidentifiedImageError as error:
-        if heic:
-            raise InputError(f"{label} is a HEIC image: pip install 'dots-ocr-client[heic]'") from error
-        kinds = ", ".join(FORMATS)
-        raise InputError(f"{label} is neither a PDF nor an image of a known kind ({kinds})") from error
-    except Exception as error:  # see _page_of
-        raise InputError(f"{label} cannot be opened: {_reason(error)}") from error
-    return image
+@contextlib.contextmanager
+def _opened_image(reference: PageReference, verb: str) -> Iterator[Image.Image]:
+    source, label = reference.source, reference.label
+    assert not isinstance(source, Image.Image)
+    if isinstance(source, str):
+        _check_stamp(source, reference.stamp, label, verb)
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, label) as file:
+        head = file.read(_HEAD)
+        file.seek(0)
+        heic = head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+        formats = (*FORMATS, "HEIF") if heic and _register_heif() else FORMATS
+        try:
+            image = Image.open(file, formats=formats)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise InputError(f"{label} is too large to be one page: {_reason(error)}") from error
+        except UnidentifiedImageError as error:
+            if heic:
+                raise InputError(f"{label} is a HEIC image: pip install 'dots-ocr-client[heic]'") from error
+            kinds = ", ".join(FORMATS)
+            raise InputError(f"{label} is neither a PDF nor an image of a known kind ({kinds})") from error
+        except Exception as error:  # see _page_of
+            raise InputError(f"{label} cannot be opened: {_reason(error)}") from error
+        with image:
+            yield image
 
 
 def _register_heif() -> bool:
@@ -594,32 +569,50 @@ def _register_heif() -> bool:
     return False
 
 
-def _page_of(number: int, image: Image.Image, warnings: tuple[str, ...], label: str) -> PageImage:
+def _page_of(image: Image.Image, reference: PageReference) -> PageImage:
+    label, warnings = reference.label, reference.warnings
     try:
         own = images.upright_size(image)
         images.smart_resize(*own)
-        _check_scans(image, label)
+        jpeg = _jpeg(image, label)
         if math.prod(image.size) > MAX_PAGE_PIXELS:
             image = _reduced(image, label)
         try:
             rgb = images.to_rgb(image)
         except OSError:
-            rgb = images.to_rgb(_without_end(image, label))
+            if not jpeg:
+                raise
+            rgb = images.to_rgb(_without_end(image, jpeg, label))
             warnings += ("the file is cut off: the last few rows of pixels may be missing, or finer details",)
-        return _encode(number, rgb, warnings, own)
+        return _encode(reference.number, rgb, warnings, own)
     except InputError:
         raise
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
         raise InputError(f"{label} cannot be decoded: {_reason(error)}") from error
 
 
-def _without_end(image: Image.Image, label: str) -> Image.Image:
-    """Return a JPEG of which hardly more than the end mark is missing, after Pillow refused it."""
+def _jpeg(image: Image.Image, label: str) -> bytes:
+    """Return the file of a JPEG; nothing of another, or of one that is decoded already and has no file any more.
+
+    Raises:
+        InputError: Its scans would take minutes.
+    """
     file = getattr(image, "fp", None)
     if image.format not in ("JPEG", "MPO") or file is None:
-        raise
-    file.seek(0)
-    data = file.read()
+        return b""
+    file.seek(0)  # Pillow seeks before it reads
+    data: bytes = file.read()
+    most = max(1, MAX_SCANNED_PIXELS // math.prod(image.size))
+    if data.count(b"\xff\xda") > most and (scans := _count_scans(data)) > most:
+        raise InputError(
+            f"{label} is a JPEG of {scans} scans, and one of its size may have {most}. Fix: save it anew, not as a "
+            "progressive JPEG"
+        )
+    return data
+
+
+def _without_end(image: Image.Image, data: bytes, label: str) -> Image.Image:
+    """Return a JPEG of which hardly more than the end mark is missing, after Pillow refused it."""
     whole = Image.open(io.BytesIO(data + b"\xff\xd9"), formats=("JPEG",))
     whole.draft(None, image.size)
     if image.info.get("progressive"):  # each scan makes all of it finer
@@ -656,21 +649,6 @@ def _reduced(image: Image.Image, label: str) -> Image.Image:
             small.paste(images.to_rgb(band, brightest).reduce(factor), (0, top // factor))
         image = small
     return image
-
-
-def _check_scans(image: Image.Image, label: str) -> None:
-    """Refuse a JPEG whose scans would take minutes; one that is decoded already has no file any more."""
-    file = getattr(image, "fp", None)
-    if image.format not in ("JPEG", "MPO") or file is None:
-        return
-    file.seek(0)  # Pillow seeks before it reads
-    data = file.read()
-    most = max(1, MAX_SCANNED_PIXELS // math.prod(image.size))
-    if data.count(b"\xff\xda") > most and (scans := _count_scans(data)) > most:
-        raise InputError(
-            f"{label} is a JPEG of {scans} scans, and one of its size may have {most}. Fix: save it anew, not as a "
-            "progressive JPEG"
-        )
 
 
 def _count_scans(data: bytes) -> int:
@@ -804,9 +782,7 @@ def _opened_pdf(reference: PageReference, verb: str) -> Iterator[_Kept]:
     _check_stamp(path, reference.stamp, label, verb)
     with _pdfium:
         if _kept is None or (_kept.path, _kept.key) != (path, key) or not _kept.pages_left:
-            if _kept is not None:
-                _kept.pdf.close()
-                _kept = None
+            _close_kept()
             pdf = _open_pdf(path, label, reference.password)
             _kept = _Kept(path, key, pdf, max(1, KEPT_BYTES * len(pdf) // Path(path).stat().st_size))
         try:

@@ -142,7 +142,11 @@ def to_png(image: Image.Image) -> bytes:
     one: here the rows of a band share the filter that makes some of them smallest.
     """
     deflate = _deflate()
-    samples, step = _samples(image)
+    first, *others = (image.getchannel(name) for name in image.mode.removesuffix("X"))
+    samples, step = first, 1  # the bytes of the rows as an image of mode L, and how many make a pixel
+    if any(ImageChops.difference(first, other).getbbox() for other in others):
+        pixels = image.tobytes("raw", "RGB")
+        samples, step = Image.frombuffer("L", (3 * image.width, image.height), pixels, "raw", "L", 0, 1), 3
     rows = []
     for top in range(0, image.height, BAND[step]):
         bottom = min(top + BAND[step], image.height)
@@ -163,14 +167,6 @@ def _deflate() -> Any:
     with contextlib.suppress(ImportError):
         return importlib.import_module("isal.isal_zlib")
     return zlib
-
-
-def _samples(image: Image.Image) -> tuple[Image.Image, int]:
-    """Return the bytes of the rows as an image of mode ``L``, and how many make a pixel."""
-    first, *others = (image.getchannel(name) for name in image.mode.removesuffix("X"))
-    if all(ImageChops.difference(first, other).getbbox() is None for other in others):
-        return first, 1
-    return Image.frombuffer("L", (3 * image.width, image.height), image.tobytes("raw", "RGB"), "raw", "L", 0, 1), 3
 
 
 def _filtered(samples: Image.Image, step: int, kind: int, top: int, bottom: int) -> bytes:

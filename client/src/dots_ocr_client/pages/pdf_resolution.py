@@ -46,8 +46,7 @@ def choose(page: Any, number: int, file_bytes: int, dpi: int | None = None) -> R
     """Choose how large a page, of type `pypdfium2.PdfPage`, is drawn: at ``dpi``, or as what it holds needs."""
     width, height = page.get_size()
     unit = _unit(page, number) if file_bytes <= MAX_UNIT_BYTES else 1.0
-    usual = PDF_DPI / 72 * unit
-    wanted = usual if dpi is None else dpi / 72 * unit
+    wanted = (dpi or PDF_DPI) / 72 * unit
     scale = limited(width, height, wanted)
     if dpi is None:
         area = width * height
@@ -55,7 +54,7 @@ def choose(page: Any, number: int, file_bytes: int, dpi: int | None = None) -> R
         most = SCAN_DPI / 72 * unit
         if not shows_text:
             most = max(most, math.sqrt(SCAN_PIXELS / area))
-        wanted = max(usual, min(_first(sorted(pictures, reverse=True), area / 2), most))
+        wanted = max(wanted, min(_first(sorted(pictures, reverse=True), area / 2), most))
         if smallest := _first(sorted(small), TYPE_LENGTH):
             wanted = max(wanted, PDF_DPI / 72 * TYPE_POINTS / smallest)
         scale = limited(width, height, wanted)

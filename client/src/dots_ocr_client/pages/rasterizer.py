@@ -21,10 +21,10 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -33,10 +33,11 @@ from PIL import Image
 from ..errors import ConfigurationError, InputError
 from ..loop_thread import LoopThread
 from . import documents, pdf_text
-from .documents import OpenDocument, PageImage, PageReference, Source
+from .documents import OpenDocument, PageImage, PageReference, Pages, Source
 from .pdf_text import TextLayer
 
 Result = TypeVar("Result")
+Make = Callable[[dict[str, Any], bytes, PageReference], Result]  # of a worker's answer, its PNG and what was asked for
 
 MAX_WORKERS: Final = 8  # by default; our own choice: together they draw more pages than one server takes in
 # Address space of a worker in bytes; our own choice: the largest page takes up to 1.8 GiB (WebP without loss).
@@ -90,7 +91,7 @@ class Rasterizer:
         return time.monotonic() - self._changed if self.busy == self.workers else 0.0
 
     async def open(
-        self, source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60, password: str | None = None
+        self, source: Source, pages: Pages = None, seconds: float = 60, password: str | None = None
     ) -> OpenDocument:
         """Do what `documents.open_document` does, as soon as a worker is free. Cancelling this ends the worker.
 
@@ -98,9 +99,12 @@ class Rasterizer:
             InputError: As for `documents.open_document`; or the document crashes the worker, or takes so many seconds.
             ConfigurationError: There is no Python to start workers with, as in a frozen application.
         """
-        with await asyncio.to_thread(documents.take, source, password) as taken:
-            found = await self._run(_look_into, taken.reference, seconds, "opened")
-            return await asyncio.to_thread(taken.opened, pages, *found)
+        with contextlib.ExitStack() as failed:
+            document = failed.enter_context(await asyncio.to_thread(documents.take, source, password))
+            found = await self._run("opened", document.whole, seconds, documents.look_into, _found)
+            await asyncio.to_thread(document.choose, pages, *found)
+            failed.pop_all()
+        return document
 
     async def draw(self, reference: PageReference, seconds: float = 60) -> PageImage:
         """Draw a page as soon as a worker is free, which then has so many seconds. Cancelling this ends the worker.
@@ -108,31 +112,48 @@ class Rasterizer:
         Raises:
             InputError: The page cannot be drawn, crashes its worker, or takes too long. Other pages are not affected.
         """
-        return await self._run(_draw, reference, seconds, "drawn")
+        return await self._run("drawn", reference, seconds, documents.draw, _page)
 
     async def extract_text(self, reference: PageReference, seconds: float = 60) -> TextLayer:
         """Take the text layer out of a PDF's page, as `draw` draws it."""
-        return await self._run(_extract_text, reference, seconds, "read")
+        return await self._run(
+            "read", reference, seconds, pdf_text.extract, lambda fields, *_: TextLayer.from_dict(fields)
+        )
 
     async def _run(
         self,
-        job: Callable[[_Worker | None, PageReference, float], Result],
+        verb: str,
         reference: PageReference,
         seconds: float,
-        verb: str,
+        here: Callable[[PageReference], Result],
+        make: Make[Result],
     ) -> Result:
+        """Have a worker do what would be done `here`, and `make` the result of its answer; see `_answer_to`."""
         async with self._slots:
             self.busy += 1
             self._changed = time.monotonic()
+            worker, answered = None, False
             try:
-                with _lent(self._idle, reference, verb) as worker:
-                    run = asyncio.get_running_loop().run_in_executor
-                    async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
-                        return await run(self._threads, job, worker, reference, seconds)
+                if reference.in_process:
+                    worker = _worker(self._idle, reference, verb)
+                    work = partial(worker.ask, verb, reference, seconds, make)
+                else:
+                    work = partial(here, reference)
+                async with asyncio.timeout(seconds):  # wait_for() of Python 3.11 may swallow a cancellation
+                    result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+                answered = True
+                return result
+            except InputError:
+                answered = True
+                raise
             except TimeoutError as error:
-                raise InputError(_too_long(reference, verb, seconds)) from error
+                raise InputError(f"{reference.label} cannot be {verb}: {_too_long(seconds)}") from error
             finally:
                 self.busy -= 1
+                if worker and answered:
+                    self._idle.append(worker)
+                elif worker:
+                    worker.end()
                 if not self._finalizer.alive:
                     _end_all(self._idle)
 
@@ -148,7 +169,7 @@ def _for_threads() -> tuple[LoopThread, Rasterizer]:
 
 
 def open_document(
-    source: Source, pages: str | Iterable[int] | None = None, seconds: float = 60, password: str | None = None
+    source: Source, pages: Pages = None, seconds: float = 60, password: str | None = None
 ) -> OpenDocument:
     """Do what `Rasterizer.open` does, for code that is not asynchronous; any thread may call it."""
     loop, rasterizer = _for_threads()
@@ -178,10 +199,9 @@ class _Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(
-        self, verb: str, reference: PageReference, seconds: float, make: Callable[[dict[str, Any], bytes], Result]
-    ) -> Result:
+    def ask(self, verb: str, reference: PageReference, seconds: float, make: Make[Result]) -> Result:
         """Have a page ``drawn`` or ``read``, or a document ``opened``; return what is made of `_answer_to`'s answer."""
+        cannot = f"{reference.label} cannot be {verb}"
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
@@ -197,23 +217,19 @@ class _Worker:
             if len(png) < size:
                 raise EOFError
             if "error" not in fields:
-                return make(fields, png)
-            reason = str(fields["error"])
+                return make(fields, png, reference)
         except (OSError, ValueError, EOFError) as error:  # BrokenPipeError; half an answer; closed by end()
             self.end(patience=5)
             status = self._process.returncode
-            if status == -signal.SIGPROF:
-                raise InputError(_too_long(reference, verb, IMAGE_SECONDS)) from error
-            if status == -signal.SIGALRM:
-                raise InputError(_too_long(reference, verb, seconds)) from error
             names = {number.value: number.name for number in signal.Signals}  # those for real time have none
             how = f"signal {names.get(-status, -status)}" if status < 0 else f"exit status {status}"
-            raise InputError(f"{reference.label} cannot be {verb}: its process ended ({how})") from error
+            limit = {-signal.SIGPROF: IMAGE_SECONDS, -signal.SIGALRM: seconds}.get(status)
+            why = f"its process ended ({how})" if limit is None else _too_long(limit)
+            raise InputError(f"{cannot}: {why}") from error
         except Exception as error:  # a decoder made it answer what no page is
             self.end()
-            reason = f"its process gave no sound answer ({type(error).__name__})"
-            raise InputError(f"{reference.label} cannot be {verb}: {reason}") from error
-        raise InputError(reason)
+            raise InputError(f"{cannot}: its process gave no sound answer ({type(error).__name__})") from error
+        raise InputError(str(fields["error"]))
 
     def leave(self) -> None:
         """Let go of another process's worker, which would not end with that one; without its pipes' locks."""
@@ -238,26 +254,6 @@ class _Worker:
                 pipe.close()
 
 
-@contextlib.contextmanager
-def _lent(idle: list[_Worker], reference: PageReference, verb: str) -> Iterator[_Worker | None]:
-    """Lend a worker, and end it unless it has answered; none to what needs no process."""
-    if not reference.in_process:
-        yield None
-        return
-    worker, answered = _worker(idle, reference, verb), False
-    try:
-        yield worker
-        answered = True
-    except InputError:
-        answered = True
-        raise
-    finally:
-        if answered:
-            idle.append(worker)
-        else:
-            worker.end()
-
-
 def _worker(idle: list[_Worker], reference: PageReference, verb: str) -> _Worker:
     """Take one that is idle, or start one."""
     with contextlib.suppress(IndexError):  # of another thread's last
@@ -277,36 +273,19 @@ def _worker(idle: list[_Worker], reference: PageReference, verb: str) -> _Worker
         raise InputError(f"{reference.label} cannot be {verb}: no process can be started: {error}") from error
 
 
-def _too_long(reference: PageReference, verb: str, seconds: float) -> str:
-    return f"{reference.label} cannot be {verb}: it takes longer than {seconds:g} s"
+def _too_long(seconds: float) -> str:
+    return f"it takes longer than {seconds:g} s"
 
 
-def _look_into(worker: _Worker | None, reference: PageReference, seconds: float) -> tuple[int, tuple[str, ...]]:
-    if worker is None:
-        return documents.look_into(reference)
-
-    def make(fields: dict[str, Any], _: bytes) -> tuple[int, tuple[str, ...]]:
-        _check_numbers(fields, "count")
-        return fields["count"], tuple(map(str, fields["warnings"]))
-
-    return worker.ask("opened", reference, seconds, make)
+def _found(fields: dict[str, Any], _: bytes, __: PageReference) -> tuple[int, tuple[str, ...]]:
+    _check_numbers(fields, "count")
+    return fields["count"], tuple(map(str, fields["warnings"]))
 
 
-def _draw(worker: _Worker | None, reference: PageReference, seconds: float) -> PageImage:
-    if worker is None:
-        return documents.draw(reference)
+def _page(fields: dict[str, Any], png: bytes, reference: PageReference) -> PageImage:
     origin = reference if reference.kind == "pdf" else None
-
-    def make(fields: dict[str, Any], png: bytes) -> PageImage:
-        _check_numbers(fields, "number", "width", "height", "sent_width", "sent_height", *["dpi"] * bool(origin))
-        return PageImage(**{**fields, "png": png, "warnings": tuple(map(str, fields["warnings"])), "origin": origin})
-
-    return worker.ask("drawn", reference, seconds, make)
-
-
-def _extract_text(worker: _Worker | None, reference: PageReference, seconds: float) -> TextLayer:
-    assert worker is not None, "only PDFs have a text layer, and they are for workers"
-    return worker.ask("read", reference, seconds, lambda fields, _: TextLayer.from_dict(fields))
+    _check_numbers(fields, "number", "width", "height", "sent_width", "sent_height", *["dpi"] * bool(origin))
+    return PageImage(**{**fields, "png": png, "warnings": tuple(map(str, fields["warnings"])), "origin": origin})
 
 
 def _check_numbers(fields: dict[str, Any], *names: str) -> None:
@@ -376,6 +355,7 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     fcntl.fcntl(requests, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(requests, fcntl.F_GETFL)
     for number in _ENDING:  # a process inherits what its parent ignores, and what the thread that starts it blocks
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
@@ -396,23 +376,16 @@ def _serve() -> None:
         # These end this process even inside a decoder; the parent, if it waits at all, is faster than the first.
         signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST) + 1)
         signal.setitimer(signal.ITIMER_PROF, processor)
-        with _ended_with_parent(requests.fileno()):
-            answer = _answer_to(verb, reference)
+        # SIGIO ends it when its input ends: no one wants the answer any more.
+        fcntl.fcntl(requests, fcntl.F_SETFL, flags | os.O_ASYNC)
+        if select.select([requests], [], [], 0)[0]:  # it has ended before
+            return
+        answer = _answer_to(verb, reference)
+        fcntl.fcntl(requests, fcntl.F_SETFL, flags)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         answers.writelines(answer)
         answers.flush()
-
-
-@contextlib.contextmanager
-def _ended_with_parent(requests: int) -> Iterator[None]:
-    """End this process by SIGIO when its input ends, even inside a decoder: no one wants the answer any more."""
-    flags = fcntl.fcntl(requests, fcntl.F_GETFL)
-    fcntl.fcntl(requests, fcntl.F_SETFL, flags | os.O_ASYNC)
-    if select.select([requests], [], [], 0)[0]:  # it has ended before
-        raise SystemExit
-    yield
-    fcntl.fcntl(requests, fcntl.F_SETFL, flags)
 
 
 def _answer_to(verb: str, reference: PageReference) -> tuple[bytes, bytes]:

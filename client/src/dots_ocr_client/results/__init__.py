@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Final, Literal, NamedTuple, Self, get_args
+from typing import Any, Final, Literal, NamedTuple, Self, TypeVar, get_args
 
+from ..prompts import Category as Category
 from ..prompts import Mode
 from . import export
 
-# What dots.ocr tells apart. The mode ``web`` of dots.mocr has others, which stay as the model wrote them.
-Category = Literal[
-    "Caption",
-    "Footnote",
-    "Formula",
-    "List-item",
-    "Page-footer",
-    "Page-header",
-    "Picture",
-    "Section-header",
-    "Table",
-    "Text",
-    "Title",
-]
-
-
+_Result = TypeVar("_Result", bound="Document | Page | FailedPage | Cell | Attempt")
 # Numbers in results from here on are none (our own choice: no page, side or count of tokens is near it).
 LARGEST: Final = 2**31
 
@@ -137,9 +123,10 @@ class Page:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the page that `to_dict` described, or raise `ValueError`, which names the wrong field."""
-        read = _checked(cls, "the page", values)
-        read["cells"] = tuple(_cell(cell, read["width"], read["height"]) for cell in read["cells"])
-        return cls(**read)
+        page = _read(cls, "the page", values)
+        if any(cell.box and cell.box != cell.box.within(page.width, page.height) for cell in page.cells):
+            raise ValueError("box of a cell must lie on the page")
+        return page
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +165,7 @@ class FailedPage:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the failed page that `to_dict` described, or raise `ValueError`, which names the wrong field."""
-        return cls(**_checked(cls, "the failed page", values))
+        return _read(cls, "the failed page", values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +207,7 @@ class Document:
         """Return the document that `to_dict` described, or raise `ValueError`; of other keys nothing is read."""
         if isinstance(values, Mapping):
             values = {name: values[name] for name in ("source", "pages") if name in values}
-        read = _checked(cls, "the document", values)
-        return cls(read["source"], tuple(page_of(page) for page in read["pages"]))
+        return _read(cls, "the document", values)
 
 
 def page_of(values: Mapping[str, Any]) -> Page | FailedPage:
@@ -230,44 +216,59 @@ def page_of(values: Mapping[str, Any]) -> Page | FailedPage:
     return (FailedPage if failed else Page).from_dict(values)
 
 
+def attempts_of(values: Iterable[Any]) -> tuple[Attempt, ...]:
+    """Return attempts of their fields, or raise `ValueError`, which names the field that is wrong."""
+    return tuple(_read(Attempt, "an attempt", one) for one in values)
+
+
 class _Kind(NamedTuple):
-    """What a field may be, in words and for sure."""
+    """What a field may be, in words and for sure, and what is made of it."""
 
     words: str
     fits: Callable[[Any], bool]
+    read: Callable[[Any], Any] = lambda value: value
 
 
 def _is_number(value: Any, least: int) -> bool:
     return type(value) is int and least <= value < LARGEST
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
 def _is_box(value: Any) -> bool:
-    numbers = isinstance(value, list | tuple) and len(value) == 4 and all(_is_number(edge, 0) for edge in value)
+    numbers = _is_list(value) and len(value) == 4 and all(_is_number(edge, 0) for edge in value)
     return numbers and value[0] <= value[2] and value[1] <= value[3]
 
 
 _TEXT: Final = _Kind("a text", lambda value: isinstance(value, str))
-_LIST: Final = _Kind("a list", lambda value: isinstance(value, list | tuple))
 _FROM_ONE: Final = _Kind("a whole number from 1 on", lambda value: _is_number(value, 1))
 _COUNT: Final = _Kind("a whole number from 0 on, or null", lambda value: value is None or _is_number(value, 0))
 # What the fields of all these classes may be, by their names, which mean the same in each.
 _KINDS: Final = {
     **dict.fromkeys(("source", "text", "category", "engine", "model", "error", "reason"), _TEXT),
-    **dict.fromkeys(("pages", "cells", "attempts"), _LIST),
     **dict.fromkeys(("number", "width", "height"), _FROM_ONE),
     **dict.fromkeys(("prompt_tokens", "completion_tokens"), _COUNT),
-    "box": _Kind("four whole numbers of a rectangle, or null", lambda value: value is None or _is_box(value)),
+    "pages": _Kind("a list", _is_list, lambda values: tuple(map(page_of, values))),
+    "cells": _Kind("a list", _is_list, lambda values: tuple(_read(Cell, "a cell", one) for one in values)),
+    "attempts": _Kind("a list", _is_list, attempts_of),
+    "box": _Kind(
+        "four whole numbers of a rectangle, or null",
+        lambda value: value is None or _is_box(value),
+        lambda value: value and Box(*value),
+    ),
     "outcome": _Kind("failed or skipped", lambda value: value in ("failed", "skipped")),
     "seconds": _Kind("a number from 0 on", lambda value: type(value) in (int, float) and 0 <= value < LARGEST),
     "mode": _Kind("a mode", lambda value: isinstance(value, str) and value in get_args(Mode)),
     "finish_reason": _Kind("a text, or null", lambda value: value is None or isinstance(value, str)),
-    "warnings": _Kind("a list of texts", lambda value: _LIST.fits(value) and all(map(_TEXT.fits, value))),
+    "warnings": _Kind("a list of texts", lambda value: _is_list(value) and all(map(_TEXT.fits, value)), tuple),
     "dpi": _Kind("null or a whole number from 1", lambda value: value is None or _FROM_ONE.fits(value)),
 }
 
 
-def _checked(kind: type[Any], what: str, values: Any) -> dict[str, Any]:
-    """Return the fields of one of these classes if they are all that there must be, and nothing else.
+def _read(kind: type[_Result], what: str, values: Any) -> _Result:
+    """Return one of these classes of its fields, if they are all that there must be, and nothing else.
 
     The message of the `ValueError` has nothing of their values, which may be anything.
     """
@@ -282,22 +283,4 @@ def _checked(kind: type[Any], what: str, values: Any) -> dict[str, Any]:
     for name, value in values.items():
         if not _KINDS[name].fits(value):
             raise ValueError(f"{name} of {what} must be {_KINDS[name].words}")
-    read = dict(values)
-    if "attempts" in read:
-        read["attempts"] = attempts_of(read["attempts"])
-    if "warnings" in read:
-        read["warnings"] = tuple(read["warnings"])
-    return read
-
-
-def _cell(values: Any, width: int, height: int) -> Cell:
-    read = _checked(Cell, "a cell", values)
-    box = None if read["box"] is None else Box(*read["box"])
-    if box is not None and box != box.within(width, height):
-        raise ValueError("box of a cell must lie on the page")
-    return Cell(read["category"], box, read["text"])
-
-
-def attempts_of(values: Iterable[Any]) -> tuple[Attempt, ...]:
-    """Return attempts of their fields, or raise `ValueError`, which names the field that is wrong."""
-    return tuple(Attempt(**_checked(Attempt, "an attempt", one)) for one in values)
+    return kind(**{name: _KINDS[name].read(value) for name, value in values.items()})

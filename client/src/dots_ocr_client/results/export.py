@@ -19,6 +19,8 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
 
+from ..texts import encodable
+
 if TYPE_CHECKING:  # results.py imports this module
     from . import Cell, FailedPage, Page
 
@@ -77,7 +79,7 @@ def markdown(page: Page, *, headers: bool, picture: Callable[[int, Cell], str | 
 
 def failed_markdown(page: FailedPage) -> str:
     """Return a comment that says why a page could not be read."""
-    return f"<!-- {re.sub('-(?=[->])', '- ', ' '.join(_encodable(_failure(page)).split()))} -->"
+    return f"<!-- {re.sub('-(?=[->])', '- ', ' '.join(encodable(_failure(page)).split()))} -->"
 
 
 def html(page: Page, *, headers: bool) -> str:
@@ -86,12 +88,12 @@ def html(page: Page, *, headers: bool) -> str:
         lines = [_html(cell) for cell in page.cells if headers or cell.category not in _HEADERS]
     else:
         lines = [f'<pre class="text">{_escape(page.text)}</pre>'] if page.text.strip() else []
-    return "\n".join([f'<section class="page" data-page="{_number(page.number)}">', *lines, "</section>"])
+    return "\n".join([f'<section class="page" data-page="{_escape(page.number)}">', *lines, "</section>"])
 
 
 def failed_html(page: FailedPage) -> str:
     """Return an HTML fragment that says why a page could not be read."""
-    number, why = _number(page.number), _escape(_failure(page))
+    number, why = _escape(page.number), _escape(_failure(page))
     return f'<section class="page failed" data-page="{number}">\n<p>{why}</p>\n</section>'
 
 
@@ -114,7 +116,7 @@ def clean_table(text: str) -> str:
     """Return the HTML of a table with nothing in it but table, thead, tbody, tr, th, td, sub, sup, b, i and br."""
     if "<table" not in text.lower():
         text = f"<table>{text}</table>"  # rows outside of a table would lose their tags
-    return _TABLE.clean(_encodable(text)).strip()
+    return _TABLE.clean(encodable(text)).strip()
 
 
 def _failure(page: FailedPage) -> str:
@@ -146,7 +148,7 @@ def _html(cell: Cell) -> str:
     elif _is_html_table(cell):
         content = clean_table(cell.text)
     else:
-        content = _CONTENT.clean(_MARKDOWN.render(_encodable(_markdown(cell)))).strip()
+        content = _CONTENT.clean(_MARKDOWN.render(encodable(_markdown(cell)))).strip()
     kind = re.sub(r"[^a-z]+", "-", cell.category.lower()).strip("-")
     box = f' data-box="{_edges(cell).strip()}"' if cell.box else ""
     return f'<div class="cell {kind}" data-category="{_escape(cell.category)}"{box}>{content}</div>'
@@ -157,12 +159,7 @@ def _is_html_table(cell: Cell) -> bool:
 
 
 def _edges(cell: Cell) -> str:
-    return "" if cell.box is None else " ".join(map(_number, cell.box)) + " "
-
-
-def _number(value: object) -> str:
-    """Write a number so that whatever else stands in its place does no harm in HTML and in comments."""
-    return _escape(str(value))
+    return "" if cell.box is None else " ".join(map(_escape, cell.box)) + " "
 
 
 def _latex(text: str) -> str:
@@ -178,13 +175,9 @@ def _formula(text: str) -> str:
     return f'<code class="formula">{_escape(_latex(text))}</code>'
 
 
-def _encodable(text: str) -> str:
-    """Replace what cannot stand in a UTF-8 file, such as the halves of characters in the name of a file."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
-def _escape(text: str) -> str:
-    return escape(_encodable(text))
+def _escape(value: object) -> str:
+    """Write a text or a number so that whatever stands in its place does no harm in HTML and in comments."""
+    return escape(encodable(str(value)))
 
 
 class _Renderer(RendererHTML):

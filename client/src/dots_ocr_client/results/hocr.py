@@ -62,17 +62,17 @@ def words(cell: Cell, page: Page, picture: Image.Image | None = None) -> list[li
 
     `picture` is the page's image, of the same proportions, if there is one.
     """
-    box = cell.box or Box(0, 0, page.width, page.height)
+    box = (cell.box or Box(0, 0, page.width, page.height)).within(page.width, page.height)
     lines = _MARKS.sub(r"\2", layout.plain_text([cell])).replace(_GLUE, "\ufffd").splitlines()
     texts = [[piece for word in line.split() for piece in _pieces(word)] for line in lines if line.strip()]
     if not texts or box.left == box.right or box.top == box.bottom:
         return []
     scale = (page.width / picture.width, page.height / picture.height) if picture else (1.0, 1.0)
-    ink = picture and _ink(picture, box, scale)
+    ink = picture and _ink(picture.crop(layout.to_page(box, (page.width, page.height), picture.size)))
     rows = _rows(ink) if ink else []
     if ink and rows:
         bands = [ink.crop((0, top, ink.width, bottom)) for top, bottom in rows]
-        spans = [_stretches(_profile(band, down=True)) for band in bands]
+        spans = [_stretches(band.getprojection()[0]) for band in bands]
     else:
         count = _guess(texts, box)
         scale, height = (1.0, 1.0), (box.bottom - box.top) / count
@@ -164,38 +164,31 @@ def _xml(text: str) -> str:
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", text)
 
 
-def _ink(picture: Image.Image, box: Box, scale: tuple[float, float]) -> Image.Image:
-    """Return what is inside a box, with white for ink and black for paper, and without the rules of tables."""
-    edges = (box.left / scale[0], box.top / scale[1], box.right / scale[0], box.bottom / scale[1])
-    grey = picture.crop((math.floor(edges[0]), math.floor(edges[1]), math.ceil(edges[2]), math.ceil(edges[3])))
-    grey = grey.convert("L")
+def _ink(picture: Image.Image) -> Image.Image:
+    """Return a picture with white for ink and black for paper, and without the rules of tables."""
+    grey = picture.convert("L")
     histogram = grey.histogram()
     paper = Image.new("L", grey.size, histogram.index(max(histogram)))
     ink = ImageChops.difference(grey, paper).point([0] * INK + [255] * (256 - INK))
     for down in (True, False) if ink.height >= TALL else (False,):
-        for at, part in enumerate(_profile(ink, down=down)):
-            if part > RULE:
+        size = (ink.width, 1) if down else (1, ink.height)
+        means: Any = ink.convert("F").resize(size, Image.Resampling.BOX).get_flattened_data()
+        for at, mean in enumerate(means):  # of each column or row
+            if mean > RULE * 255:
                 ink.paste(0, (at, 0, at + 1, ink.height) if down else (0, at, ink.width, at + 1))
     return ink
 
 
-def _profile(ink: Image.Image, *, down: bool = False) -> list[float]:
-    """Return which part of each row (or, going down, of each column) is ink."""
-    size = (ink.width, 1) if down else (1, ink.height)
-    means: Any = ink.convert("F").resize(size, Image.Resampling.BOX).get_flattened_data()
-    return [value / 255 for value in means]
-
-
-def _stretches(profile: Sequence[float]) -> list[tuple[int, int]]:
-    """Return where there is ink, as beginnings and ends."""
-    marks = [False, *(part > 0 for part in profile), False]
+def _stretches(inked: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where there is ink (1) along a line, as beginnings and ends."""
+    marks = [0, *inked, 0]
     edges = [at for at, (before, after) in enumerate(pairwise(marks)) if before != after]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _rows(ink: Image.Image) -> list[tuple[int, int]]:
     """Return the upper and lower edges of lines; dots and accents belong to the line that is nearest."""
-    rows = _stretches(_profile(ink))
+    rows = _stretches(ink.getprojection()[1])
     if not rows:
         return []
     usual = sorted(bottom - top for top, bottom in rows)[len(rows) // 2]

@@ -20,8 +20,9 @@ from typing import Any, Final, get_args
 import jiter
 
 from ..errors import UnusableAnswer
+from ..prompts import Category
 from ..texts import encodable
-from . import Box, Category, Cell
+from . import Box, Cell
 from .export import MATH, clean_table
 
 _CATEGORIES: Final = frozenset(get_args(Category))
@@ -87,29 +88,24 @@ def parse(answer: str, seen: tuple[int, int], page: tuple[int, int], *, texts: b
     Raises:
         UnusableAnswer: There is no cell in the answer, and it does not say that the page is blank (``[]``).
     """
+    notes: Counter[str] = Counter()
     try:
-        return _parse(answer, seen, page, texts=texts)
+        answer = _printable(answer, notes)
+        values = _values(answer, notes)
+        cells: dict[Cell, None] = {}  # a set that keeps the order
+        for value in values or ():
+            cell = _cell(value, seen, page, texts, notes)
+            if cell is not None and cell in cells:
+                notes["cells dropped that repeat an earlier one: {n}"] += 1
+            elif cell is not None:
+                cells[cell] = None
     except _FAULTS as error:
         raise UnusableAnswer(
             f"the answer is not a layout ({type(error).__name__}): read the page in the mode text"
         ) from None
-
-
-def _parse(answer: str, seen: tuple[int, int], page: tuple[int, int], *, texts: bool) -> Layout:
-    notes: Counter[str] = Counter()
-    answer = _printable(answer, notes)
-    values = _values(answer, notes)
-    cells: dict[Cell, None] = {}  # a set that keeps the order
-    for value in values or ():
-        cell = _cell(value, seen, page, texts, notes)
-        if cell is not None and cell in cells:
-            notes["cells dropped that repeat an earlier one: {n}"] += 1
-        elif cell is not None:
-            cells[cell] = None
     if values is None or (values and not cells):
         raise UnusableAnswer(f"the answer is not a layout; it begins {answer[:60]!r}: read the page in the mode text")
-    unknown = {cell.category: None for cell in cells if cell.category not in _CATEGORIES}
-    if unknown:
+    if unknown := {cell.category: None for cell in cells if cell.category not in _CATEGORIES}:
         names = ", ".join(repr(name[:40]) for name in list(unknown)[:5])
         notes[f"categories kept as written that dots.ocr does not have: {{n}} ({names})"] = len(unknown)
     return Layout(tuple(cells), tuple(note.replace("{n}", str(count), 1) for note, count in notes.items() if count))
@@ -121,12 +117,8 @@ def to_page(numbers: Sequence[float], seen: tuple[int, int], page: tuple[int, in
     It is the smallest in whole pixels that covers it, cut off at the edges of the page.
     """
     left, top, right, bottom = map(Fraction, numbers)
-    return Box(
-        min(max(math.floor(left * page[0] / seen[0]), 0), page[0]),
-        min(max(math.floor(top * page[1] / seen[1]), 0), page[1]),
-        min(max(math.ceil(right * page[0] / seen[0]), 0), page[0]),
-        min(max(math.ceil(bottom * page[1] / seen[1]), 0), page[1]),
-    )
+    corners = left * page[0] / seen[0], top * page[1] / seen[1], right * page[0] / seen[0], bottom * page[1] / seen[1]
+    return Box(*map(math.floor, corners[:2]), *map(math.ceil, corners[2:])).within(*page)
 
 
 def to_seen(box: Box, seen: tuple[int, int], page: tuple[int, int]) -> Box:

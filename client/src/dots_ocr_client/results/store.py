@@ -15,11 +15,11 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePath
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, AnyStr, Final, NamedTuple
 from urllib.parse import quote
 
 from ..errors import InputError
@@ -28,7 +28,7 @@ from ..pages.documents import PageImage
 from ..prompts import Mode
 from ..version import __version__
 from . import Cell, FailedPage, Page, export, hocr, page_of
-from .layout import table_rows
+from .layout import table_rows, to_page
 
 # What outputs there are, by what their names end with; ``csv`` and ``pictures`` are folders, with a file for each table
 # and each picture.
@@ -42,6 +42,7 @@ _NUMBER: Final = re.compile(r"[-+]*[€$£₽]?[\d\s.,]*([eE][-+]?\d+)? ?([%€$
 _PAGES: Final = b'"pages": [\n'
 _END_OF_PAGES: Final = b"\n],\n"
 _HEAD: Final = {"headers": bool, "formats": list, "pages": int, "failed_pages": int, "engines": dict}
+_ORIGIN: Final = frozenset({"format", "sha256", "mode", "dpi"})  # what an output was made from, in its first line
 # What reading a file raises that is damaged, or not by us.
 _UNREADABLE: Final = (KeyError, TypeError, ValueError, RecursionError)
 # Bytes of a first line at most: ours stay far below, because the longest path has 4,096 bytes.
@@ -183,7 +184,8 @@ class Store:
         self._origin: dict[str, Any] = {"format": _FORMAT_VERSION, "sha256": sha256, "mode": mode}
         if dpi is not None:
             self._origin["dpi"] = dpi
-        self._opened: Folder | None = None
+        self._folder: Folder
+        self._open = contextlib.ExitStack()  # what `close` closes
         self._entries: dict[int, _Entry] = {}
         self._journal: int | None = None
         self._end = 0
@@ -192,15 +194,10 @@ class Store:
 
     def open(self) -> None:
         """Look for what earlier runs left."""
-        self._opened = self._root.inner(self._place)
+        self._folder = self._open.enter_context(contextlib.closing(self._root.inner(self._place)))
         head = self._read_head()
         self._pages_changed = self._resume()
         self.finished = None if self._pages_changed else head
-
-    @property
-    def _folder(self) -> Folder:
-        assert self._opened is not None, "open the store first"
-        return self._opened
 
     def is_unchanged(self, formats: frozenset[str], *, headers: bool, retry_failed: bool, upgrade: bool) -> bool:
         """Tell whether the outputs are there, and nothing that is asked for could make them better."""
@@ -272,7 +269,7 @@ class Store:
         if self.finished is not None and not self._entries:
             return Summary(self.finished["pages"], self.finished["failed_pages"], dict(self.finished["engines"]))
         readers = [entry.engine for entry in self._entries.values()]
-        engines = Counter(reader for reader in sorted(filter(None, readers)))
+        engines = Counter(sorted(filter(None, readers)))
         return Summary(len(readers), readers.count(None), dict(engines))
 
     def assemble(self, formats: frozenset[str], *, headers: bool, draw: Callable[[int], PageImage]) -> None:
@@ -318,9 +315,7 @@ class Store:
         with contextlib.suppress(OSError):
             self.sync()
         self._close_journal()
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        self._open.close()
 
     def _delete_journal(self) -> None:
         self._folder.remove(self._name + JOURNAL)
@@ -336,36 +331,29 @@ class Store:
 
     def _resume(self) -> bool:
         """Take up the journal, if it is of this source and mode; cut off what was being written when a run died."""
-        fd = self._folder.open(self._name + JOURNAL, os.O_RDWR)
-        if fd is None:
+        self._journal = self._folder.open(self._name + JOURNAL, os.O_RDWR)
+        if self._journal is None:
             return False
         self._entries.clear()
-        end = 0
-        try:
-            with os.fdopen(os.dup(fd), "rb") as file:
-                head = file.readline(_LONGEST_HEAD)
-                with contextlib.suppress(*_UNREADABLE):
-                    if head.endswith(b"\n") and json.loads(head)["journal"] == self._origin:
-                        end = len(head)
-                while end:
-                    line = file.readline()
-                    try:
-                        page = _page(line)
-                    except _UNREADABLE:
-                        break
-                    engine = page.engine if isinstance(page, Page) else None
-                    self._entries[page.number] = _Entry(end, len(line) - 1, engine)
-                    end += len(line)
-            if end:
-                os.ftruncate(fd, end)
-        except BaseException:
-            os.close(fd)
-            raise
-        if not end:
-            os.close(fd)
-            return False
-        self._journal, self._end = fd, end
-        return True
+        self._end = 0
+        with os.fdopen(os.dup(self._journal), "rb") as file:
+            head = file.readline(_LONGEST_HEAD)
+            with contextlib.suppress(*_UNREADABLE):
+                if head.endswith(b"\n") and json.loads(head)["journal"] == self._origin:
+                    self._end = len(head)
+            while self._end and (line := file.readline()).endswith(b"\n"):
+                try:
+                    page = page_of(json.loads(line))
+                except _UNREADABLE:
+                    break
+                engine = page.engine if isinstance(page, Page) else None
+                self._entries[page.number] = _Entry(self._end, len(line) - 1, engine)
+                self._end += len(line)
+        if self._end:
+            os.ftruncate(self._journal, self._end)
+        else:
+            self._close_journal()
+        return self._journal is not None
 
     def _read_head(self) -> dict[str, Any] | None:
         fd = self._folder.open(f"{self._name}.json")
@@ -376,10 +364,9 @@ class Store:
         try:
             head: dict[str, Any] = json.loads(line.removesuffix(b",\n") + b"}")["dots_ocr"]
             self._formats_before = FORMATS.intersection(head["formats"])
-            ours = all(head[key] == value for key, value in self._origin.items()) and all(
+            ours = {key: head[key] for key in _ORIGIN & head.keys()} == self._origin and all(
                 isinstance(head[key], kind) for key, kind in _HEAD.items()
             )
-            ours = ours and ("dpi" in head) == ("dpi" in self._origin)
         except _UNREADABLE:
             ours = False
         return head if ours else None
@@ -400,8 +387,7 @@ class Store:
 
     def _results(self) -> Iterator[Page | FailedPage]:
         """The pages in order."""
-        for raw in self._raw():
-            yield _page(raw + b"\n")
+        return (page_of(json.loads(raw)) for raw in self._raw())
 
     def _write_parts(self, kind: str, parts: Iterator[tuple[str, bytes]]) -> None:
         """Write files into a folder of their own, in place of those of an earlier run."""
@@ -427,10 +413,9 @@ class Store:
             if number != page.number:
                 number, image = page.number, hocr.drawn(draw, page.number)
             if image is not None and cell.box is not None:
-                across, down = image.width / page.width, image.height / page.height
-                box = [round(edge * (across, down)[side % 2]) for side, edge in enumerate(cell.box)]
-                if box[0] < box[2] and box[1] < box[3]:
-                    yield _part(page, index, "png"), images.to_png(image.crop((box[0], box[1], box[2], box[3])))
+                box = to_page(cell.box, (page.width, page.height), image.size)
+                if box.left < box.right and box.top < box.bottom:
+                    yield _part(page, index, "png"), images.to_png(image.crop(box))
 
     def _cells(self, category: str) -> Iterator[tuple[Page, int, Cell]]:
         """The cells of a kind, with their pages and places."""
@@ -464,16 +449,12 @@ class Store:
             if "pictures" in formats:
                 with contextlib.closing(self._folder.inner([f"{self._name}.pictures"])) as folder:
                     pictures.update(folder.names())
-            between = ""
-            for page in self._results():
-                if block := self._markdown(page, headers, pictures):  # as in the whole document, none of an empty page
-                    yield between + block
-                    between = "\n\n"
+            blocks = (self._markdown(page, headers, pictures) for page in self._results())
+            yield from _joined(filter(None, blocks), "\n\n")  # as in the whole document, nothing of an empty page
             yield "\n"
 
     def _text(self) -> Iterator[str]:
-        for index, page in enumerate(self._results()):
-            yield "\n\n" * (index > 0) + page.text
+        return _joined((page.text for page in self._results()), "\n\n")
 
     def _write_json(self, file: IO[bytes], formats: frozenset[str], headers: bool) -> None:
         """Write ``Document.to_dict()`` with our own note in the first line, and one page a line."""
@@ -486,12 +467,17 @@ class Store:
             **asdict(self.summary()),
         }
         file.write(to_json({"source": self._source, "dots_ocr": note}).removesuffix(b"}") + b",\n" + _PAGES)
-        for index, raw in enumerate(self._raw()):
-            file.write(b",\n" * (index > 0) + raw)
+        file.writelines(_joined(self._raw(), b",\n"))
         file.write(_END_OF_PAGES + b'"text": "')
         for part in self._text():
             file.write(to_json(part)[1:-1])
         file.write(b'"}\n')
+
+
+def _joined(parts: Iterable[AnyStr], between: AnyStr) -> Iterator[AnyStr]:
+    """Yield the parts with something between them, so that a large document is never in memory."""
+    for index, part in enumerate(parts):
+        yield between * (index > 0) + part
 
 
 def _part(page: Page, index: int, suffix: str) -> str:
@@ -501,9 +487,3 @@ def _part(page: Page, index: int, suffix: str) -> str:
 def _for_spreadsheet(text: str) -> str:
     """Keep a cell from being taken for a formula, which a document's author could have written; numbers stay."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") and not _NUMBER.fullmatch(text) else text
-
-
-def _page(line: bytes) -> Page | FailedPage:
-    if not line.endswith(b"\n"):
-        raise ValueError("the line was cut off")
-    return page_of(json.loads(line))
