@@ -188,7 +188,9 @@ def memory_plan(
     wanted = read_wishes(wishes)
     last = dict(previous or {})
     held = number(last.get("gpu_memory_utilization", 0), "the previous utilization") if running else 0.0
-    total, free = gpu["memory_total_mib"], gpu["memory_free_mib"]
+    total, free = (number(gpu.get(key), f"the GPU's {key}") for key in ("memory_total_mib", "memory_free_mib"))
+    if not free <= total > 0:
+        raise AnsibleFilterError(f"memory_plan: {free:g} MiB cannot be free of {total:g} MiB")
     memory = Memory(platform, total, min(total, free + held * total))  # free without our server
     lowering = [dict(entry) for entry in lowered or []]
     less = sum(entry.get("utilization", 0.0) for entry in lowering)
