@@ -485,7 +485,7 @@ def test_no_usable_record_is_none(previous: Plan | None) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (({"memory_total_mib": 16303}, "bare_metal"), "the GPU's memory_free_mib must be a number and not negative, not"),
+        (({"memory_total_mib": 16303}, "bare_metal"), "the GPU's memory_free_mib must be a number and not negative"),
         ((gpu(16303, -1), "bare_metal"), "memory_free_mib must be a number and not negative, not -1"),
         ((gpu(0, 0), "bare_metal"), "0 MiB cannot be free of 0 MiB"),
         ((gpu(1000, 1001), "bare_metal"), "1001 MiB cannot be free of 1000 MiB"),
