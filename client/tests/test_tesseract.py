@@ -160,8 +160,10 @@ def test_it_is_killed_at_the_deadline(fake_tesseract: FakeTesseract, page: PageI
 def test_cancelled_twice_it_leaves_nothing_open_behind_the_loop(
     fake_tesseract: FakeTesseract, page: PageImage, tmp_path: Path
 ) -> None:
-    # A program of its own keeps the other ends of the pipes open.
-    fake_tesseract(f"sleep 20 & echo $$ > {tmp_path}/begun; mv {tmp_path}/begun {tmp_path}/pid; exec sleep 60")
+    # It has begun when it has the page; a program of its own keeps the other ends of the pipes open.
+    fake_tesseract(
+        f"cat >/dev/null; sleep 20 & echo $$ > {tmp_path}/begun; mv {tmp_path}/begun {tmp_path}/pid; exec sleep 60"
+    )
 
     async def run() -> None:
         reading = asyncio.create_task(TesseractEngine().read(page, Task(), 60.0))
