@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import groupby, pairwise, repeat
 from operator import or_
 from typing import Any, Final, NamedTuple, Self
@@ -49,6 +49,16 @@ SLANT: Final = math.radians(5)
 _TEXT_FIELDS: Final = (raw.FPDF_FORMFIELD_TEXTFIELD, raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX)
 _LINES: Final = re.compile(r"[^ \r\n](?:[^\r\n]*[^ \r\n])?")
 _WORDS: Final = re.compile(r"[^ \r\n]+")
+
+
+def _bare(function: Any, result: Any = ctypes.c_int) -> Any:
+    """Return a function of PDFium without the checks of ctypes, which take longer than it: give it `ctypes` objects."""
+    return ctypes.PYFUNCTYPE(result)(ctypes.cast(function, ctypes.c_void_p).value)
+
+
+_COUNT_RECTANGLES, _RECTANGLE = _bare(raw.FPDFText_CountRects), _bare(raw.FPDFText_GetRect)
+_LOOSE_BOX, _MAP_ERROR = _bare(raw.FPDFText_GetLooseCharBox), _bare(raw.FPDFText_HasUnicodeMapError)
+_TEXT_OBJECT = _bare(raw.FPDFText_GetTextObject, ctypes.c_void_p)
 _HIDDEN_MODES: Final = (raw.FPDF_TEXTRENDERMODE_INVISIBLE, raw.FPDF_TEXTRENDERMODE_CLIP)
 
 
@@ -249,8 +259,8 @@ class _Layer:
         self._textpage, self._scale = textpage, scale
         self._quarters = page.get_rotation() // 90
         self._origin = turned(Area(edges.left, -edges.top, edges.right, -edges.bottom), -self._quarters)[:2]
-        self._box = [ctypes.c_double() for _ in range(4)]
-        self._loose = raw.FS_RECTF()
+        self._box, self._loose = (ctypes.c_double * 4)(), (ctypes.c_float * 4)()
+        self._sides = [ctypes.byref(self._box, place * ctypes.sizeof(ctypes.c_double)) for place in range(4)]
         self.text = re.sub(r"[\r\n]\s*", lambda found: "\n" * len(found[0]), "".join(_characters(textpage, count)))
 
     def pieces(
@@ -258,13 +268,16 @@ class _Layer:
     ) -> Iterator[_Word]:
         """Yield `_LINES` or `_WORDS` in the order of the file, each of one object, or of several if they may be."""
         for match in pattern.finditer(self.text, start, end):
-            parts = [range(*match.span())]
-            boxes = self._boxes(parts[0])
-            if len(boxes) > 1 and not (several and _in_a_row(boxes, self._line(match.start()))):
-                letters = (index for index in parts[0] if self.text[index] != " ")
-                groups = (list(group) for _, group in groupby(letters, self._owner))
-                parts = [range(group[0], group[-1] + 1) for group in groups]
-            yield from map(self._word, parts)
+            part = range(*match.span())
+            boxes = self._boxes(part)
+            if len(boxes) <= 1 or (several and _in_a_row(boxes, self._line(part.start))):
+                yield self._word(part, boxes)
+                continue
+            letters = (index for index in part if self.text[index] != " ")
+            for _, group in groupby(letters, self._owner):
+                first, *others = group
+                part = range(first, (others or [first])[-1] + 1)
+                yield self._word(part, self._boxes(part))
 
     def without(self, words: Iterable[_Word], holes: Sequence[tuple[float, float]]) -> Iterator[_Word]:
         """Yield what is left of words once the characters in these holes of their run are gone."""
@@ -275,20 +288,22 @@ class _Layer:
             lost = "".join(
                 "-" if any(left <= (ink.left + ink.right) / 2 < right for left, right in holes) else "+"
                 for index in range(word.first, word.first + len(word.text))
-                for ink in [self._word(range(index, index + 1)).ink]
+                for part in [range(index, index + 1)]
+                for ink in [self._word(part, self._boxes(part)).ink]
             )
-            for part in re.finditer(r"\+(?:-?\+)*", lost):  # a single one between others is never lost
-                yield self._word(range(word.first + part.start(), word.first + part.end()))
+            for kept in re.finditer(r"\+(?:-?\+)*", lost):  # a single one between others is never lost
+                part = range(word.first + kept.start(), word.first + kept.end())
+                yield self._word(part, self._boxes(part))
 
     def _owner(self, index: int) -> int | None:
-        text = raw.FPDFText_GetTextObject(self._textpage, index)
-        return ctypes.addressof(text.contents) if text else None
+        owner: int | None = _TEXT_OBJECT(self._textpage, index)
+        return owner
 
-    def _word(self, part: range) -> _Word:
+    def _word(self, part: range, boxes: Sequence[Area]) -> _Word:
         first, last = part[0], part[-1]
         angle = raw.FPDFText_GetCharAngle(self._textpage, first) + self._quarters * math.pi / 2
         turn = round(angle / (math.pi / 2))
-        box, full = around(self._boxes(part)), around([self._line(first), self._line(last)])
+        box, full = around(boxes), around([self._line(index) for index in {first, last}])
         # A font may have no boxes of its own, and PDFium then gives a hair's breadth.
         ink, line = self._place(box if box.height > full.height / 50 else full, turn), self._place(full, turn)
         # At least a pixel high, whatever the font says.
@@ -300,16 +315,17 @@ class _Layer:
 
     def _boxes(self, part: range) -> list[Area]:
         """Return the areas of the characters, one for each object, as `_line` in points from the left and downwards."""
-        left, top, right, bottom = self._box
         boxes = []
-        for index in range(raw.FPDFText_CountRects(self._textpage, part.start, len(part))):
-            raw.FPDFText_GetRect(self._textpage, index, left, top, right, bottom)
-            boxes.append(Area(left.value, -top.value, right.value, -bottom.value))
+        for index in range(_COUNT_RECTANGLES(self._textpage, part.start, len(part))):
+            _RECTANGLE(self._textpage, index, *self._sides)
+            left, top, right, bottom = self._box
+            boxes.append(Area(left, -top, right, -bottom))
         return boxes
 
     def _line(self, index: int) -> Area:
-        raw.FPDFText_GetLooseCharBox(self._textpage, index, self._loose)
-        return Area(self._loose.left, -self._loose.top, self._loose.right, -self._loose.bottom)
+        _LOOSE_BOX(self._textpage, index, self._loose)
+        left, top, right, bottom = self._loose
+        return Area(left, -top, right, -bottom)
 
     def _place(self, area: Area, turn: int) -> Area:
         """Return where an area is on the page's image, turned upright."""
@@ -324,8 +340,11 @@ def _characters(textpage: Any, count: int) -> list[str]:
     buffer = (ctypes.c_ushort * (count + 1))()
     whole = raw.FPDFText_GetText(textpage, 0, count, buffer) == count + 1  # otherwise PDFium left some out
     codes = buffer[:count] if whole else [raw.FPDFText_GetUnicode(textpage, index) for index in range(count)]
-    errors = map(raw.FPDFText_HasUnicodeMapError, repeat(textpage), range(count))
-    characters = ["\ufffd" if error == 1 else _meaning(code) for code, error in zip(codes, errors, strict=True)]
+    meanings = {code: _meaning(code) for code in set(codes)}
+    characters = [meanings[code] for code in codes]
+    for index, error in enumerate(map(_MAP_ERROR, repeat(textpage), range(count))):
+        if error == 1:
+            characters[index] = "\ufffd"
     for index in (index for index, text in enumerate(characters) if text == "\ufffd"):
         # One at the end of a line has a code of its own.
         if raw.FPDFText_GetUnicode(textpage, index) == 2 and raw.FPDFText_IsHyphen(textpage, index) == 1:
@@ -333,7 +352,6 @@ def _characters(textpage: Any, count: int) -> list[str]:
     return characters
 
 
-@lru_cache(4096)
 def _meaning(code: int) -> str:
     text = chr(code) if code <= sys.maxunicode else "\ufffd"
     if text.isspace():
@@ -389,11 +407,12 @@ def _holes(mask: _Mask, words: Sequence[_Word], across: float = 0.0) -> list[tup
     area = around([area for word in words for area in ((word.ink, word.line) if across else (word.ink,))])
     area = area._replace(top=area.top - across * height, bottom=area.bottom + across * height)
     begin, ink = mask.ink(area, turn)
-    holes = [] if words[0].slanted and any(ink) else [hole.span() for hole in re.finditer(rb"\0+", ink)]
+    if not any(ink):
+        return [(-math.inf, math.inf)]
+    wide = math.ceil(GAP * height / COARSE)
     return [
         ((begin + start) * COARSE if start else -math.inf, (begin + end) * COARSE if end < len(ink) else math.inf)
-        for start, end in holes
-        if (end - start) * COARSE >= GAP * height or end - start == len(ink)
+        for start, end in ([] if words[0].slanted else [hole.span() for hole in re.finditer(rb"\0{%d,}" % wide, ink)])
     ]
 
 
