@@ -17,7 +17,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby, pairwise, repeat
-from operator import or_
 from typing import Any, Final, NamedTuple, Self
 
 import pypdfium2
@@ -342,13 +341,12 @@ def _characters(textpage: Any, count: int) -> list[str]:
     codes = buffer[:count] if whole else [raw.FPDFText_GetUnicode(textpage, index) for index in range(count)]
     meanings = {code: _meaning(code) for code in set(codes)}
     characters = [meanings[code] for code in codes]
-    for index, error in enumerate(map(_MAP_ERROR, repeat(textpage), range(count))):
-        if error == 1:
-            characters[index] = "\ufffd"
     for index in (index for index, text in enumerate(characters) if text == "\ufffd"):
         # One at the end of a line has a code of its own.
         if raw.FPDFText_GetUnicode(textpage, index) == 2 and raw.FPDFText_IsHyphen(textpage, index) == 1:
             characters[index] = "-"
+    for index in (index for index, error in enumerate(map(_MAP_ERROR, repeat(textpage), range(count))) if error == 1):
+        characters[index] = "\ufffd"
     return characters
 
 
@@ -422,26 +420,20 @@ class _Mask:
     def __init__(self, one: Image.Image, other: Image.Image) -> None:
         bands = ImageChops.difference(one, other).split()
         self.image = reduce(ImageChops.lighter, bands).point(_from(VISIBLE))
-        self._rows: dict[int, list[bytes]] = {}
+        self._images = {0: self.image}
 
     def ink(self, area: Area, turn: int) -> tuple[int, bytes]:
         """Return what differs in an area that is turned so, a byte for each column, and where the first of them is."""
-        if turn not in self._rows:
-            image = self.image.transpose(Image.Transpose(turn + 1)) if turn else self.image  # counter-clockwise
-            data, width = image.tobytes(), image.width
-            self._rows[turn] = [data[start : start + width] for start in range(0, len(data), width)]
-        rows = self._rows[turn]
-        whole = turned(Area(0, 0, *self.image.size), turn)
-        sides = (int(whole.width), int(whole.height)) * 2
-        edges = [  # PDFium may say anything
-            min(max(edge / COARSE - start, -side), 2 * side)
-            for edge, start, side in zip(area, whole[:2] * 2, sides, strict=True)
-        ]
-        pixels = (*(math.floor(edge) - MARGIN for edge in edges[:2]), *(math.ceil(edge) + MARGIN for edge in edges[2:]))
-        first, top, last, bottom = (min(max(edge, 0), side) for edge, side in zip(pixels, sides, strict=True))
-        ink = reduce(or_, (int.from_bytes(row[first:last], "big") for row in rows[top:bottom]), 0)
-        ink <<= 8 * max(0, pixels[2] - last)  # there is nothing beside the page
-        return int(whole.left) + pixels[0], ink.to_bytes(pixels[2] - pixels[0], "big")
+        if turn not in self._images:
+            self._images[turn] = self.image.transpose(Image.Transpose(turn + 1))  # counter-clockwise
+        image = self._images[turn]
+        start, side = turned(Area(0, 0, *self.image.size), turn)[:2] * 2, image.size * 2
+        # PDFium may say anything.
+        edges = [min(max(edge / COARSE - start[at], -side[at]), 2 * side[at]) for at, edge in enumerate(area)]
+        left, top = math.floor(edges[0]) - MARGIN, math.floor(edges[1]) - MARGIN
+        right, bottom = math.ceil(edges[2]) + MARGIN, math.ceil(edges[3]) + MARGIN
+        columns, _ = image.crop((left, top, right, bottom)).getprojection()  # there is nothing beside the page
+        return int(start[0]) + left, bytes(columns)
 
 
 def _draw(page: Any, scale: float, *, grey: bool = True) -> Image.Image:
