@@ -23,8 +23,9 @@ import pypdfium2
 from PIL import Image, ImageChops
 from pypdfium2 import raw
 
-from . import documents, images
+from . import documents, images, pdf_resolution
 from .documents import PageReference
+from .pdf_resolution import FAST
 
 MAX_CHARACTERS: Final = 100_000
 """Our own limit; a densely printed A4 page has about 6,000."""
@@ -48,16 +49,6 @@ SLANT: Final = math.radians(5)
 _TEXT_FIELDS: Final = (raw.FPDF_FORMFIELD_TEXTFIELD, raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX)
 _LINES: Final = re.compile(r"[^ \r\n](?:[^\r\n]*[^ \r\n])?")
 _WORDS: Final = re.compile(r"[^ \r\n]+")
-
-
-def _bare(function: Any, result: Any = ctypes.c_int) -> Any:
-    """Return a function of PDFium without the checks of ctypes, which take longer than it: give it `ctypes` objects."""
-    return ctypes.PYFUNCTYPE(result)(ctypes.cast(function, ctypes.c_void_p).value)
-
-
-_COUNT_RECTANGLES, _RECTANGLE = _bare(raw.FPDFText_CountRects), _bare(raw.FPDFText_GetRect)
-_LOOSE_BOX, _MAP_ERROR = _bare(raw.FPDFText_GetLooseCharBox), _bare(raw.FPDFText_HasUnicodeMapError)
-_TEXT_OBJECT = _bare(raw.FPDFText_GetTextObject, ctypes.c_void_p)
 _HIDDEN_MODES: Final = (raw.FPDF_TEXTRENDERMODE_INVISIBLE, raw.FPDF_TEXTRENDERMODE_CLIP)
 
 
@@ -182,8 +173,8 @@ def extract(reference: PageReference) -> TextLayer:
     """
     with documents.open_page(reference, "read") as (page, drawn), closing(page.get_textpage()) as textpage:
         scale = drawn.scale
-        texts = {ctypes.addressof(text.contents): text for text in _text_objects(page.raw)}
-        modes = {owner: raw.FPDFTextObj_GetTextRenderMode(text) for owner, text in texts.items()}
+        texts = {text.value: text for text in _text_objects(page.raw)}
+        modes = {owner: FAST.FPDFTextObj_GetTextRenderMode(text) for owner, text in texts.items()}
         hidden = {owner for owner, mode in modes.items() if mode in _HIDDEN_MODES}
         layer = _Layer(page, textpage.raw, scale)
         lines = layer.pieces(_LINES, several=not hidden)
@@ -192,10 +183,10 @@ def extract(reference: PageReference) -> TextLayer:
         if groups:  # otherwise there is nothing to look at
             with_text = _draw(page, scale)
             for owner in modes.keys() - hidden:
-                raw.FPDFTextObj_SetTextRenderMode(texts[owner], raw.FPDF_TEXTRENDERMODE_INVISIBLE)
+                FAST.FPDFTextObj_SetTextRenderMode(texts[owner], raw.FPDF_TEXTRENDERMODE_INVISIBLE)
             without = _draw(page, scale)
-            seen = _Mask(with_text, without)
-            unread = _unread(seen.image, without)
+            seen = _difference(with_text, without)
+            unread = _unread(seen, without)
             parts = [
                 [word for line in group for word in layer.pieces(_WORDS, line.first, line.first + len(line.text))]
                 if _holes(seen, group)
@@ -204,14 +195,15 @@ def extract(reference: PageReference) -> TextLayer:
             ]
             lost = any(list(layer.without(words, _holes(seen, words))) != words for words in parts if words)
             doubtful = texts.keys() & {word.owner for words in parts for word in words if lost}
-            blank = _draw(page, scale, grey=False) if doubtful else without
-            for owner in doubtful:  # draw them alone, so that all ink near them is theirs, and see what differs in hue
-                raw.FPDFTextObj_SetTextRenderMode(texts[owner], modes[owner])
-            alone = _Mask(_draw(page, scale, grey=False), blank) if doubtful else seen
+            if doubtful:
+                blank = _draw(page, scale, grey=False)
+                for owner in doubtful:  # draw them alone, so that all ink near is theirs, and see what differs in hue
+                    FAST.FPDFTextObj_SetTextRenderMode(texts[owner], modes[owner])
+                seen = _difference(_draw(page, scale, grey=False), blank)
             groups = [
                 rest
                 for group, words in zip(groups, parts, strict=True)
-                for rest in (_groups(layer.without(words, _holes(alone, words, 0.5))) if words else (group,))
+                for rest in (_groups(layer.without(words, _holes(seen, words, 0.5))) if words else (group,))
             ]
         fields, beside = _count_fields(page), documents.beside_text(page)
         width, height = page.get_size()
@@ -236,14 +228,13 @@ def _count(text: str) -> int:
     return sum(map(len, text.split()))
 
 
-def _text_objects(of: Any, count: Any = raw.FPDFPage_CountObjects, get: Any = raw.FPDFPage_GetObject) -> Iterator[Any]:
+def _text_objects(holder: Any, *, form: bool = False) -> Iterator[Any]:
     """Yield the text of a page, and of the forms inside; several times faster than pypdfium2."""
-    for found in (get(of, index) for index in range(count(of))):
-        kind = raw.FPDFPageObj_GetType(found)
+    for found, kind in pdf_resolution.objects_of(holder, form=form):
         if kind == raw.FPDF_PAGEOBJ_TEXT:
             yield found
         elif kind == raw.FPDF_PAGEOBJ_FORM:
-            yield from _text_objects(found, raw.FPDFFormObj_CountObjects, raw.FPDFFormObj_GetObject)
+            yield from _text_objects(found, form=True)
 
 
 class _Layer:
@@ -295,12 +286,12 @@ class _Layer:
                 yield self._word(part, self._boxes(part))
 
     def _owner(self, index: int) -> int | None:
-        owner: int | None = _TEXT_OBJECT(self._textpage, index)
+        owner: int | None = FAST.FPDFText_GetTextObject(self._textpage, index).value
         return owner
 
     def _word(self, part: range, boxes: Sequence[Area]) -> _Word:
         first, last = part[0], part[-1]
-        angle = raw.FPDFText_GetCharAngle(self._textpage, first) + self._quarters * math.pi / 2
+        angle = FAST.FPDFText_GetCharAngle(self._textpage, first) + self._quarters * math.pi / 2
         turn = round(angle / (math.pi / 2))
         box, full = around(boxes), around([self._line(index) for index in {first, last}])
         # A font may have no boxes of its own, and PDFium then gives a hair's breadth.
@@ -315,14 +306,14 @@ class _Layer:
     def _boxes(self, part: range) -> list[Area]:
         """Return the areas of the characters, one for each object, as `_line` in points from the left and downwards."""
         boxes = []
-        for index in range(_COUNT_RECTANGLES(self._textpage, part.start, len(part))):
-            _RECTANGLE(self._textpage, index, *self._sides)
+        for index in range(FAST.FPDFText_CountRects(self._textpage, part.start, len(part))):
+            FAST.FPDFText_GetRect(self._textpage, index, *self._sides)
             left, top, right, bottom = self._box
             boxes.append(Area(left, -top, right, -bottom))
         return boxes
 
     def _line(self, index: int) -> Area:
-        _LOOSE_BOX(self._textpage, index, self._loose)
+        FAST.FPDFText_GetLooseCharBox(self._textpage, index, self._loose)
         left, top, right, bottom = self._loose
         return Area(left, -top, right, -bottom)
 
@@ -345,8 +336,9 @@ def _characters(textpage: Any, count: int) -> list[str]:
         # One at the end of a line has a code of its own.
         if raw.FPDFText_GetUnicode(textpage, index) == 2 and raw.FPDFText_IsHyphen(textpage, index) == 1:
             characters[index] = "-"
-    for index in (index for index, error in enumerate(map(_MAP_ERROR, repeat(textpage), range(count))) if error == 1):
-        characters[index] = "\ufffd"
+    for index, error in enumerate(map(FAST.FPDFText_HasUnicodeMapError, repeat(textpage), range(count))):
+        if error == 1:
+            characters[index] = "\ufffd"
     return characters
 
 
@@ -395,7 +387,7 @@ def _continues(line: Area, more: Area) -> bool:
     return overlap > height / 2 and -height <= more.left - line.right <= GAP * height
 
 
-def _holes(mask: _Mask, words: Sequence[_Word], across: float = 0.0) -> list[tuple[float, float]]:
+def _holes(mask: Image.Image, words: Sequence[_Word], across: float = 0.0) -> list[tuple[float, float]]:
     """Return the parts of a run in which nothing can be seen, each from where to where along the line of text.
 
     Its ink may be so far above and below the line, as a multiple of its height: fonts may lie.
@@ -404,7 +396,10 @@ def _holes(mask: _Mask, words: Sequence[_Word], across: float = 0.0) -> list[tup
     height = max(word.line.height for word in words)
     area = around([area for word in words for area in ((word.ink, word.line) if across else (word.ink,))])
     area = area._replace(top=area.top - across * height, bottom=area.bottom + across * height)
-    begin, ink = mask.ink(area, turn)
+    box = _box(turned(area, -turn), COARSE, mask)
+    columns, rows = mask.crop(box).getprojection()  # there is nothing beside the page
+    ink = bytes((rows if turn % 2 else columns)[:: 1 if turn < 2 else -1])
+    begin = turned(Area(*box), turn).left
     if not any(ink):
         return [(-math.inf, math.inf)]
     wide = math.ceil(GAP * height / COARSE)
@@ -414,30 +409,24 @@ def _holes(mask: _Mask, words: Sequence[_Word], across: float = 0.0) -> list[tup
     ]
 
 
-class _Mask:
-    """The pixels in which two drawings differ, and the same turned; see `turned`."""
+def _box(area: Area, unit: float, image: Image.Image, more: int = MARGIN) -> tuple[int, int, int, int]:
+    """Return where an area is on an image whose pixels are so many of the page's image, with more pixels around it."""
+    sides = image.size * 2
+    edges = [min(max(edge / unit, -side), 2 * side) for edge, side in zip(area, sides, strict=True)]  # PDFium may err
+    left, top = math.floor(edges[0]) - more, math.floor(edges[1]) - more
+    return left, top, math.ceil(edges[2]) + more, math.ceil(edges[3]) + more
 
-    def __init__(self, one: Image.Image, other: Image.Image) -> None:
-        bands = ImageChops.difference(one, other).split()
-        self.image = reduce(ImageChops.lighter, bands).point(_from(VISIBLE))
-        self._images = {0: self.image}
 
-    def ink(self, area: Area, turn: int) -> tuple[int, bytes]:
-        """Return what differs in an area that is turned so, a byte for each column, and where the first of them is."""
-        if turn not in self._images:
-            self._images[turn] = self.image.transpose(Image.Transpose(turn + 1))  # counter-clockwise
-        image = self._images[turn]
-        start, side = turned(Area(0, 0, *self.image.size), turn)[:2] * 2, image.size * 2
-        # PDFium may say anything.
-        edges = [min(max(edge / COARSE - start[at], -side[at]), 2 * side[at]) for at, edge in enumerate(area)]
-        left, top = math.floor(edges[0]) - MARGIN, math.floor(edges[1]) - MARGIN
-        right, bottom = math.ceil(edges[2]) + MARGIN, math.ceil(edges[3]) + MARGIN
-        columns, _ = image.crop((left, top, right, bottom)).getprojection()  # there is nothing beside the page
-        return int(start[0]) + left, bytes(columns)
+def _difference(one: Image.Image, other: Image.Image) -> Image.Image:
+    """Return the pixels in which two drawings differ in any colour."""
+    bands = ImageChops.difference(one, other).split()[:3]  # the fourth is padding
+    return reduce(ImageChops.lighter, bands).point(_from(VISIBLE))
 
 
 def _draw(page: Any, scale: float, *, grey: bool = True) -> Image.Image:
-    image: Image.Image = page.render(scale=scale / COARSE, grayscale=grey).to_pil()
+    # Pillow takes pixels in this order as they are.
+    bitmap = page.render(scale=scale / COARSE, grayscale=grey, prefer_bgrx=True, rev_byteorder=True)
+    image: Image.Image = bitmap.to_pil()
     return image
 
 
