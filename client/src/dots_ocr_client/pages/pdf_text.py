@@ -104,10 +104,10 @@ class TextLayer:
 
     Attributes:
         runs: In the order of the file.
-        characters: In all runs, without white space.
+        slanted: Lines of text that runs neither along nor across the page, in the order of the file; not in `runs`.
+        characters: In both, without white space.
         garbled: Those of them of which the PDF does not say what they mean.
         hidden: Characters of the layer that cannot be seen; they are in no run.
-        slanted: Characters that run neither along nor across the page; they are in no run.
         unread: Part of the patches with anything on them that have no text of the layer, from 0 to 1.
         fields: Form fields with something typed in, and text notes: what they say is not in the layer.
         beside: What else is on the page, as `documents.beside_text` says it.
@@ -116,10 +116,10 @@ class TextLayer:
     """
 
     runs: tuple[Run, ...]
+    slanted: tuple[Run, ...]
     characters: int
     garbled: int
     hidden: int
-    slanted: int
     unread: float
     fields: int
     page_size: tuple[int, int]
@@ -129,9 +129,12 @@ class TextLayer:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the text layer of which `dataclasses.asdict` made these values, also if they went through JSON."""
-        runs = tuple(Run(run["text"], Area(*run["ink"]), Area(*run["line"]), run["turn"]) for run in values["runs"])
+        runs = {
+            name: tuple(Run(run["text"], Area(*run["ink"]), Area(*run["line"]), run["turn"]) for run in values[name])
+            for name in ("runs", "slanted")
+        }
         values = {**values, "page_size": tuple(values["page_size"]), "beside": tuple(map(str, values["beside"]))}
-        return cls(**{**values, "runs": runs})
+        return cls(**{**values, **runs})
 
 
 class _Word(NamedTuple):
@@ -189,11 +192,13 @@ def extract(reference: PageReference) -> TextLayer:
             unread = _unread(seen, without)
             parts = [
                 [word for line in group for word in layer.pieces(_WORDS, line.first, line.first + len(line.text))]
-                if _holes(seen, group)
+                if group[0].slanted or _holes(seen, group)  # there may be other text in the area of what is slanted
                 else []
                 for group in groups
             ]
-            lost = any(list(layer.without(words, _holes(seen, words))) != words for words in parts if words)
+            lost = any(
+                words[0].slanted or list(layer.without(words, _holes(seen, words))) != words for words in parts if words
+            )
             doubtful = texts.keys() & {word.owner for words in parts for word in words if lost}
             if doubtful:
                 blank = _draw(page, scale, grey=False)
@@ -207,15 +212,15 @@ def extract(reference: PageReference) -> TextLayer:
             ]
         fields, beside = _count_fields(page), documents.beside_text(page)
         width, height = page.get_size()
-    runs = tuple(_run(group) for group in groups if not group[0].slanted)
-    characters = sum(_count(run.text) for run in runs)
-    slanted = sum(_count(word.text) for group in groups for word in group if word.slanted)
+    upright, slanted = (tuple(_run(group) for group in groups if group[0].slanted is kind) for kind in (False, True))
+    text = "".join(run.text for run in upright + slanted)
+    characters = _count(text)
     return TextLayer(
-        runs=runs,
-        characters=characters,
-        garbled=sum(run.text.count("\ufffd") for run in runs),
-        hidden=_count(layer.text) - slanted - characters,
+        runs=upright,
         slanted=slanted,
+        characters=characters,
+        garbled=text.count("\ufffd"),
+        hidden=_count(layer.text) - characters,
         unread=unread,
         fields=fields,
         page_size=(math.ceil(width * scale), math.ceil(height * scale)),
@@ -359,12 +364,15 @@ def _in_a_row(boxes: Sequence[Area], line: Area) -> bool:
 
 
 def _groups(words: Iterable[_Word]) -> Iterator[list[_Word]]:
-    """Put words together that stand in a row: the next one begins where the one before ends, or a little behind it."""
+    """Put words together that stand in a row: the next one begins where the one before ends, or a little behind it.
+
+    Of slanted text, of which that cannot be told, PDFium's lines stay together.
+    """
     group: list[_Word] = []
     line = Area(0, 0, 0, 0)  # of the group
     for word in words:
         alike = group and (word.turn, word.slanted) == (group[0].turn, group[0].slanted)
-        if alike and word.before != "\n" and _continues(line, word.line):
+        if alike and word.before != "\n" and (word.slanted or _continues(line, word.line)):
             group.append(word)
             line = around([line, word.line])
             continue
