@@ -33,18 +33,18 @@ _Matrix = tuple[float, float, float, float]
 _Weighed = list[tuple[float, float]]
 
 
+class _Pointer(ctypes.c_void_p):
+    """A type of its own, so that ctypes makes no number of it."""
+
+
 class _Fast:
     """PDFium's functions without the checks of ctypes, which take longer: give them only `ctypes` objects and ints."""
 
-    class Pointer(ctypes.c_void_p):
-        """What they return stays an object of ctypes, because this is a class of its own."""
-
     def __getattr__(self, name: str) -> Any:
         function = getattr(raw, name)
-        result = self.Pointer if hasattr(function.restype, "contents") else function.restype
-        function = ctypes.PYFUNCTYPE(result)(ctypes.cast(function, ctypes.c_void_p).value or 0)
-        setattr(self, name, function)
-        return function
+        result = _Pointer if hasattr(function.restype, "contents") else function.restype
+        setattr(self, name, ctypes.PYFUNCTYPE(result)(ctypes.cast(function, ctypes.c_void_p).value or 0))
+        return getattr(self, name)
 
 
 FAST: Final = _Fast()
@@ -116,24 +116,23 @@ def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool]:
         of it; whether there is text to be seen.
     """
     pictures, types, text = [], [], False
-    size, left, bottom, right, top = numbers = [ctypes.c_float() for _ in range(5)]
-    wide, high = pixels = [ctypes.c_uint(), ctypes.c_uint()]
-    size_at, *edges_at = map(ctypes.byref, numbers)
-    objects = _objects(page.raw, (1, 0, 0, 1))
-    for one, kind, grow, (a, b, c, d) in itertools.islice(objects, MAX_OBJECTS):
+    size, left, bottom, right, top = (ctypes.c_float() for _ in range(5))
+    wide, high = ctypes.c_uint(), ctypes.c_uint()
+    edges = [ctypes.byref(edge) for edge in (left, bottom, right, top)]
+    for one, kind, grow, (a, b, c, d) in itertools.islice(objects(page.raw), MAX_OBJECTS):
         across, up = math.hypot(a, b), math.hypot(c, d)
         if kind == raw.FPDF_PAGEOBJ_IMAGE:
-            FAST.FPDFImageObj_GetImagePixelSize(one, *map(ctypes.byref, pixels))
+            FAST.FPDFImageObj_GetImagePixelSize(one, ctypes.byref(wide), ctypes.byref(high))
             if across and up:
                 pictures.append((max(wide.value / across, high.value / up), abs(a * d - b * c)))
             continue
         if kind != raw.FPDF_PAGEOBJ_TEXT:
             continue
-        FAST.FPDFTextObj_GetFontSize(one, size_at)
+        FAST.FPDFTextObj_GetFontSize(one, ctypes.byref(size))
         is_small = size.value * up < small
         if (is_small or not text) and FAST.FPDFTextObj_GetTextRenderMode(one) not in _HIDDEN_MODES:
             text = True
-            if is_small and FAST.FPDFPageObj_GetBounds(one, *edges_at):
+            if is_small and FAST.FPDFPageObj_GetBounds(one, *edges):
                 sides = (right.value - left.value) * grow, (top.value - bottom.value) * grow
                 length, height = sides if abs(a) >= abs(b) else sides[::-1]
                 # A font may say that its size is 1 and have large letters.
@@ -142,29 +141,19 @@ def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool]:
     return pictures, types, text
 
 
-def objects_of(holder: Any, *, form: bool = False) -> Iterator[tuple[Any, int]]:
-    """Yield what is drawn of a page, or of a group: the object, which may be a group, and its kind."""
-    count, get = (
-        (FAST.FPDFFormObj_CountObjects, FAST.FPDFFormObj_GetObject)
-        if form
-        else (FAST.FPDFPage_CountObjects, FAST.FPDFPage_GetObject)
-    )
-    for one in map(get, itertools.repeat(holder), range(count(holder))):
-        yield one, FAST.FPDFPageObj_GetType(one)
-
-
-def _objects(holder: Any, outer: _Matrix, *, form: bool = False) -> Iterator[tuple[Any, int, float, _Matrix]]:
-    """Yield what is drawn, also in groups: the object, its kind, how much its group is enlarged, its matrix."""
+def objects(
+    holder: Any, outer: _Matrix = (1, 0, 0, 1), place: str = "Page"
+) -> Iterator[tuple[Any, int, float, _Matrix]]:
+    """Yield what a page draws, also in groups: the object, its kind, how much its group is enlarged, its matrix."""
     a, b, c, d = outer
     own, grow = raw.FS_MATRIX(), math.sqrt(abs(a * d - b * c))
-    for one, kind in objects_of(holder, form=form):
-        if kind in (raw.FPDF_PAGEOBJ_PATH, raw.FPDF_PAGEOBJ_SHADING):  # there may be thousands, and nobody looks
-            yield one, kind, grow, outer
-            continue
+    count, get = getattr(FAST, f"FPDF{place}_CountObjects"), getattr(FAST, f"FPDF{place}_GetObject")
+    for index in range(count(holder)):
+        one = get(holder, index)
         FAST.FPDFPageObj_GetMatrix(one, ctypes.byref(own))
         inner = own.a * a + own.b * c, own.a * b + own.b * d, own.c * a + own.d * c, own.c * b + own.d * d
-        if kind == raw.FPDF_PAGEOBJ_FORM:
-            yield from _objects(one, inner, form=True)
+        if (kind := FAST.FPDFPageObj_GetType(one)) == raw.FPDF_PAGEOBJ_FORM:
+            yield from objects(one, inner, "FormObj")
         else:
             yield one, kind, grow, inner
 

@@ -23,9 +23,9 @@ import pypdfium2
 from PIL import Image, ImageChops
 from pypdfium2 import raw
 
-from . import documents, images, pdf_resolution
+from . import documents, images
 from .documents import PageReference
-from .pdf_resolution import FAST
+from .pdf_resolution import FAST, objects
 
 MAX_CHARACTERS: Final = 100_000
 """Our own limit; a densely printed A4 page has about 6,000."""
@@ -176,7 +176,7 @@ def extract(reference: PageReference) -> TextLayer:
     """
     with documents.open_page(reference, "read") as (page, drawn), closing(page.get_textpage()) as textpage:
         scale = drawn.scale
-        texts = {text.value: text for text in _text_objects(page.raw)}
+        texts = {one.value: one for one, kind, *_ in objects(page.raw) if kind == raw.FPDF_PAGEOBJ_TEXT}
         modes = {owner: FAST.FPDFTextObj_GetTextRenderMode(text) for owner, text in texts.items()}
         hidden = {owner for owner, mode in modes.items() if mode in _HIDDEN_MODES}
         layer = _Layer(page, textpage.raw, scale)
@@ -231,15 +231,6 @@ def extract(reference: PageReference) -> TextLayer:
 
 def _count(text: str) -> int:
     return sum(map(len, text.split()))
-
-
-def _text_objects(holder: Any, *, form: bool = False) -> Iterator[Any]:
-    """Yield the text of a page, and of the forms inside; several times faster than pypdfium2."""
-    for found, kind in pdf_resolution.objects_of(holder, form=form):
-        if kind == raw.FPDF_PAGEOBJ_TEXT:
-            yield found
-        elif kind == raw.FPDF_PAGEOBJ_FORM:
-            yield from _text_objects(found, form=True)
 
 
 class _Layer:
