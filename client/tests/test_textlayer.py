@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -483,11 +484,42 @@ def test_what_ocr_took_visible_text_for_is_left_out() -> None:
     assert read(pdf(FULL + misread)).text == read(pdf(FULL)).text
 
 
-def test_slanted_text_is_left_out_with_a_warning() -> None:
-    watermark = b"BT /F 40 Tf .7 .7 -.7 .7 150 20 Tm (DRAFT) Tj ET\n"
-    answer = read(pdf(FULL + watermark))
-    assert answer.text.splitlines() == [SENTENCE] * 8
-    assert answer.warnings == ("characters of slanted text were left out: 5",)
+def slanted(degrees: float, *texts: str) -> bytes:
+    """Lines one below the other that run upwards to the right by so many degrees."""
+    along, up = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    shown = " T* ".join(f"({text}) Tj" for text in texts)
+    return f"BT /F 16 Tf 20 TL {along:.5f} {up:.5f} {-up:.5f} {along:.5f} 180 80 Tm {shown} ET\n".encode()
+
+
+@pytest.mark.parametrize("degrees", [10, 30, 45, 60, 120, 200, 300, -30])
+def test_slanted_text_comes_last_line_by_line_with_a_warning(degrees: float) -> None:
+    with page_of(pdf(slanted(degrees, "DO NOT COPY", "Draft") + FULL)) as page:
+        answer = ask(page)
+    assert texts(answer) == ["\n".join([SENTENCE] * 8), "DO NOT COPY", "Draft"]
+    assert answer.warnings == ("characters of slanted text, which was put at the end: 14",)
+    with page_of(pdf(slanted(degrees, "DO NOT COPY"))) as alone:
+        ink = alone.image.convert("L").point(lambda level: 255 * (level < 128)).getbbox()
+    assert answer.cells[1].box == pytest.approx(ink, abs=20)  # as large as PDFium says
+
+
+def test_a_slanted_line_may_be_of_several_objects() -> None:
+    apart = slanted(45, "DO NOT COPY").replace(b"NOT", b") Tj (NOT")
+    assert texts(read(pdf(FULL + apart)))[1:] == ["DO NOT COPY"]
+
+
+@pytest.mark.parametrize("state", ["1 g", "0 g 3 Tr", "1 0 0 1 900 0 cm"], ids=["white", "invisible", "elsewhere"])
+def test_slanted_text_that_cannot_be_seen_is_left_out(state: str) -> None:
+    """Also where other text is, whose ink is not its own."""
+    answer = read(pdf(FULL + state.encode() + b" " + slanted(45, "DRAFT")))
+    assert texts(answer) == ["\n".join([SENTENCE] * 8)]
+    assert answer.warnings == ("characters of the text layer that cannot be seen on the page were left out: 5",)
+
+
+def test_a_meaning_that_is_missing_in_slanted_text_counts_as_well() -> None:
+    font, more = meaning(b"E005")
+    answer = read(pdf(slanted(45, "DRAFT") + FULL, font=font, more=more))
+    assert answer.text.endswith("DR\ufffdFT")
+    assert "characters of which the text layer does not say what they mean: 1" in answer.warnings
 
 
 @pytest.mark.parametrize(("value", "count"), [(b"(Smith)", 1), (b"()", 0)])

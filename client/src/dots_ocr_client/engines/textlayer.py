@@ -9,7 +9,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from statistics import median
 from typing import Final
 
@@ -113,21 +113,22 @@ class TextLayerEngine:
 
 def _check(layer: TextLayer) -> None:
     """Raise `NotApplicable` unless the layer is sound."""
-    if not layer.characters:
+    if not layer.runs:
         if layer.slanted:
-            raise NotApplicable(f"the text is slanted ({layer.slanted} characters), so that its lines are not known")
+            raise NotApplicable(f"the text is slanted ({layer.characters} characters), so that its lines are not known")
         if layer.hidden:
             raise NotApplicable(f"the text layer cannot be seen ({layer.hidden} characters): it may be OCR of a scan")
         raise NotApplicable("the page has no text layer")
+    runs = layer.runs + layer.slanted
     if layer.garbled > MAX_GARBLED * layer.characters:
         raise NotApplicable(
             f"the text layer does not say what {layer.garbled} of its {layer.characters} characters mean"
         )
     if layer.unread > MAX_UNREAD:
         raise NotApplicable(f"{layer.unread:.0%} of what the page shows is not in its text layer")
-    if any(unicodedata.bidirectional(letter) in ("R", "AL") for run in layer.runs for letter in run.text):
+    if any(unicodedata.bidirectional(letter) in ("R", "AL") for run in runs for letter in run.text):
         raise NotApplicable("the text layer has text from right to left, whose order is not known")
-    if not layer.characters / MIN_RUN >= len(layer.runs) <= MAX_RUNS:
+    if not layer.characters / MIN_RUN >= len(runs) <= MAX_RUNS:
         raise NotApplicable("the letters of the text layer stand apart, so that their order is not known")
 
 
@@ -141,27 +142,28 @@ def _warnings(layer: TextLayer) -> Iterator[str]:
     if layer.garbled:
         yield f"characters of which the text layer does not say what they mean: {layer.garbled}"
     if layer.slanted:
-        yield f"characters of slanted text were left out: {layer.slanted}"
+        count = sum(len("".join(run.text.split())) for run in layer.slanted)
+        yield f"characters of slanted text, which was put at the end: {count}"
 
 
 def lay_out(layer: TextLayer) -> tuple[Cell, ...]:
     """Put the runs of a text layer into paragraphs, column by column.
 
     Returns:
-        Paragraphs in reading order; those that do not stand upright on the page come last.
+        Paragraphs in reading order; those that do not stand upright on the page come last, lines of slanted text after
+        them.
     """
     cells = []
-    for turn in range(4):
-        for lines in _paragraphs_of([run for run in layer.runs if run.turn == turn]):
-            text = "\n".join(map(_join, lines))
-            ink = turned(around([piece.ink for line in lines for piece in line]), -turn)
-            box = Box(
-                max(0, math.floor(ink.left)),
-                max(0, math.floor(ink.top)),
-                min(layer.page_size[0], math.ceil(ink.right)),
-                min(layer.page_size[1], math.ceil(ink.bottom)),
-            )
-            cells.append(Cell("Text", box, text))
+    upright = (_paragraphs_of([run for run in layer.runs if run.turn == turn]) for turn in range(4))
+    for lines in chain(*upright, ([[run]] for run in layer.slanted)):
+        ink = turned(around([piece.ink for line in lines for piece in line]), -lines[0][0].turn)
+        box = Box(
+            max(0, math.floor(ink.left)),
+            max(0, math.floor(ink.top)),
+            min(layer.page_size[0], math.ceil(ink.right)),
+            min(layer.page_size[1], math.ceil(ink.bottom)),
+        )
+        cells.append(Cell("Text", box, "\n".join(map(_join, lines))))
     return tuple(cells)
 
 

@@ -7,8 +7,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import pypdfium2
@@ -32,6 +31,23 @@ MAX_UNIT_BYTES: Final = 16 * 2**20
 _HIDDEN_MODES: Final = (raw.FPDF_TEXTRENDERMODE_INVISIBLE, raw.FPDF_TEXTRENDERMODE_CLIP)
 _Matrix = tuple[float, float, float, float]
 _Weighed = list[tuple[float, float]]
+
+
+class _Pointer(ctypes.c_void_p):
+    """A type of its own, so that ctypes makes no number of it."""
+
+
+class _Fast:
+    """PDFium's functions without the checks of ctypes, which take longer: give them only `ctypes` objects and ints."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(raw, name)
+        result = _Pointer if hasattr(function.restype, "contents") else function.restype
+        setattr(self, name, ctypes.PYFUNCTYPE(result)(ctypes.cast(function, ctypes.c_void_p).value or 0))
+        return getattr(self, name)
+
+
+FAST: Final = _Fast()
 
 
 class Resolution(NamedTuple):
@@ -101,21 +117,21 @@ def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool]:
     pictures, types, text = [], [], False
     size, left, bottom, right, top = (ctypes.c_float() for _ in range(5))
     wide, high = ctypes.c_uint(), ctypes.c_uint()
-    objects = _objects(raw.FPDFPage_CountObjects(page), partial(raw.FPDFPage_GetObject, page), (1, 0, 0, 1))
-    for one, kind, grow, (a, b, c, d) in itertools.islice(objects, MAX_OBJECTS):
+    edges = [ctypes.byref(edge) for edge in (left, bottom, right, top)]
+    for one, kind, grow, (a, b, c, d) in itertools.islice(objects(page.raw), MAX_OBJECTS):
         across, up = math.hypot(a, b), math.hypot(c, d)
         if kind == raw.FPDF_PAGEOBJ_IMAGE:
-            raw.FPDFImageObj_GetImagePixelSize(one, wide, high)
+            FAST.FPDFImageObj_GetImagePixelSize(one, ctypes.byref(wide), ctypes.byref(high))
             if across and up:
                 pictures.append((max(wide.value / across, high.value / up), abs(a * d - b * c)))
             continue
         if kind != raw.FPDF_PAGEOBJ_TEXT:
             continue
-        raw.FPDFTextObj_GetFontSize(one, size)
+        FAST.FPDFTextObj_GetFontSize(one, ctypes.byref(size))
         is_small = size.value * up < small
-        if (is_small or not text) and raw.FPDFTextObj_GetTextRenderMode(one) not in _HIDDEN_MODES:
+        if (is_small or not text) and FAST.FPDFTextObj_GetTextRenderMode(one) not in _HIDDEN_MODES:
             text = True
-            if is_small and raw.FPDFPageObj_GetBounds(one, left, bottom, right, top):
+            if is_small and FAST.FPDFPageObj_GetBounds(one, *edges):
                 sides = (right.value - left.value) * grow, (top.value - bottom.value) * grow
                 length, height = sides if abs(a) >= abs(b) else sides[::-1]
                 # A font may say that its size is 1 and have large letters.
@@ -124,16 +140,19 @@ def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool]:
     return pictures, types, text
 
 
-def _objects(count: int, get: Callable[[int], Any], outer: _Matrix) -> Iterator[tuple[Any, int, float, _Matrix]]:
-    """Yield what is drawn, also in groups: the object, its kind, how much its group is enlarged, its matrix."""
+def objects(
+    holder: Any, outer: _Matrix = (1, 0, 0, 1), place: str = "Page"
+) -> Iterator[tuple[Any, int, float, _Matrix]]:
+    """Yield what a page draws, also in groups: the object, its kind, how much its group is enlarged, its matrix."""
     a, b, c, d = outer
     own, grow = raw.FS_MATRIX(), math.sqrt(abs(a * d - b * c))
-    for index in range(count):
-        one = get(index)
-        raw.FPDFPageObj_GetMatrix(one, own)
+    count, get = getattr(FAST, f"FPDF{place}_CountObjects"), getattr(FAST, f"FPDF{place}_GetObject")
+    for index in range(count(holder)):
+        one = get(holder, index)
+        FAST.FPDFPageObj_GetMatrix(one, ctypes.byref(own))
         inner = own.a * a + own.b * c, own.a * b + own.b * d, own.c * a + own.d * c, own.c * b + own.d * d
-        if (kind := raw.FPDFPageObj_GetType(one)) == raw.FPDF_PAGEOBJ_FORM:
-            yield from _objects(raw.FPDFFormObj_CountObjects(one), partial(raw.FPDFFormObj_GetObject, one), inner)
+        if (kind := FAST.FPDFPageObj_GetType(one)) == raw.FPDF_PAGEOBJ_FORM:
+            yield from objects(one, inner, "FormObj")
         else:
             yield one, kind, grow, inner
 

@@ -15,9 +15,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import groupby, pairwise, repeat
-from operator import or_
 from typing import Any, Final, NamedTuple, Self
 
 import pypdfium2
@@ -26,6 +25,7 @@ from pypdfium2 import raw
 
 from . import documents, images
 from .documents import PageReference
+from .pdf_resolution import FAST, objects
 
 MAX_CHARACTERS: Final = 100_000
 """Our own limit; a densely printed A4 page has about 6,000."""
@@ -104,10 +104,10 @@ class TextLayer:
 
     Attributes:
         runs: In the order of the file.
-        characters: In all runs, without white space.
+        slanted: Lines of text that runs neither along nor across the page, in the order of the file; not in `runs`.
+        characters: In both, without white space.
         garbled: Those of them of which the PDF does not say what they mean.
         hidden: Characters of the layer that cannot be seen; they are in no run.
-        slanted: Characters that run neither along nor across the page; they are in no run.
         unread: Part of the patches with anything on them that have no text of the layer, from 0 to 1.
         fields: Form fields with something typed in, and text notes: what they say is not in the layer.
         beside: What else is on the page, as `documents.beside_text` says it.
@@ -116,10 +116,10 @@ class TextLayer:
     """
 
     runs: tuple[Run, ...]
+    slanted: tuple[Run, ...]
     characters: int
     garbled: int
     hidden: int
-    slanted: int
     unread: float
     fields: int
     page_size: tuple[int, int]
@@ -129,9 +129,12 @@ class TextLayer:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the text layer of which `dataclasses.asdict` made these values, also if they went through JSON."""
-        runs = tuple(Run(run["text"], Area(*run["ink"]), Area(*run["line"]), run["turn"]) for run in values["runs"])
+        runs = {
+            name: tuple(Run(run["text"], Area(*run["ink"]), Area(*run["line"]), run["turn"]) for run in values[name])
+            for name in ("runs", "slanted")
+        }
         values = {**values, "page_size": tuple(values["page_size"]), "beside": tuple(map(str, values["beside"]))}
-        return cls(**{**values, "runs": runs})
+        return cls(**{**values, **runs})
 
 
 class _Word(NamedTuple):
@@ -173,8 +176,8 @@ def extract(reference: PageReference) -> TextLayer:
     """
     with documents.open_page(reference, "read") as (page, drawn), closing(page.get_textpage()) as textpage:
         scale = drawn.scale
-        texts = {ctypes.addressof(text.contents): text for text in _text_objects(page.raw)}
-        modes = {owner: raw.FPDFTextObj_GetTextRenderMode(text) for owner, text in texts.items()}
+        texts = {one.value: one for one, kind, *_ in objects(page.raw) if kind == raw.FPDF_PAGEOBJ_TEXT}
+        modes = {owner: FAST.FPDFTextObj_GetTextRenderMode(text) for owner, text in texts.items()}
         hidden = {owner for owner, mode in modes.items() if mode in _HIDDEN_MODES}
         layer = _Layer(page, textpage.raw, scale)
         lines = layer.pieces(_LINES, several=not hidden)
@@ -183,38 +186,41 @@ def extract(reference: PageReference) -> TextLayer:
         if groups:  # otherwise there is nothing to look at
             with_text = _draw(page, scale)
             for owner in modes.keys() - hidden:
-                raw.FPDFTextObj_SetTextRenderMode(texts[owner], raw.FPDF_TEXTRENDERMODE_INVISIBLE)
+                FAST.FPDFTextObj_SetTextRenderMode(texts[owner], raw.FPDF_TEXTRENDERMODE_INVISIBLE)
             without = _draw(page, scale)
-            seen = _Mask(with_text, without)
-            unread = _unread(seen.image, without)
+            seen = _difference(with_text, without)
+            unread = _unread(seen, without)
             parts = [
                 [word for line in group for word in layer.pieces(_WORDS, line.first, line.first + len(line.text))]
-                if _holes(seen, group)
+                if group[0].slanted or _holes(seen, group)  # there may be other text in the area of what is slanted
                 else []
                 for group in groups
             ]
-            lost = any(list(layer.without(words, _holes(seen, words))) != words for words in parts if words)
+            lost = any(
+                words[0].slanted or list(layer.without(words, _holes(seen, words))) != words for words in parts if words
+            )
             doubtful = texts.keys() & {word.owner for words in parts for word in words if lost}
-            blank = _draw(page, scale, grey=False) if doubtful else without
-            for owner in doubtful:  # draw them alone, so that all ink near them is theirs, and see what differs in hue
-                raw.FPDFTextObj_SetTextRenderMode(texts[owner], modes[owner])
-            alone = _Mask(_draw(page, scale, grey=False), blank) if doubtful else seen
+            if doubtful:
+                blank = _draw(page, scale, grey=False)
+                for owner in doubtful:  # draw them alone, so that all ink near is theirs, and see what differs in hue
+                    FAST.FPDFTextObj_SetTextRenderMode(texts[owner], modes[owner])
+                seen = _difference(_draw(page, scale, grey=False), blank)
             groups = [
                 rest
                 for group, words in zip(groups, parts, strict=True)
-                for rest in (_groups(layer.without(words, _holes(alone, words, 0.5))) if words else (group,))
+                for rest in (_groups(layer.without(words, _holes(seen, words, 0.5))) if words else (group,))
             ]
         fields, beside = _count_fields(page), documents.beside_text(page)
         width, height = page.get_size()
-    runs = tuple(_run(group) for group in groups if not group[0].slanted)
-    characters = sum(_count(run.text) for run in runs)
-    slanted = sum(_count(word.text) for group in groups for word in group if word.slanted)
+    upright, slanted = (tuple(_run(group) for group in groups if group[0].slanted is kind) for kind in (False, True))
+    text = "".join(run.text for run in upright + slanted)
+    characters = _count(text)
     return TextLayer(
-        runs=runs,
-        characters=characters,
-        garbled=sum(run.text.count("\ufffd") for run in runs),
-        hidden=_count(layer.text) - slanted - characters,
+        runs=upright,
         slanted=slanted,
+        characters=characters,
+        garbled=text.count("\ufffd"),
+        hidden=_count(layer.text) - characters,
         unread=unread,
         fields=fields,
         page_size=(math.ceil(width * scale), math.ceil(height * scale)),
@@ -225,16 +231,6 @@ def extract(reference: PageReference) -> TextLayer:
 
 def _count(text: str) -> int:
     return sum(map(len, text.split()))
-
-
-def _text_objects(of: Any, count: Any = raw.FPDFPage_CountObjects, get: Any = raw.FPDFPage_GetObject) -> Iterator[Any]:
-    """Yield the text of a page, and of the forms inside; several times faster than pypdfium2."""
-    for found in (get(of, index) for index in range(count(of))):
-        kind = raw.FPDFPageObj_GetType(found)
-        if kind == raw.FPDF_PAGEOBJ_TEXT:
-            yield found
-        elif kind == raw.FPDF_PAGEOBJ_FORM:
-            yield from _text_objects(found, raw.FPDFFormObj_CountObjects, raw.FPDFFormObj_GetObject)
 
 
 class _Layer:
@@ -249,8 +245,8 @@ class _Layer:
         self._textpage, self._scale = textpage, scale
         self._quarters = page.get_rotation() // 90
         self._origin = turned(Area(edges.left, -edges.top, edges.right, -edges.bottom), -self._quarters)[:2]
-        self._box = [ctypes.c_double() for _ in range(4)]
-        self._loose = raw.FS_RECTF()
+        self._box, self._loose = (ctypes.c_double * 4)(), (ctypes.c_float * 4)()
+        self._sides = [ctypes.byref(self._box, place * ctypes.sizeof(ctypes.c_double)) for place in range(4)]
         self.text = re.sub(r"[\r\n]\s*", lambda found: "\n" * len(found[0]), "".join(_characters(textpage, count)))
 
     def pieces(
@@ -258,13 +254,16 @@ class _Layer:
     ) -> Iterator[_Word]:
         """Yield `_LINES` or `_WORDS` in the order of the file, each of one object, or of several if they may be."""
         for match in pattern.finditer(self.text, start, end):
-            parts = [range(*match.span())]
-            boxes = self._boxes(parts[0])
-            if len(boxes) > 1 and not (several and _in_a_row(boxes, self._line(match.start()))):
-                letters = (index for index in parts[0] if self.text[index] != " ")
-                groups = (list(group) for _, group in groupby(letters, self._owner))
-                parts = [range(group[0], group[-1] + 1) for group in groups]
-            yield from map(self._word, parts)
+            part = range(*match.span())
+            boxes = self._boxes(part)
+            if len(boxes) <= 1 or (several and _in_a_row(boxes, self._line(part.start))):
+                yield self._word(part, boxes)
+                continue
+            letters = (index for index in part if self.text[index] != " ")
+            for _, group in groupby(letters, self._owner):
+                first, *others = group
+                part = range(first, (others or [first])[-1] + 1)
+                yield self._word(part, self._boxes(part))
 
     def without(self, words: Iterable[_Word], holes: Sequence[tuple[float, float]]) -> Iterator[_Word]:
         """Yield what is left of words once the characters in these holes of their run are gone."""
@@ -275,20 +274,22 @@ class _Layer:
             lost = "".join(
                 "-" if any(left <= (ink.left + ink.right) / 2 < right for left, right in holes) else "+"
                 for index in range(word.first, word.first + len(word.text))
-                for ink in [self._word(range(index, index + 1)).ink]
+                for part in [range(index, index + 1)]
+                for ink in [self._word(part, self._boxes(part)).ink]
             )
-            for part in re.finditer(r"\+(?:-?\+)*", lost):  # a single one between others is never lost
-                yield self._word(range(word.first + part.start(), word.first + part.end()))
+            for kept in re.finditer(r"\+(?:-?\+)*", lost):  # a single one between others is never lost
+                part = range(word.first + kept.start(), word.first + kept.end())
+                yield self._word(part, self._boxes(part))
 
     def _owner(self, index: int) -> int | None:
-        text = raw.FPDFText_GetTextObject(self._textpage, index)
-        return ctypes.addressof(text.contents) if text else None
+        owner: int | None = FAST.FPDFText_GetTextObject(self._textpage, index).value
+        return owner
 
-    def _word(self, part: range) -> _Word:
+    def _word(self, part: range, boxes: Sequence[Area]) -> _Word:
         first, last = part[0], part[-1]
-        angle = raw.FPDFText_GetCharAngle(self._textpage, first) + self._quarters * math.pi / 2
+        angle = FAST.FPDFText_GetCharAngle(self._textpage, first) + self._quarters * math.pi / 2
         turn = round(angle / (math.pi / 2))
-        box, full = around(self._boxes(part)), around([self._line(first), self._line(last)])
+        box, full = around(boxes), around([self._line(index) for index in {first, last}])
         # A font may have no boxes of its own, and PDFium then gives a hair's breadth.
         ink, line = self._place(box if box.height > full.height / 50 else full, turn), self._place(full, turn)
         # At least a pixel high, whatever the font says.
@@ -300,16 +301,17 @@ class _Layer:
 
     def _boxes(self, part: range) -> list[Area]:
         """Return the areas of the characters, one for each object, as `_line` in points from the left and downwards."""
-        left, top, right, bottom = self._box
         boxes = []
-        for index in range(raw.FPDFText_CountRects(self._textpage, part.start, len(part))):
-            raw.FPDFText_GetRect(self._textpage, index, left, top, right, bottom)
-            boxes.append(Area(left.value, -top.value, right.value, -bottom.value))
+        for index in range(FAST.FPDFText_CountRects(self._textpage, part.start, len(part))):
+            FAST.FPDFText_GetRect(self._textpage, index, *self._sides)
+            left, top, right, bottom = self._box
+            boxes.append(Area(left, -top, right, -bottom))
         return boxes
 
     def _line(self, index: int) -> Area:
-        raw.FPDFText_GetLooseCharBox(self._textpage, index, self._loose)
-        return Area(self._loose.left, -self._loose.top, self._loose.right, -self._loose.bottom)
+        FAST.FPDFText_GetLooseCharBox(self._textpage, index, self._loose)
+        left, top, right, bottom = self._loose
+        return Area(left, -top, right, -bottom)
 
     def _place(self, area: Area, turn: int) -> Area:
         """Return where an area is on the page's image, turned upright."""
@@ -324,16 +326,18 @@ def _characters(textpage: Any, count: int) -> list[str]:
     buffer = (ctypes.c_ushort * (count + 1))()
     whole = raw.FPDFText_GetText(textpage, 0, count, buffer) == count + 1  # otherwise PDFium left some out
     codes = buffer[:count] if whole else [raw.FPDFText_GetUnicode(textpage, index) for index in range(count)]
-    errors = map(raw.FPDFText_HasUnicodeMapError, repeat(textpage), range(count))
-    characters = ["\ufffd" if error == 1 else _meaning(code) for code, error in zip(codes, errors, strict=True)]
+    meanings = {code: _meaning(code) for code in set(codes)}
+    characters = [meanings[code] for code in codes]
     for index in (index for index, text in enumerate(characters) if text == "\ufffd"):
         # One at the end of a line has a code of its own.
         if raw.FPDFText_GetUnicode(textpage, index) == 2 and raw.FPDFText_IsHyphen(textpage, index) == 1:
             characters[index] = "-"
+    for index, error in enumerate(map(FAST.FPDFText_HasUnicodeMapError, repeat(textpage), range(count))):
+        if error == 1:
+            characters[index] = "\ufffd"
     return characters
 
 
-@lru_cache(4096)
 def _meaning(code: int) -> str:
     text = chr(code) if code <= sys.maxunicode else "\ufffd"
     if text.isspace():
@@ -351,12 +355,15 @@ def _in_a_row(boxes: Sequence[Area], line: Area) -> bool:
 
 
 def _groups(words: Iterable[_Word]) -> Iterator[list[_Word]]:
-    """Put words together that stand in a row: the next one begins where the one before ends, or a little behind it."""
+    """Put words together that stand in a row: the next one begins where the one before ends, or a little behind it.
+
+    Of slanted text, of which that cannot be told, PDFium's lines stay together.
+    """
     group: list[_Word] = []
     line = Area(0, 0, 0, 0)  # of the group
     for word in words:
         alike = group and (word.turn, word.slanted) == (group[0].turn, group[0].slanted)
-        if alike and word.before != "\n" and _continues(line, word.line):
+        if alike and word.before != "\n" and (word.slanted or _continues(line, word.line)):
             group.append(word)
             line = around([line, word.line])
             continue
@@ -379,7 +386,7 @@ def _continues(line: Area, more: Area) -> bool:
     return overlap > height / 2 and -height <= more.left - line.right <= GAP * height
 
 
-def _holes(mask: _Mask, words: Sequence[_Word], across: float = 0.0) -> list[tuple[float, float]]:
+def _holes(mask: Image.Image, words: Sequence[_Word], across: float = 0.0) -> list[tuple[float, float]]:
     """Return the parts of a run in which nothing can be seen, each from where to where along the line of text.
 
     Its ink may be so far above and below the line, as a multiple of its height: fonts may lie.
@@ -388,45 +395,37 @@ def _holes(mask: _Mask, words: Sequence[_Word], across: float = 0.0) -> list[tup
     height = max(word.line.height for word in words)
     area = around([area for word in words for area in ((word.ink, word.line) if across else (word.ink,))])
     area = area._replace(top=area.top - across * height, bottom=area.bottom + across * height)
-    begin, ink = mask.ink(area, turn)
-    holes = [] if words[0].slanted and any(ink) else [hole.span() for hole in re.finditer(rb"\0+", ink)]
+    box = _box(turned(area, -turn), COARSE, mask)
+    columns, rows = mask.crop(box).getprojection()  # there is nothing beside the page
+    ink = bytes((rows if turn % 2 else columns)[:: 1 if turn < 2 else -1])
+    begin = turned(Area(*box), turn).left
+    if not any(ink):
+        return [(-math.inf, math.inf)]
+    wide = math.ceil(GAP * height / COARSE)
     return [
         ((begin + start) * COARSE if start else -math.inf, (begin + end) * COARSE if end < len(ink) else math.inf)
-        for start, end in holes
-        if (end - start) * COARSE >= GAP * height or end - start == len(ink)
+        for start, end in ([] if words[0].slanted else [hole.span() for hole in re.finditer(rb"\0{%d,}" % wide, ink)])
     ]
 
 
-class _Mask:
-    """The pixels in which two drawings differ, and the same turned; see `turned`."""
+def _box(area: Area, unit: float, image: Image.Image, more: int = MARGIN) -> tuple[int, int, int, int]:
+    """Return where an area is on an image whose pixels are so many of the page's image, with more pixels around it."""
+    sides = image.size * 2
+    edges = [min(max(edge / unit, -side), 2 * side) for edge, side in zip(area, sides, strict=True)]  # PDFium may err
+    left, top = math.floor(edges[0]) - more, math.floor(edges[1]) - more
+    return left, top, math.ceil(edges[2]) + more, math.ceil(edges[3]) + more
 
-    def __init__(self, one: Image.Image, other: Image.Image) -> None:
-        bands = ImageChops.difference(one, other).split()
-        self.image = reduce(ImageChops.lighter, bands).point(_from(VISIBLE))
-        self._rows: dict[int, list[bytes]] = {}
 
-    def ink(self, area: Area, turn: int) -> tuple[int, bytes]:
-        """Return what differs in an area that is turned so, a byte for each column, and where the first of them is."""
-        if turn not in self._rows:
-            image = self.image.transpose(Image.Transpose(turn + 1)) if turn else self.image  # counter-clockwise
-            data, width = image.tobytes(), image.width
-            self._rows[turn] = [data[start : start + width] for start in range(0, len(data), width)]
-        rows = self._rows[turn]
-        whole = turned(Area(0, 0, *self.image.size), turn)
-        sides = (int(whole.width), int(whole.height)) * 2
-        edges = [  # PDFium may say anything
-            min(max(edge / COARSE - start, -side), 2 * side)
-            for edge, start, side in zip(area, whole[:2] * 2, sides, strict=True)
-        ]
-        pixels = (*(math.floor(edge) - MARGIN for edge in edges[:2]), *(math.ceil(edge) + MARGIN for edge in edges[2:]))
-        first, top, last, bottom = (min(max(edge, 0), side) for edge, side in zip(pixels, sides, strict=True))
-        ink = reduce(or_, (int.from_bytes(row[first:last], "big") for row in rows[top:bottom]), 0)
-        ink <<= 8 * max(0, pixels[2] - last)  # there is nothing beside the page
-        return int(whole.left) + pixels[0], ink.to_bytes(pixels[2] - pixels[0], "big")
+def _difference(one: Image.Image, other: Image.Image) -> Image.Image:
+    """Return the pixels in which two drawings differ in any colour."""
+    bands = ImageChops.difference(one, other).split()[:3]  # the fourth is padding
+    return reduce(ImageChops.lighter, bands).point(_from(VISIBLE))
 
 
 def _draw(page: Any, scale: float, *, grey: bool = True) -> Image.Image:
-    image: Image.Image = page.render(scale=scale / COARSE, grayscale=grey).to_pil()
+    # Pillow takes pixels in this order as they are.
+    bitmap = page.render(scale=scale / COARSE, grayscale=grey, prefer_bgrx=True, rev_byteorder=True)
+    image: Image.Image = bitmap.to_pil()
     return image
 
 
