@@ -212,6 +212,7 @@ def test_a_failed_page_does_not_hide_the_others_and_ends_with_1(
         ["read", "x.png", "--box", "1,2,3,4"],
         ["read", "x.png", "--mode", "grounding"],
         ["read", "x.png", "--mode", "grounding", "--box", "1,2,3"],
+        ["read", "x.png", "--mode", "grounding", "--box", ""],
         ["read", "x.png", "--mode", "grounding", "--box", "1,2,1,2"],
         ["read", "x.png", "--mode", "general"],
         ["read", "x.png", "--question", "Why?"],

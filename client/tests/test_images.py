@@ -92,6 +92,13 @@ def test_transparent_palette_colour_becomes_white() -> None:
     assert images.to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_an_image_without_its_palette_is_read() -> None:
+    """A PNG of a palette's type without its PLTE chunk, which Pillow opens."""
+    image = Image.new("P", (1, 1), 255)
+    image.palette = None
+    assert images.to_rgb(image).mode == "RGB"
+
+
 def test_palette_and_bilevel_keep_their_colours() -> None:
     palette = Image.new("P", (1, 1), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])

@@ -515,6 +515,21 @@ def test_slanted_text_that_cannot_be_seen_is_left_out(state: str) -> None:
     assert answer.warnings == ("characters of the text layer that cannot be seen on the page were left out: 5",)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "shown"),
+    [
+        (column(20, 160, *["hidden white words " * 3] * 6, size=11), slanted(45, "DRAFT COPY")),
+        (slanted(45, "SECRET WORDS"), line(150, 110, "Name            Value")),
+    ],
+    ids=["under a watermark", "slanted over a gap"],
+)
+def test_ink_of_slanted_text_shows_no_other_text_nor_the_reverse(hidden: bytes, shown: bytes) -> None:
+    answer = read(pdf(b"q 1 g " + hidden + b"Q " + FULL + shown))
+    assert "hidden" not in answer.text
+    assert "SECRET" not in answer.text
+    assert "DRAFT COPY" in answer.text or "Value" in answer.text
+
+
 def test_a_meaning_that_is_missing_in_slanted_text_counts_as_well() -> None:
     font, more = meaning(b"E005")
     answer = read(pdf(slanted(45, "DRAFT") + FULL, font=font, more=more))

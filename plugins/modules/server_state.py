@@ -144,8 +144,14 @@ def work(wanted: dict[str, Any], check: bool) -> dict[str, Any]:
             run("systemctl", "stop", LOCK)
         pages = [read_golden_pages(name) for name in wanted["prove"] if name not in asleep] if proofs else []
         return {"changed": False, "proofs": proofs, "pages": pages}
-    weights = look_at_weights(Path(wanted["weights"]), wanted["remote_code"]) if wanted["weights"] else {}
-    return {"changed": False, **look(), "locked": status == 0, "holder": holder.strip(), "weights": weights}
+    try:
+        weights = look_at_weights(Path(wanted["weights"]), wanted["remote_code"]) if wanted["weights"] else {}
+        found = {"changed": False, **look(), "weights": weights}
+    except BaseException:
+        if wanted["lock"] and not check and status == 0:  # nobody learns that it is held, and so nobody gives it back
+            run("systemctl", "stop", LOCK)
+        raise
+    return {**found, "locked": status == 0, "holder": holder.strip()}
 
 
 def main() -> None:

@@ -307,7 +307,7 @@ def read(
         return _summarize(_finish(client, progress, work, stopped), out, as_json, fallback)
     form = Format.JSON if as_json else (formats or [Format.MD])[0]
     four = "four whole numbers with commas, in pixels of the page"
-    place = box and _numbers(box, "--box", four, lambda numbers: len(numbers) == 4)
+    place = None if box is None else _numbers(box, "--box", four, lambda numbers: len(numbers) == 4)
     asked = {"box": place, "question": question, "pages": pages, "dpi": dpi}
     document = _one(client, files[0], form, headers, output, mode=spoken, password=password, **asked)
     for note in notes(document):

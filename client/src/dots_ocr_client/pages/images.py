@@ -126,7 +126,7 @@ def to_rgb(image: Image.Image, brightest: int = 0) -> Image.Image:
         # Some scanners use 12 of 16 bits. Pillow's own conversion cuts everything above 255 off: the page turns white.
         bits = max(8, max(brightest, int(image.getextrema()[1])).bit_length())  # type: ignore[arg-type]  # a pair of numbers
         image = image.point(lambda value: value * (255 / (2**bits - 1)) + 0.5).convert("L")
-    if image.has_transparency_data:
+    if (image.mode != "P" or image.palette) and image.has_transparency_data:  # a broken file may lack a palette
         overlay = image.convert("RGBA")
         image = Image.new("RGBA", overlay.size, "white")
         image.alpha_composite(overlay)

@@ -196,19 +196,25 @@ def extract(reference: PageReference) -> TextLayer:
                 else []
                 for group in groups
             ]
-            lost = any(
-                words[0].slanted or list(layer.without(words, _holes(seen, words))) != words for words in parts if words
-            )
-            doubtful = texts.keys() & {word.owner for words in parts for word in words if lost}
-            if doubtful:
-                blank = _draw(page, scale, grey=False)
-                for owner in doubtful:  # draw them alone, so that all ink near is theirs, and see what differs in hue
-                    FAST.FPDFTextObj_SetTextRenderMode(texts[owner], modes[owner])
-                seen = _difference(_draw(page, scale, grey=False), blank)
+            masks = {}
+            for aslant in (False, True):  # apart, because the ink of the one may be in the area of the other
+                kind = [words for words in parts if words and words[0].slanted is aslant]
+                lost = aslant or any(list(layer.without(words, _holes(seen, words))) != words for words in kind)
+                doubtful = texts.keys() & {word.owner for words in kind for word in words if lost}
+                masks[aslant] = seen
+                if doubtful:
+                    blank = _draw(page, scale, grey=False)
+                    for owner in doubtful:
+                        FAST.FPDFTextObj_SetTextRenderMode(texts[owner], modes[owner])
+                    masks[aslant] = _difference(_draw(page, scale, grey=False), blank)
+                    for owner in doubtful:
+                        FAST.FPDFTextObj_SetTextRenderMode(texts[owner], raw.FPDF_TEXTRENDERMODE_INVISIBLE)
             groups = [
                 rest
                 for group, words in zip(groups, parts, strict=True)
-                for rest in (_groups(layer.without(words, _holes(seen, words, 0.5))) if words else (group,))
+                for rest in (
+                    _groups(layer.without(words, _holes(masks[words[0].slanted], words, 0.5))) if words else (group,)
+                )
             ]
         fields, beside = _count_fields(page), documents.beside_text(page)
         width, height = page.get_size()

@@ -161,6 +161,22 @@ def test_a_lock_that_another_holds_is_not_taken(host: Host, capsys: pytest.Captu
     assert host.look(capsys, check=True, lock="me")["locked"]
 
 
+def test_a_look_that_fails_gives_the_lock_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: Any) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(module, "refused", stale)
+    (host.folder / "dots-ocr.json").write_text(json.dumps(host.settings))
+    wanted = {"lock": "me", "weights": "/weights", "remote_code": {"v0_32": []}}
+    with patch_module_args(wanted), pytest.raises((OSError, SystemExit)):
+        module.main()
+    assert host.called == [
+        "systemd-run --unit=dots-ocr-deployment.service --description=me --property=RuntimeMaxSec=86400 --quiet "
+        "sleep infinity",
+        "systemctl stop dots-ocr-deployment.service",
+    ]
+
+
 def test_a_server_proves_that_it_reads_and_the_lock_goes_back(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.settings["allowed_networks"] = ["192.0.2.0/24"]
     found = host.look(capsys, prove=["dots-ocr"], isolated=True, unlock=True)
