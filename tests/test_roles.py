@@ -360,7 +360,7 @@ LOST = "a1: Pulling fs layer\ndocker pull: connection refused"
 
 
 @pytest.mark.parametrize(
-    ("state", "journal", "expected"),
+    ("state", "said", "expected"),
     [
         ("active", PULLED, (124, "2 3 1500", "")),
         ("active", "", (124, "0 0 1500", "")),
@@ -369,18 +369,19 @@ LOST = "a1: Pulling fs layer\ndocker pull: connection refused"
     ],
 )
 def test_wait_for_a_pull_tells_how_far_it_is(
-    tmp_path: Path, state: str, journal: str, expected: tuple[int, str, str]
+    tmp_path: Path, state: str, said: str, expected: tuple[int, str, str]
 ) -> None:
     programs = {
         "systemctl": f'case "$*" in *ActiveState*) echo {state} ;; show*) echo 0 ;; esac',
-        "journalctl": f"[ \"$1\" = --sync ] || echo '{journal}'",
         "df": "echo Avail; echo 2500",
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "pull.log").write_text(said)
     wait = load(REPOSITORY / "roles/dots_ocr_server/tasks/pull_wait.yml")[0]["ansible.builtin.shell"]
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "UNIT": "pull", "FIRST": "1", "FREE": "4000", "PLACE": "/"}
+    environment["LOG"] = str(tmp_path / "pull.log")
     command = [wait["executable"], "-c", wait["cmd"]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == expected
