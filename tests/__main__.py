@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +30,8 @@ REPORTS = REPOSITORY / ".cache/junit"
 BUDGET = REPOSITORY / "tests/budget.toml"
 WORKERS = 3  # side by side, on two cores: parts wait for a third of their time
 BESIDE = "DOTS_OCR_TESTS_BESIDE"  # set for a part that runs beside others: all has been prepared
+LIMIT = 30 * 60.0  # seconds for a part; the longest takes 18 minutes
+TEST_LIMIT = 600  # seconds for a test; the longest, of a scenario, takes 3 minutes
 OVER = 1.5  # a part that takes more than so many times its budget is named at the end
 # One host, one after the other: what `make rehearse` leaves running is what the others begin with.
 CHAIN = ("rehearse", "live_client", "molecule site")
@@ -132,7 +137,7 @@ def pytest(name: str, *words: str, cwd: Path = REPOSITORY) -> Count:
     """Run pytest and count its tests; a status that its tests do not explain is a failure more."""
     report = REPORTS / f"{name}.xml"
     report.unlink(missing_ok=True)
-    status = command("pytest", *words, f"--junitxml={report}", cwd=cwd)
+    status = command("pytest", *words, f"--timeout={TEST_LIMIT}", f"--junitxml={report}", cwd=cwd)
     count = read_report(report)
     return count + status if status.failed and not count.failed else count
 
@@ -224,22 +229,41 @@ def run_part(name: str) -> Result:
     return Result(name, count, time.monotonic() - start, usage.processes() - before + meter.total)
 
 
+def end(process: int) -> list[str]:
+    """Kill a process and those that it started; return their command lines, the youngest first."""
+    killed = []
+    for one in sorted((int(folder.name) for folder in Path("/proc").glob("[0-9]*")), reverse=True):
+        with suppress(OSError):  # it has ended
+            if str(process) in usage.ancestors(str(one)):
+                killed.append(Path(f"/proc/{one}/cmdline").read_text().replace("\0", " ").strip())
+                os.kill(one, signal.SIGKILL)
+    return killed
+
+
 def run_beside(name: str) -> Result:
-    """Run a part in a process of its own, and print its output when it has ended."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests", name],
-        cwd=REPOSITORY, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, BESIDE: "1"},
-    )  # fmt: skip
-    output = done.stdout.decode(errors="replace")
-    print(output, flush=True)
+    """Run a part in a process of its own, and print its output when it has ended; what hangs is ended and named."""
     count, seconds, cpu = Count(), 0.0, 0.0
+    # A pipe would be open until the last process has gone that the part left behind.
+    with tempfile.TemporaryFile() as log:
+        done = subprocess.Popen(
+            [sys.executable, "-m", "tests", name],
+            cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, BESIDE: "1"},
+        )  # fmt: skip
+        try:
+            done.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            count += failure(f"{name}: not ended after {LIMIT:.0f} s, while these ran: {'; '.join(end(done.pid))}")
+            done.wait()
+        log.seek(0)
+        output = log.read().decode(errors="replace")
+    print(output, flush=True)
     if found := TOTAL.search(output):
         passed, failed, skipped = map(int, found.groups())
-        count = Count(passed, failed, skipped, tuple(REASON.findall(output)))
+        count += Count(passed, failed, skipped, tuple(REASON.findall(output)))
         if row := re.search(rf"^{re.escape(name)} +(\d+) +(\d+) ", output, re.MULTILINE):
             seconds, cpu = map(float, row.groups())
-    if not found or (done.returncode != 0 and not count.failed):
+    if (not found or done.returncode != 0) and not count.failed:
         count += failure(f"{name}: ended with status {done.returncode}")
     return Result(name, count, seconds, cpu)
 

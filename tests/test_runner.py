@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,29 @@ def test_part_beside_others_hands_on_what_failed(tmp_path: Path, monkeypatch: py
     program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program))
     assert run_beside("lint").count.reasons == ("a test: why",)
+
+
+def test_part_that_hangs_is_ended_and_says_what_it_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\ncd {tmp_path}\necho begun\nsleep 987 &\necho $! >pid\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    monkeypatch.setattr("tests.__main__.LIMIT", 1.0)
+    count = run_beside("lint").count
+    assert count == Count(failed=1)
+    assert count.reasons[0].startswith("lint: not ended after 1 s, while these ran: sleep 987; /bin/sh ")
+    left = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    assert not left.exists() or left.read_text().split()[2] == "Z"
+
+
+def test_part_ends_although_something_that_it_started_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nsleep 5 &\necho '5 passed, 0 failed, 0 skipped'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    begun = time.monotonic()
+    assert run_beside("lint").count == Count(passed=5)
+    assert time.monotonic() - begun < 5
 
 
 def test_reason_of_a_play_begins_where_ansible_says_it() -> None:

@@ -48,7 +48,7 @@ class Meter:
         for file in (file for place in PLACES for file in CGROUPS.glob(place)):
             with suppress(OSError):  # it has ended
                 processes = " ".join(procs.read_text() for procs in file.parent.rglob("cgroup.procs")).split()
-                if processes and roots & set(_ancestors(processes[0])):
+                if processes and roots & set(ancestors(processes[0])):
                     words = file.read_text().split()
                     counts[file.parent.name] = int(words[1]) / 1e6 if len(words) > 1 else int(words[0]) / 1e9
         return counts
@@ -59,6 +59,7 @@ class _Engine(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PAUSE)
         self.sock.connect(str(SOCKET))
 
 
@@ -73,7 +74,7 @@ def _ask(path: str) -> Any:
         return None
 
 
-def _ancestors(process: str) -> Iterator[str]:
+def ancestors(process: str) -> Iterator[str]:
     """Yield a process, its parent, and so on."""
     while process != "0":
         yield process
