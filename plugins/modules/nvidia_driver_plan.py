@@ -191,6 +191,11 @@ def version_on_disk(host: Host) -> str:
     return str(host["driver"]["installed"] or host["driver"]["loaded"] or (shown[0] if shown else ""))
 
 
+def has_driver(host: Host) -> bool:
+    """Tell whether any driver is there, or something of one."""
+    return bool(version_on_disk(host) or host["nvidia_packages"])
+
+
 def flavours(host: Host, system: System) -> list[str]:
     """Return the flavours of Ubuntu's or Debian's kernel that the running one may belong to, likeliest first.
 
@@ -453,8 +458,7 @@ def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
         )
     if none := why_none(host):
         raise Problem(*none)
-    there = bool(version_on_disk(host) or host["nvidia_packages"])
-    ours = system.owned or not there
+    ours = system.owned or not has_driver(host)
     if not ours and not foreign_is_good(host, wishes):
         raise refuse_foreign(host, wishes)
     chosen = resolve(host, system, wishes) if ours else Resolution([], [], "", "", {})
@@ -498,16 +502,21 @@ def measure_packages() -> tuple[dict[str, str], frozenset[str]]:
     return packages, frozenset(name for name, status, _ in rows if status == "config-files")
 
 
-def measure(release: str) -> System:
-    """Ask apt, dpkg and the kernel."""
-    (packages, configured), names = together(measure_packages, lambda: ask("apt-cache", "pkgnames").split())
+def measure(host: Host) -> System:
+    """Ask apt, dpkg and the kernel; apt's lists only where a driver is to be installed, since that takes longest."""
+    owned = any(RECORDS.glob("nvidia-driver*.json"))
+    ours = owned or not has_driver(host)
+    (packages, configured), names = together(
+        measure_packages, lambda: ask("apt-cache", "pkgnames").split() if ours else []
+    )
+    release = host["kernel_release"]
     asking = Path("/run/reboot-required.pkgs")
     modules = Path("/lib/modules", release, "modules.dep")
     return System(
         packages=packages,
         configured=configured,
         available=frozenset(names),
-        owned=any(RECORDS.glob("nvidia-driver*.json")),
+        owned=owned,
         reboot_wanted_by=tuple(sorted(set(asking.read_text().split()))) if asking.exists() else (),
         booted_since=modules.exists() and boot_time() > modules.stat().st_mtime,
     )
@@ -526,10 +535,10 @@ def main() -> None:
     def work(params: dict[str, Any], _check: bool) -> dict[str, Any]:
         host, wishes = params["host"], Wishes(params["branch"], params["package_version"], params["source"])
         try:
-            plan = make_plan(host, measure(host["kernel_release"]), wishes)
+            plan = make_plan(host, measure(host), wishes)
         except NotInLists:
             apt.refresh(params["lock_timeout"])
-            plan = make_plan(host, measure(host["kernel_release"]), wishes)
+            plan = make_plan(host, measure(host), wishes)
         return {
             "changed": False,
             "machine_id": read_text("/etc/machine-id").strip(),

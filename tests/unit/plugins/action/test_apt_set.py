@@ -1,0 +1,92 @@
+"""Tests of the action plugin apt_set."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ansible_collections.dots_ocr.deploy.plugins.action import apt_set, watched
+
+MET = {"changed": False, "installed": {"docker-ce": "5:29.1"}, "kept": []}
+
+
+class Host:
+    """A host whose packages and settings lie in a folder; it counts the module's calls."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.settings = folder / "apt"
+        self.settings.mkdir()
+        self.answer: dict[str, Any] = MET
+        self.calls = 0
+        monkeypatch.setattr(apt_set, "PLACES", (str(self.settings), str(folder / "{}.json")))
+        monkeypatch.setattr(apt_set, "LAST", str(folder / "last-{}"))
+        monkeypatch.setattr(watched.ActionModule, "run", lambda *_: self.module())
+
+    def module(self) -> dict[str, Any]:
+        self.calls += 1
+        return {"invocation": {}, **self.answer}
+
+    def run(self, check: bool = False, **wishes: Any) -> dict[str, Any]:
+        action = object.__new__(apt_set.ActionModule)
+        action._task = SimpleNamespace(args={"id": "docker-engine", "name": ["docker-ce"], **wishes}, check_mode=check)
+        action._low_level_execute_command = lambda command: {  # type: ignore[method-assign]
+            "stdout": subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False).stdout
+        }
+        return action.run(None, {})
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(tmp_path, monkeypatch)
+
+
+def test_what_was_found_in_place_is_not_looked_at_again(host: Host) -> None:
+    assert {name: host.run()[name] for name in MET} == host.run() == host.run(check=True) == MET
+    assert host.calls == 1
+
+
+@pytest.mark.parametrize("change", ["a new file", "other content", "another mode", "a file less", "a record"])
+def test_whatever_changes_on_the_host_is_looked_at(host: Host, change: str) -> None:
+    file = host.settings / "docker.sources"
+    file.write_text("one")
+    host.run()
+    match change:
+        case "a new file":
+            (host.settings / "other.list").touch()
+        case "other content":
+            file.write_text("two")
+        case "another mode":
+            file.chmod(0o600)
+        case "a file less":
+            file.unlink()
+        case "a record":
+            (host.settings.parent / "docker-engine.json").touch()
+    host.run()
+    assert host.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"hold": True}),  # other wishes
+        ({}, {"id": "nvidia-driver"}),
+        ({"state": "absent"}, {"state": "absent"}),
+        ({"upgrade": True}, {"upgrade": True}),  # which depends on what is offered
+        ({"check": True}, {}),  # which keeps nothing
+    ],
+)
+def test_other_wishes_are_looked_at(host: Host, first: dict[str, Any], second: dict[str, Any]) -> None:
+    host.run(**first)
+    host.run(**second)
+    assert host.calls == 2
+
+
+@pytest.mark.parametrize("answer", [{**MET, "changed": True}, {"failed": True, "msg": "no"}, {**MET, "failed": True}])
+def test_only_what_was_in_place_is_kept(host: Host, answer: dict[str, Any]) -> None:
+    host.answer = answer
+    host.run()
+    host.run()
+    assert host.calls == 2
