@@ -26,7 +26,7 @@ PAGES = 200
 PAGES_PER_SECOND = 3.0
 """What two readers ask for together: less than the server manages, so that a fault costs time and not the queue."""
 TIMEOUT = 18.0
-"""For one page and both engines, in seconds: vLLM gets nine of them."""
+"""For one page and both engines, in seconds: vLLM gets three quarters, which is less than it is frozen for."""
 BACK_WITHIN = 20.0
 """Seconds until the server is used again when it reads again: the longest pause between two probes, and a page."""
 DROP_IN = "/etc/systemd/system/dots-ocr.service.d/wrong-model.conf"

@@ -32,10 +32,11 @@ class Host:
     def run(self, check: bool = False, **wishes: Any) -> dict[str, Any]:
         action = object.__new__(apt_set.ActionModule)
         action._task = SimpleNamespace(args={"id": "docker-engine", "name": ["docker-ce"], **wishes}, check_mode=check)
-        action._low_level_execute_command = lambda command: {  # type: ignore[method-assign]
+        action._low_level_execute_command = lambda command: {
             "stdout": subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False).stdout
         }
-        return action.run(None, {})
+        result: dict[str, Any] = action.run(None, {})
+        return result
 
 
 @pytest.fixture
