@@ -137,7 +137,7 @@ def pytest(name: str, *words: str, cwd: Path = REPOSITORY) -> Count:
     """Run pytest and count its tests; a status that its tests do not explain is a failure more."""
     report = REPORTS / f"{name}.xml"
     report.unlink(missing_ok=True)
-    status = command("pytest", *words, f"--timeout={TEST_LIMIT}", f"--junitxml={report}", cwd=cwd)
+    status = command("pytest", *words, f"--junitxml={report}", cwd=cwd)
     count = read_report(report)
     return count + status if status.failed and not count.failed else count
 
@@ -206,9 +206,13 @@ def parts() -> dict[str, Callable[[], Count]]:
 
 
 def prepare() -> None:
-    """Put the environment's programs on the PATH, and install what the client's tests and the rehearsal need."""
+    """Put the environment's programs on the PATH, and install what the client's tests and the rehearsal need.
+
+    The limit of each test is set here, since Molecule and the rehearsal run pytest, too.
+    """
     os.environ["PATH"] = f"{PROGRAMS}:{os.environ['PATH']}"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of some thousand processes would compile its sources again
+    os.environ["PYTEST_TIMEOUT"] = str(TEST_LIMIT)
     REPORTS.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([sys.executable, "-m", "rehearsal", "prepare"], cwd=REPOSITORY, check=False)
     if done.returncode != 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -23,6 +24,7 @@ from tests.__main__ import (
     failure,
     main,
     parts,
+    prepare,
     read_report,
     run_all,
     run_beside,
@@ -148,6 +150,18 @@ def test_part_ends_although_something_that_it_started_goes_on(tmp_path: Path, mo
 def test_reason_of_a_play_begins_where_ansible_says_it() -> None:
     said = "AssertionError: PLAY [host] ***\n" + "TASK [Check] ***\n" * 99 + "fatal: [host]: FAILED! => no disk"
     assert failure(f"a test: {said}").reasons == ("a test: AssertionError: … fatal: [host]: FAILED! => no disk",)
+
+
+def test_every_test_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_hangs.py").write_text("import time\n\n\ndef test_it():\n    time.sleep(9)\n")
+    monkeypatch.setattr("tests.__main__.TEST_LIMIT", 1)
+    monkeypatch.setattr("tests.__main__.PROGRAMS", tmp_path)
+    monkeypatch.setattr("sys.executable", "/bin/true")
+    for name in ("PATH", "PYTEST_TIMEOUT"):  # which are to be as before
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    prepare()
+    done = subprocess.run(["pytest", "-p", "no:cacheprovider", tmp_path], capture_output=True, text=True, check=False)
+    assert "Timeout (>1.0s) from pytest-timeout" in done.stdout
 
 
 def test_parts_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
