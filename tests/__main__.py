@@ -235,13 +235,15 @@ def run_part(name: str) -> Result:
 
 def end(process: int) -> list[str]:
     """Kill a process and those that it started; return their command lines, the youngest first."""
-    killed = []
-    for one in sorted((int(folder.name) for folder in Path("/proc").glob("[0-9]*")), reverse=True):
+    found = {}
+    for one in sorted(int(folder.name) for folder in Path("/proc").glob("[0-9]*")):
         with suppress(OSError):  # it has ended
             if str(process) in usage.ancestors(str(one)):
-                killed.append(Path(f"/proc/{one}/cmdline").read_text().replace("\0", " ").strip())
-                os.kill(one, signal.SIGKILL)
-    return killed
+                found[one] = Path(f"/proc/{one}/cmdline").read_text().replace("\0", " ").strip()
+    for one in found:  # the oldest first: it would go on when what it waits for ends
+        with suppress(OSError):
+            os.kill(one, signal.SIGKILL)
+    return list(reversed(found.values()))
 
 
 def run_beside(name: str) -> Result:
