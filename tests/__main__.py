@@ -137,7 +137,8 @@ def pytest(name: str, *words: str, cwd: Path = REPOSITORY) -> Count:
     """Run pytest and count its tests; a status that its tests do not explain is a failure more."""
     report = REPORTS / f"{name}.xml"
     report.unlink(missing_ok=True)
-    status = command("pytest", *words, f"--junitxml={report}", cwd=cwd)
+    # In the place of a worker that crashed, a new one may wait for ever (pytest-dev/pytest-xdist#1323).
+    status = command("pytest", *words, "--max-worker-restart=0", f"--junitxml={report}", cwd=cwd)
     count = read_report(report)
     return count + status if status.failed and not count.failed else count
 

@@ -31,6 +31,7 @@ from tests.__main__ import (
     table,
     without_skips,
 )
+from tests.__main__ import pytest as run_pytest
 from tests.usage import Meter
 
 REPORT = '<testsuites><testsuite tests="{0}" failures="{1}" errors="{2}" skipped="{3}"/></testsuites>'
@@ -151,6 +152,24 @@ def test_part_ends_although_something_that_it_started_goes_on(tmp_path: Path, mo
 def test_reason_of_a_play_begins_where_ansible_says_it() -> None:
     said = "AssertionError: PLAY [host] ***\n" + "TASK [Check] ***\n" * 99 + "fatal: [host]: FAILED! => no disk"
     assert failure(f"a test: {said}").reasons == ("a test: AssertionError: … fatal: [host]: FAILED! => no disk",)
+
+
+CRASHES = """
+import os
+import pytest
+
+@pytest.mark.parametrize("n", range(4))
+def test_it(n):
+    assert n < 3 or os._exit(1)
+"""
+
+
+def test_crash_is_a_failure_and_keeps_no_part_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_crash.py").write_text(CRASHES)
+    monkeypatch.setattr("tests.__main__.REPORTS", tmp_path)
+    count = run_pytest("crash", "-n2", "--dist=loadgroup", "-pno:cacheprovider", ".", cwd=tmp_path)
+    assert (count.failed, count.passed) == (1, 3)
+    assert "crashed while running 'test_crash.py::test_it[3]'" in count.reasons[0]
 
 
 def test_every_test_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
