@@ -137,7 +137,8 @@ def pytest(name: str, *words: str, cwd: Path = REPOSITORY) -> Count:
     """Run pytest and count its tests; a status that its tests do not explain is a failure more."""
     report = REPORTS / f"{name}.xml"
     report.unlink(missing_ok=True)
-    status = command("pytest", *words, f"--timeout={TEST_LIMIT}", f"--junitxml={report}", cwd=cwd)
+    # In the place of a worker that crashed, a new one may wait for ever (pytest-dev/pytest-xdist#1323).
+    status = command("pytest", *words, "--max-worker-restart=0", f"--junitxml={report}", cwd=cwd)
     count = read_report(report)
     return count + status if status.failed and not count.failed else count
 
@@ -206,9 +207,13 @@ def parts() -> dict[str, Callable[[], Count]]:
 
 
 def prepare() -> None:
-    """Put the environment's programs on the PATH, and install what the client's tests and the rehearsal need."""
+    """Put the environment's programs on the PATH, and install what the client's tests and the rehearsal need.
+
+    The limit of each test is set here, since Molecule and the rehearsal run pytest, too.
+    """
     os.environ["PATH"] = f"{PROGRAMS}:{os.environ['PATH']}"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of some thousand processes would compile its sources again
+    os.environ["PYTEST_TIMEOUT"] = str(TEST_LIMIT)
     REPORTS.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([sys.executable, "-m", "rehearsal", "prepare"], cwd=REPOSITORY, check=False)
     if done.returncode != 0:
@@ -231,13 +236,15 @@ def run_part(name: str) -> Result:
 
 def end(process: int) -> list[str]:
     """Kill a process and those that it started; return their command lines, the youngest first."""
-    killed = []
-    for one in sorted((int(folder.name) for folder in Path("/proc").glob("[0-9]*")), reverse=True):
+    found = {}
+    for one in sorted(int(folder.name) for folder in Path("/proc").glob("[0-9]*")):
         with suppress(OSError):  # it has ended
             if str(process) in usage.ancestors(str(one)):
-                killed.append(Path(f"/proc/{one}/cmdline").read_text().replace("\0", " ").strip())
-                os.kill(one, signal.SIGKILL)
-    return killed
+                found[one] = Path(f"/proc/{one}/cmdline").read_text().replace("\0", " ").strip()
+    for one in found:  # the oldest first: it would go on when what it waits for ends
+        with suppress(OSError):
+            os.kill(one, signal.SIGKILL)
+    return list(reversed(found.values()))
 
 
 def run_beside(name: str) -> Result:

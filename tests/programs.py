@@ -48,8 +48,7 @@ def call(program: Any, *words: str, **environment: str) -> subprocess.CompletedP
         contextlib.redirect_stdout(io.StringIO()) as output,
         contextlib.redirect_stderr(io.StringIO()) as errors,
     ):
-        signal.signal(signal.SIGALRM, _give_up)
-        signal.alarm(LIMIT)
+        before, timer = signal.signal(signal.SIGALRM, _give_up), signal.setitimer(signal.ITIMER_REAL, LIMIT)
         try:
             status = program.main() or 0
         except SystemExit as end:
@@ -57,7 +56,9 @@ def call(program: Any, *words: str, **environment: str) -> subprocess.CompletedP
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_REAL, *timer)  # pytest's, for the test
             os.umask(mask)
     return subprocess.CompletedProcess(words, status, output.getvalue(), errors.getvalue())
 

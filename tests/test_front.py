@@ -124,6 +124,7 @@ class Host:
             patch.setattr(front.asyncio, "start_server", note)
             tasks = [asyncio.ensure_future(self.front.serve()), asyncio.ensure_future(self.wake())]
             while not listening:
+                assert not tasks[0].done(), tasks[0]
                 await asyncio.sleep(0.001)
         self.port = listening[0].sockets[0].getsockname()[1]
         try:

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -264,6 +265,16 @@ def test_listener_that_sends_a_byte_now_and_then_does_not_outlive_the_deadline(
     assert status == FAILED
     assert "not ready in time" in verdict["problem"]
     assert time.monotonic() - start < 8
+
+
+def test_a_request_leaves_the_limit_of_who_asks(host: Host) -> None:
+    """Of a test, for instance: there is one such timer in a process."""
+    before = signal.setitimer(signal.ITIMER_REAL, 300)
+    host.check("http://127.0.0.1:9")
+    with ocr_probe.time_limit(1, "nothing"):
+        pass
+    left, _ = signal.setitimer(signal.ITIMER_REAL, *before)
+    assert 200 < left < 300
 
 
 def test_server_that_hangs_is_given_up_at_the_deadline(host: Host) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -23,12 +24,14 @@ from tests.__main__ import (
     failure,
     main,
     parts,
+    prepare,
     read_report,
     run_all,
     run_beside,
     table,
     without_skips,
 )
+from tests.__main__ import pytest as run_pytest
 from tests.usage import Meter
 
 REPORT = '<testsuites><testsuite tests="{0}" failures="{1}" errors="{2}" skipped="{3}"/></testsuites>'
@@ -131,8 +134,9 @@ def test_part_that_hangs_is_ended_and_says_what_it_waited_for(tmp_path: Path, mo
     count = run_beside("lint").count
     assert count == Count(failed=1)
     assert count.reasons[0].startswith("lint: not ended after 1 s, while these ran: sleep 987; /bin/sh ")
-    left = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
-    assert not left.exists() or left.read_text().split()[2] == "Z"
+    left, begun = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat"), time.monotonic()
+    while left.exists() and left.read_text().split()[2] != "Z":
+        assert time.monotonic() < begun + 10
 
 
 def test_part_ends_although_something_that_it_started_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +152,36 @@ def test_part_ends_although_something_that_it_started_goes_on(tmp_path: Path, mo
 def test_reason_of_a_play_begins_where_ansible_says_it() -> None:
     said = "AssertionError: PLAY [host] ***\n" + "TASK [Check] ***\n" * 99 + "fatal: [host]: FAILED! => no disk"
     assert failure(f"a test: {said}").reasons == ("a test: AssertionError: … fatal: [host]: FAILED! => no disk",)
+
+
+CRASHES = """
+import os
+import pytest
+
+@pytest.mark.parametrize("n", range(4))
+def test_it(n):
+    assert n < 3 or os._exit(1)
+"""
+
+
+def test_crash_is_a_failure_and_keeps_no_part_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_crash.py").write_text(CRASHES)
+    monkeypatch.setattr("tests.__main__.REPORTS", tmp_path)
+    count = run_pytest("crash", "-n2", "--dist=loadgroup", "-pno:cacheprovider", ".", cwd=tmp_path)
+    assert (count.failed, count.passed) == (1, 3)
+    assert "crashed while running 'test_crash.py::test_it[3]'" in count.reasons[0]
+
+
+def test_every_test_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_hangs.py").write_text("import time\n\n\ndef test_it():\n    time.sleep(9)\n")
+    monkeypatch.setattr("tests.__main__.TEST_LIMIT", 1)
+    monkeypatch.setattr("tests.__main__.PROGRAMS", tmp_path)
+    monkeypatch.setattr("sys.executable", "/bin/true")
+    for name in ("PATH", "PYTEST_TIMEOUT"):  # which are to be as before
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    prepare()
+    done = subprocess.run(["pytest", "-p", "no:cacheprovider", tmp_path], capture_output=True, text=True, check=False)
+    assert "Timeout (>1.0s) from pytest-timeout" in done.stdout
 
 
 def test_parts_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

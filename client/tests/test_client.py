@@ -26,6 +26,7 @@ from dots_ocr_client import (
     PageImage,
     Task,
 )
+from dots_ocr_client.chain import pipeline
 from dots_ocr_client.chain.pipeline import AHEAD
 from dots_ocr_client.pages.documents import OpenDocument, Source, open_document
 from dots_ocr_client.pages.rasterizer import Rasterizer
@@ -224,6 +225,25 @@ def test_who_stops_early_stops_the_work() -> None:
             engine.seconds = 20
             break
     assert engine.running == 0
+
+
+def test_who_stops_early_is_not_held_up_by_pages_that_wait_to_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "BACKLOG", 2)
+    engine = Recorder()
+
+    async def read_one() -> bool:
+        async with (
+            asyncio.timeout(30) as limit,
+            AsyncDotsOCR(engines=[engine]) as ocr,
+            aclosing(ocr.stream(pdf_of(*[SHEET] * 9))) as stream,
+        ):
+            await anext(stream)
+            while len(engine.tasks) < 9 or engine.running:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+        return limit.expired()  # an end that waits swallows that it is cancelled
+
+    assert not asyncio.run(read_one())
 
 
 def test_the_engine_sees_no_more_pages_at_once_than_it_has_slots_for() -> None:

@@ -168,6 +168,7 @@ def test_cancelled_twice_it_leaves_nothing_open_behind_the_loop(
     async def run() -> None:
         reading = asyncio.create_task(TesseractEngine().read(page, Task(), 60.0))
         while not (tmp_path / "pid").exists():
+            assert not reading.done(), reading
             await asyncio.sleep(0.01)
         reading.cancel()
         while Path("/proc", (tmp_path / "pid").read_text().strip()).exists():

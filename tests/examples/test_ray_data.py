@@ -100,7 +100,7 @@ def example(server: SizeServer) -> Iterator[Example]:
     server.held.clear()
     for process in example.started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=PATIENCE)
     wait_until(lambda: not example.processes())
     shutil.rmtree(home)
 
@@ -193,7 +193,7 @@ def test_killed_run_goes_on(
     assert status == 1
     assert "another run writes to" in said
     killed.kill()
-    killed.wait()
+    killed.wait(PATIENCE)
     wait_until(lambda: not example.processes())
     file = next(output.glob("*.json"))
     file.write_bytes(file.read_bytes()[:-20])  # as when the machine dies

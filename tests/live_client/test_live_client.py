@@ -118,7 +118,7 @@ def test_a_wrong_key_and_a_wrong_model_are_told_apart(base_url: str, api_key: st
 
 
 def running(base_url: str) -> int:
-    with urllib.request.urlopen(base_url.removesuffix("/v1") + "/metrics") as answer:
+    with urllib.request.urlopen(base_url.removesuffix("/v1") + "/metrics", timeout=30) as answer:
         metrics = answer.read().decode()
     counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\S* ([\d.]+)$", metrics, re.MULTILINE)
     assert counts
@@ -181,8 +181,10 @@ def test_the_command_reads_a_folder_and_goes_on_where_it_was_killed(
     environment = {**os.environ, "DOTS_OCR_API_KEY": api_key}
     process = subprocess.Popen(command, env=environment)
     journal = tmp_path / "out/pages.tif.pages.jsonl"
+    end = time.monotonic() + 120
     while not journal.exists() or journal.read_bytes().count(b"\n") < 8:
         assert process.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.02)
     process.kill()
     process.wait()

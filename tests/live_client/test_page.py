@@ -171,7 +171,7 @@ def page(
             finally:
                 browser.quit()
         finally:
-            running.terminate()
+            running.kill()  # told to end, it may wait for a script
 
 
 def run(checkout: Path, environment: dict[str, str], *words: str) -> str:

@@ -193,12 +193,13 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, expire)
     # Again each second, should the first one hit where Python ignores exceptions.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # the tests have one
 
 
 def ask(server: Server, path: str, seconds: float, body: Any = None) -> bytes:

@@ -41,7 +41,8 @@ async def deliver(
     Raises:
         ConfigurationError: Wrong base URL, model or API key; pages that are not finished are given up.
     """
-    finished: asyncio.Queue[Page | FailedPage | None] = asyncio.Queue(BACKLOG)
+    finished: asyncio.Queue[Page | FailedPage | None] = asyncio.Queue()
+    places = asyncio.Semaphore(BACKLOG)  # in it, for pages: its end has one even if nobody fetches them any more
 
     async def finish(number: int, end_turn: Callable[..., None]) -> None:
         page: Page | FailedPage
@@ -51,7 +52,8 @@ async def deliver(
             page = await chain.ask(undrawn, task, end_turn, lambda: draw(reference))
         except (InputError, AllEnginesFailed) as error:
             page = FailedPage(number, type(error).__name__, str(error), getattr(error, "attempts", ()))
-        await finished.put(page)
+        await places.acquire()
+        finished.put_nowait(page)
 
     async def feed() -> None:
         wrong: BaseException | None = None
@@ -65,13 +67,14 @@ async def deliver(
         except* ConfigurationError as errors:
             wrong = errors.exceptions[0]  # what is raised here, Python 3.11.2 hands on in a group
         finally:
-            await finished.put(None)
+            finished.put_nowait(None)
         if wrong is not None:
             raise wrong from None
 
     feeder = asyncio.create_task(feed())
     try:
         while (page := await finished.get()) is not None:
+            places.release()
             yield page
         await feeder
     finally:

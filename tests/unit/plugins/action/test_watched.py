@@ -11,29 +11,38 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[4]
+LIMIT = 60  # seconds for a play, which takes some 5
 
 
 def play(folder: Path, task: dict[str, Any], seconds: float, until: str = "never") -> str:
-    """Return what ansible-playbook says of a task that is shown every so many seconds; words of it let the task end."""
+    """Return what ansible-playbook says of a task that is shown every so many seconds; words of it let the task end.
+
+    The task reads a line of the pipe `seen`. Where those words never come, the play is ended after LIMIT seconds.
+    """
     os.mkfifo(folder / "seen")
     values = {"_dots_ocr_watch_seconds": seconds}
     tasks = [{"name": "Take long", **task}]
     playbook = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": values, "tasks": tasks}]
     (folder / "play.yml").write_text(json.dumps(playbook))
-    command = ["ansible-playbook", "--inventory=localhost,", str(folder / "play.yml")]
+    command = ["timeout", str(LIMIT), "ansible-playbook", "--inventory=localhost,", str(folder / "play.yml")]
     said = ""
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as running:
+    # Open for both, it waits for no reader; and whatever still reads when the play was ended ends with it.
+    with (
+        (folder / "seen").open("r+b", buffering=0) as seen,
+        subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as running,
+    ):
         for line in running.stdout or ():
             if until in line and until not in said:
-                (folder / "seen").write_text("by the test")
+                seen.write(b"by the test\n")
             said += line
+    assert running.returncode != 124, f"the play had not ended after {LIMIT} s: {said}"
     return said
 
 
 def test_what_takes_long_is_shown(tmp_path: Path) -> None:
-    task = {"cmd": f"cat {tmp_path}/seen", "watch": "echo 3 of; echo 4 layers"}
+    task = {"cmd": f"head -n 1 {tmp_path}/seen", "watch": "echo 3 of; echo 4 layers"}
     said = play(tmp_path, {"dots_ocr.deploy.watched": task}, 0.1, "3 of 4 layers")
     assert re.search(r"localhost: Take long: \d+ s so far\. 3 of 4 layers", said)
     assert "failed=0" in said
@@ -41,8 +50,8 @@ def test_what_takes_long_is_shown(tmp_path: Path) -> None:
 
 def test_how_far_a_file_is_read_is_shown(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(4 << 20))
-    shutil.copy("/bin/cat", tmp_path / "half-way-there")
-    cmd = "exec 3<large; dd bs=1M count=2 <&3 >/dev/null 2>&1; exec ./half-way-there seen"
+    shutil.copy(shutil.which("head") or "", tmp_path / "half-way-there")
+    cmd = "exec 3<large; dd bs=1M count=2 <&3 >/dev/null 2>&1; exec ./half-way-there -n 1 seen"
     watched = {"cmd": cmd, "chdir": str(tmp_path), "reads": "no-such-thing|half-way-there"}
     said = play(tmp_path, {"dots_ocr.deploy.watched": watched}, 0.1, "large: 50 %")
     assert re.search(r"localhost: Take long: \d+ s so far\. large: 50 %", said)
