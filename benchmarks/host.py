@@ -7,6 +7,7 @@ in turn. Only ratios carry over to other machines.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from benchmarks.figures import BenchmarkError, spread
 from client.benchmarks.machine import LIMIT, BusyError, refuse_if_busy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+REHEARSAL = "inventory/rehearsal"
 SITE, FACTS = "site.yml", "benchmarks/facts.yml"
 GOAL = 10  # times the fact gathering, in tasks
 SLOWEST = 5
@@ -157,12 +159,14 @@ def tables(site: Sequence[Run], facts: Sequence[Run]) -> str:
 def main() -> int:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
-    parser.add_argument("-i", "--inventory", default="inventory/rehearsal", help="default: the rehearsal's host")
+    parser.add_argument("-i", "--inventory", default=REHEARSAL, help="default: the rehearsal's host")
     parser.add_argument("--limit", default="ocr_servers", help="hosts; default: all")
     parser.add_argument("--runs", type=int, default=5, help="of each; default: 5")
     parser.add_argument("--ask-become-pass", action="store_true", help="let Ansible ask for sudo's password, each time")
     parser.add_argument("--others", type=float, default=LIMIT, help=f"share of CPU they may take; default: {LIMIT}")
     known = parser.parse_args()
+    if known.inventory == REHEARSAL:
+        importlib.import_module("rehearsal.engine")  # sets how Ansible reaches its hosts, as for `make rehearse`
     options = ["--inventory", known.inventory, "--limit", known.limit]
     options += ["--ask-become-pass"] if known.ask_become_pass else []
     site, facts = [], []

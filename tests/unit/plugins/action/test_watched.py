@@ -64,6 +64,20 @@ def test_what_is_quick_shows_nothing_and_fails_as_a_command_does(tmp_path: Path)
     assert ("rc: 3" in said, "stderr: gone" in said, "failed=1" in said) == (True, True, True)
 
 
+def test_command_has_its_folder_and_the_environment_of_the_task(tmp_path: Path) -> None:
+    watched = {"cmd": "echo one >file; echo $WORDS $PWD", "chdir": str(tmp_path)}
+    task = {"dots_ocr.deploy.watched": watched, "environment": {"WORDS": "a; b"}, "failed_when": True}
+    said = play(tmp_path, task, 60)
+    assert f"stdout: a; b {tmp_path}" in said
+    assert (tmp_path / "file").read_text() == "one\n"
+
+
+def test_command_does_not_run_in_check_mode(tmp_path: Path) -> None:
+    said = play(tmp_path, {"dots_ocr.deploy.watched": {"cmd": f"touch {tmp_path}/file"}, "check_mode": True}, 60)
+    assert "skipped=1" in said
+    assert not (tmp_path / "file").exists()
+
+
 def test_installation_is_watched(tmp_path: Path) -> None:
     said = play(tmp_path, {"dots_ocr.deploy.apt_set": {"id": "test", "name": ["dpkg"]}, "check_mode": True}, 0.01)
     assert re.search(r"localhost: Take long: 0 s so far\. \S+ fetched; last in dpkg\.log: ", said)
