@@ -85,7 +85,13 @@ ansible_facts:
       nvidia_pci_reserved: []  # for virtual machines: {address: "0000:02:00.0", device: "0x2504", driver: vfio-pci}
       dxg: false
       nouveau: false
-      driver: {loaded: 580.173.02, loaded_flavour: open, installed: 580.173.02, flavour: open}
+      driver:
+        loaded: 580.173.02
+        loaded_flavour: open
+        installed: 580.173.02
+        flavour: open
+        ours: false  # installed by the role nvidia_driver
+        reboot_wanted_by: []  # packages of any kind
       nvidia_packages: [nvidia-driver-cuda, nvidia-kernel-open-dkms]
       nvidia_container_toolkit: {nvidia-container-toolkit-base: 1.19.1-1}
       wsl: {}  # in WSL: {version: 2.6.1.0, networking: nat}, each empty if WSL does not tell
@@ -145,7 +151,7 @@ from typing import Any
 
 from ..module_utils import engine, servers
 from ..module_utils.cards import OLDEST_OPEN, Problem, needs_open_modules, trouble, version, why_none
-from ..module_utils.common import answer, ask, read_text, run, together
+from ..module_utils.common import RECORDS, answer, ask, read_text, run, together
 
 Host = dict[str, Any]
 
@@ -614,13 +620,17 @@ def measure_pci() -> list[dict[str, str]]:
     ]
 
 
-def measure_driver(kernel: str) -> dict[str, str]:
+def measure_driver(kernel: str) -> Host:
     """Return version and flavour of the kernel module that is loaded, and of the one installed for this kernel."""
     said = read(LOADED_MODULE)
     told = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", said)
     loaded = read("/sys/module/nvidia/version") or (told.group() if told else "")
     flavour = "open" if "Open Kernel Module" in said else "proprietary" if said else ""
-    found = {"loaded": loaded, "loaded_flavour": flavour if loaded else "", "installed": "", "flavour": ""}
+    found = {
+        **{"loaded": loaded, "loaded_flavour": flavour if loaded else "", "installed": "", "flavour": ""},
+        "ours": any(RECORDS.glob("nvidia-driver*.json")),
+        "reboot_wanted_by": sorted(set(read_text("/run/reboot-required.pkgs").split())),
+    }
     answer = ask("modinfo", "-k", kernel, "nvidia", timeout=TIMEOUT)
     module = dict(re.findall(r"^(version|license): *(.+)$", answer, re.MULTILINE))
     if "version" in module:

@@ -106,7 +106,7 @@ from typing import Any, NamedTuple
 
 from ..module_utils import apt
 from ..module_utils.cards import OLDEST_OPEN, is_blackwell, needs_open_modules, why_none
-from ..module_utils.common import RECORDS, Problem, answer, ask, read_text, run, together
+from ..module_utils.common import Problem, answer, ask, read_text, run, together
 
 Host = dict[str, Any]
 
@@ -504,20 +504,19 @@ def measure_packages() -> tuple[dict[str, str], frozenset[str]]:
 
 def measure(host: Host) -> System:
     """Ask apt, dpkg and the kernel; apt's lists only where a driver is to be installed, since that takes longest."""
-    owned = any(RECORDS.glob("nvidia-driver*.json"))
+    owned = host["driver"]["ours"]
     ours = owned or not has_driver(host)
     (packages, configured), names = together(
         measure_packages, lambda: ask("apt-cache", "pkgnames").split() if ours else []
     )
     release = host["kernel_release"]
-    asking = Path("/run/reboot-required.pkgs")
     modules = Path("/lib/modules", release, "modules.dep")
     return System(
         packages=packages,
         configured=configured,
         available=frozenset(names),
         owned=owned,
-        reboot_wanted_by=tuple(sorted(set(asking.read_text().split()))) if asking.exists() else (),
+        reboot_wanted_by=tuple(host["driver"]["reboot_wanted_by"]),
         booted_since=modules.exists() and boot_time() > modules.stat().st_mtime,
     )
 

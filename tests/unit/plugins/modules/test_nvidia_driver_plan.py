@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -442,7 +441,7 @@ class TestProof:
 
 
 @pytest.mark.parametrize(
-    ("machine", "record", "asked"),
+    ("machine", "ours", "asked"),
     [
         (host(driver=GOOD_DRIVER, gpus=[GPU]), False, False),
         (host(driver=GOOD_DRIVER, gpus=[GPU]), True, True),  # its packages may have to change
@@ -450,11 +449,9 @@ class TestProof:
     ],
 )
 def test_lists_of_apt_are_read_only_for_a_driver_of_our_own(
-    machine: dict[str, Any], record: bool, asked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    machine: dict[str, Any], ours: bool, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if record:
-        (tmp_path / "nvidia-driver.json").touch()
-    monkeypatch.setattr(module, "RECORDS", tmp_path)
+    machine["driver"] = {**machine["driver"], "ours": ours, "reboot_wanted_by": []}
     monkeypatch.setattr(module, "ask", lambda *command: "nvidia-utils-580-server" if "pkgnames" in command else "")
     monkeypatch.setattr(module, "run", lambda *command: (0, "", ""))
     assert bool(module.measure(machine).available) is asked
