@@ -1,4 +1,4 @@
-"""Tests of the action plugin apt_set."""
+"""Tests of what the action plugins apt_set and docker_daemon do before their modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible_collections.dots_ocr.deploy.plugins.action import apt_set, watched
+from ansible_collections.dots_ocr.deploy.plugins.action import apt_set, docker_daemon, watched
+from ansible_collections.dots_ocr.deploy.plugins.plugin_utils import seen
 
 MET = {"changed": False, "installed": {"docker-ce": "5:29.1"}, "kept": []}
 
@@ -21,17 +22,21 @@ class Host:
         self.settings.mkdir()
         self.answer: dict[str, Any] = MET
         self.calls = 0
-        monkeypatch.setattr(apt_set, "PLACES", (str(self.settings), str(folder / "{}.json")))
-        monkeypatch.setattr(apt_set, "LAST", str(folder / "last-{}"))
-        monkeypatch.setattr(watched.ActionModule, "run", lambda *_: self.module())
+        for action in (apt_set, docker_daemon):
+            monkeypatch.setattr(action.ActionModule, "places", (str(self.settings), str(folder / "{}.json")))
+        monkeypatch.setattr(seen, "LAST", str(folder / "last-{}"))
+        for action in (watched, docker_daemon.normal):
+            monkeypatch.setattr(action.ActionModule, "run", lambda *_: self.module())
 
     def module(self) -> dict[str, Any]:
         self.calls += 1
         return {"invocation": {}, **self.answer}
 
-    def run(self, check: bool = False, **wishes: Any) -> dict[str, Any]:
-        action = object.__new__(apt_set.ActionModule)
-        action._task = SimpleNamespace(args={"id": "docker-engine", "name": ["docker-ce"], **wishes}, check_mode=check)
+    def run(self, check: bool = False, name: str = "apt_set", **wishes: Any) -> dict[str, Any]:
+        plugin = {"apt_set": apt_set, "docker_daemon": docker_daemon}[name]
+        arguments = {"id": "docker-engine", "name": ["docker-ce"], **wishes} if name == "apt_set" else wishes
+        action = object.__new__(plugin.ActionModule)
+        action._task = SimpleNamespace(action=f"dots_ocr.deploy.{name}", args=arguments, check_mode=check)
         action._low_level_execute_command = lambda command: {
             "stdout": subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False).stdout
         }
@@ -90,4 +95,17 @@ def test_only_what_was_in_place_is_kept(host: Host, answer: dict[str, Any]) -> N
     host.answer = answer
     host.run()
     host.run()
+    assert host.calls == 2
+
+
+def test_certificate_that_the_engine_is_given_is_looked_at(host: Host) -> None:
+    host.answer = {"changed": False, "restart": False}
+    file = host.settings.parent / "authority.pem"
+    wishes = {"registry_ca": {"mirror:5000": str(file), "other": "-----BEGIN CERTIFICATE-----"}}
+    file.write_text("one")
+    for _ in range(2):
+        assert not host.run(name="docker_daemon", **wishes)["restart"]
+    assert host.calls == 1
+    file.write_text("two")
+    host.run(name="docker_daemon", **wishes)
     assert host.calls == 2
