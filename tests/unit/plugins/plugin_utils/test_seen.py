@@ -101,7 +101,7 @@ def test_only_what_was_in_place_is_kept(host: Host, answer: dict[str, Any]) -> N
 def test_certificate_that_the_engine_is_given_is_looked_at(host: Host) -> None:
     host.answer = {"changed": False, "restart": False}
     file = host.settings.parent / "authority.pem"
-    wishes = {"registry_ca": {"mirror:5000": str(file), "other": "-----BEGIN CERTIFICATE-----"}}
+    wishes: dict[str, Any] = {"registry_ca": {"mirror:5000": str(file), "other": "-----BEGIN CERTIFICATE-----"}}
     file.write_text("one")
     for _ in range(2):
         assert not host.run(name="docker_daemon", **wishes)["restart"]
