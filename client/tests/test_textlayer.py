@@ -15,6 +15,7 @@ from support import children, pdf_of
 
 from dots_ocr_client import AllEnginesFailed, Answer, DotsOCR, EngineError, NotApplicable, Page, PageImage, Task
 from dots_ocr_client.engines.textlayer import TextLayerEngine
+from dots_ocr_client.pages import pdf_text
 from dots_ocr_client.pages.documents import PageReference, draw, open_document
 from dots_ocr_client.pages.rasterizer import Rasterizer
 from dots_ocr_client.prompts import Mode
@@ -505,6 +506,14 @@ def test_slanted_text_comes_last_line_by_line_with_a_warning(degrees: float) -> 
 def test_a_slanted_line_may_be_of_several_objects() -> None:
     apart = slanted(45, "DO NOT COPY").replace(b"NOT", b") Tj (NOT")
     assert texts(read(pdf(FULL + apart)))[1:] == ["DO NOT COPY"]
+
+
+@pytest.mark.parametrize("height", [1, 500, 501, 3000])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_single_pixel_is_seen_in_a_line_of_any_height(height: int, axis: int) -> None:
+    mask = Image.new("L", (height, 3) if axis else (3, height))
+    mask.putpixel((height - 1, 1) if axis else (1, height - 1), 255)
+    assert list(map(bool, pdf_text._projection(mask, axis))) == [False, True, False]
 
 
 @pytest.mark.parametrize("state", ["1 g", "0 g 3 Tr", "1 0 0 1 900 0 cm"], ids=["white", "invisible", "elsewhere"])

@@ -143,15 +143,20 @@ def _look(page: Any, small: float) -> tuple[_Weighed, _Weighed, bool]:
 def objects(
     holder: Any, outer: _Matrix = (1, 0, 0, 1), place: str = "Page"
 ) -> Iterator[tuple[Any, int, float, _Matrix]]:
-    """Yield what a page draws, also in groups: the object, its kind, how much its group is enlarged, its matrix."""
+    """Yield what a page draws, also in groups: the object, its kind, how much its group is enlarged, its matrix.
+
+    Of a path, of which drawings have many, it is the matrix of its group.
+    """
     a, b, c, d = outer
     own, grow = raw.FS_MATRIX(), math.sqrt(abs(a * d - b * c))
     count, get = getattr(FAST, f"FPDF{place}_CountObjects"), getattr(FAST, f"FPDF{place}_GetObject")
     for index in range(count(holder)):
         one = get(holder, index)
-        FAST.FPDFPageObj_GetMatrix(one, ctypes.byref(own))
-        inner = own.a * a + own.b * c, own.a * b + own.b * d, own.c * a + own.d * c, own.c * b + own.d * d
-        if (kind := FAST.FPDFPageObj_GetType(one)) == raw.FPDF_PAGEOBJ_FORM:
+        inner = outer
+        if (kind := FAST.FPDFPageObj_GetType(one)) != raw.FPDF_PAGEOBJ_PATH:
+            FAST.FPDFPageObj_GetMatrix(one, ctypes.byref(own))
+            inner = own.a * a + own.b * c, own.a * b + own.b * d, own.c * a + own.d * c, own.c * b + own.d * d
+        if kind == raw.FPDF_PAGEOBJ_FORM:
             yield from objects(one, inner, "FormObj")
         else:
             yield one, kind, grow, inner

@@ -49,6 +49,7 @@ SLANT: Final = math.radians(5)
 _TEXT_FIELDS: Final = (raw.FPDF_FORMFIELD_TEXTFIELD, raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX)
 _LINES: Final = re.compile(r"[^ \r\n](?:[^\r\n]*[^ \r\n])?")
 _WORDS: Final = re.compile(r"[^ \r\n]+")
+_EMPTY: Final = re.compile(rb"\0+")
 _HIDDEN_MODES: Final = (raw.FPDF_TEXTRENDERMODE_INVISIBLE, raw.FPDF_TEXTRENDERMODE_CLIP)
 
 
@@ -203,10 +204,13 @@ def extract(reference: PageReference) -> TextLayer:
                 doubtful = texts.keys() & {word.owner for words in kind for word in words if lost}
                 masks[aslant] = seen
                 if doubtful:
-                    blank = _draw(page, scale, grey=False)
+                    boxes = zip(*(_strip(words, 0.5, seen) for words in kind), strict=True)
+                    box = left, top, *_ = [pick(edges) for pick, edges in zip((min, min, max, max), boxes, strict=True)]
+                    blank = _draw(page, scale, box)
                     for owner in doubtful:
                         FAST.FPDFTextObj_SetTextRenderMode(texts[owner], modes[owner])
-                    masks[aslant] = _difference(_draw(page, scale, grey=False), blank)
+                    masks[aslant] = Image.new("L", seen.size)
+                    masks[aslant].paste(_difference(_draw(page, scale, box), blank), (max(0, left), max(0, top)))
                     for owner in doubtful:
                         FAST.FPDFTextObj_SetTextRenderMode(texts[owner], raw.FPDF_TEXTRENDERMODE_INVISIBLE)
             groups = [
@@ -273,15 +277,15 @@ class _Layer:
 
     def without(self, words: Iterable[_Word], holes: Sequence[tuple[float, float]]) -> Iterator[_Word]:
         """Yield what is left of words once the characters in these holes of their run are gone."""
+        if (-math.inf, math.inf) in holes:
+            return
         for word in words:
             if not any(left < word.ink.right and word.ink.left < right for left, right in holes):
                 yield word
                 continue
             lost = "".join(
-                "-" if any(left <= (ink.left + ink.right) / 2 < right for left, right in holes) else "+"
-                for index in range(word.first, word.first + len(word.text))
-                for part in [range(index, index + 1)]
-                for ink in [self._word(part, self._boxes(part)).ink]
+                "-" if any(left <= middle < right for left, right in holes) else "+"
+                for middle in map(self._middle, range(word.first, word.first + len(word.text)))
             )
             for kept in re.finditer(r"\+(?:-?\+)*", lost):  # a single one between others is never lost
                 part = range(word.first + kept.start(), word.first + kept.end())
@@ -293,17 +297,31 @@ class _Layer:
 
     def _word(self, part: range, boxes: Sequence[Area]) -> _Word:
         first, last = part[0], part[-1]
-        angle = FAST.FPDFText_GetCharAngle(self._textpage, first) + self._quarters * math.pi / 2
-        turn = round(angle / (math.pi / 2))
-        box, full = around(boxes), around([self._line(index) for index in {first, last}])
-        # A font may have no boxes of its own, and PDFium then gives a hair's breadth.
-        ink, line = self._place(box if box.height > full.height / 50 else full, turn), self._place(full, turn)
-        # At least a pixel high, whatever the font says.
-        top, bottom = (line.top, line.bottom) if line.top < line.bottom else (ink.top, ink.bottom)
-        line = Area(line.left, top, line.right, max(bottom, top + 1))
+        box, full, angle, turn = self._where(part, boxes)
+        ink, (left, top, right, bottom) = self._place(box, turn), self._place(full, turn)
+        if top >= bottom:
+            top, bottom = ink.top, ink.bottom
+        line = Area(left, top, right, max(bottom, top + 1))  # at least a pixel high, whatever the font says
         slanted = abs(angle - turn * math.pi / 2) > SLANT
         before, text = self.text[max(0, first - 1) : first], self.text[first : last + 1]
         return _Word("" if before.strip() else before, text, first, ink, line, turn % 4, slanted, self._owner(first))
+
+    def _middle(self, index: int) -> float:
+        """Return where the middle of a character is along its line of text."""
+        part = range(index, index + 1)
+        box, _, _, turn = self._where(part, self._boxes(part))
+        ink = self._place(box, turn)
+        return (ink.left + ink.right) / 2
+
+    def _where(self, part: range, boxes: Sequence[Area]) -> tuple[Area, Area, float, int]:
+        """Return where characters are, also with the full height of their font, their angle, and that in quarters."""
+        first, last = part[0], part[-1]
+        angle = FAST.FPDFText_GetCharAngle(self._textpage, first) + self._quarters * math.pi / 2
+        box, full = around(boxes), self._line(first)
+        if first != last:
+            full = around((full, self._line(last)))
+        # A font may have no boxes of its own, and PDFium then gives a hair's breadth.
+        return box if box.height > full.height / 50 else full, full, angle, round(angle / (math.pi / 2))
 
     def _boxes(self, part: range) -> list[Area]:
         """Return the areas of the characters, one for each object, as `_line` in points from the left and downwards."""
@@ -321,27 +339,24 @@ class _Layer:
 
     def _place(self, area: Area, turn: int) -> Area:
         """Return where an area is on the page's image, turned upright."""
-        area = turned(area, -self._quarters)
+        left, top, right, bottom = turned(area, -self._quarters)
         (x, y), scale = self._origin, self._scale
-        left, top, right, bottom = area.left - x, area.top - y, area.right - x, area.bottom - y
-        return turned(Area(left * scale, top * scale, right * scale, bottom * scale), turn)
+        return turned(Area((left - x) * scale, (top - y) * scale, (right - x) * scale, (bottom - y) * scale), turn)
 
 
 def _characters(textpage: Any, count: int) -> list[str]:
     """Return each character: a space for white space of any width, U+FFFD for one without a meaning."""
     buffer = (ctypes.c_ushort * (count + 1))()
     whole = raw.FPDFText_GetText(textpage, 0, count, buffer) == count + 1  # otherwise PDFium left some out
-    codes = buffer[:count] if whole else [raw.FPDFText_GetUnicode(textpage, index) for index in range(count)]
+    codes = buffer[:count] if whole else list(map(FAST.FPDFText_GetUnicode, repeat(textpage), range(count)))
     meanings = {code: _meaning(code) for code in set(codes)}
     characters = [meanings[code] for code in codes]
     for index in (index for index, text in enumerate(characters) if text == "\ufffd"):
         # One at the end of a line has a code of its own.
-        if raw.FPDFText_GetUnicode(textpage, index) == 2 and raw.FPDFText_IsHyphen(textpage, index) == 1:
+        if FAST.FPDFText_GetUnicode(textpage, index) == 2 and FAST.FPDFText_IsHyphen(textpage, index) == 1:
             characters[index] = "-"
-    for index, error in enumerate(map(FAST.FPDFText_HasUnicodeMapError, repeat(textpage), range(count))):
-        if error == 1:
-            characters[index] = "\ufffd"
-    return characters
+    errors = map(FAST.FPDFText_HasUnicodeMapError, repeat(textpage), range(count))
+    return ["\ufffd" if error == 1 else text for text, error in zip(characters, errors, strict=True)]
 
 
 def _meaning(code: int) -> str:
@@ -382,8 +397,7 @@ def _groups(words: Iterable[_Word]) -> Iterator[list[_Word]]:
 
 def _run(words: Sequence[_Word]) -> Run:
     text = " ".join("".join(word.before + word.text for word in words).split())
-    ink, line = (around(areas) for areas in zip(*((word.ink, word.line) for word in words), strict=True))
-    return Run(text, ink, line, words[0].turn)
+    return Run(text, around([word.ink for word in words]), around([word.line for word in words]), words[0].turn)
 
 
 def _continues(line: Area, more: Area) -> bool:
@@ -393,25 +407,40 @@ def _continues(line: Area, more: Area) -> bool:
 
 
 def _holes(mask: Image.Image, words: Sequence[_Word], across: float = 0.0) -> list[tuple[float, float]]:
-    """Return the parts of a run in which nothing can be seen, each from where to where along the line of text.
-
-    Its ink may be so far above and below the line, as a multiple of its height: fonts may lie.
-    """
+    """Return the parts of a run in which nothing can be seen, each from where to where along the line of text."""
     turn = words[0].turn
-    height = max(word.line.height for word in words)
-    area = around([area for word in words for area in ((word.ink, word.line) if across else (word.ink,))])
-    area = area._replace(top=area.top - across * height, bottom=area.bottom + across * height)
-    box = _box(turned(area, -turn), COARSE, mask)
-    columns, rows = mask.crop(box).getprojection()  # there is nothing beside the page
-    ink = bytes((rows if turn % 2 else columns)[:: 1 if turn < 2 else -1])
+    box = _strip(words, across, mask)
+    ink = _projection(mask.crop(box), turn % 2)[:: 1 if turn < 2 else -1]  # there is nothing beside the page
     begin = turned(Area(*box), turn).left
     if not any(ink):
         return [(-math.inf, math.inf)]
-    wide = math.ceil(GAP * height / COARSE)
+    wide = math.ceil(GAP * max(word.line.height for word in words) / COARSE)
+    if words[0].slanted or bytes(min(wide, len(ink) + 1)) not in ink:  # as most are
+        return []
     return [
         ((begin + start) * COARSE if start else -math.inf, (begin + end) * COARSE if end < len(ink) else math.inf)
-        for start, end in ([] if words[0].slanted else [hole.span() for hole in re.finditer(rb"\0{%d,}" % wide, ink)])
+        for start, end in map(re.Match.span, _EMPTY.finditer(ink))
+        if end - start >= wide
     ]
+
+
+def _projection(mask: Image.Image, axis: int) -> bytes:
+    """Return for each column (axis 0) or row (1) 0 if all of it is black."""
+    if mask.size[1 - axis] > 500:  # of so many pixels with a single white one, the mean may be 0
+        return bytes(mask.getprojection()[axis])
+    return mask.reduce((mask.width, 1) if axis else (1, mask.height)).tobytes()  # in half the time
+
+
+def _strip(words: Sequence[_Word], across: float, image: Image.Image) -> tuple[int, int, int, int]:
+    """Return where on a coarse drawing the ink of a run may be.
+
+    It may be so far above and below the line, as a multiple of its height: fonts may lie.
+    """
+    area = around([area for word in words for area in ((word.ink, word.line) if across else (word.ink,))])
+    if across:
+        more = across * max(word.line.height for word in words)
+        area = area._replace(top=area.top - more, bottom=area.bottom + more)
+    return _box(turned(area, -words[0].turn), COARSE, image)
 
 
 def _box(area: Area, unit: float, image: Image.Image, more: int = MARGIN) -> tuple[int, int, int, int]:
@@ -428,9 +457,16 @@ def _difference(one: Image.Image, other: Image.Image) -> Image.Image:
     return reduce(ImageChops.lighter, bands).point(_from(VISIBLE))
 
 
-def _draw(page: Any, scale: float, *, grey: bool = True) -> Image.Image:
+def _draw(page: Any, scale: float, box: Sequence[int] | None = None) -> Image.Image:
+    """Draw a page coarsely: all of it in grey, or in colour what of a box is on that drawing, at least a pixel."""
+    scale /= COARSE
+    crop = [0.0, 0.0, 0.0, 0.0]
+    if box:
+        width, height = (math.ceil(side * scale) for side in page.get_size())
+        edges = zip((box[0], height - box[3], width - box[2], box[1]), (width, height) * 2, strict=True)
+        crop = [max(0.0, min(edge, side - 1) - 0.5) / scale for edge, side in edges]  # it is rounded up to pixels
     # Pillow takes pixels in this order as they are.
-    bitmap = page.render(scale=scale / COARSE, grayscale=grey, prefer_bgrx=True, rev_byteorder=True)
+    bitmap = page.render(scale=scale, crop=crop, grayscale=not box, prefer_bgrx=True, rev_byteorder=True)
     image: Image.Image = bitmap.to_pil()
     return image
 
@@ -442,6 +478,8 @@ def _from(level: int) -> list[int]:
 
 def _unread(seen: Image.Image, without: Image.Image) -> float:
     """Count the patches on which there is something, but no text that can be seen."""
+    if not ImageChops.invert(without).getbbox():  # a white page
+        return 0.0
     histogram = without.histogram()
     background = histogram.index(max(histogram))
     rest = without.point([255 * (abs(level - background) >= images.BLANK_SPREAD) for level in range(256)])
