@@ -21,5 +21,5 @@ class ActionModule(Seen, normal.ActionModule):  # type: ignore[misc]
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the module's result, which may be the last one."""
         given = map(str, self._task.args.get("registry_ca", {}).values())
-        self.places = (*self.places, *(path for path in given if path.startswith("/")))
+        self.places += tuple(path for path in given if path.startswith("/"))
         return super().run(tmp, task_vars)

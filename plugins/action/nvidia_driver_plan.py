@@ -1,5 +1,6 @@
 """The controller's side of the module nvidia_driver_plan: a good driver that others installed needs no plan."""
 
+from contextlib import suppress
 from typing import Any
 
 from ansible.plugins.action import ActionBase
@@ -18,10 +19,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         host, wishes = arguments["host"], Wishes(*(arguments.get(name, "") for name in Wishes._fields))
         if has_driver(host) and not host["driver"]["ours"]:
             system = System({}, frozenset(), frozenset(), False, tuple(host["driver"]["reboot_wanted_by"]), False)
-            try:
+            with suppress(Problem):  # which the module will tell
                 plan = make_plan(host, system, wishes)
-            except Problem:
-                plan = {"faults": ["which the module says"]}
-            if not plan["faults"] and not plan["reboot"]:
-                return {"changed": False, "machine_id": "", "persistenced": False, **plan}
+                if not plan["faults"] and not plan["reboot"]:
+                    return {"changed": False, "machine_id": "", "persistenced": False, **plan}
         return dict(self._execute_module(task_vars=task_vars))

@@ -48,10 +48,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return {"changed": True, "skipped": True, "msg": "Command would have run if not in check mode"}
         words = f"{self._compute_environment_string()} /bin/sh -c {shlex.quote(cmd)}"
         done = self._low_level_execute_command(words, chdir=chdir)
-        texts = {name: done[name].rstrip("\r\n") for name in ("stdout", "stderr")}
-        lines = {f"{name}_lines": text.splitlines() for name, text in texts.items()}
         failed = {"failed": True, "msg": "non-zero return code"} if done["rc"] else {}
-        return {"changed": True, "rc": done["rc"], "cmd": cmd, **texts, **lines, **failed}
+        return {"changed": True, "cmd": cmd, **done, **failed}
 
     def show(self, watch: str, known: dict[str, Any], ended: threading.Event) -> None:
         """Show how far it is until it has ended, through a connection that shares no state with the module's."""

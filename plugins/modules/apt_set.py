@@ -12,8 +12,7 @@ description:
     exactly these, except what others came to need meanwhile, so that the list of packages is what it was.
   - Pins versions in C(/etc/apt/preferences.d), holds the packages, and keeps unattended-upgrades off them.
   - Brings the vendor's repository that they come from, which counts only if an accepted key has signed it.
-  - Looks at a set again only when something has changed since the same wishes were last found met (a boot, apt's
-    settings or lists, dpkg's state, the record of the set), since that takes a tenth of the time.
+  - Looks again at what was found in place only after a boot or a change of apt's settings or lists, or of packages.
   - C(ansible.builtin.apt) does the first half only. Nothing is needed on the host but apt.
 options:
   id: {description: Names the files., type: str, required: true}

@@ -503,19 +503,14 @@ def measure_packages() -> tuple[dict[str, str], frozenset[str]]:
 
 
 def measure(host: Host) -> System:
-    """Ask apt, dpkg and the kernel; apt's lists only where a driver is to be installed, since that takes longest."""
-    owned = host["driver"]["ours"]
-    ours = owned or not has_driver(host)
-    (packages, configured), names = together(
-        measure_packages, lambda: ask("apt-cache", "pkgnames").split() if ours else []
-    )
-    release = host["kernel_release"]
-    modules = Path("/lib/modules", release, "modules.dep")
+    """Ask apt, dpkg and the kernel."""
+    (packages, configured), names = together(measure_packages, lambda: ask("apt-cache", "pkgnames").split())
+    modules = Path("/lib/modules", host["kernel_release"], "modules.dep")
     return System(
         packages=packages,
         configured=configured,
         available=frozenset(names),
-        owned=owned,
+        owned=host["driver"]["ours"],
         reboot_wanted_by=tuple(host["driver"]["reboot_wanted_by"]),
         booted_since=modules.exists() and boot_time() > modules.stat().st_mtime,
     )

@@ -8,7 +8,6 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 
-MODULES = Path(__file__).resolve().parent.parent / "modules"
 LAST = "/run/dots-ocr-{}"  # gone after a boot
 
 
@@ -26,7 +25,7 @@ class Seen(ActionBase):  # type: ignore[misc]
         arguments, name = dict(self._task.args), self._task.action.rpartition(".")[2]
         if arguments.get("state", "present") != "present" or arguments.get("upgrade"):
             return dict(super().run(tmp, task_vars))
-        code = (MODULES / f"{name}.py").read_text()
+        code = Path(__file__).parents[1].joinpath("modules", f"{name}.py").read_text()
         wishes = hashlib.sha256((json.dumps(arguments, sort_keys=True) + code).encode()).hexdigest()
         identity = arguments.get("id", "")
         last, *places = (shlex.quote(text.format(identity)) for text in (f"{LAST.format(name)}-{{}}", *self.places))
@@ -37,7 +36,7 @@ class Seen(ActionBase):  # type: ignore[misc]
             return dict(json.loads(known.removeprefix(seen)))
         result = dict(super().run(tmp, task_vars))
         met = not (result.get("changed") or result.get("failed") or self._task.check_mode)
-        if met and all(key in result for key in self.returns):
+        if met and {*self.returns} <= {*result}:
             kept = json.dumps({"changed": False, **{key: result[key] for key in self.returns}})
             self._low_level_execute_command(f"umask 022; echo {shlex.quote(seen + kept)} >{last}")
         return result

@@ -438,20 +438,3 @@ class TestProof:
 
     def test_branch(self) -> None:
         assert "the driver is 580.173.02, wanted is branch 595" in self.faults(wishes("595"))
-
-
-@pytest.mark.parametrize(
-    ("machine", "ours", "asked"),
-    [
-        (host(driver=GOOD_DRIVER, gpus=[GPU]), False, False),
-        (host(driver=GOOD_DRIVER, gpus=[GPU]), True, True),  # its packages may have to change
-        (host(), False, True),
-    ],
-)
-def test_lists_of_apt_are_read_only_for_a_driver_of_our_own(
-    machine: dict[str, Any], ours: bool, asked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine["driver"] = {**machine["driver"], "ours": ours, "reboot_wanted_by": []}
-    monkeypatch.setattr(module, "ask", lambda *command: "nvidia-utils-580-server" if "pkgnames" in command else "")
-    monkeypatch.setattr(module, "run", lambda *command: (0, "", ""))
-    assert bool(module.measure(machine).available) is asked
