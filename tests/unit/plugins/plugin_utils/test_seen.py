@@ -109,3 +109,10 @@ def test_certificate_that_the_engine_is_given_is_looked_at(host: Host) -> None:
     file.write_text("two")
     host.run(name="docker_daemon", **wishes)
     assert host.calls == 2
+
+
+def test_another_version_of_the_module_looks_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.run()
+    monkeypatch.setattr(seen.Path, "read_text", lambda _: "another version")
+    host.run()
+    assert host.calls == 2
