@@ -7,5 +7,11 @@ from . import watched
 class ActionModule(Seen, watched.ActionModule):
     """Shows how far an installation is."""
 
-    places = ("/etc/apt", "/var/lib/apt/lists", "/var/lib/dpkg/status", "/var/lib/dots-ocr/installed/{}.json")
+    places = (
+        "/etc/apt",
+        "/var/lib/apt/lists",
+        "/var/lib/dpkg/status",
+        "/var/lib/dpkg/updates",
+        "/var/lib/dots-ocr/installed/{}.json",
+    )
     returns = ("installed", "kept")

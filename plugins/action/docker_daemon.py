@@ -20,6 +20,8 @@ class ActionModule(Seen, normal.ActionModule):  # type: ignore[misc]
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the module's result, which may be the last one."""
-        given = map(str, self._task.args.get("registry_ca", {}).values())
-        self.places += tuple(path for path in given if path.startswith("/"))
+        given = self._task.args.get("registry_ca", {})
+        if not isinstance(given, dict):  # words, of which the module makes one
+            return dict(normal.ActionModule.run(self, tmp, task_vars))
+        self.places += tuple(path for path in map(str, given.values()) if path.startswith("/"))
         return super().run(tmp, task_vars)

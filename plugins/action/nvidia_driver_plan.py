@@ -16,7 +16,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         """Return the module's result."""
         super().run(tmp, task_vars)
         arguments = self._task.args
-        host, wishes = arguments["host"], Wishes(*(arguments.get(name, "") for name in Wishes._fields))
+        host, wishes = arguments["host"], Wishes(*(str(arguments.get(name, "")) for name in Wishes._fields))
         if has_driver(host) and not host["driver"]["ours"]:
             system = System({}, frozenset(), frozenset(), False, tuple(host["driver"]["reboot_wanted_by"]), False)
             with suppress(Problem):  # which the module will tell

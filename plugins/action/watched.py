@@ -45,9 +45,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def shell(self, cmd: str, chdir: str | None = None) -> dict[str, Any]:
         """Return what the module would, without it: on the host, its Python takes longer than most commands."""
         if self._task.check_mode:
-            return {"changed": True, "skipped": True, "msg": "Command would have run if not in check mode"}
+            return {"changed": True, "skipped": True, "rc": 0, "msg": "Command would have run if not in check mode"}
         words = f"{self._compute_environment_string()} /bin/sh -c {shlex.quote(cmd)}"
-        done = self._low_level_execute_command(words, chdir=chdir)
+        # With data, if only a line, ssh asks for no terminal, on which errors would be among the output.
+        done = self._low_level_execute_command(words, in_data=b"\n", chdir=chdir and shlex.quote(chdir))
         failed = {"failed": True, "msg": "non-zero return code"} if done["rc"] else {}
         return {"changed": True, "cmd": cmd, **done, **failed}
 

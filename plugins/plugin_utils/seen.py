@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,23 @@ class Seen(ActionBase):  # type: ignore[misc]
         arguments, name = dict(self._task.args), self._task.action.rpartition(".")[2]
         if arguments.get("state", "present") != "present" or arguments.get("upgrade"):
             return dict(super().run(tmp, task_vars))
-        code = Path(__file__).parents[1].joinpath("modules", f"{name}.py").read_text()
-        wishes = hashlib.sha256((json.dumps(arguments, sort_keys=True) + code).encode()).hexdigest()
+        plugins = Path(__file__).parents[1]
+        code = b"".join(
+            file.read_bytes() for file in (plugins / f"modules/{name}.py", *sorted(plugins.glob("module_utils/*.py")))
+        )
+        wishes = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode() + code).hexdigest()
         identity = arguments.get("id", "")
-        last, *places = (shlex.quote(text.format(identity)) for text in (f"{LAST.format(name)}-{{}}", *self.places))
+        files = (f"{LAST.format(name)}-{{}}", *self.places)
+        last, *places = (shlex.quote(text.replace("{}", identity)) for text in files)
         look = f"find -L {' '.join(places)} -printf '%p %i %C@\\n' 2>/dev/null | LC_ALL=C sort"
         command = f"{{ echo {wishes}; {look}; }} | sha256sum; cat {last} 2>/dev/null"
         seen, _, known = self._low_level_execute_command(command)["stdout"].strip().partition("\n")
         if seen and known.startswith(seen):
-            return dict(json.loads(known.removeprefix(seen)))
+            with suppress(ValueError):  # of a file that was not written to its end
+                return dict(json.loads(known.removeprefix(seen)))
         result = dict(super().run(tmp, task_vars))
         met = not (result.get("changed") or result.get("failed") or self._task.check_mode)
         if met and {*self.returns} <= {*result}:
             kept = json.dumps({"changed": False, **{key: result[key] for key in self.returns}})
-            self._low_level_execute_command(f"umask 022; echo {shlex.quote(seen + kept)} >{last}")
+            self._low_level_execute_command(f"umask 077; echo {shlex.quote(seen + kept)} >{last}")
         return result

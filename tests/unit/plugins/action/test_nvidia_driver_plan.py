@@ -14,7 +14,7 @@ WISHES = {"branch": "auto", "package_version": "", "source": "auto"}
 OLD = {"loaded": "550.1", "installed": "550.1"}
 
 
-def asks(driver: dict[str, Any], wishes: dict[str, str], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> bool:
+def asks(driver: dict[str, Any], wishes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> bool:
     """Tell whether the module runs; if it does not, the plan must be to do nothing."""
     driver = {**GOOD_DRIVER, "ours": False, "reboot_wanted_by": [], **driver}
     machine = host(**{"driver": driver, "gpus": [GPU], "nvidia_smi": "/usr/bin/nvidia-smi", **changes})
@@ -29,8 +29,8 @@ def asks(driver: dict[str, Any], wishes: dict[str, str], monkeypatch: pytest.Mon
     return False
 
 
-@pytest.mark.parametrize("wishes", [{}, {"branch": "570"}, {"package_version": "580.173.02"}])
-def test_good_driver_of_others_needs_no_module(wishes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wishes", [{}, {"branch": "570"}, {"branch": 570}, {"package_version": "580.173.02"}])
+def test_good_driver_of_others_needs_no_module(wishes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not asks({}, wishes, monkeypatch)
 
 

@@ -65,15 +65,30 @@ def test_what_is_quick_shows_nothing_and_fails_as_a_command_does(tmp_path: Path)
 
 
 def test_command_has_its_folder_and_the_environment_of_the_task(tmp_path: Path) -> None:
-    watched = {"cmd": "echo one >file; echo $WORDS $PWD", "chdir": str(tmp_path)}
+    folder = tmp_path / "two words"
+    folder.mkdir()
+    watched = {"cmd": "echo one >file; echo $WORDS $PWD", "chdir": str(folder)}
     task = {"dots_ocr.deploy.watched": watched, "environment": {"WORDS": "a; b"}, "failed_when": True}
     said = play(tmp_path, task, 60)
-    assert f"a; b {tmp_path}" in said
-    assert (tmp_path / "file").read_text() == "one\n"
+    assert f"a; b {folder}" in said
+    assert (folder / "file").read_text() == "one\n"
+
+
+def test_errors_stay_apart_on_a_host_of_ssh(tmp_path: Path) -> None:
+    ssh = tmp_path / "ssh"  # on a terminal there is no other output
+    ssh.write_text('#!/bin/sh\ncase " $* " in *" -tt "*) exec 2>&1 ;; esac\nfor last; do :; done\nexec sh -c "$last"\n')
+    ssh.chmod(0o755)
+    task = {
+        **{"dots_ocr.deploy.watched": {"cmd": "echo output; echo gone >&2"}, "connection": "ssh", "register": "it"},
+        **{"vars": {"ansible_ssh_executable": str(ssh)}, "failed_when": "it.stderr_lines != ['gone']"},
+    }
+    assert "failed=0" in play(tmp_path, task, 60)
 
 
 def test_command_does_not_run_in_check_mode(tmp_path: Path) -> None:
-    said = play(tmp_path, {"dots_ocr.deploy.watched": {"cmd": f"touch {tmp_path}/file"}, "check_mode": True}, 60)
+    watched = {"cmd": f"touch {tmp_path}/file"}
+    task = {"dots_ocr.deploy.watched": watched, "check_mode": True, "register": "it", "until": "it.rc == 0"}
+    said = play(tmp_path, task, 60)
     assert "skipped=1" in said
     assert not (tmp_path / "file").exists()
 

@@ -111,8 +111,26 @@ def test_certificate_that_the_engine_is_given_is_looked_at(host: Host) -> None:
     assert host.calls == 2
 
 
-def test_another_version_of_the_module_looks_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", ["apt_set.py", "apt_source.py"])
+def test_another_version_of_the_module_looks_again(changed: str, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.run()
-    monkeypatch.setattr(seen.Path, "read_text", lambda _: "another version")
+    read = Path.read_bytes
+    monkeypatch.setattr(seen.Path, "read_bytes", lambda path: b"another" if path.name == changed else read(path))
     host.run()
+    assert host.calls == 2
+
+
+def test_what_was_kept_by_halves_is_not_taken(host: Host) -> None:
+    host.run()
+    last = host.settings.parent / "last-apt_set-docker-engine"
+    assert last.stat().st_mode & 0o777 == 0o600  # the wishes in it may have a password
+    last.write_text(last.read_text()[:80])
+    host.run()
+    assert host.calls == 2
+
+
+def test_certificates_may_be_given_as_words(host: Host) -> None:
+    host.answer = {"changed": False, "restart": False}
+    host.run(name="docker_daemon", registry_ca="mirror:5000=/a.pem")
+    host.run(name="docker_daemon", registry_ca={"mirror:5000": "/{a}.pem"})
     assert host.calls == 2
