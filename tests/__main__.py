@@ -240,7 +240,7 @@ def end(process: int) -> list[str]:
     for one in sorted(int(folder.name) for folder in Path("/proc").glob("[0-9]*")):
         with suppress(OSError):  # it has ended
             if str(process) in usage.ancestors(str(one)):
-                found[one] = Path(f"/proc/{one}/cmdline").read_text().replace("\0", " ").strip()
+                found[one] = Path(f"/proc/{one}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
     for one in found:  # the oldest first: it would go on when what it waits for ends
         with suppress(OSError):
             os.kill(one, signal.SIGKILL)

@@ -235,6 +235,11 @@ def test_proxy_reaches_tasks_and_engine_by_one_set_of_variables() -> None:
     }
 
 
+def test_password_of_the_proxy_is_not_shown() -> None:
+    tasks = load(REPOSITORY / "playbooks/host.yml")[0]["pre_tasks"]
+    assert [task.get("no_log") for task in tasks if "network_environment" in str(task)] == [True]
+
+
 JINJA = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
 CONDITIONS = ("when", "that", "until", "changed_when", "failed_when")
 # Of what a message names, nothing is read.

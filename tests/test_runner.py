@@ -21,6 +21,7 @@ from tests.__main__ import (
     Result,
     chains,
     command,
+    end,
     failure,
     main,
     parts,
@@ -137,6 +138,11 @@ def test_part_that_hangs_is_ended_and_says_what_it_waited_for(tmp_path: Path, mo
     left, begun = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat"), time.monotonic()
     while left.exists() and left.read_text().split()[2] != "Z":
         assert time.monotonic() < begun + 10
+
+
+def test_whatever_words_a_program_was_given_it_is_ended() -> None:
+    with subprocess.Popen([b"sh", b"-c", b"read line", b"\xff"], stdin=subprocess.PIPE) as process:
+        assert end(process.pid) == ["sh -c read line \ufffd"]
 
 
 def test_part_ends_although_something_that_it_started_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

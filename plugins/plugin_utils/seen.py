@@ -30,13 +30,15 @@ class Seen(ActionBase):  # type: ignore[misc]
         code = b"".join(
             file.read_bytes() for file in (plugins / f"modules/{name}.py", *sorted(plugins.glob("module_utils/*.py")))
         )
-        wishes = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode() + code).hexdigest()
+        wishes = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode() + code).hexdigest()
         identity = arguments.get("id", "")
         files = (f"{LAST.format(name)}-{{}}", *self.places)
         last, *places = (shlex.quote(text.replace("{}", identity)) for text in files)
         look = f"find -L {' '.join(places)} -printf '%p %i %C@\\n' 2>/dev/null | LC_ALL=C sort"
         command = f"{{ echo {wishes}; {look}; }} | sha256sum; cat {last} 2>/dev/null"
-        seen, _, known = self._low_level_execute_command(command)["stdout"].strip().partition("\n")
+        # With data, if only a line, ssh asks for no terminal, on which sudo's warnings would be among the output.
+        said = self._low_level_execute_command(command, in_data=b"\n")["stdout"]
+        seen, _, known = said.strip().partition("\n")
         if seen and known.startswith(seen):
             with suppress(ValueError):  # of a file that was not written to its end
                 return dict(json.loads(known.removeprefix(seen)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,14 +33,18 @@ class Host:
         self.calls += 1
         return {"invocation": {}, **self.answer}
 
+    def shell(self, command: str, in_data: bytes = b"") -> dict[str, str]:
+        stdout = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False).stdout
+        if not in_data:  # over ssh, on a terminal then
+            stdout = f"sudo: unable to resolve host\n{stdout}".replace("\n", "\r\n")
+        return {"stdout": stdout}
+
     def run(self, check: bool = False, name: str = "apt_set", **wishes: Any) -> dict[str, Any]:
         plugin = {"apt_set": apt_set, "docker_daemon": docker_daemon}[name]
         arguments = {"id": "docker-engine", "name": ["docker-ce"], **wishes} if name == "apt_set" else wishes
         action = object.__new__(plugin.ActionModule)
         action._task = SimpleNamespace(action=f"dots_ocr.deploy.{name}", args=arguments, check_mode=check)
-        action._low_level_execute_command = lambda command: {
-            "stdout": subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False).stdout
-        }
+        action._low_level_execute_command = self.shell
         result: dict[str, Any] = action.run(None, {})
         return result
 
@@ -129,8 +134,9 @@ def test_what_was_kept_by_halves_is_not_taken(host: Host) -> None:
     assert host.calls == 2
 
 
-def test_certificates_may_be_given_as_words(host: Host) -> None:
+def test_wishes_may_be_of_any_type_that_the_module_takes(host: Host) -> None:
     host.answer = {"changed": False, "restart": False}
     host.run(name="docker_daemon", registry_ca="mirror:5000=/a.pem")
     host.run(name="docker_daemon", registry_ca={"mirror:5000": "/{a}.pem"})
-    assert host.calls == 2
+    host.run(name="docker_daemon", options={"labels": [datetime.date(2026, 1, 31)]})  # YAML makes one of such words
+    assert host.calls == 3
