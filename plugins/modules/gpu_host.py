@@ -93,12 +93,8 @@ ansible_facts:
       nvidia_smi: /usr/bin/nvidia-smi
       nvidia_smi_message: ""  # what it said beside the GPUs
       gpus:
-        - index: 0
-          name: NVIDIA GeForce RTX 5070 Ti
-          memory_total_mib: 16303
-          memory_free_mib: 15791
-          compute_capability: "12.0"
-          driver_version: 580.173.02
+        - {index: 0, name: NVIDIA GeForce RTX 5070 Ti, memory_total_mib: 16303, memory_free_mib: 15791,
+           compute_capability: "12.0", driver_version: 580.173.02}
       gpus_broken: []  # named but of no use: {index: 1, name: NVIDIA GeForce GT 710, fault: memory.total is [N/A]}
       gpu_processes: [{pid: 4711, name: python3, memory_mib: 5000}]
       containers: [{name: dots-ocr-server, state: running, ports: [8000]}]

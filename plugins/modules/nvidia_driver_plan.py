@@ -48,51 +48,23 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-install:
-  description: Whether the packages below are ours to keep in place; false leaves a good driver from elsewhere alone.
-  returned: always
-  type: bool
+install: {description: Whether the packages are ours; false leaves a good driver alone., returned: always, type: bool}
 branch: {description: "The branch that was chosen, or the oldest one that is good enough.", returned: always, type: str}
 key:
   description: The file of NVIDIA's key in the folder below, and its fingerprint; both empty if none is needed.
   returned: always
   type: dict
   sample: {file: 8793F200.pub, fingerprint: 02182E60104FCDC26EAE1B8597A5D4CB8793F200}
-repository:
-  description: The folder of the distribution in NVIDIA's CUDA repository, such as C(debian13); empty if none is needed.
-  returned: always
-  type: str
-pinning:
-  description: The package that keeps NVIDIA's repository on one branch or version, to be installed first; or empty.
-  returned: always
-  type: str
-unpin:
-  description: Packages of that kind for other branches, to be purged before.
-  returned: always
-  type: list
-  elements: str
+repository: {description: "The folder in NVIDIA's CUDA repository, such as C(debian13).", returned: always, type: str}
+pinning: {description: "The package, or none, that keeps apt on one branch or version.", returned: always, type: str}
+unpin: {description: "Those for other branches, to be purged before.", returned: always, type: list, elements: str}
 packages: {description: "The driver's packages.", returned: always, type: list, elements: str}
-versions:
-  description: Patterns of the versions to have, by package or pattern of packages.
-  returned: always
-  type: dict
-replace:
-  description: Packages of ours for another branch, to be removed in the same go.
-  returned: always
-  type: list
-  elements: str
-kernel:
-  description: Packages that bring new kernels and their headers, to be held with the driver.
-  returned: always
-  type: list
-  elements: str
+versions: {description: "Patterns of versions, by package or pattern of packages.", returned: always, type: dict}
+replace: {description: "Ours for another branch, to be removed in one go.", returned: always, type: list, elements: str}
+kernel: {description: Packages of new kernels and headers to be held., returned: always, type: list, elements: str}
 missing: {description: Which of the packages are not installed., returned: always, type: list, elements: str}
 reboot: {description: "Why the machine has to reboot, or empty.", returned: always, type: str}
-faults:
-  description: What is wrong with the driver as it runs now; empty is the proof that it works.
-  returned: always
-  type: list
-  elements: str
+faults: {description: "What is wrong with it as it runs; empty proves it.", returned: always, type: list, elements: str}
 persistenced: {description: Whether the unit nvidia-persistenced.service is there., returned: always, type: bool}
 machine_id: {description: "The machine's identity, to tell it from the controller.", returned: always, type: str}
 """

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
@@ -162,9 +163,12 @@ def page(
                         break
             browser = webdriver.Chrome(options, Service(str(driver)))
             try:
-                browser.get(f"http://127.0.0.1:{port}/")
                 shown = Page(browser)
-                shown.wait_for("Изображение")
+                for last in (False, False, True):  # now and then Chromium shows nothing of it
+                    browser.get(f"http://127.0.0.1:{port}/")
+                    with suppress(*() if last else (AssertionError,)):
+                        shown.wait_for("Изображение")
+                        break
                 browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(picture))
                 shown.wait_for("Извлечь текст")
                 yield shown
