@@ -51,6 +51,7 @@ SMALL: dict[str, Any] = {
     "dots_ocr_gateway_max_queue": 2,
     "dots_ocr_gateway_retry_after": 1,
     "dots_ocr_gateway_queue_timeout": 15,  # long enough for a busy machine to be asked meanwhile
+    "dots_ocr_gateway_check_failures": 10,  # on such a machine a check may take longer than its second
     "_dots_ocr_gateway_body_grace": 1,
 }
 
