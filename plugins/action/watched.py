@@ -43,7 +43,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             beside.join(SECONDS)
 
     def shell(self, cmd: str, chdir: str | None = None) -> dict[str, Any]:
-        """Return what the module would, without it: on the host, its Python takes longer than most commands."""
+        """Run the command without a module, whose Python takes longer to start than most commands to run."""
         if self._task.check_mode:
             return {"changed": True, "skipped": True, "rc": 0, "msg": "Command would have run if not in check mode"}
         words = f"{self._compute_environment_string()} /bin/sh -c {shlex.quote(cmd)}"

@@ -12,7 +12,7 @@ description:
     exactly these, except what others came to need meanwhile, so that the list of packages is what it was.
   - Pins versions in C(/etc/apt/preferences.d), holds the packages, and keeps unattended-upgrades off them.
   - Brings the vendor's repository that they come from, which counts only if an accepted key has signed it.
-  - Looks again at what was found in place only after a boot or a change of apt's settings or lists, or of packages.
+  - Checks a set that was in place again only after a boot, or a change of packages or of apt's settings or lists.
   - C(ansible.builtin.apt) does the first half only. Nothing is needed on the host but apt.
 options:
   id: {description: Names the files., type: str, required: true}

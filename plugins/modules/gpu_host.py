@@ -86,7 +86,8 @@ ansible_facts:
       dxg: false
       nouveau: false
       driver:  # ours: by the role nvidia_driver
-        {loaded: 580.1, loaded_flavour: open, installed: 580.1, flavour: open, ours: true, reboot_wanted_by: []}
+        {loaded: 580.173.02, loaded_flavour: open, installed: 580.173.02, flavour: open, ours: true,
+         reboot_wanted_by: []}
       nvidia_packages: [nvidia-driver-cuda, nvidia-kernel-open-dkms]
       nvidia_container_toolkit: {nvidia-container-toolkit-base: 1.19.1-1}
       wsl: {}  # in WSL: {version: 2.6.1.0, networking: nat}, each empty if WSL does not tell

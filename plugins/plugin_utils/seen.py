@@ -1,4 +1,4 @@
-"""What lets an action skip its module where nothing has changed since it last found its wishes met."""
+"""Lets an action skip its module while nothing has changed since the last run that found everything in place."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ LAST = "/run/dots-ocr-{}"  # gone after a boot
 
 
 class Seen(ActionBase):  # type: ignore[misc]
-    """Stands before the class that runs the module, and has it run unless all is as when it last found its wishes met.
+    """A mixin for an action: runs the module only if something has changed since the last run that changed nothing.
 
-    A command of the shell compares it in a tenth of the time that a module's Python takes.
+    A shell command tells that in a tenth of the time that a module's Python takes.
     """
 
     places: tuple[str, ...]  # files and folders that the module looks at
@@ -24,16 +24,18 @@ class Seen(ActionBase):  # type: ignore[misc]
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the module's result, which may be the last one."""
         arguments, name = dict(self._task.args), self._task.action.rpartition(".")[2]
-        if arguments.get("state", "present") != "present" or arguments.get("upgrade"):
+        identity, state = arguments.get("id", ""), arguments.get("state", "present")
+        files = (f"{LAST.format(name)}-{{}}", *self.places)
+        last, *places = (shlex.quote(text.replace("{}", identity)) for text in files)
+        if state != "present" or arguments.get("upgrade"):
+            if state == "absent" and not self._task.check_mode:
+                self._low_level_execute_command(f"rm --force {last}")
             return dict(super().run(tmp, task_vars))
         plugins = Path(__file__).parents[1]
         code = b"".join(
             file.read_bytes() for file in (plugins / f"modules/{name}.py", *sorted(plugins.glob("module_utils/*.py")))
         )
         wishes = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode() + code).hexdigest()
-        identity = arguments.get("id", "")
-        files = (f"{LAST.format(name)}-{{}}", *self.places)
-        last, *places = (shlex.quote(text.replace("{}", identity)) for text in files)
         look = f"find -L {' '.join(places)} -printf '%p %i %C@\\n' 2>/dev/null | LC_ALL=C sort"
         command = f"{{ echo {wishes}; {look}; }} | sha256sum; cat {last} 2>/dev/null"
         # With data, if only a line, ssh asks for no terminal, on which sudo's warnings would be among the output.

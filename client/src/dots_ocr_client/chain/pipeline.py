@@ -42,7 +42,7 @@ async def deliver(
         ConfigurationError: Wrong base URL, model or API key; pages that are not finished are given up.
     """
     finished: asyncio.Queue[Page | FailedPage | None] = asyncio.Queue()
-    places = asyncio.Semaphore(BACKLOG)  # in it, for pages: its end has one even if nobody fetches them any more
+    places = asyncio.Semaphore(BACKLOG)  # for pages in the queue; its end always fits, even if nobody reads on
 
     async def finish(number: int, end_turn: Callable[..., None]) -> None:
         page: Page | FailedPage

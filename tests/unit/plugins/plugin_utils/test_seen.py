@@ -140,3 +140,10 @@ def test_wishes_may_be_of_any_type_that_the_module_takes(host: Host) -> None:
     host.run(name="docker_daemon", registry_ca={"mirror:5000": "/{a}.pem"})
     host.run(name="docker_daemon", options={"labels": [datetime.date(2026, 1, 31)]})  # YAML makes one of such words
     assert host.calls == 3
+
+
+@pytest.mark.parametrize(("check", "left"), [(True, True), (False, False)])
+def test_removal_leaves_nothing_in_run(check: bool, left: bool, host: Host) -> None:
+    host.run()
+    host.run(check=check, state="absent")
+    assert (host.settings.parent / "last-apt_set-docker-engine").exists() is left
