@@ -20,7 +20,7 @@ def play(folder: Path, task: dict[str, Any], seconds: float, until: str = "never
     The task reads a line of the pipe `seen`. Where those words never come, the play is ended after LIMIT seconds.
     """
     os.mkfifo(folder / "seen")
-    values = {"_dots_ocr_watch_seconds": seconds}
+    values = {"_dots_ocr_watch_seconds": seconds, "ansible_python_interpreter": "/usr/bin/python3"}  # as inventory/local
     tasks = [{"name": "Take long", **task}]
     playbook = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": values, "tasks": tasks}]
     (folder / "play.yml").write_text(json.dumps(playbook))

@@ -25,7 +25,8 @@ TASKS: dict[str, dict[str, Any]] = {
 def play(folder: Path, *options: str) -> dict[str, str]:
     """Return what ansible-playbook says of each task, in one line."""
     tasks = [{"name": name, "ignore_errors": True, **task} for name, task in TASKS.items()]
-    playbook = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}]
+    values = {"ansible_python_interpreter": "/usr/bin/python3"}  # as inventory/local; the first in PATH may not start
+    playbook = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": values, "tasks": tasks}]
     (folder / "play.yml").write_text(json.dumps(playbook))
     command = ["ansible-playbook", "--inventory=localhost,", *options, str(folder / "play.yml")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
