@@ -10,7 +10,10 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
 SECONDS = 20  # until the first word, and from each to the next
-APT = 'echo "$(du -sh /var/cache/apt/archives | cut -f 1) fetched; last in dpkg.log: $(tail -n 1 /var/log/dpkg.log)"'
+APT = (
+    'echo "$(du -ch /var/cache/apt/archives /var/lib/apt/lists/partial | tail -n 1 | cut -f 1) fetched;'
+    ' last in dpkg.log: $(tail -n 1 /var/log/dpkg.log)"'
+)
 # How far programs have read the large files that they have open.
 READS = (
     "for process in $(pgrep --exact '{}'); do for open in $(find -L /proc/$process/fd -type f -size +1M); do"
@@ -20,12 +23,13 @@ READS = (
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Runs a shell's command, or the module apt_set."""
+    """Runs a shell's command, or a module."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the module's result."""
         super().run(tmp, task_vars)
-        arguments, name, ended = dict(self._task.args), self._task.action, threading.Event()
+        arguments, ended = dict(self._task.args), threading.Event()
+        name = arguments.pop("module", self._task.action)
         reads = arguments.pop("reads", None)
         watch = READS.format(reads) if reads else arguments.pop("watch", APT)
         plain = set(arguments) <= {"cmd", "chdir"}

@@ -10,6 +10,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+import yaml
+
 REPOSITORY = Path(__file__).resolve().parents[4]
 LIMIT = 60  # seconds for a play, which takes some 5
 
@@ -41,8 +44,9 @@ def play(folder: Path, task: dict[str, Any], seconds: float, until: str = "never
     return said
 
 
-def test_what_takes_long_is_shown(tmp_path: Path) -> None:
-    task = {"cmd": f"head -n 1 {tmp_path}/seen", "watch": "echo 3 of; echo 4 layers"}
+@pytest.mark.parametrize("what", ["cmd: head -n 1 seen", "{module: ansible.builtin.command, argv: [head, -n, 1, seen]}"])
+def test_what_takes_long_is_shown(what: str, tmp_path: Path) -> None:
+    task = {**yaml.safe_load(what), "chdir": str(tmp_path), "watch": "echo 3 of; echo 4 layers"}
     said = play(tmp_path, {"dots_ocr.deploy.watched": task}, 0.1, "3 of 4 layers")
     assert re.search(r"localhost: Take long: \d+ s so far\. 3 of 4 layers", said)
     assert "failed=0" in said
