@@ -91,9 +91,10 @@ def test_role_that_installs_can_remove(role: Path) -> None:
 
 
 def tasks_of(tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield tasks, those in blocks too."""
+    """Yield tasks, those in blocks too; what is watched is among their modules."""
     for task in tasks:
-        yield task
+        watched = task.get("dots_ocr.deploy.watched", {})
+        yield {**task, watched["module"]: watched} if "module" in watched else task
         for key in ("block", "rescue", "always", "tasks", "pre_tasks", "post_tasks"):
             yield from tasks_of(task.get(key, []))
 
@@ -358,6 +359,10 @@ def test_no_task_waits_long_without_saying_how_far_it_is() -> None:
     long = [name for name, numbers in tries.items() if not numbers or max(map(int, numbers)) > 30]
     # For the lock on apt's lists, which is hardly ever held.
     assert [file for file, _ in long] == ["airgap_unpack.yml"], long
+    every = [task for file in files for task in tasks_of(load(file) or [])]
+    slow = [task for task in every if {"ansible.builtin.apt", "ansible.builtin.pip"} & {*task}]
+    assert slow
+    assert all("dots_ocr.deploy.watched" in task for task in slow)
 
 
 PULLED = "a1: Pulling fs layer\na2: Already exists\na3: Pulling fs layer\na1: Pull complete\na1: Pull complete"

@@ -31,6 +31,9 @@ class Host:
             'case "$1" in "$FAIL") exit 1 ;; esac\n'
         )
         systemctl.chmod(0o755)
+        docker = root / "bin/docker"
+        docker.write_text(f"#!/bin/sh\nexec test -e {root}/images/$3\n")
+        docker.chmod(0o755)
         (root / "etc/systemd/system").mkdir(parents=True)
 
     def install(self, version: str, *names: str) -> None:
@@ -39,10 +42,15 @@ class Host:
         folder.mkdir(parents=True, exist_ok=True)
         for name in names or ("dots-ocr",):
             image = {"reference": f"mirror:5000/vllm/vllm-openai:{version}", "pin": f"sha256:{version}"}
-            settings = {"image": image, "weights": f"/weights/{version}", "watched": version != "unwatched"}
+            settings = {"image": image, "weights": self.weights(version), "watched": version != "unwatched"}
+            for made in (Path(self.weights(version)), self.root / "images" / image["pin"]):
+                made.mkdir(parents=True, exist_ok=True)
             settings |= {"on_demand": {"idle": 60}} if version == "on-demand" else {}
             (folder / f"{name}.json").write_text(json.dumps(settings))
             (self.root / f"etc/systemd/system/{name}.service").write_text(version)
+
+    def weights(self, version: str) -> str:
+        return str(self.root / "weights" / version)
 
     def unit(self, name: str = "dots-ocr") -> str:
         return (self.root / f"etc/systemd/system/{name}.service").read_text()
@@ -102,6 +110,53 @@ def test_rollback_swaps_good_and_previous(host: Host) -> None:
     assert host.unit() == "2"
 
 
+def test_what_was_not_proven_goes_back_to_good(host: Host) -> None:
+    """A deployment was cut off: the state before it is the one that was proven last, not the one before that."""
+    for version in "12":
+        host.install(version)
+        host.ask("record")
+    host.install("3")
+    host.ask("restore", "previous")
+    assert host.unit() == "2"
+    host.ask("restore", "previous")
+    assert host.unit() == "1"
+
+
+@pytest.mark.parametrize("gone", ["images/sha256:1", "weights/1"])
+def test_no_way_back_to_what_is_gone(host: Host, gone: str) -> None:
+    for version in "12":
+        host.install(version)
+        host.ask("record")
+    (host.root / gone).rmdir()
+    done = host.run("restore", "previous")
+    assert (done.returncode, host.called(), host.unit()) == (1, [], "2")
+    assert "which this host does not have any more" in done.stderr
+
+
+def test_full_disk_stops_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.install("1")
+    host.ask("record")
+    host.install("2")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.shutil, "copytree", full)
+    done = host.run("restore", "good")
+    assert (done.returncode, host.called(), host.unit()) == (1, [], "2")
+    assert "No space left on device" in done.stderr
+
+
+def test_broken_settings_are_put_back(host: Host) -> None:
+    host.install("1")
+    host.ask("record")
+    broken = host.root / "etc/dots-ocr/server/dots-ocr.json"
+    broken.write_text("")
+    host.ask("restore", "good")
+    assert host.ask("compare") == {"same": True}
+    assert host.stopped_units == ["dots-ocr.service is 1"]
+
+
 def test_watchdog_that_was_off_stays_off(host: Host) -> None:
     host.install("unwatched")
     host.ask("record")
@@ -130,7 +185,7 @@ def test_only_two_states_are_kept(host: Host) -> None:
     assert host.ask("needs") == {
         "images": ["sha256:2", "sha256:3"],
         "repositories": ["mirror:5000/vllm/vllm-openai"],
-        "weights": ["/weights/2", "/weights/3"],
+        "weights": [host.weights("2"), host.weights("3")],
         "software": [],
     }
 
@@ -144,7 +199,7 @@ def test_server_on_the_cpu_needs_its_software_and_nothing_else(host: Host) -> No
     assert host.ask("needs") == {
         "images": ["sha256:1"],
         "repositories": ["mirror:5000/vllm/vllm-openai"],
-        "weights": ["/weights/1"],
+        "weights": [host.weights("1")],
         "software": ["/software/2"],
     }
 

@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,24 @@ def ask(*command: str, timeout: float | None = None) -> str:
     """Return what a program prints; nothing if it fails or is missing."""
     status, output, _ = run(*command, timeout=timeout)
     return output if status == 0 else ""
+
+
+def begun(*units: str) -> dict[str, float]:
+    """Return when the program of each of these units that is active was started, in seconds since 1970."""
+    properties = "--property=Id,ActiveState,ExecMainStartTimestamp"
+    said = ask("systemctl", "show", "--timestamp=us+utc", properties, *units) if units else ""
+    found = {}
+    for block in said.split("\n\n"):
+        unit = dict(line.split("=", 1) for line in block.splitlines())
+        if unit.get("ActiveState") == "active" and unit.get("ExecMainStartTimestamp"):
+            began = datetime.strptime(f"{unit['ExecMainStartTimestamp']} +0000", "%a %Y-%m-%d %H:%M:%S.%f UTC %z")
+            found[unit["Id"]] = began.timestamp()
+    return found
+
+
+def is_newer(path: Path, began: float | None) -> bool:
+    """Tell whether a file was written after a program was started, which then does not know it yet."""
+    return began is not None and path.is_file() and began < path.stat().st_mtime <= time.time()
 
 
 def together(*works: Callable[[], Any]) -> list[Any]:
@@ -144,6 +164,8 @@ def write(
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(descriptor)  # or a power failure could leave it empty
         # On a drive of Windows there may be no owners and modes.
         with contextlib.suppress(PermissionError):
             if own:

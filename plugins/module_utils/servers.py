@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .common import ask, together
+from .common import Problem, ask, together
 
 DEFINITION = Path("/etc/dots-ocr/server")
 PROVEN = Path("/var/lib/dots-ocr/states/good/server")
@@ -21,8 +21,15 @@ Settings = dict[str, dict[str, Any]]
 
 
 def settings(folder: Path) -> Settings:
-    """Return the settings of each server in a folder of definitions, by its name."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    """Return the settings of each server in a folder of definitions, by its name; raises Problem for a broken file."""
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found[file.stem] = json.loads(file.read_bytes())
+        except ValueError as error:
+            fix = f"'{PROGRAMS}/state restore good' on the host" if folder == DEFINITION else f"remove {PROVEN.parent}"
+            raise Problem(f"{file} is not JSON", f"{fix}, then run again") from error
+    return found
 
 
 def timer(server: str) -> str:

@@ -287,15 +287,23 @@ class Set:
         words += [f"{name}-" for name in unwanted]
         options = (*KEEP_CONFIGURATION, "--allow-downgrades", "--allow-change-held-packages")
         options += ("--target-release", self.params["release"]) if self.params["release"] else ()
-        before = self.packages
+        before, recorded = self.packages, self.record["packages"]
+        what = f"installing {' '.join(names)}"
+        # First what absent needs: a power failure, or the end of the host, would lose it.
+        planned = self.apt("--simulate", "install", *words, what=what, options=options)
+        self.remember(recorded, before, re.findall(r"(?m)^Inst ([^ :]+)", planned))
         try:
-            self.apt("install", *words, what=f"installing {' '.join(names)}", options=options)
+            self.apt("install", *words, what=what, options=options)
         finally:
             self.packages = self.status()
-            new = {name for name in self.packages if name not in before or before[name]["status"] == "config-files"}
-            if new:
-                self.record["packages"] = sorted({*self.record["packages"], *new})
-                self.save()
+            self.remember(recorded, before, [*self.packages])
+
+    def remember(self, recorded: list[str], before: Packages, names: list[str]) -> None:
+        """Record those of the packages that were not there before, beside what was recorded."""
+        new = {name for name in names if name not in before or before[name]["status"] == "config-files"}
+        if {*recorded, *new} != {*self.record["packages"]}:
+            self.record["packages"] = sorted({*recorded, *new})
+            self.save()
 
     def hold(self) -> bool:
         """Hold the packages, or let those go that were held before."""
@@ -368,8 +376,9 @@ class Set:
         return parse_removals(self.apt("--simulate", "--allow-change-held-packages", *words, what="a simulation"))
 
     def save(self) -> None:
-        """Keep the record."""
-        self.write(self.record_file, json.dumps(self.record, indent=2) + "\n")
+        """Keep the record, if there is anything to remember."""
+        self.write(self.record_file, json.dumps(self.record, indent=2) + "\n" if any(self.record.values()) else None)
+        remove_empty(RECORDS, RECORDS.parent)
 
     def write(self, path: Path, content: str | None) -> bool:
         """Write a file, or remove it without content, but not in check mode; tell whether that changes it."""

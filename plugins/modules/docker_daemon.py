@@ -70,7 +70,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..module_utils.common import RECORDS, Problem, answer, read, remove_empty, run, write
+from ..module_utils.common import RECORDS, Problem, answer, begun, is_newer, read, remove_empty, run, write
 from ..module_utils.engine import DAEMON, PLACES, UNFIT
 
 RECORD = RECORDS / "docker-daemon.json"
@@ -262,7 +262,9 @@ class Configuration:
         kept = None if before is None else base64.b64encode(before).decode()
         self.write(RECORD, render({"before": kept, "written": wanted}), 0o600)
         restart = wanted != existing and self.write(DAEMON, render(wanted))
-        return self.write_others(render_proxy(self.params["proxy"]), certificates) or restart
+        restart |= self.write_others(render_proxy(self.params["proxy"]), certificates)
+        began = begun("docker.service").get("docker.service")
+        return restart or is_newer(DAEMON, began) or is_newer(PROXY, began)  # where a run was cut off
 
     def absent(self) -> bool:
         """Take our configuration away."""

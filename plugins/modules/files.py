@@ -88,7 +88,9 @@ EXAMPLES = r"""
 RETURN = r"""
 paths: {description: "What has changed, or would change.", returned: success, type: list, elements: str}
 affected:
-  description: What has to take over what has changed, each once.
+  description:
+    - What has to take over what has changed, each once; a unit of systemd also if it has run since before such a file
+      was written.
   returned: success
   type: list
   elements: str
@@ -103,7 +105,7 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils.common import run, write
+from ..module_utils.common import begun, is_newer, run, write
 
 MODES = {"file": "0644", "directory": "0755"}
 
@@ -270,7 +272,10 @@ def main() -> None:
     for item in entries:
         item.check()
     changed = [item for item in entries if item.make()]
-    affected = list(dict.fromkeys(name for item in changed for name in item.affects))
+    # A run that was cut off may have written a file and restarted nothing.
+    began = begun(*sorted({name for item in entries for name in item.affects}))
+    stale = [(item, name) for item in entries for name in item.affects if is_newer(item.path, began.get(name))]
+    affected = list(dict.fromkeys([name for item in changed for name in item.affects] + [name for _, name in stale]))
     shown = {"diff": [item.diff for item in changed]} if module._diff else {}
     paths = [str(item.path) for item in changed]
     module.exit_json(changed=bool(changed), paths=paths, affected=affected, invocation=asked(module), **shown)

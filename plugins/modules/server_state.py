@@ -96,7 +96,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..module_utils.common import answer, run, together
+from ..module_utils.common import answer, ask, run, together
 from ..module_utils.model_code import refused
 from ..module_utils.servers import DEFINITION, PROGRAMS, ask_systemd, look, settings, sleeping
 
@@ -135,6 +135,9 @@ def work(wanted: dict[str, Any], check: bool) -> dict[str, Any]:
         limit = f"--property=RuntimeMaxSec={wanted['lock_seconds']}"
         options = (f"--unit={LOCK}", f"--description={wanted['lock']}", limit, "--quiet")
         status, _, holder = run("systemd-run", *options, "sleep", "infinity")
+        if status != 0:
+            told = ask("systemctl", "show", "--property=Description,ActiveEnterTimestamp", LOCK)
+            holder = f"{holder.strip()} ({', '.join(told.splitlines())})"
     if wanted["prove"]:
         servers = settings(DEFINITION)
         asleep = sleeping(servers, ask_systemd(servers))
@@ -151,7 +154,7 @@ def work(wanted: dict[str, Any], check: bool) -> dict[str, Any]:
         if wanted["lock"] and not check and status == 0:  # nobody learns that it is held, and so nobody gives it back
             run("systemctl", "stop", LOCK)
         raise
-    return {**found, "locked": status == 0, "holder": holder.strip()}
+    return {**found, "locked": status == 0, "holder": holder}
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class Seen(ActionBase):  # type: ignore[misc]
             with suppress(ValueError):  # of a file that was not written to its end
                 return dict(json.loads(known.removeprefix(seen)))
         result = dict(super().run(tmp, task_vars))
-        met = not (result.get("changed") or result.get("failed") or self._task.check_mode)
+        met = not (any(map(result.get, ("changed", "failed", "restart"))) or self._task.check_mode)
         if met and {*self.returns} <= {*result}:
             kept = json.dumps({"changed": False, **{key: result[key] for key in self.returns}})
             self._low_level_execute_command(f"umask 077; echo {shlex.quote(seen + kept)} >{last}")

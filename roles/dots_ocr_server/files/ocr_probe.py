@@ -117,7 +117,7 @@ def load_server(name: str, folder: Path, *, keyless: bool = False) -> Server:
     except OSError as error:
         raise Failed(f"{file} cannot be read ({error.strerror}).", "run this as root.") from error
     except ValueError as error:
-        raise Failed(f"{file} is not JSON.", REDEPLOY) from error
+        raise Failed(f"{file} is not JSON.", "run '/usr/local/lib/dots-ocr/state restore good'.") from error
     on_demand = settings.get("on_demand") if isinstance(settings, dict) else None
     url = setting(file, *((on_demand, "behind") if on_demand else (settings, "url")), str).rstrip("/")
     if not re.match(r"https?://[^/]", url):

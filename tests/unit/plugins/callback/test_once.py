@@ -25,7 +25,7 @@ TASKS: dict[str, dict[str, Any]] = {
 def play(folder: Path, *options: str) -> dict[str, str]:
     """Return what ansible-playbook says of each task, in one line."""
     tasks = [{"name": name, "ignore_errors": True, **task} for name, task in TASKS.items()]
-    values = {"ansible_python_interpreter": "/usr/bin/python3"}  # as inventory/local; the first in PATH may not start
+    values = {"ansible_python_interpreter": "{{ ansible_playbook_python }}"}  # the first in PATH may not start
     playbook = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": values, "tasks": tasks}]
     (folder / "play.yml").write_text(json.dumps(playbook))
     command = ["ansible-playbook", "--inventory=localhost,", *options, str(folder / "play.yml")]

@@ -360,6 +360,26 @@ def test_server_gets_the_gpu_that_was_planned(
     assert (server["device"], lines) == (f"nvidia.com/gpu={device}", ["CUDA_DEVICE_ORDER=PCI_BUS_ID", *visible])
 
 
+@pytest.mark.parametrize(
+    ("address", "host", "asked"),
+    [
+        *(("0.0.0.0", "0.0.0.0", "127.0.0.1"), ("192.0.2.1", "192.0.2.1", "192.0.2.1")),
+        *((one, "[::1]", "[::1]") for one in ("::1", "[::1]")),
+        ("::", "[::]", "[::1]"),
+    ],
+)
+def test_address_of_ipv6_may_have_brackets_or_none(address: str, host: str, asked: str) -> None:
+    constants = data_loader().load_from_file(str(ROLE / "vars/main.yml"), trusted_as_template=True)
+    named = {f"_dots_ocr_server_{name}": constants[f"_dots_ocr_server_{name}"] for name in ("address", "host")}
+    line = next(one for one in (ROLE / "templates/settings.json.j2").read_text().splitlines() if "'0.0.0.0'" in one)
+    url = trust_as_template("{{ '' " + line.rstrip(",") + " }}")
+    variables = {"dots_ocr_server_address": address, "item": {"port": 8000}, **named}
+    templar = Templar(loader=data_loader(), variables=variables)
+    assert templar.template(named["_dots_ocr_server_host"]) == host
+    assert templar.template(named["_dots_ocr_server_address"]) == host.strip("[]")
+    assert templar.template(url) == f"{asked}:8000"
+
+
 def test_each_gpu_gets_a_server_with_a_port_of_its_own() -> None:
     servers = plan(gpu(), gpu(index=1))["servers"]
     assert [(one["name"], one["container"], one["port"]) for one in servers] == [

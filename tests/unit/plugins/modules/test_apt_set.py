@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 from ansible_collections.dots_ocr.deploy.plugins.modules import apt_set
 
@@ -27,6 +31,33 @@ def test_candidates_of_policy() -> None:
         "jq:\n  Installed: 1.6\n  Candidate: 1.7\n  Version table:\nghost:\n  Installed: (none)\n  Candidate: (none)\n"
     )
     assert apt_set.parse_candidates(text) == {"jq": "1.7"}
+
+
+@pytest.mark.parametrize(("there", "kept"), [({"jq", "libjq1"}, ["jq", "libjq1"]), ({"jq"}, ["jq"]), (set(), None)])
+def test_what_will_come_is_recorded_before_it_comes(
+    there: set[str], kept: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host may end in the middle."""
+    packages = object.__new__(apt_set.Set)
+    monkeypatch.setattr(apt_set, "RECORDS", tmp_path / "lib/records")
+    file = packages.record_file = apt_set.RECORDS / "test.json"
+    packages.params, packages.check = {"refresh": False, "version": {}, "release": ""}, False
+    packages.record = {"packages": [], "held": []}
+    packages.packages = {"libc6": {"status": "installed"}}
+
+    def recorded() -> Any:
+        return json.loads(file.read_text())["packages"] if file.exists() else None
+
+    def apt(*words: str, **_: Any) -> str:
+        if words[0] == "--simulate":
+            return "Inst libc6 [2.36] (2.37)\nInst libjq1:amd64 (1.7)\nInst jq (1.7)\nConf jq (1.7)\n"
+        assert recorded() == ["jq", "libjq1"]
+        return ""
+
+    monkeypatch.setattr(packages, "apt", apt)
+    monkeypatch.setattr(packages, "status", lambda: {name: {"status": "installed"} for name in {"libc6", *there}})
+    packages.install(["jq"], [])
+    assert recorded() == kept
 
 
 def test_pins_outweigh_what_is_installed() -> None:

@@ -77,7 +77,7 @@ class Host:
         """Bring the role's options; return whether anything changed."""
         params = {"required": REQUIRED, "defaults": [LOGS, POOLS], "options": options, "proxy": {}, "registry_ca": {}}
         configuration = daemon.Configuration(params, check=False)
-        configuration.present()
+        self.restart = configuration.present()
         return bool(configuration.changed)
 
     def absent(self) -> bool:
@@ -122,6 +122,16 @@ def test_absent_puts_back_what_was_there_to_the_byte(theirs: bytes, host: Host) 
     assert host.file.read_bytes() == theirs
     assert not host.record.parent.parent.exists()
     assert not host.absent()
+
+
+def test_engine_that_has_run_since_before_its_file_was_written_is_restarted(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.present()
+    for later, restart in ((-1, True), (1, False)):  # a run was cut off before the restart, or after it
+        began = host.file.stat().st_mtime + later
+        monkeypatch.setattr(daemon, "begun", lambda *units, began=began: dict.fromkeys(units, began))
+        assert (host.present(), host.restart) == (False, restart)
 
 
 def test_all_of_it_was_there_before(host: Host) -> None:

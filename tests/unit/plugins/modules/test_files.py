@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -12,6 +14,7 @@ import pytest
 from ansible.module_utils.testing import patch_module_args
 from ansible.template import Templar
 from ansible_collections.dots_ocr.deploy.plugins.action import files as action
+from ansible_collections.dots_ocr.deploy.plugins.module_utils import common
 from ansible_collections.dots_ocr.deploy.plugins.modules import files as module
 
 from tests.templating import data_loader
@@ -74,6 +77,28 @@ def test_only_owner_and_mode_without_a_content(tmp_path: Path, capsys: pytest.Ca
     file.unlink()
     assert not run(capsys, {"path": str(file), "mode": "0440"}, check=True)["changed"]
     assert "is missing. Fix:" in run(capsys, {"path": str(file), "mode": "0440"})["msg"]
+
+
+def test_what_has_run_since_before_its_file_takes_it_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [{"path": str(tmp_path / name), "content": "", "affects": [f"{name}.service"]} for name in "abcd"]
+    run(capsys, *wanted)
+    shown = (
+        ("a", "active", "10:00:01.5"),
+        ("b", "active", "09:59:59"),
+        ("c", "inactive", "09:59:59"),
+        ("d", "active", ""),
+    )
+    blocks = [
+        f"Id={unit}.service\nActiveState={state}\nExecMainStartTimestamp={time and f'Mon 2026-11-30 {time} UTC'}\n"
+        for unit, state, time in shown
+    ]
+    monkeypatch.setattr(common, "ask", lambda *_: "\n".join(blocks).replace(":59 UTC", ":59.000001 UTC"))
+    for name in "abcd":
+        os.utime(tmp_path / name, (0, datetime(2026, 11, 30, 10, 0, 0, tzinfo=UTC).timestamp()))
+    answer = run(capsys, *wanted, check=True)
+    assert (answer["paths"], answer["affected"]) == ([], ["b.service"])
 
 
 def test_nothing_changes_if_one_content_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,8 @@ class Host:
             monkeypatch.setattr(place, "DEFINITION", folder)
         monkeypatch.setattr(servers, "PROVEN", folder)
         monkeypatch.setattr(module, "run", self.run)
-        monkeypatch.setattr(servers, "ask", lambda *command: self.run(*command)[1])
+        for place in (module, servers):
+            monkeypatch.setattr(place, "ask", lambda *command: self.run(*command)[1])
 
     def run(self, *command: str) -> tuple[int, str, str]:
         words = " ".join([Path(command[0]).name, *command[1:]])
@@ -152,12 +153,24 @@ def test_a_server_that_is_asleep_is_left_so(host: Host, capsys: pytest.CaptureFi
     assert (found["settled"], found["asleep"]) == (False, [])
 
 
+def test_broken_settings_name_the_way_back(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.look(capsys)
+    (host.folder / "dots-ocr.json").write_text("")
+    with patch_module_args({}), pytest.raises(SystemExit):
+        module.main()
+    said = json.loads(capsys.readouterr().out)["msg"]
+    assert said.startswith(f"{host.folder}/dots-ocr.json is not JSON. Fix: '")
+    assert "state restore good' on the host, then run again." in said
+
+
 def test_a_lock_that_another_holds_is_not_taken(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert host.look(capsys, lock="me")["locked"]
     host.answers["systemd-run"] = None
+    host.answers = {"systemctl show --property=Desc": "Description=You\nActiveEnterTimestamp=Noon\n", **host.answers}
     found = host.look(capsys, lock="me", lock_seconds=5)
     assert not found["locked"]
     assert "--description=me --property=RuntimeMaxSec=5" in found["holder"]
+    assert found["holder"].endswith(" (Description=You, ActiveEnterTimestamp=Noon)")
     assert host.look(capsys, check=True, lock="me")["locked"]
 
 
