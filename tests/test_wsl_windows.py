@@ -75,6 +75,22 @@ def test_script_and_role_agree() -> None:
     assert f"$Repository = '{address}'" in script
 
 
+def test_drive_has_room_before_the_distribution_is_installed() -> None:
+    """The preflight inside sees WSL's virtual disk alone, which claims a terabyte."""
+    text = SCRIPT.read_text()
+    needed = yaml.safe_load((SCRIPT.parent.parent / "roles/preflight/defaults/main.yml").read_text())
+    assert f"$LeastDisk = {sum(part['gib'] for part in needed['preflight_disk_free'])}\n" in text
+    assert text.index("if ($free -lt $LeastDisk)") < text.index("--install --distribution")
+
+
+def test_documentation_gives_the_same_commands() -> None:
+    root = SCRIPT.parent.parent
+    names = ("README.md", "docs/start/windows.md", "docs/start/windows.ru.md")
+    blocks = [re.findall(r"```powershell\n(?:# .*\n)?((?:.+\n){4})", (root / name).read_text())[0] for name in names]
+    assert blocks == [blocks[0]] * 3
+    assert (root / re.findall(r"dots-ocr read (\S+)", blocks[0])[0]).is_file()
+
+
 @pytest.mark.parametrize("cloned", [False, True], ids=["the first time", "again"])
 @pytest.mark.parametrize("status", [0, 3], ids=["deploys", "stops"])
 def test_shell_script_clones_once_and_deploys(tmp_path: Path, cloned: bool, status: int) -> None:

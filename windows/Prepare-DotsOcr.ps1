@@ -3,11 +3,11 @@
 Prepares Windows for a dots.ocr server in a distribution of WSL2, and deploys the server there.
 
 .DESCRIPTION
-Checks NVIDIA's driver, updates WSL, installs a distribution if it is not there, keeps it running (.wslconfig), enables systemd
-in it (/etc/wsl.conf), and starts it when you log on. Then it clones the repository to /opt/dots-ocr-deploy in the distribution
-and runs 'make deploy' there as root. Your other settings stay as they are; the first state of .wslconfig is kept beside it as
-.wslconfig.before-dots-ocr. Run the script again after each stop: it continues where it was. docs/start/windows.md has the same steps by
-hand, and the way back. The file needs nothing else of the repository.
+Checks NVIDIA's driver, updates WSL, installs a distribution if it is not there (and the drive has room for image and weights),
+keeps it running (.wslconfig), enables systemd in it (/etc/wsl.conf), and starts it when you log on. Then it clones the repository
+to /opt/dots-ocr-deploy in the distribution and runs 'make deploy' there as root. Your other settings stay as they are; the first
+state of .wslconfig is kept beside it as .wslconfig.before-dots-ocr. Run the script again after each stop: it continues where it
+was. docs/start/windows.md has the same steps by hand, and the way back. The file needs nothing else of the repository.
 
 Run it as the user who will use WSL, in an ordinary window: only the first installation of WSL itself asks for an
 administrator. With -WhatIf it only says what it would do.
@@ -65,6 +65,8 @@ $OldestWsl = [version] '2.5.10'
 $LeastMemory = 15
 $LeastForWsl = 12
 $AmpleForWsl = 16
+# In GB, for image and weights: preflight_disk_free.
+$LeastDisk = 70
 if (-not $Repository) { $Repository = 'https://git.example.org/dots-ocr/deploy' }
 if ($Repository -notmatch '^[A-Za-z0-9:/@._~+-]+$') { throw "'$Repository' is no address to clone from. Fix: give one by -Repository." }
 $Checkout = '/opt/dots-ocr-deploy'
@@ -169,6 +171,12 @@ function Install-Distribution {
     if ($LASTEXITCODE -eq 0 -and $names -contains $Distribution) {
         Write-Host "Distribution: $Distribution"
         return $true
+    }
+    # The preflight inside sees WSL's virtual disk alone, which claims a terabyte.
+    $free = [math]::Floor((Get-Item -LiteralPath $env:LOCALAPPDATA).PSDrive.Free / [math]::Pow(2, 30))
+    if ($free -lt $LeastDisk) {
+        Stop-WithFix "$free GB are free on the drive of $env:LOCALAPPDATA, and the server needs $LeastDisk GB" `
+            'free some space there, then run this again'
     }
     if (-not $PSCmdlet.ShouldProcess($Distribution, 'install')) { return $false }
     # Its first start, which asks for a name and a password for Linux, is left to you.
@@ -329,8 +337,8 @@ exec make -C CHECKOUT deploy
         Stop-WithFix 'The deployment stopped' 'do what its last lines say, then run this again'
     }
     Write-Host ''
-    Write-Host 'The server reads at http://localhost:8000. Read a page; C:\scans\page.png is /mnt/c/scans/page.png inside:'
-    Write-Host "  wsl -d $Distribution -u root $Checkout/.venv/bin/dots-ocr read /mnt/c/scans/page.png"
+    Write-Host 'The server reads at http://localhost:8000. Read a sample, then your own; C:\scans\page.png is /mnt/c/scans/page.png inside:'
+    Write-Host "  wsl -d $Distribution -u root --cd $Checkout .venv/bin/dots-ocr read roles/dots_ocr_server/files/golden/page.png"
 }
 
 if (-not (Test-Path -LiteralPath $Wsl)) {
