@@ -1,6 +1,6 @@
 """A document for docling's chunkers and exporters: `python docling_document.py FILE` writes FILE.docling.json.
 
-Needs docling-core beside the client: python -m pip install ./client docling-core
+Needs docling-core beside the client, in its environment (client/README.md): pip install ./client docling-core
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Documents for LangChain, one for each page: `python langchain_loader.py FILE...` prints them.
 
-Needs langchain-core beside the client: python -m pip install ./client langchain-core
+Needs langchain-core beside the client, in its environment (client/README.md): pip install ./client langchain-core
 """
 
 from __future__ import annotations

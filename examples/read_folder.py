@@ -1,6 +1,7 @@
 """Read every PDF of a folder and write Markdown beside it: `python read_folder.py FOLDER`.
 
-Needs only the client: python -m pip install ./client. The server is that of DOTS_OCR_BASE_URL and DOTS_OCR_API_KEY.
+Needs only the client, in its environment (client/README.md). The server is that of DOTS_OCR_BASE_URL and
+DOTS_OCR_API_KEY.
 """
 
 from __future__ import annotations

@@ -55,6 +55,14 @@ def test_inventory_is_valid_and_its_settings_exist(name: str, password: str) -> 
     assert [name for name in settings if name not in known and not name.startswith(own)] == []
 
 
+def test_servers_of_the_fleet_admit_their_gateway_only() -> None:
+    told = json.loads(run("ansible-inventory", "--inventory=examples/fleet", "--list"))
+    about = told["_meta"]["hostvars"]
+    gateways = [about[name]["ansible_host"] for name in told["ocr_gateways"]["hosts"]]
+    admitted = [about[name].get("dots_ocr_server_allowed_networks") for name in told["ocr_servers"]["hosts"]]
+    assert admitted == [gateways] * 4
+
+
 def test_key_of_the_vault_reaches_the_role(password: str) -> None:
     told = json.loads(run("ansible-inventory", "--inventory=examples/vault", password, "--host=gpu1"))
     assert told["vault_dots_ocr_server_api_key"].startswith("an-example-key")
