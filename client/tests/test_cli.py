@@ -293,6 +293,15 @@ def test_output_goes_through_a_link_and_into_a_pipe(server: FakeServer, sheet_fi
     assert (tmp_path / "pipe.md").is_fifo()
 
 
+def test_output_does_not_replace_what_is_read(server: FakeServer, sheet_file: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "link.md").symlink_to(sheet_file)
+    before = sheet_file.read_bytes()
+    for output in (sheet_file, tmp_path / "link.md"):
+        status, _, messages = run("read", sheet_file, "-o", output, "--mode", "text")
+        assert (status, f"{output} is what is read. Fix: " in messages, server.requests) == (2, True, [])
+    assert sheet_file.read_bytes() == before
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_closed_streams_are_no_crash(closed: str, server: FakeServer, sheet_file: Path) -> None:
     command = f"{PROGRAM} read {sheet_file} --mode=text --base-url={server.base_url} {closed}"
@@ -649,8 +658,12 @@ def test_view_draws_pages_as_they_were_read(server: FakeServer, tmp_path: Path, 
 
 
 def test_view_does_not_replace_what_it_shows(result: Path, sheet_file: Path, run: Run) -> None:
+    before = sheet_file.read_bytes()
     assert run("view", result, "--out", result)[0] == 2
     assert run("view", result, "--source", sheet_file, "--out", sheet_file)[0] == 2
+    status, _, messages = run("view", result, "--out", sheet_file)
+    assert (status, "would replace what is shown. Fix: " in messages) == (2, True)
+    assert sheet_file.read_bytes() == before
 
 
 def test_view_goes_without_pictures_where_the_document_is_gone(result: Path, sheet_file: Path, run: Run) -> None:

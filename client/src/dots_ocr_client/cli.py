@@ -272,6 +272,8 @@ def read(
         wrong = "- is for a document that comes from a pipe or a file: dots-ocr read - < FILE"
     elif output is not None and output.is_dir():
         wrong = f"{output} is a folder: use --out {output}, or name a file"
+    elif output is not None and any(_is_same(output, file) for file in files):
+        wrong = f"{output} is what is read. Fix: name another file"
     elif output is not None and not _may_be_written(output):
         wrong = f"{output} cannot be written. Fix: make its folder, or name one that you may write to"
     elif out is None and (pictures or Format.CSV in (formats or ())):
@@ -336,6 +338,13 @@ def _fallback(first: str | None, base_url: str | None, model: str, readers: set[
     if first == "vllm" and others:
         others.discard(asyncio.run(run()) or "")
     return EXIT_FALLBACK if first and others else EXIT_OK
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Tell whether both are the same file, whatever it is called; one that is not there is none."""
+    with suppress(OSError, ValueError):
+        return one.samefile(other)
+    return False
 
 
 def _may_be_written(file: Path) -> bool:
@@ -593,10 +602,11 @@ def view(
 
     document, digest = _result(result)
     file = out or result.with_suffix(".view.html")
-    if file.resolve() in {path.resolve() for path in (result, source) if path}:
-        raise typer.BadParameter("--out would replace what is shown")
+    origin = Path(source or document.source)
+    if _is_same(file, result) or _is_same(file, origin):
+        raise typer.BadParameter("--out would replace what is shown. Fix: name another file")
     try:
-        pictures = _pictures(document, Path(source or document.source), digest, password)
+        pictures = _pictures(document, origin, digest, password)
     except InputError as error:
         if source is not None:
             raise
