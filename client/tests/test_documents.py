@@ -503,17 +503,31 @@ def test_every_page_of_a_tiff_is_read() -> None:
     assert [(page.number, page.width) for page in read_all(frames("TIFF"))] == [(1, 61), (2, 62), (3, 63)]
 
 
-def test_a_broken_page_of_a_tiff_leaves_the_others_readable() -> None:
-    data = frames("TIFF", 3)
+def broken_tiff(*numbers: int) -> bytes:
+    """A TIFF of five pages, each a little wider than the one before; these have a compression that does not exist."""
+    data = frames("TIFF", 5)
     with Image.open(io.BytesIO(data)) as image:
-        image.seek(1)
-        second = image.tag_v2._offset  # type: ignore[attr-defined]
-    at = data.index(b"\x03\x01\x03\x00", second) + 8  # the value of its tag 259, Compression
-    with open_document(data[:at] + b"\xff\xff" + data[at + 2 :]) as document:
-        assert document.page_count == 3
-        assert [draw(document.reference(number)).width for number in (1, 3)] == [61, 63]
-        with pytest.raises(InputError, match="page 2 of <bytes> cannot be decoded"):
-            draw(document.reference(2))
+        for number in numbers:
+            image.seek(number - 1)
+            at = data.index(b"\x03\x01\x03\x00", image.tag_v2._offset) + 8  # type: ignore[attr-defined]
+            data = data[:at] + b"\xff\xff" + data[at + 2 :]
+    return data
+
+
+@pytest.mark.parametrize("broken", [[2], [2, 3], [3, 4, 5]])
+def test_broken_pages_of_a_tiff_leave_the_others_readable(broken: list[int]) -> None:
+    with open_document(broken_tiff(*broken)) as document:
+        assert document.page_count == 5
+        good = {*document.numbers}.difference(broken)
+        assert {draw(document.reference(number)).width - 60 for number in good} == good
+        for number in broken:
+            with pytest.raises(InputError, match=f"page {number} of <bytes> cannot be decoded"):
+                draw(document.reference(number))
+
+
+def test_a_tiff_whose_first_page_is_broken_is_said_to_be_one() -> None:
+    with pytest.raises(InputError, match=r"<bytes> is a TIFF whose first page cannot be decoded.* Fix: "):
+        open_document(broken_tiff(1))
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "AVIF"])

@@ -513,19 +513,17 @@ def _is_animated(image: Image.Image) -> bool:
 def _tiff_pages(image: Any, name: str, wanted: int = MAX_TIFF_PAGES + 1) -> tuple[list[int], int]:
     """Find the first so many frames that are pages (TIFF 6.0: tags 254, 255, 262), and count all frames up to there."""
     pages: list[int] = []
-    frame, failed = 0, False
-    while len(pages) < wanted:
+    frame = 0
+    # It stays where it is at a frame of which not even the place of the next one can be read.
+    while len(pages) < wanted and image.tell() == max(0, frame - 1):
         if frame > MAX_TIFF_PAGES:
             raise InputError(f"{name} has more than {MAX_TIFF_PAGES} pages: split it")
         try:
             image.seek(frame)
-            failed = False
         except EOFError:
             break
         except Exception:  # see _page_of
-            if failed:  # nothing can be found behind the broken page
-                break
-            failed = True
+            pass
         tags = image.tag_v2
         if not (tags.get(254) in (1, 3, 4, 5, 6, 7) or tags.get(255) == 2 or tags.get(262) == 4):
             pages.append(frame)
@@ -551,6 +549,9 @@ def _opened_image(reference: PageReference, verb: str) -> Iterator[Image.Image]:
         except UnidentifiedImageError as error:
             if heic:
                 raise InputError(f"{label} is a HEIC image: pip install 'dots-ocr-client[heic]'") from error
+            if head[:4] in (b"II*\0", b"MM\0*"):  # Pillow finds the others by way of the first
+                broken = f"{label} is a TIFF whose first page cannot be decoded, and so is none behind it"
+                raise InputError(f"{broken}. Fix: save it anew, or without that page") from error
             kinds = ", ".join(FORMATS)
             raise InputError(f"{label} is neither a PDF nor an image of a known kind ({kinds})") from error
         except Exception as error:  # see _page_of
