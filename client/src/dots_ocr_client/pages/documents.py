@@ -677,6 +677,9 @@ def _open_pdf(path: str, label: str, password: str | None) -> Any:
         pdf.init_forms()  # otherwise what was typed into a form is left out
     except pypdfium2.PdfiumError as error:
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
+            if password:
+                with contextlib.suppress(InputError):  # of a batch, many encrypted PDFs need none
+                    return _open_pdf(path, label, None)
             what = "is encrypted and needs a password" if not password else "does not open with the password given"
             ways = f"--password-file, {PASSWORD_VARIABLE} in the environment, or password="
             raise InputError(f"{label} {what}. Fix: give the right one by {ways}") from error
