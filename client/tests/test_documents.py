@@ -633,6 +633,13 @@ def test_what_is_on_a_page_besides_text_is_said(annotations: list[str], said: st
         assert [*page.warnings] == warnings * bool(said)
 
 
+@pytest.mark.parametrize(("end", "is_cut"), [("", True), ("%%EOF" + "\n" * 1500, False)])
+def test_a_pdf_without_the_mark_of_its_end_may_be_cut_off(end: str, is_cut: bool) -> None:
+    data = pdf_with(pages=2).removesuffix(b"%%EOF") + end.encode()
+    said = "the file lacks the mark of its end: it may be cut off, and its last pages blank. Fix: copy it again"
+    assert [page.warnings for page in read_all(data)] == [(said,) * is_cut, ()]
+
+
 def test_files_attached_to_a_pdf_are_named_once() -> None:
     document = pypdfium2.PdfDocument(pdf_of((72, 72), (72, 72), (72, 72)))
     for name in ("a.xlsx", "b\n.pdf", *"cdefg"):
