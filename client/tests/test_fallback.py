@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ from dots_ocr_client import (
 from dots_ocr_client.chain import fallback
 from dots_ocr_client.chain.fallback import SHARE, Chain, OnUnavailable
 from dots_ocr_client.engines import admission, vllm
+from dots_ocr_client.engines.qwen import QwenEngine
 from dots_ocr_client.pages.documents import PageReference
 from dots_ocr_client.prompts import MODES
 
@@ -244,6 +246,13 @@ def test_a_blank_page_is_nobodys_work(text: str, server: FakeServer) -> None:
         result = read([engine], blank, "layout")
         assert (result.text, result.cells, result.engine, result.model) == ("", (), "", "")
         assert Page.from_dict(result.to_dict()) == result
+
+
+def test_a_page_of_faint_print_is_not_called_blank_before_it_was_read(tmp_path: Path) -> None:
+    faint = Image.new("L", (560, 560), "white")
+    faint.paste(208, (100, 100, 200, 110))
+    with pytest.raises(AllEnginesFailed, match="EngineMissing"):
+        read([QwenEngine(folder=tmp_path, device="cpu")], PageImage.of(1, faint))
 
 
 def test_a_page_without_text_that_is_not_blank_has_a_reader(page: PageImage) -> None:

@@ -92,6 +92,23 @@ def test_transparent_palette_colour_becomes_white() -> None:
     assert images.to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_white_on_nothing_becomes_white_on_black(mode: str) -> None:
+    text = Image.new("L", (60, 60))
+    text.paste(255, (20, 20, 40, 40))
+    image = Image.new("LA", text.size, "white")
+    image.putalpha(text)
+    if mode == "P":
+        image = text.point([0] * 255 + [1]).convert("P")
+        image.putpalette([255] * 6)
+        image.info["transparency"] = 0
+    rgb = images.to_rgb(image if mode == "P" else image.convert(mode))
+    assert [rgb.getpixel(at) for at in ((9, 9), (30, 30))] == [(0, 0, 0), (255, 255, 255)]
+    for alpha in (0, 255):  # with nothing to be seen on any ground, it is a white page
+        image = Image.new("RGBA", (60, 60), (255, 255, 255, alpha))
+        assert images.to_rgb(image).getextrema() == ((255, 255),) * 3
+
+
 def test_an_image_without_its_palette_is_read() -> None:
     """A PNG of a palette's type without its PLTE chunk, which Pillow opens."""
     image = Image.new("P", (1, 1), 255)

@@ -25,8 +25,8 @@ MAX_ASPECT: Final = 200  # the longer side must be less than this many times the
 # times as high as wide, but nobody sends the latter (our own choice).
 MAX_STRETCH: Final = 4
 
-# Grey levels (of 255) between the darkest and the lightest spot below which a page counts as blank. Our own choice:
-# above the noise and shading of a scanned white sheet, below the faintest print that can be read.
+# Grey levels (of 255) between the darkest and the lightest spot below which a page on which no text was found counts as
+# blank. Our own choice: above the noise and shading of a scanned white sheet. Some print is fainter, and can be read.
 BLANK_SPREAD: Final = 48
 
 # Of rows in a PNG, by the bytes of a pixel: none, the difference from the row above, or from the mean of that and the
@@ -112,6 +112,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def to_rgb(image: Image.Image, brightest: int = 0) -> Image.Image:
     """Turn an image upright (EXIF) and into 8-bit RGB without metadata, with white behind whatever is transparent.
 
+    Behind what cannot be seen on white, it is black.
+
     `brightest` is of the whole image, if this is a part of one with more than 8 bits.
 
     Raises:
@@ -128,8 +130,11 @@ def to_rgb(image: Image.Image, brightest: int = 0) -> Image.Image:
         image = image.point(lambda value: value * (255 / (2**bits - 1)) + 0.5).convert("L")
     if (image.mode != "P" or image.palette) and image.has_transparency_data:  # a broken file may lack a palette
         overlay = image.convert("RGBA")
-        image = Image.new("RGBA", overlay.size, "white")
-        image.alpha_composite(overlay)
+        for behind in ("white", "black"):
+            image = Image.new("RGBA", overlay.size, behind)
+            image.alpha_composite(overlay)
+            if _spread(image.convert("L")) >= BLANK_SPREAD or _spread(overlay.getchannel("A")) < BLANK_SPREAD:
+                break
     rgb = image.copy() if image.mode == "RGB" else image.convert("RGB")
     rgb.info = {}
     return rgb
@@ -183,7 +188,11 @@ def _filtered(samples: Image.Image, step: int, kind: int, top: int, bottom: int)
     return numbered.tobytes()
 
 
-def is_blank(image: Image.Image) -> bool:
-    """Tell whether a page shows nothing at all; single specks of dust do not count."""
-    darkest, lightest = image.convert("L").filter(ImageFilter.MedianFilter(3)).getextrema()
-    return float(lightest) - float(darkest) < BLANK_SPREAD  # type: ignore[arg-type]  # a pair of numbers for mode L
+def is_blank(image: Image.Image, spread: int = BLANK_SPREAD) -> bool:
+    """Tell whether a page shows nothing at all: less than this spread of grey levels. Single specks do not count."""
+    return _spread(image.convert("L").filter(ImageFilter.MedianFilter(3))) < spread
+
+
+def _spread(image: Image.Image) -> int:
+    darkest, lightest = image.getextrema()
+    return int(lightest) - int(darkest)  # type: ignore[arg-type]  # numbers for mode L
