@@ -446,6 +446,31 @@ def test_text_from_right_to_left_is_for_another_engine() -> None:
     assert "from right to left" in refusal(pdf(line(40, 250, "AAAAA") + FULL, font=font, more=more))
 
 
+def vertical(columns: int, more: bytes = b"") -> bytes:
+    """A page with so many columns of three characters from top to bottom, and more in Helvetica."""
+    table = b"1 begincodespacerange <0000> <FFFF> endcodespacerange 1 beginbfrange <0001> <0020> <4E01> endbfrange"
+    table = b"/CIDInit /ProcSet findresource begin begincmap " + table + b" endcmap end"
+    inner = b"/CIDSystemInfo << /Registry (Adobe) /Ordering (Japan1) /Supplement 2 >> /FontDescriptor << /Flags 4 >>"
+    objects = (
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(table), table),
+        b"<< /Type /Font /Subtype /CIDFontType0 /BaseFont /HeiseiMin-W3 /DW 1000 %s >>" % inner,
+        b"<< /Type /Font /Subtype /Type0 /BaseFont /HeiseiMin-W3 /Encoding /Identity-V /DescendantFonts [8 0 R]"
+        b" /ToUnicode 7 0 R >>",
+    )
+    text = (b"BT /V 12 Tf %d 250 Td <000100020003> Tj ET\n" % (300 - 20 * at) for at in range(columns))
+    return pdf(b"".join(text) + more, more=objects).replace(
+        b"/Font << /F 5 0 R >> /X", b"/Font << /F 5 0 R /V 9 0 R >> /X"
+    )
+
+
+def test_columns_of_vertical_writing_are_for_another_engine() -> None:
+    for document in (vertical(4), vertical(4, line(40, 270, "A heading of the page"))):
+        assert refusal(document) == "the text layer has vertical writing, whose order is not known"
+    assert "The quick" in read(vertical(1, FULL)).text
+    font, more = meaning(b"4E01")
+    assert read(pdf(line(40, 250, "AAAAA"), font=font, more=more)).text == "丁丁丁丁丁"
+
+
 def test_a_page_of_slanted_text_is_for_another_engine() -> None:
     slanted = b"BT /F 20 Tf .9 .3 -.3 .9 50 20 Tm (all of it is askew) Tj ET"
     assert refusal(pdf(slanted)) == "the text is slanted (14 characters), so that its lines are not known"

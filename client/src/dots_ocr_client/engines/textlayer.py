@@ -33,6 +33,9 @@ MUCH_UNREAD: Final = 0.2
 MIN_RUN: Final = 2.0
 """Characters without a gap, on average (our own choice: in words there are more). Fewer are vertical writing or letters
 spaced out, whose order this module does not know."""
+MAX_VERTICAL: Final = 0.1
+"""Part of the characters that may be in vertical writing, whose columns this module does not know (our own choice: the
+labels of a table)."""
 MAX_RUNS: Final = 3_000
 """Our own limit, because the time to find columns may grow with its square; a newspaper's page has about 1,500."""
 
@@ -128,8 +131,16 @@ def _check(layer: TextLayer) -> None:
         raise NotApplicable(f"{layer.unread:.0%} of what the page shows is not in its text layer")
     if any(unicodedata.bidirectional(letter) in ("R", "AL") for run in runs for letter in run.text):
         raise NotApplicable("the text layer has text from right to left, whose order is not known")
+    if sum(len(run.text) for run in runs if _is_vertical(run)) > MAX_VERTICAL * layer.characters:
+        raise NotApplicable("the text layer has vertical writing, whose order is not known")
     if not layer.characters / MIN_RUN >= len(runs) <= MAX_RUNS:
         raise NotApplicable("the letters of the text layer stand apart, so that their order is not known")
+
+
+def _is_vertical(run: Run) -> bool:
+    """Tell whether a run goes downwards: side by side, characters of Chinese, Japanese or Korean are not so high."""
+    high = run.ink.width < run.ink.height
+    return high and sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in run.text) > 1
 
 
 def _warnings(layer: TextLayer) -> Iterator[str]:
