@@ -427,7 +427,13 @@ def meaning(code: bytes) -> tuple[bytes, tuple[bytes, ...]]:
     return b"/ToUnicode 7 0 R", (b"<< /Length %d >>\nstream\n%s\nendstream" % (len(table), table),)
 
 
-@pytest.mark.parametrize("code", [b"0001", b"E005", b"FFFD"])
+def test_characters_beyond_16_bits_are_read() -> None:
+    font, more = meaning(b"D835DC65")
+    answer = read(pdf(line(40, 250, "AAA AA"), font=font, more=more))
+    assert (answer.text, answer.warnings) == ("\U0001d465" * 3 + " " + "\U0001d465" * 2, ())
+
+
+@pytest.mark.parametrize("code", [b"0001", b"E005", b"FFFD", b"D83D", b"DC65"])
 def test_letters_without_a_meaning_are_not_sound(code: bytes) -> None:
     font, more = meaning(code)
     message = refusal(pdf(line(40, 250, "AAAAA AAAAA AAAAA"), font=font, more=more))

@@ -23,6 +23,7 @@ import pypdfium2
 from PIL import Image, ImageChops
 from pypdfium2 import raw
 
+from ..texts import encodable
 from . import documents, images
 from .documents import PageReference
 from .pdf_resolution import FAST, objects
@@ -230,7 +231,7 @@ def extract(reference: PageReference) -> TextLayer:
         slanted=slanted,
         characters=characters,
         garbled=text.count("\ufffd"),
-        hidden=_count(layer.text) - characters,
+        hidden=_count(encodable(layer.text)) - characters,
         unread=unread,
         fields=fields,
         page_size=(math.ceil(width * scale), math.ceil(height * scale)),
@@ -363,8 +364,9 @@ def _meaning(code: int) -> str:
     text = chr(code) if code <= sys.maxunicode else "\ufffd"
     if text.isspace():
         return text if text in "\r\n" else " "
-    # Control, private use, surrogate, unassigned. Formatting characters (Cf), such as joiners, have a meaning.
-    unknown = unicodedata.category(text) in ("Cc", "Co", "Cs", "Cn")
+    # Control, private use, unassigned. Formatting characters (Cf), such as joiners, have a meaning; so have halves of
+    # surrogate pairs (Cs) once they are joined.
+    unknown = unicodedata.category(text) in ("Cc", "Co", "Cn")
     return "\ufffd" if unknown else "-" if text == "\xad" else text
 
 
@@ -396,7 +398,7 @@ def _groups(words: Iterable[_Word]) -> Iterator[list[_Word]]:
 
 
 def _run(words: Sequence[_Word]) -> Run:
-    text = " ".join("".join(word.before + word.text for word in words).split())
+    text = encodable(" ".join("".join(word.before + word.text for word in words).split()))
     return Run(text, around([word.ink for word in words]), around([word.line for word in words]), words[0].turn)
 
 
