@@ -147,7 +147,7 @@ def _warnings(layer: TextLayer) -> Iterator[str]:
     if layer.unread > MUCH_UNREAD:
         yield f"{layer.unread:.0%} of what the page shows (pictures, drawings) is not in its text layer"
     if layer.fields:
-        yield f"what was typed into form fields or notes is not in the text layer: {layer.fields}"
+        yield f"what form fields and annotations say is not in the text layer: {layer.fields}"
     if layer.hidden:
         yield f"characters of the text layer that cannot be seen on the page were left out: {layer.hidden}"
     if layer.garbled:

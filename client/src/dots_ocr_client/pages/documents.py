@@ -71,7 +71,7 @@ _MAGIC = re.compile(
     rb"|P[1-6]\s+(?:#|\d+\s+\d+\s)|\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftyp(?:avi|hei|hev|mif|msf)",
     re.DOTALL,
 )
-_MARKS = {
+MARKS: Final = {  # kinds of annotations, as `annotations_of` gives them, that are no text, or none of the page
     raw.FPDF_ANNOT_STAMP: "stamps",
     raw.FPDF_ANNOT_INK: "drawings by hand",
     raw.FPDF_ANNOT_TEXT: "comments",
@@ -715,7 +715,7 @@ def beside_text(page: Any) -> tuple[str, ...]:
     found: Counter[str] = Counter()
     for annotation, kind in annotations_of(page):
         remark = raw.FPDFAnnot_GetStringValue(annotation, b"Contents", None, 0) > 2  # bytes of UTF-16, with a NUL
-        if name := _MARKS.get(kind, "comments" * (remark and raw.FPDF_ANNOT_LINE <= kind <= raw.FPDF_ANNOT_CARET)):
+        if name := MARKS.get(kind, "comments" * (remark and raw.FPDF_ANNOT_LINE <= kind <= raw.FPDF_ANNOT_CARET)):
             found[name] += 1
             if name == "check boxes" and raw.FPDFAnnot_IsChecked(page.formenv, annotation):
                 found["ticked of these"] += 1

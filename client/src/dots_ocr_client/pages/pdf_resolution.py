@@ -149,7 +149,8 @@ def objects(
     """
     a, b, c, d = outer
     own, grow = raw.FS_MATRIX(), math.sqrt(abs(a * d - b * c))
-    count, get = getattr(FAST, f"FPDF{place}_CountObjects"), getattr(FAST, f"FPDF{place}_GetObject")
+    name = "GetObjectCount" if place == "Annot" else "CountObjects"
+    count, get = getattr(FAST, f"FPDF{place}_{name}"), getattr(FAST, f"FPDF{place}_GetObject")
     for index in range(count(holder)):
         one = get(holder, index)
         inner = outer

@@ -48,6 +48,8 @@ SLANT: Final = math.radians(5)
 """Text further than this from a multiple of 90 degrees is slanted, as watermarks are (our own choice)."""
 
 _TEXT_FIELDS: Final = (raw.FPDF_FORMFIELD_TEXTFIELD, raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX)
+_SAID: Final = (*documents.MARKS, raw.FPDF_ANNOT_POPUP)  # of which others tell, or which are never drawn
+_UNSEEN: Final = raw.FPDF_ANNOT_FLAG_HIDDEN | raw.FPDF_ANNOT_FLAG_NOVIEW
 _LINES: Final = re.compile(r"[^ \r\n](?:[^\r\n]*[^ \r\n])?")
 _WORDS: Final = re.compile(r"[^ \r\n]+")
 _EMPTY: Final = re.compile(rb"\0+")
@@ -111,7 +113,7 @@ class TextLayer:
         garbled: Those of them of which the PDF does not say what they mean.
         hidden: Characters of the layer that cannot be seen; they are in no run.
         unread: Part of the patches with anything on them that have no text of the layer, from 0 to 1.
-        fields: Form fields with something typed in, and text notes: what they say is not in the layer.
+        fields: Form fields with something typed in, and annotations that show text, which is not in the layer.
         beside: What else is on the page, as `documents.beside_text` says it.
         page_size: Width and height of the page's image in pixels, whether it was drawn or not.
         dpi: Pixels of that image per inch.
@@ -499,9 +501,12 @@ def _patches(mask: Image.Image) -> Image.Image:
 def _count_fields(page: Any) -> int:
     found = 0
     for annotation, kind in documents.annotations_of(page):
-        if -kind in _TEXT_FIELDS:  # the length is in bytes of UTF-16, with a NUL behind it
-            found += raw.FPDFAnnot_GetFormFieldValue(page.formenv, annotation, None, 0) > 2
-        found += kind == raw.FPDF_ANNOT_FREETEXT
+        if kind in _SAID or raw.FPDFAnnot_GetFlags(annotation) & _UNSEEN:
+            continue
+        # The length is in bytes of UTF-16, with a NUL behind it.
+        typed = -kind in _TEXT_FIELDS and raw.FPDFAnnot_GetFormFieldValue(page.formenv, annotation, None, 0) > 2
+        shown = (what == raw.FPDF_PAGEOBJ_TEXT for _, what, *_ in objects(annotation, place="Annot"))
+        found += typed or kind == raw.FPDF_ANNOT_FREETEXT or any(shown)
     return found
 
 
