@@ -257,19 +257,55 @@ BAD_INPUTS: dict[str, Callable[[Path], Sequence[Path]]] = {
     "neither a file nor a folder": lambda _: [Path("/dev/null")],
     "same outputs": lambda folder: [folder / "a.png", folder / "sub" / "a.png"],
     "would replace report.json": lambda folder: [folder / "report"],
-    "an output of an earlier run": lambda folder: [folder / "out" / "a.png.json"],
     "embedded null": lambda _: [Path("a\0.pdf")],
 }
 
 
 @pytest.mark.parametrize("reason", BAD_INPUTS)
 def test_bad_inputs_are_refused_before_anything_is_read(tmp_path: Path, out: Path, reason: str) -> None:
-    for name in ("a.png", "sub/a.png", "report", "out/a.png.json", "good.png"):
+    for name in ("a.png", "sub/a.png", "report", "good.png"):
         png(tmp_path / name)
     client = FakeClient()
     with pytest.raises(InputError, match=reason):
         read(client, [tmp_path / "good.png", *BAD_INPUTS[reason](tmp_path)], out)
     assert not client.asked
+
+
+def test_outputs_that_a_pattern_names_too_are_passed_over(tmp_path: Path) -> None:
+    for name in ("a.png", "pictures.csv/b.png"):
+        png(tmp_path / name)
+    read(FakeClient(), [tmp_path / "a.png"], tmp_path)
+    png(tmp_path / "a.png.pictures/page-1-1.png")
+    client = FakeClient()
+    report = read(client, sorted(tmp_path.iterdir()), tmp_path)
+    assert (statuses(report), client.asked) == (["unchanged", "read"], [("b.png", 1)])
+    assert report.skipped == {"named as an output": 5}  # JSON, Markdown, pictures, the report and the lock
+    with pytest.raises(InputError, match=r"no documents in .*'named as an output': 1.* Fix: "):
+        read(client, [tmp_path / "a.png.json"], tmp_path)
+
+
+MINE = ("report.json", "a.pdf.json", "a.pdf.md", "a.pdf.csv/page-1-1.csv")
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_files_of_others_are_not_replaced(name: str, tmp_path: Path, out: Path) -> None:
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    (out / "a.pdf.txt").write_text("mine")  # which is in nobody's way
+    document = pdf(tmp_path / "a.pdf")
+    formats = frozenset({"json", "md", "csv"})
+    if name == "report.json":
+        with pytest.raises(InputError, match=r"report\.json'.* Fix: "):
+            read(FakeClient(), [document], out, formats=formats)
+    else:
+        report = read(FakeClient(), [document, png(tmp_path / "b.png")], out, formats=formats)
+        assert statuses(report) == ["failed", "read"]
+        assert f"{name.split('/')[0]}' is there" in str(report.documents[0].error)
+    assert [(out / file).read_text() for file in (name, "a.pdf.txt")] == ["mine", "mine"]
+    (out / name).unlink()
+    if name == MINE[-1]:
+        (out / name).parent.rmdir()
+    assert statuses(read(FakeClient(), [document], out, formats=formats)) == ["read"]
 
 
 def test_a_folder_without_documents_is_a_mistake(tmp_path: Path, out: Path) -> None:
@@ -358,10 +394,12 @@ def test_pictures_of_an_earlier_run_are_no_documents(tmp_path: Path) -> None:
     png(tmp_path / "a.png")
     png(tmp_path / "my.pictures/b.png")
     (out := tmp_path / "out").mkdir()
+    read(FakeClient(), [tmp_path / "a.png"], out)
     png(out / "a.png.pictures/page-1-1.png")
+    png(out / "other.pictures/c.png")
     client = FakeClient()
     read(client, [tmp_path], out)
-    assert {name for name, _ in client.asked} == {"a.png", "b.png"}
+    assert {name for name, _ in client.asked} == {"b.png", "c.png"}
 
 
 def test_pages_can_be_chosen_and_the_rest_read_later(tmp_path: Path, out: Path) -> None:

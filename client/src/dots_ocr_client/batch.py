@@ -83,7 +83,8 @@ class Report:
     seconds: float  # how long it took
     stopped: str | None = None  # why it ended before all documents were finished, if it did
     # Files and folders in the given folders that were passed over, by the reason: ``hidden``, ``link to a folder``,
-    # ``without a suffix`` (and no document that can be read), or a suffix that is not in `SUFFIXES`.
+    # ``without a suffix`` (and no document that can be read), or a suffix that is not in `SUFFIXES`; and what was
+    # given, but lies among the outputs and is ``named as an output``.
     skipped: dict[str, int] = field(default_factory=dict)
     documents: Sequence[DocumentReport]  # the documents that were finished, in the order in which they were given
 
@@ -154,7 +155,7 @@ async def run(
         progress: Is told what happens, in the event loop: it must be quick, and must not raise.
 
     Raises:
-        InputError: Nothing was read: an input is missing, two have the same outputs, an input is an output of ours,
+        InputError: Nothing was read: an input is missing, two have the same outputs, ``OUT/report.json`` is not ours,
             another run uses the folder, or the like.
         ConfigurationError: The server's settings are wrong. What was read until then is safe.
         OutputError: The disk is full, or the report cannot be written. What was read until then is safe.
@@ -167,6 +168,12 @@ async def run(
     skipped: Counter[str] = Counter()
     found = await _in_thread(_find, inputs, out, skipped)
     with _claimed(out) as root:
+        if (old := root.open(REPORT)) is not None:
+            with os.fdopen(old, "rb") as file:
+                if not file.read(20).startswith((b'{"totals": ', b'{"started": ')):  # how ours began and begin
+                    raise InputError(
+                        f"{str(out / REPORT)!r} is no report of ours. Fix: move it, or choose another --out"
+                    )
         batch = _Batch(client, root, mode, formats, headers, upgrade, pages, dpi, password, progress or Silent())
         return await batch.run(found, dict((+skipped).most_common()))
 
@@ -262,6 +269,7 @@ class _Batch:
         again = {"retry_failed": True, "upgrade": self.upgrade}
         if store.is_unchanged(self.formats, headers=self.headers, **again):
             return "unchanged"
+        await _in_thread(store.refuse_others, self.formats)
         # By the client, once: what a file holds up is a process of the client's, no thread of ours.
         with await self.client.open(document.path, password=self.password) as opened:
             opened.dpi = self.dpi
@@ -346,12 +354,11 @@ def _find(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> list[_Inp
             )
         if str(name) == PurePath(REPORT).stem:
             raise InputError(f"the outputs of {str(path)!r} would replace {REPORT}: rename it")
-        if name.name.endswith(_OURS) and path.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"{str(path)!r} is an output of an earlier run: it cannot be an input")
         found[name] = path
     if not found:
         where = ", ".join(repr(str(path)) for path in inputs) or "no folder"
-        raise InputError(f"there are no documents in {where}{f'; passed over: {dict(+skipped)}' * bool(+skipped)}")
+        over = f"; passed over: {dict(+skipped)}" * bool(+skipped)
+        raise InputError(f"there are no documents in {where}{over}. Fix: name files to read, or folders with some")
     return [_Input(path, name) for name, path in found.items()]
 
 
@@ -367,6 +374,9 @@ def _candidates(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> Ite
     for path in inputs:
         with _refusing("read", path):
             kind = path.stat().st_mode
+            if _is_output(path) and path.resolve().is_relative_to(out.resolve()):  # a pattern names all of a folder
+                skipped["named as an output"] += 1
+                continue
             names = sorted(_walk(path, out.resolve(), skipped)) if stat.S_ISDIR(kind) else []
         if stat.S_ISREG(kind):
             yield path, PurePath(path.name)
@@ -394,14 +404,22 @@ def _walk(folder: Path, out: Path, skipped: Counter[str]) -> Iterator[PurePath]:
         skipped["hidden"] += sum(name.startswith(".") for name in folders)
         folders[:] = [name for name in folders if not name.startswith(".")]
         skipped["link to a folder"] += sum(Path(place, name).is_symlink() for name in folders)
-        ours = (LOCK, *_OURS) if Path(place).resolve().is_relative_to(out) else ()
-        if ours:  # which hold parts of documents that were read
-            folders[:] = [name for name in folders if not name.endswith(ours)]
+        inside = Path(place).resolve().is_relative_to(out)
+        folders[:] = [name for name in folders if not (inside and _is_output(Path(place, name)))]
         for name in files:
             if (reason := _reason_to_skip(Path(place, name))) is None:
                 yield PurePath(place, name).relative_to(folder)
-            elif not name.endswith(ours):
+            elif not (inside and _is_output(Path(place, name))):
                 skipped[reason] += 1
+
+
+def _is_output(path: Path) -> bool:
+    """Tell whether a file has a name as outputs have, or a folder holds parts of a document that was read."""
+    if path.is_dir():
+        return path.suffix in (".csv", ".pictures") and any(
+            path.with_suffix(end).exists() for end in (".json", JOURNAL)
+        )
+    return path.name.endswith((LOCK, *_OURS))
 
 
 def _reason_to_skip(file: Path) -> str | None:

@@ -213,6 +213,17 @@ class Store:
         same = head["headers"] == headers and head.get("selection") == self._selection
         return written and same and not could_retry and not could_upgrade
 
+    def refuse_others(self, formats: frozenset[str]) -> None:
+        """Raise `InputError` if an output in one of these formats would replace what no earlier run has left."""
+        if self._formats_before or self._folder.exists(self._name + JOURNAL):
+            return
+        for form in sorted(formats | {"json"}):
+            if self._folder.exists(f"{self._name}.{form}", stat.S_ISDIR if form in _FOLDERS else stat.S_ISREG):
+                where = self._folder.path / f"{self._name}.{form}"
+                raise InputError(
+                    f"{str(where)!r} is there, and not known as an output. Fix: move it, or choose another --out"
+                )
+
     def reopen(self) -> None:
         """Make the pages of the finished output the beginning of a journal."""
         if self.finished is None:
