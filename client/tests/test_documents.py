@@ -540,6 +540,13 @@ def test_of_an_animation_the_first_frame_is_read_with_a_warning(format: str) -> 
     assert red > 240 > 20 > green
 
 
+@pytest.mark.parametrize("start", [b"P5 60 60 255\n", b"P5\n# by a scanner\n60 60\n255\n"])
+def test_of_netpbm_pictures_one_behind_the_other_the_first_is_read_with_a_warning(start: bytes) -> None:
+    for count in (1, 2):
+        (page,) = read_all((start + b" " * 3600) * count)
+        assert page.warnings == ("only the first of several frames was read",) * (count - 1)
+
+
 def test_of_a_photograph_with_previews_only_the_photograph_is_read() -> None:
     (page,) = read_all(frames("MPO"))
     assert page.warnings == ()
@@ -787,6 +794,7 @@ NOISE = encode(NOISE_IMAGE, "PNG")
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "neither a PDF nor an image"),
         (NOISE[:9000], "cannot be decoded"),
         (b"%PDF-1.7 rubbish", "broken PDF"),
+        (b"PK\3\4\x14\0\0\0\0\0a.pdf" + raw_pdf(), "is a ZIP archive.* Fix: unpack it"),
         (raw_pdf().replace(b"/Kids [3 0 R] /Count 1", b"/Kids [] /Count 0"), "no pages"),
         (pdf_of((14_400, 20)), "too narrow"),
         (encode(Image.new("L", (2000, 10)), "PNG"), "too narrow"),

@@ -71,6 +71,8 @@ _MAGIC = re.compile(
     rb"|P[1-6]\s+(?:#|\d+\s+\d+\s)|\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftyp(?:avi|hei|hev|mif|msf)",
     re.DOTALL,
 )
+# How a Netpbm picture begins; the limits keep the search quick. Noise looks so once in thousands of the largest files.
+_NETPBM = re.compile(rb"P[1-6]\s+(?:#[^\n]{0,200}\n\s*){0,9}\d+\s+\d+\s")
 MARKS: Final = {  # kinds of annotations, as `annotations_of` gives them, that are no text, or none of the page
     raw.FPDF_ANNOT_STAMP: "stamps",
     raw.FPDF_ANNOT_INK: "drawings by hand",
@@ -444,6 +446,8 @@ def _check_bytes(size: int, head: bytes, name: str) -> None:
     limit = MAX_PDF_BYTES if _is_pdf(head) else MAX_FILE_BYTES
     if size == 0:
         raise InputError(f"{name} is empty")
+    if head.startswith(b"PK\3\4"):  # PDFium would find one of the PDFs in it
+        raise InputError(f"{name} is a ZIP archive, or of an office program. Fix: unpack it, or save it as a PDF")
     if size > limit:
         raise InputError(f"{name} is larger than {limit // 2**20} MiB: save it smaller, or split it")
 
@@ -502,7 +506,10 @@ def _check_stamp(path: str, stamp: tuple[int, ...] | None, label: str, verb: str
         raise InputError(f"{label} cannot be {verb}: the file has changed since it was opened")
 
 
-def _is_animated(image: Image.Image) -> bool:
+def _is_animated(image: Any) -> bool:
+    if image.format == "PPM":
+        image.fp.seek(2)  # behind its own mark
+        return _NETPBM.search(image.fp.read()) is not None
     if image.format == "MPO":  # a photograph with previews behind it: phones write it under the name of JPEG
         return False
     try:
