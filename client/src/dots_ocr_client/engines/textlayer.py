@@ -131,16 +131,17 @@ def _check(layer: TextLayer) -> None:
         raise NotApplicable(f"{layer.unread:.0%} of what the page shows is not in its text layer")
     if any(unicodedata.bidirectional(letter) in ("R", "AL") for run in runs for letter in run.text):
         raise NotApplicable("the text layer has text from right to left, whose order is not known")
-    if sum(len(run.text) for run in runs if _is_vertical(run)) > MAX_VERTICAL * layer.characters:
+    if _count_vertical(layer) > MAX_VERTICAL * layer.characters:
         raise NotApplicable("the text layer has vertical writing, whose order is not known")
     if not layer.characters / MIN_RUN >= len(runs) <= MAX_RUNS:
         raise NotApplicable("the letters of the text layer stand apart, so that their order is not known")
 
 
-def _is_vertical(run: Run) -> bool:
-    """Tell whether a run goes downwards: side by side, characters of Chinese, Japanese or Korean are not so high."""
-    high = run.ink.width < run.ink.height
-    return high and sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in run.text) > 1
+def _count_vertical(layer: TextLayer) -> int:
+    """Count what runs downwards: side by side, two characters of Chinese, Japanese or Korean are wider than high."""
+    high = [run.text for run in layer.runs if run.ink.width < run.ink.height]
+    wide = [sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text) for text in high]
+    return sum(count for count in wide if count > 1)
 
 
 def _warnings(layer: TextLayer) -> Iterator[str]:
@@ -152,6 +153,8 @@ def _warnings(layer: TextLayer) -> Iterator[str]:
         yield f"characters of the text layer that cannot be seen on the page were left out: {layer.hidden}"
     if layer.garbled:
         yield f"characters of which the text layer does not say what they mean: {layer.garbled}"
+    if number := _count_vertical(layer):
+        yield f"characters of vertical writing, which may be out of order: {number}"
     if layer.slanted:
         count = sum(len("".join(run.text.split())) for run in layer.slanted)
         yield f"characters of slanted text, which was put at the end: {count}"
