@@ -130,7 +130,7 @@ def test_no_way_back_to_what_is_gone(host: Host, gone: str) -> None:
     (host.root / gone).rmdir()
     done = host.run("restore", "previous")
     assert (done.returncode, host.called(), host.unit()) == (1, [], "2")
-    assert "which this host does not have any more" in done.stderr
+    assert "which this host no longer has" in done.stderr
 
 
 def test_full_disk_stops_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
