@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Host:
         )
         systemctl.chmod(0o755)
         docker = root / "bin/docker"
-        docker.write_text(f"#!/bin/sh\nexec test -e {root}/images/$3\n")
+        docker.write_text(f"#!/bin/sh\ntest -e {root}/images/$3 || {{ echo No such image >&2; exit 1; }}\n")
         docker.chmod(0o755)
         (root / "etc/systemd/system").mkdir(parents=True)
 
@@ -131,6 +132,26 @@ def test_no_way_back_to_what_is_gone(host: Host, gone: str) -> None:
     done = host.run("restore", "previous")
     assert (done.returncode, host.called(), host.unit()) == (1, [], "2")
     assert "which this host no longer has" in done.stderr
+
+
+@pytest.mark.parametrize("broken", ["etc/dots-ocr/server/dots-ocr.json", "etc/systemd/system/dots-ocr.service"])
+def test_what_is_broken_goes_back_to_good(host: Host, broken: str) -> None:
+    host.install("1")
+    host.ask("record")
+    (host.root / broken).unlink()
+    (host.root / "etc/dots-ocr/server/more.json").write_text("")
+    host.ask("restore", "previous")
+    assert host.ask("compare") == {"same": True}
+
+
+def test_previous_is_put_back_without_a_good_one(host: Host) -> None:
+    """A record that was cut off."""
+    for version in "12":
+        host.install(version)
+        host.ask("record")
+    shutil.rmtree(host.root / "var/lib/dots-ocr/states/good")
+    host.ask("restore", "previous")
+    assert (host.unit(), host.ask("compare")) == ("1", {"same": True})
 
 
 def test_full_disk_stops_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

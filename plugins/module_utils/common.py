@@ -82,9 +82,9 @@ def begun(*units: str) -> dict[str, float]:
     found = {}
     for block in said.split("\n\n"):
         unit = dict(line.split("=", 1) for line in block.splitlines())
-        if unit.get("ActiveState") == "active" and unit.get("ExecMainStartTimestamp"):
-            began = datetime.strptime(f"{unit['ExecMainStartTimestamp']} +0000", "%a %Y-%m-%d %H:%M:%S.%f UTC %z")
-            found[unit["Id"]] = began.timestamp()
+        _, _, date = unit.get("ExecMainStartTimestamp", "").partition(" ")  # the day's name is not of our language
+        if unit.get("ActiveState") == "active" and date:
+            found[unit["Id"]] = datetime.strptime(f"{date} +0000", "%Y-%m-%d %H:%M:%S.%f UTC %z").timestamp()
     return found
 
 

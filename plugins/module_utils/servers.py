@@ -40,7 +40,7 @@ def timer(server: str) -> str:
 def ask_systemd(servers: Settings) -> dict[str, dict[str, str]]:
     """Return what systemd says of each server's unit and of the timer of its watchdog, by name."""
     names = [name for server in servers for name in (f"{server}.service", timer(server))]
-    properties = "--property=ActiveState,UnitFileState,NRestarts"
+    properties = "--property=ActiveState,UnitFileState,NRestarts,NeedDaemonReload"
     blocks = ask("systemctl", "show", properties, *names).split("\n\n") if names else []
     return dict(zip(names, [dict(line.split("=", 1) for line in one.splitlines()) for one in blocks], strict=False))
 
@@ -82,6 +82,8 @@ def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
     for name, server in servers.items():
         unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
         watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
+        if "yes" in (unit.get("NeedDaemonReload"), watchdog.get("NeedDaemonReload")):  # a run was cut off
+            return False
         up = [unit.get(key) for key in ("ActiveState", "UnitFileState", "NRestarts")] == ["active", "enabled", "0"]
         if not up and name not in asleep:
             return False

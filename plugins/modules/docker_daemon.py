@@ -67,10 +67,11 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from ..module_utils.common import RECORDS, Problem, answer, begun, is_newer, read, remove_empty, run, write
+from ..module_utils.common import RECORDS, Problem, answer, begun, read, remove_empty, run, write
 from ..module_utils.engine import DAEMON, PLACES, UNFIT
 
 RECORD = RECORDS / "docker-daemon.json"
@@ -260,11 +261,15 @@ class Configuration:
             validate(wanted)
         # First what absent needs: without it, what was there before would be lost by a run that is cut off here.
         kept = None if before is None else base64.b64encode(before).decode()
-        self.write(RECORD, render({"before": kept, "written": wanted}), 0o600)
-        restart = wanted != existing and self.write(DAEMON, render(wanted))
-        restart |= self.write_others(render_proxy(self.params["proxy"]), certificates)
-        began = begun("docker.service").get("docker.service")
-        return restart or is_newer(DAEMON, began) or is_newer(PROXY, began)  # where a run was cut off
+        proxy = render_proxy(self.params["proxy"])
+        restart = wanted != existing or read(PROXY) != (proxy and proxy.encode())
+        # The engine may not know what an earlier run wrote, which was cut off. What others wrote since is their affair.
+        since = time.time() if restart else json.loads(read(RECORD) or b"{}").get("since", 0)
+        self.write(RECORD, render({"before": kept, "written": wanted, **({"since": since} if since else {})}), 0o600)
+        if wanted != existing:
+            self.write(DAEMON, render(wanted))
+        self.write_others(proxy, certificates)
+        return restart or begun("docker.service").get("docker.service", since) < since <= time.time()
 
     def absent(self) -> bool:
         """Take our configuration away."""

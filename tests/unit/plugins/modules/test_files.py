@@ -91,7 +91,7 @@ def test_what_has_run_since_before_its_file_takes_it_over(
         ("d", "active", ""),
     )
     blocks = [
-        f"Id={unit}.service\nActiveState={state}\nExecMainStartTimestamp={time and f'Mon 2026-11-30 {time} UTC'}\n"
+        f"Id={unit}.service\nActiveState={state}\nExecMainStartTimestamp={time and f'Montag 2026-11-30 {time} UTC'}\n"
         for unit, state, time in shown
     ]
     monkeypatch.setattr(common, "ask", lambda *_: "\n".join(blocks).replace(":59 UTC", ":59.000001 UTC"))
