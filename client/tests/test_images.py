@@ -104,9 +104,24 @@ def test_white_on_nothing_becomes_white_on_black(mode: str) -> None:
         image.info["transparency"] = 0
     rgb = images.to_rgb(image if mode == "P" else image.convert(mode))
     assert [rgb.getpixel(at) for at in ((9, 9), (30, 30))] == [(0, 0, 0), (255, 255, 255)]
+    part = images.to_rgb(image if mode == "P" else image.convert(mode), 0)  # which has the ground of the others
+    assert part.getextrema() == ((255, 255),) * 3
     for alpha in (0, 255):  # with nothing to be seen on any ground, it is a white page
         image = Image.new("RGBA", (60, 60), (255, 255, 255, alpha))
         assert images.to_rgb(image).getextrema() == ((255, 255),) * 3
+
+
+@pytest.mark.parametrize(
+    ("ground", "ink", "alpha"),
+    [((0, 0, 0, 0), (30, 30, 30), 50), ((0, 0, 0, 0), (60, 60, 60), 60), ((255, 255, 255, 255), (255, 255, 255), 0)],
+)
+def test_the_ground_stays_white_for_dark_ink_and_for_a_sheet(
+    ground: tuple[int, ...], ink: tuple[int, ...], alpha: int
+) -> None:
+    image = Image.new("RGBA", (60, 60), ground)
+    image.paste((*ink, alpha), (0, 0, 20, 20))
+    assert images.to_rgb(image).getpixel((0, 0)) > (200, 200, 200)
+    assert images.to_rgb(image).getpixel((59, 59)) == (255, 255, 255)
 
 
 def test_an_image_without_its_palette_is_read() -> None:

@@ -14,7 +14,7 @@ import struct
 import zlib
 from typing import Any, Final
 
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
 
 FACTOR: Final = 28  # both sides of what the model sees are multiples of this, in pixels
 MIN_PIXELS: Final = 3_136  # smallest page that the model accepts (2 x 2 tokens)
@@ -109,12 +109,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def to_rgb(image: Image.Image, brightest: int = 0) -> Image.Image:
+def to_rgb(image: Image.Image, brightest: int | None = None) -> Image.Image:
     """Turn an image upright (EXIF) and into 8-bit RGB without metadata, with white behind whatever is transparent.
 
-    Behind what cannot be seen on white, it is black.
+    Behind ink that cannot be seen on white, it is black.
 
-    `brightest` is of the whole image, if this is a part of one with more than 8 bits.
+    `brightest` is of the whole image, if this is a part of one: with more than 8 bits the highest value, else 0.
 
     Raises:
         ValueError: Mode ``F`` (floating point), which does not say what is black and what is white.
@@ -126,18 +126,22 @@ def to_rgb(image: Image.Image, brightest: int = 0) -> Image.Image:
     if image.mode.startswith("I"):
         image = image.convert("I")
         # Some scanners use 12 of 16 bits. Pillow's own conversion cuts everything above 255 off: the page turns white.
-        bits = max(8, max(brightest, int(image.getextrema()[1])).bit_length())  # type: ignore[arg-type]  # a pair of numbers
+        bits = max(8, max(brightest or 0, int(image.getextrema()[1])).bit_length())  # type: ignore[arg-type]  # a pair of numbers
         image = image.point(lambda value: value * (255 / (2**bits - 1)) + 0.5).convert("L")
     if (image.mode != "P" or image.palette) and image.has_transparency_data:  # a broken file may lack a palette
         overlay = image.convert("RGBA")
-        for behind in ("white", "black"):
-            image = Image.new("RGBA", overlay.size, behind)
-            image.alpha_composite(overlay)
-            if _spread(image.convert("L")) >= BLANK_SPREAD or _spread(overlay.getchannel("A")) < BLANK_SPREAD:
-                break
+        image = _on("white", overlay)
+        is_ink = ImageStat.Stat(overlay.getchannel("A")).mean[0] < 128  # rather than a sheet with a transparent margin
+        if brightest is None and is_ink and _spread(image.convert("L")) < BLANK_SPREAD:
+            on_black = _on("black", overlay)
+            image = on_black if _spread(on_black.convert("L")) >= BLANK_SPREAD else image
     rgb = image.copy() if image.mode == "RGB" else image.convert("RGB")
     rgb.info = {}
     return rgb
+
+
+def _on(colour: str, overlay: Image.Image) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", overlay.size, colour), overlay)
 
 
 def to_png(image: Image.Image) -> bytes:
