@@ -279,7 +279,17 @@ def test_only_an_empty_page_is_blank(sheet: Image.Image) -> None:
     dusty = Image.new("RGB", (300, 300), (250, 248, 240))
     dusty.putpixel((100, 100), (0, 0, 0))
     assert images.is_blank(dusty)
+    assert images.is_empty(dusty)
     assert not images.is_blank(sheet)
+
+
+def test_noise_and_shading_are_no_faint_print(sheet: Image.Image) -> None:
+    shaded = Image.linear_gradient("L").resize((1654, 2339)).point(lambda level: 240 - level * 20 / 255)
+    noise = Image.effect_noise(shaded.size, 4)
+    assert images.is_empty(ImageChops.add(shaded, noise, offset=-128))
+    faint = sheet.convert("L").point(lambda level: 208 + level * 47 / 255)
+    assert images.is_blank(faint)
+    assert not images.is_empty(faint)
 
 
 @pytest.mark.parametrize("name", ["dpi", "resolution", "aspect", "jfif_density"])

@@ -298,8 +298,12 @@ def test_an_answer_that_is_too_long_is_cut_off(qwen2: Path, page: PageImage) -> 
 
 
 def test_no_answer_is_of_no_use(tmp_path: Path, page: PageImage) -> None:
+    silent = QwenEngine(folder=tiny_qwen.make(tmp_path, ""), device="cpu")
     with pytest.raises(UnusableAnswer, match="wrote nothing"):
-        read(QwenEngine(folder=tiny_qwen.make(tmp_path, ""), device="cpu"), page)
+        read(silent, page)
+    stain = Image.new("L", (560, 560), "white")
+    stain.paste(224, (100, 100, 200, 200))
+    assert read(silent, PageImage.of(1, stain)).text == ""
 
 
 # Memory and time

@@ -45,9 +45,6 @@ MAX_PIXELS: Final = 1280 * 28 * 28
 # Longest answer, in tokens (our own choice: an A4 page of 3,800 characters takes about 1,000 in English, 1,700 in
 # Russian).
 MAX_NEW_TOKENS: Final = 2_048
-# A page of a smaller spread of grey levels (of 255) is not shown to the model (our own choice: `images.BLANK_SPREAD` is
-# for pages on which no text was found, and some print is fainter).
-EMPTY_SPREAD: Final = 16
 # How long the model stays in memory without a page (our own choice: longer than a reader looks at one).
 IDLE_SECONDS: Final = 300.0
 # A page of 1,300 tokens on two cores with AVX-512, from 27 s until the first token and then 2.75 tokens/s, as measured
@@ -207,7 +204,7 @@ class QwenEngine:
             )
         mode: Mode = "text" if task.mode == "layout" else task.mode
         warnings = ("qwen reads text without layout",) if task.mode == "layout" else ()
-        if task.mode != "general" and images.is_blank(picture, EMPTY_SPREAD):
+        if task.mode != "general" and images.is_empty(picture):
             return Answer(mode=mode, text="", model=self.model, warnings=warnings)
         prompt = task.question if task.mode == "general" and task.question else PROMPT
         try:
@@ -273,7 +270,7 @@ class QwenEngine:
             raise errors.CutOff(
                 f"the answer was cut off after {self._max_new_tokens} tokens: allow more (max_new_tokens=)"
             )
-        if not text:
+        if not text and not images.is_blank(picture):
             raise errors.UnusableAnswer("the model wrote nothing, though the page is not blank: try another model")
         return text, int(ids.shape[1]), count
 
