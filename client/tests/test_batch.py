@@ -308,6 +308,24 @@ def test_files_of_others_are_not_replaced(name: str, tmp_path: Path, out: Path) 
     assert statuses(read(FakeClient(), [document], out, formats=formats)) == ["read"]
 
 
+def test_what_other_runs_wrote_is_ours_and_no_more(tmp_path: Path, out: Path) -> None:
+    document = pdf(tmp_path / "a.pdf")
+
+    def run(form: str) -> tuple[Status, str | None]:
+        (report,) = read(FakeClient(), [document], out, formats=frozenset({form})).documents
+        return report.status, report.error
+
+    assert [run(form)[0] for form in ("md", "html", "md")] == ["read"] * 3
+    (out / "a.pdf.txt").write_text("mine")
+    status, error = run("txt")
+    assert (status, (out / "a.pdf.txt").read_text()) == ("failed", "mine")
+    assert "is gone" not in str(error)
+    (out / "a.pdf.json").write_text(json.dumps(load(out).to_dict(), indent=2))  # as of `dots-ocr read`
+    assert run("json") == ("read", None)
+    (out / "a.pdf.json").unlink()
+    assert "or a.pdf.json, which an earlier run wrote with it, is gone. Fix: move or delete" in str(run("md")[1])
+
+
 def test_a_folder_without_documents_is_a_mistake(tmp_path: Path, out: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no documents in"):
@@ -397,9 +415,11 @@ def test_pictures_of_an_earlier_run_are_no_documents(tmp_path: Path) -> None:
     read(FakeClient(), [tmp_path / "a.png"], out)
     png(out / "a.png.pictures/page-1-1.png")
     png(out / "other.pictures/c.png")
+    png(out / "b.pdf.pictures/page-1-1.png")  # of which the JSON is gone
+    png(out / f"{'n' * 245}.pictures/d.png")
     client = FakeClient()
     read(client, [tmp_path], out)
-    assert {name for name, _ in client.asked} == {"b.png", "c.png"}
+    assert {name for name, _ in client.asked} == {"b.png", "c.png", "d.png"}
 
 
 def test_pages_can_be_chosen_and_the_rest_read_later(tmp_path: Path, out: Path) -> None:

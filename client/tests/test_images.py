@@ -120,7 +120,7 @@ def test_the_ground_stays_white_for_dark_ink_and_for_a_sheet(
 ) -> None:
     image = Image.new("RGBA", (60, 60), ground)
     image.paste((*ink, alpha), (0, 0, 20, 20))
-    assert images.to_rgb(image).getpixel((0, 0)) > (200, 200, 200)
+    assert min(images.to_rgb(image).tobytes()) > 200
     assert images.to_rgb(image).getpixel((59, 59)) == (255, 255, 255)
 
 

@@ -24,7 +24,7 @@ from .pages.documents import OpenDocument, PageImage, is_document, parse_pages
 from .pages.rasterizer import draw
 from .prompts import MODES, Mode
 from .results import Page
-from .results.store import FORMATS, JOURNAL, Folder, Store, Summary, to_json
+from .results.store import FORMATS, JOURNAL, PART, Folder, Store, Summary, to_json
 
 if TYPE_CHECKING:
     from .client import AsyncDotsOCR
@@ -416,9 +416,12 @@ def _walk(folder: Path, out: Path, skipped: Counter[str]) -> Iterator[PurePath]:
 def _is_output(path: Path) -> bool:
     """Tell whether a file has a name as outputs have, or a folder holds parts of a document that was read."""
     if path.is_dir():
-        return path.suffix in (".csv", ".pictures") and any(
-            path.with_suffix(end).exists() for end in (".json", JOURNAL)
-        )
+        with contextlib.suppress(OSError):  # such as for names that are too long with another suffix
+            return path.suffix in (".csv", ".pictures") and (
+                all(PART.fullmatch(part.name) for part in path.iterdir())
+                or any(path.with_suffix(end).exists() for end in (".json", JOURNAL))
+            )
+        return False
     return path.name.endswith((LOCK, *_OURS))
 
 

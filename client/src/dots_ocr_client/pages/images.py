@@ -200,7 +200,7 @@ def is_blank(image: Image.Image) -> bool:
 
 
 def is_empty(image: Image.Image) -> bool:
-    """Tell whether a page shows nothing but noise and shading: `is_blank` for faint print, which it does not call so."""
+    """Tell whether a page shows nothing but noise and shading, not even faint print, which may be `is_blank`."""
     small = image.convert("L").filter(ImageFilter.MedianFilter(3)).reduce(2)
     shading = small.filter(ImageFilter.BoxBlur(max(small.size) / 50))
     return _spread(ImageChops.subtract(small, shading, offset=128)) < EMPTY_SPREAD

@@ -27,7 +27,7 @@ from ..pages import images
 from ..pages.documents import PageImage
 from ..prompts import Mode
 from ..version import __version__
-from . import Cell, FailedPage, Page, export, hocr, page_of
+from . import Cell, Document, FailedPage, Page, export, hocr, page_of
 from .layout import table_rows, to_page
 
 # What outputs there are, by what their names end with; ``csv`` and ``pictures`` are folders, with a file for each table
@@ -37,7 +37,7 @@ JOURNAL: Final = ".pages.jsonl"  # what the name of a journal ends with
 FIRST_ENGINE: Final = "vllm"  # the engine whose pages are final; those of any other can be read again (``upgrade``)
 _FORMAT_VERSION: Final = 1  # of journals and outputs: those of other versions are not gone on with
 _FOLDERS: Final = frozenset({"csv", "pictures"})
-_PART: Final = re.compile(r"page-\d+-\d+\.(csv|png)")
+PART: Final = re.compile(r"page-\d+-\d+\.(csv|png)")
 _NUMBER: Final = re.compile(r"[-+]*[€$£₽]?[\d\s.,]*([eE][-+]?\d+)? ?([%€$£₽]|\w{0,3})")
 _PAGES: Final = b'"pages": [\n'
 _END_OF_PAGES: Final = b"\n],\n"
@@ -215,14 +215,27 @@ class Store:
 
     def refuse_others(self, formats: frozenset[str]) -> None:
         """Raise `InputError` if an output in one of these formats would replace what no earlier run has left."""
-        if self._formats_before or self._folder.exists(self._name + JOURNAL):
+        if self._folder.exists(self._name + JOURNAL):
             return
-        for form in sorted(formats | {"json"}):
-            if self._folder.exists(f"{self._name}.{form}", stat.S_ISDIR if form in _FOLDERS else stat.S_ISREG):
-                where = self._folder.path / f"{self._name}.{form}"
+        for form in sorted((formats | {"json"}) - self._formats_before):
+            name, note = f"{self._name}.{form}", f"{self._name}.json"
+            if self._folder.exists(name, stat.S_ISDIR if form in _FOLDERS else stat.S_ISREG) and not (
+                form == "json" and self._is_document(name)
+            ):
+                gone = f", or {note}, which an earlier run wrote with it, is gone" * (not self._folder.exists(note))
                 raise InputError(
-                    f"{str(where)!r} is there, and not known as an output. Fix: move it, or choose another --out"
+                    f"{str(self._folder.path / name)!r} is there, and not known as an output{gone}. "
+                    "Fix: move or delete it, or choose another --out"
                 )
+
+    def _is_document(self, name: str) -> bool:
+        """Tell whether a file is what ``dots-ocr read`` writes as JSON."""
+        with contextlib.suppress(*_UNREADABLE):
+            if (fd := self._folder.open(name)) is not None:
+                with os.fdopen(fd, "rb") as file:
+                    Document.from_dict(json.load(file))
+                return True
+        return False
 
     def reopen(self) -> None:
         """Make the pages of the finished output the beginning of a journal."""
@@ -374,7 +387,7 @@ class Store:
             line = file.readline(_LONGEST_HEAD)
         try:
             head: dict[str, Any] = json.loads(line.removesuffix(b",\n") + b"}")["dots_ocr"]
-            self._formats_before = FORMATS.intersection(head["formats"])
+            self._formats_before = FORMATS.intersection(head.get("ours", head["formats"]))
             ours = {key: head[key] for key in _ORIGIN & head.keys()} == self._origin and all(
                 isinstance(head[key], kind) for key, kind in _HEAD.items()
             )
@@ -409,7 +422,7 @@ class Store:
                     file.write(data)
                 names.add(name)
             for name in folder.names():
-                if _PART.fullmatch(name) and name not in names:
+                if PART.fullmatch(name) and name not in names:
                     folder.remove(name)
 
     def _tables(self) -> Iterator[tuple[str, bytes]]:
@@ -475,6 +488,8 @@ class Store:
             "headers": headers,
             "selection": self._selection,
             "formats": sorted(formats | {"json"}),
+            # With those of earlier runs, which may be of other headers.
+            "ours": sorted(formats | {"json"} | (frozenset() if self._pages_changed else self._formats_before)),
             **asdict(self.summary()),
         }
         file.write(to_json({"source": self._source, "dots_ocr": note}).removesuffix(b"}") + b",\n" + _PAGES)
