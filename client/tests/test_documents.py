@@ -640,7 +640,7 @@ def test_what_is_on_a_page_besides_text_is_said(annotations: list[str], said: st
         assert [*page.warnings] == warnings * bool(said)
 
 
-@pytest.mark.parametrize(("end", "is_cut"), [("", True), ("%%EOF" + "\n" * 1500, False)])
+@pytest.mark.parametrize(("end", "is_cut"), [("", True), ("%%EOF" + "\n\0" * 2048, False)])
 def test_a_pdf_without_the_mark_of_its_end_may_be_cut_off(end: str, is_cut: bool) -> None:
     data = pdf_with(pages=2).removesuffix(b"%%EOF") + end.encode()
     said = "the file lacks the mark of its end: it may be cut off, and its last pages blank. Fix: copy it again"

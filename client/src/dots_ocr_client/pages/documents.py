@@ -318,9 +318,9 @@ def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
         return 1, ()
     if reference.kind == "pdf":
         with _opened_pdf(reference, "opened") as kept, _open_file(str(reference.source), reference.label) as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * _HEAD))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
             said = "the file lacks the mark of its end: it may be cut off, and its last pages blank. Fix: copy it again"
-            cut = (said,) * (b"%%EOF" not in file.read())
+            cut = (said,) * (b"%%EOF" not in file.read().rstrip(b"\0\t\n\f\r ")[-2 * _HEAD :])
             return len(kept.pdf), (*cut, *_beside_pages(kept.pdf, reference.label))
     with _opened_image(reference, "opened") as image:
         if image.format == "TIFF":
