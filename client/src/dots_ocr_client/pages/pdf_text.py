@@ -498,6 +498,13 @@ def _patches(mask: Image.Image) -> Image.Image:
     return mask.reduce(PATCH).point(_from(1))
 
 
+def _is_seen(text: Any) -> bool:
+    left, bottom, right, top = (ctypes.c_float() for _ in range(4))
+    FAST.FPDFPageObj_GetBounds(text, *map(ctypes.byref, (left, bottom, right, top)))
+    has_area = right.value > left.value and top.value > bottom.value  # which spaces lack
+    return has_area and FAST.FPDFTextObj_GetTextRenderMode(text) not in _HIDDEN_MODES
+
+
 def _count_fields(page: Any) -> int:
     found = 0
     for annotation, kind in documents.annotations_of(page):
@@ -505,7 +512,9 @@ def _count_fields(page: Any) -> int:
             continue
         # The length is in bytes of UTF-16, with a NUL behind it.
         typed = -kind in _TEXT_FIELDS and raw.FPDFAnnot_GetFormFieldValue(page.formenv, annotation, None, 0) > 2
-        shown = (what == raw.FPDF_PAGEOBJ_TEXT for _, what, *_ in objects(annotation, place="Annot"))
+        shown = (
+            what == raw.FPDF_PAGEOBJ_TEXT and _is_seen(one) for one, what, *_ in objects(annotation, place="Annot")
+        )
         found += typed or kind == raw.FPDF_ANNOT_FREETEXT or any(shown)
     return found
 
