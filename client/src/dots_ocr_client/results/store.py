@@ -387,7 +387,7 @@ class Store:
             line = file.readline(_LONGEST_HEAD)
         try:
             head: dict[str, Any] = json.loads(line.removesuffix(b",\n") + b"}")["dots_ocr"]
-            self._formats_before = FORMATS.intersection(head.get("ours", head["formats"]))
+            self._formats_before = FORMATS.intersection(head["ours" if "ours" in head else "formats"])
             ours = {key: head[key] for key in _ORIGIN & head.keys()} == self._origin and all(
                 isinstance(head[key], kind) for key, kind in _HEAD.items()
             )
