@@ -478,7 +478,9 @@ sys.modules[{package!r}] = None
 from PIL import Image
 from dots_ocr_client import EngineMissing, PageImage, Task
 from dots_ocr_client.engines.qwen import QwenEngine
-page = PageImage.of(1, Image.radial_gradient("L"))
+picture = Image.new("L", (99, 99))
+picture.paste(255, (9, 9, 50, 50))
+page = PageImage.of(1, picture)
 try:
     asyncio.run(QwenEngine(device="cpu").{call})
 except EngineMissing as error:
