@@ -84,7 +84,7 @@ def begun(*units: str) -> dict[str, float]:
         unit = dict(line.split("=", 1) for line in block.splitlines())
         _, _, date = unit.get("ExecMainStartTimestamp", "").partition(" ")  # the day's name is not of our language
         if unit.get("ActiveState") == "active" and date:
-            found[unit["Id"]] = datetime.strptime(f"{date} +0000", "%Y-%m-%d %H:%M:%S.%f UTC %z").timestamp()
+            found[unit["Id"]] = datetime.fromisoformat(date.replace(" UTC", "+00:00")).timestamp()
     return found
 
 

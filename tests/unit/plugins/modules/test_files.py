@@ -85,16 +85,16 @@ def test_what_has_run_since_before_its_file_takes_it_over(
     wanted = [{"path": str(tmp_path / name), "content": "", "affects": [f"{name}.service"]} for name in "abcd"]
     run(capsys, *wanted)
     shown = (
-        ("a", "active", "10:00:01.5"),
-        ("b", "active", "09:59:59"),
-        ("c", "inactive", "09:59:59"),
+        ("a", "active", "10:00:01.500000"),
+        ("b", "active", "09:59:59.000001"),
+        ("c", "inactive", "09:59:59.000001"),
         ("d", "active", ""),
     )
     blocks = [
         f"Id={unit}.service\nActiveState={state}\nExecMainStartTimestamp={time and f'Montag 2026-11-30 {time} UTC'}\n"
         for unit, state, time in shown
     ]
-    monkeypatch.setattr(common, "ask", lambda *_: "\n".join(blocks).replace(":59 UTC", ":59.000001 UTC"))
+    monkeypatch.setattr(common, "ask", lambda *_: "\n".join(blocks))
     for name in "abcd":
         os.utime(tmp_path / name, (0, datetime(2026, 11, 30, 10, 0, 0, tzinfo=UTC).timestamp()))
     answer = run(capsys, *wanted, check=True)
