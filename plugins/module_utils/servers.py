@@ -15,6 +15,7 @@ PROVEN = Path("/var/lib/dots-ocr/states/good/server")
 PROGRAMS = "/usr/local/lib/dots-ocr"
 HELD = ("active", "deactivating")
 UNIT_STOPPED = "9d1aaa27d60140bd96365438aad20286"  # systemd's id of that message (sd-messages.h)
+BESIDE = ("watchdog@{}.service", "front@{}.service", "wake@{}.path")  # they, too, may be older than their files
 STOPPED = (("inactive", "disabled"), ("failed", "disabled"))
 
 Settings = dict[str, dict[str, Any]]
@@ -38,8 +39,9 @@ def timer(server: str) -> str:
 
 
 def ask_systemd(servers: Settings) -> dict[str, dict[str, str]]:
-    """Return what systemd says of each server's unit and of the timer of its watchdog, by name."""
-    names = [name for server in servers for name in (f"{server}.service", timer(server))]
+    """Return what systemd says of each server's unit and of those beside it, by name."""
+    beside = [f"dots-ocr-{unit.format(server)}" for server in servers for unit in BESIDE]
+    names = [*(name for server in servers for name in (f"{server}.service", timer(server))), *beside]
     properties = "--property=ActiveState,UnitFileState,NRestarts,NeedDaemonReload"
     blocks = ask("systemctl", "show", properties, *names).split("\n\n") if names else []
     return dict(zip(names, [dict(line.split("=", 1) for line in one.splitlines()) for one in blocks], strict=False))
@@ -82,19 +84,19 @@ def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
     for name, server in servers.items():
         unit, watchdog = units.get(f"{name}.service", {}), units.get(timer(name), {})
         watched = ("active", "enabled") if server["watched"] else ("inactive", "disabled")
-        if "yes" in (unit.get("NeedDaemonReload"), watchdog.get("NeedDaemonReload")):  # a run was cut off
-            return False
         up = [unit.get(key) for key in ("ActiveState", "UnitFileState", "NRestarts")] == ["active", "enabled", "0"]
         if not up and name not in asleep:
             return False
         if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
             return False
-    return bool(servers)
+    # That of a run that was cut off.
+    return bool(servers) and all(unit.get("NeedDaemonReload") != "yes" for unit in units.values())
 
 
 def stopped(servers: Settings, units: dict[str, dict[str, str]]) -> str:
     """Return since when the servers are stopped by their owner, or nothing."""
-    states = [(one.get("ActiveState"), one.get("UnitFileState")) for one in units.values()]
+    asked = [units.get(name, {}) for server in servers for name in (f"{server}.service", timer(server))]
+    states = [(one.get("ActiveState"), one.get("UnitFileState")) for one in asked]
     # An installation that was broken off before its first start has proven nothing yet.
     if not states or not settings(PROVEN) or any(state not in STOPPED for state in states):
         return ""

@@ -89,6 +89,7 @@ def test_tells_what_is_there(host: Host, capsys: pytest.CaptureFixture[str]) -> 
         ("systemctl show", f"NRestarts=0\nActiveState=activating\nUnitFileState=enabled\n\n{UP}"),
         ("systemctl show", f"NRestarts=0\nActiveState=active\nUnitFileState=disabled\n\n{UP}"),
         ("systemctl show", f"NRestarts=0\n{UP}\nNeedDaemonReload=yes\n{UP}"),
+        ("systemctl show", f"NRestarts=0\n{UP}\n{UP}\nNeedDaemonReload=no\n\nNeedDaemonReload=yes\n"),  # front
         ("systemctl show", f"NRestarts=0\n{UP}\nActiveState=inactive\nUnitFileState=disabled\n"),
         ("systemctl show", None),
     ],
