@@ -318,16 +318,25 @@ def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
         return 1, ()
     if reference.kind == "pdf":
         with _opened_pdf(reference, "opened") as kept, _open_file(str(reference.source), reference.label) as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
-            said = "the file lacks the mark of its end: it may be cut off, and its last pages blank. Fix: copy it again"
-            cut = (said,) * (b"%%EOF" not in file.read().rstrip(b"\0\t\n\f\r ")[-2 * _HEAD :])
-            return len(kept.pdf), (*cut, *_beside_pages(kept.pdf, reference.label))
+            return len(kept.pdf), (*_damage(file), *_beside_pages(kept.pdf, reference.label))
     with _opened_image(reference, "opened") as image:
         if image.format == "TIFF":
             pages, frames = _tiff_pages(image, reference.label)
             said = "the file has smaller copies or masks of its pages, which are read only if there is nothing else"
             return len(pages) or frames, (f"{said}: {frames - len(pages)}",) * (len(pages) < frames)
         return 1, ("only the first of several frames was read",) if _is_animated(image) else ()
+
+
+def _damage(file: BinaryIO) -> Iterator[str]:
+    """Yield what a PDF may have lost, of which PDFium says nothing."""
+    end, joined = b"", False
+    while chunk := file.read(_CHUNK):
+        end = end[-(2**16) :] + chunk
+        joined = joined or re.search(rb"%%EOF\s*%PDF-\d", end) is not None
+    if b"%%EOF" not in end.rstrip(b"\0\t\n\f\r ")[-2 * _HEAD :]:
+        yield "the file lacks the mark of its end: it may be cut off, and its last pages blank. Fix: copy it again"
+    if joined:
+        yield "several PDFs were joined end to end: only the last of them was read. Fix: read each by itself"
 
 
 def draw(reference: PageReference) -> PageImage:
