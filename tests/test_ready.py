@@ -684,10 +684,10 @@ def test_certificate_of_its_own_will_do_on_this_machine(https_server: HTTPServer
 def test_certificate_is_verified_for_another_machine(https_server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(https_server)
     server = ocr_probe.Server("", "", https_server.url_for("").rstrip("/"), "", 0.9, "", "", {}, Path())
-    ocr_probe.check_health(server, 5)
+    ocr_probe.ask(server, "/health", 5)
     monkeypatch.setattr(ocr_probe, "is_own_address", lambda host: False)
     with pytest.raises(ocr_probe.NotYet, match="CERTIFICATE_VERIFY_FAILED"):
-        ocr_probe.check_health(server, 5)
+        ocr_probe.ask(server, "/health", 5)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class TimedOut(NotYet):
 
 
 class Failed(Problem):
-    """Waiting will not help."""
+    """Waiting will not help; if the journal says why, there is more: (problem, fix, diagnosis)."""
 
 
 class Refused(Failed):
@@ -259,11 +259,6 @@ def openai_api(server: Server) -> Iterator[None]:
         raise Failed(f"{server.url} answers in JSON, but not as OpenAI's API does: {why}.", FOREIGN) from error
 
 
-def check_health(server: Server, seconds: float) -> None:
-    """Raise NotYet or Failed unless /health answers; its body does not matter."""
-    ask(server, "/health", seconds)
-
-
 def check_model(server: Server, seconds: float) -> int | None:
     """Raise NotYet or Failed unless the server serves the model; return its context length if the server tells."""
     listing = ask_json(server, "/v1/models", seconds)
@@ -291,19 +286,9 @@ def data_url(image: Path) -> str:
     raise Failed(f"{image} is neither PNG nor JPEG.", "convert it.")
 
 
-class Reading(NamedTuple):
-    """What the model read on a page."""
-
-    text: str
-    cut_off: bool
-
-
-def read_page(server: Server, image: Path, tokens: int, seconds: float) -> Reading:
-    """Return what the model reads on a page, in at most so many tokens; raises NotYet or Failed."""
-    content = [
-        {"type": "image_url", "image_url": {"url": data_url(image)}},
-        {"type": "text", "text": PROMPT},
-    ]
+def read_page(server: Server, image: Path, tokens: int, seconds: float) -> tuple[str, bool]:
+    """Return what the model reads on a page, and whether so many tokens cut it off; raises NotYet or Failed."""
+    content = [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": PROMPT}]
     messages = [{"role": "user", "content": content}]
     body = {"model": server.model, "messages": messages, "temperature": 0.0, "max_completion_tokens": tokens}
     answer = ask_json(server, "/v1/chat/completions", seconds, body)
@@ -311,12 +296,12 @@ def read_page(server: Server, image: Path, tokens: int, seconds: float) -> Readi
         choice = answer["choices"][0]
         # JSON can hold halves of characters, which no file can.
         text = str(choice["message"]["content"] or "").encode(errors="replace").decode()
-        return Reading(text[:TEXT_CHARACTERS], choice.get("finish_reason") == "length")
+        return text[:TEXT_CHARACTERS], choice.get("finish_reason") == "length"
 
 
 def read_golden_page(server: Server, least_likeness: float, seconds: float) -> float:
     """Return the likeness of what the model reads on the built-in golden page; raises NotYet or Failed."""
-    text = read_page(server, GOLDEN, GOLDEN_TOKENS, seconds).text
+    text, _ = read_page(server, GOLDEN, GOLDEN_TOKENS, seconds)
     likeness = compare(text, GOLDEN.with_suffix(".txt").read_text(encoding="utf-8"))
     if likeness < least_likeness:
         raise Failed(
@@ -414,13 +399,9 @@ def journal(unit: str, since: str, until: str = "", *more: str) -> list[Entry]:
     return entries
 
 
-class Diagnosed(Failed):
-    """Waiting will not help, and the journal says why: (problem, fix, diagnosis)."""
-
-
 def diagnose(
     server: Server, entries: list[Entry], problem: str, *, late: bool = False, sure: bool = True
-) -> Diagnosed | None:
+) -> Failed | None:
     """Return what the first entry of diagnoses.json says that knows what the journal of a run says, if one does.
 
     A run that is late continues, all others have failed; sure is what failed often enough not to pass by itself.
@@ -437,7 +418,7 @@ def diagnose(
         evidence = line.strip()[:EVIDENCE_LENGTH]
         diagnosis = {"server": server.name, "name": known["name"], "evidence": evidence}
         problem = f"{problem} {known['cause']}. {known['meaning']} The journal says: {evidence}"
-        return Diagnosed(problem, known["advice"], diagnosis)
+        return Failed(problem, known["advice"], diagnosis)
     return None
 
 
