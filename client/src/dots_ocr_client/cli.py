@@ -630,7 +630,6 @@ def serve(
     served_model_name: Annotated[
         list[str] | None,
         Option(
-            "--served-model-name",
             metavar="NAME",
             help="What clients may call the model; may be repeated. "
             "Default: dots.ocr, rednote-hilab/dots.ocr, dotsocr-model, model.",
@@ -645,8 +644,7 @@ def serve(
     timeout: Timeout = 120.0,
     max_queue: Annotated[int, Option(metavar="N", min=1, help="Pages that wait, at most.")] = 64,
     allow_host: Annotated[
-        list[str] | None,
-        Option("--allow-host", metavar="NAME", help="Without a key: a name that clients call it by; repeatable."),
+        list[str] | None, Option(metavar="NAME", help="Without a key: a name that clients call it by; repeatable.")
     ] = None,
     shutdown_timeout: Annotated[
         float, Option(metavar="SECONDS", min=0, help="For pages in flight when it is told to end.")
@@ -688,9 +686,8 @@ def serve(
     )
     with service.listen(host, port, public=no_api_key or api_key is not None) as listener:
         if "vllm" in names and base_url and service.is_own(base_url, listener):
-            raise typer.BadParameter(
-                f"--base-url {without_login(base_url)} is this service itself: give it another --port"
-            )
+            own = f"--base-url {without_login(base_url)} is this service itself"
+            raise typer.BadParameter(f"{own}: give it another --port")
         address = "[{}]:{}" if ":" in listener.getsockname()[0] else "{}:{}"
         where = address.format(*listener.getsockname()[:2])
         _warn(f"http://{where}/v1 reads with {', '.join(names)}, {'with' if api_key else 'without'} an API key")

@@ -8,15 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-
-def client_version() -> "str | None":
-    """Return the version of the client in this environment, or None."""
-    try:
-        return importlib.metadata.version("dots-ocr-client")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
+found = importlib.metadata.distributions(name="dots-ocr-client")
 # Written by the role when it installs; without it the client, if there is one, is somebody else's.
 record = Path(sys.prefix, "dots-ocr-client.installed")
 print(
@@ -29,7 +21,7 @@ print(
             # PEP 668: the distribution's own Python takes no packages from pip.
             "managed": sys.prefix == sys.base_prefix
             and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists(),
-            "client": client_version(),
+            "client": next((one.version for one in found), None),
             "record": str(record),
             "fingerprint": record.read_text().strip() if record.exists() else "",
         }

@@ -172,22 +172,15 @@ KEYS: dict[str, Rule] = {
     "n": only(1),
     "best_of": only(1),
     "length_penalty": only(1, 1.0),
-    "logit_bias": only({}),
-    "metadata": only({}),
     "parallel_tool_calls": FLAG,
     "service_tier": only("auto", "default"),
-    "store": only(False),
     "tools": only([]),
-    "logprobs": only(False),
     "top_logprobs": only(0),
-    "use_beam_search": only(False),
-    "echo": only(False),
     "add_generation_prompt": only(True),
-    "continue_final_message": only(False),
     "tool_choice": only("none", "auto"),
     "response_format": only({"type": "text"}),
-    "chat_template_kwargs": only({}),
-    "mm_processor_kwargs": only({}),
+    **dict.fromkeys(("store", "logprobs", "use_beam_search", "echo", "continue_final_message"), only(False)),
+    **dict.fromkeys(("logit_bias", "metadata", "chat_template_kwargs", "mm_processor_kwargs"), only({})),
 }
 ROLES = ("system", "developer", "user", "assistant")
 PICTURE = fields({"url": ("a data URL", lambda value: isinstance(value, str)), "detail": text(16)})
@@ -200,9 +193,8 @@ def check(body: bytes) -> int:
     try:
         request = json.loads(body, parse_constant=no_number)
     except (ValueError, RecursionError):
-        raise bad(
-            "The body is not JSON, or nested too deeply. Fix: send the JSON object of OpenAI's chat API."
-        ) from None
+        fix = "Fix: send the JSON object of OpenAI's chat API."
+        raise bad(f"The body is not JSON, or nested too deeply. {fix}") from None
     if not isinstance(request, dict):
         raise bad("The body is not a JSON object. Fix: send the one of OpenAI's chat API.")
     for name, value in request.items():
@@ -231,9 +223,8 @@ def pictures(messages: Any) -> list[str]:
     for message in messages:
         given = {name for name, value in message.items() if value is not None}
         if not given <= {"role", "content", "name"} or message.get("role") not in ROLES:
-            raise bad(
-                f"A message has role, one of {', '.join(ROLES)}, content and name. Fix: leave all else out.", "messages"
-            )
+            keys = f"role, one of {', '.join(ROLES)}, content and name"
+            raise bad(f"A message has {keys}. Fix: leave all else out.", "messages")
         content = message.get("content")
         parts = content if isinstance(content, list) else [] if content is None else [{"type": "text", "text": content}]
         texts.append(message.get("name") or "")
@@ -246,10 +237,8 @@ def pictures(messages: Any) -> list[str]:
         raise bad(f"There are more {PLACE} than pictures. Fix: leave them out.", "messages")
     known = len(texts) <= MESSAGES + PARTS and all(is_text(one, CHARACTERS) for one in texts)
     if not known or sum(map(len, texts)) > CHARACTERS:
-        raise bad(
-            f"The texts must be at most {CHARACTERS} characters in at most {PARTS} parts. Fix: send a shorter prompt.",
-            "messages",
-        )
+        most = f"at most {CHARACTERS} characters in at most {PARTS} parts"
+        raise bad(f"The texts must be {most}. Fix: send a shorter prompt.", "messages")
     return urls
 
 
@@ -270,10 +259,8 @@ def pixels(url: str) -> int:
     """Return how many pixels a picture has; raises Refusal unless it comes with the request, and is no trap."""
     spec, _, payload = url.partition(",")
     if not DATA_URL.match(spec):
-        raise bad(
-            "Pictures are fetched from no domain. Fix: send the picture itself, as data:image/png;base64,…",
-            "image_url",
-        )
+        fix = "Fix: send the picture itself, as data:image/png;base64,…"
+        raise bad(f"Pictures are fetched from no domain. {fix}", "image_url")
     scans = 1
     try:
         data = base64.b64decode(payload, validate=True)
@@ -414,9 +401,8 @@ class Gate:
         scheme, _, key = b"".join(given).partition(b" ")
         right = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self.key)
         if len(given) != 1 or scheme.lower() != b"bearer" or not right:
-            raise Refusal(
-                401, "AuthenticationError", "The API key is missing or wrong. Fix: send Authorization: Bearer KEY."
-            )
+            message = "The API key is missing or wrong. Fix: send Authorization: Bearer KEY."
+            raise Refusal(401, "AuthenticationError", message)
 
     async def read(self, scope: Scope, receive: Receive, take: Callable[[int], None]) -> bytes:
         """Return the body; raises Refusal if it is too large or slow, ConnectionAbortedError if it breaks off."""

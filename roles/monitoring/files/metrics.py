@@ -11,6 +11,7 @@ Exit status 0: written, also when something on the host is wrong, since that is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -41,6 +42,7 @@ MORE_GPU_FIELDS = {
 # A driver that hangs must not keep the rest from being told.
 COMMAND_SECONDS = 10
 MODEL_SECONDS = 5
+ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # of a label's value, between quotes
 
 HELP = {
     "DCGM_FI_DEV_FB_USED": "Memory of the GPU in use, MiB",
@@ -90,11 +92,6 @@ def unit_properties(unit: str) -> dict[str, str]:
     names = "ActiveState,NRestarts,ExecMainStartTimestamp"
     lines = run("systemctl", "show", "--timestamp=unix", f"--property={names}", unit).splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
-
-
-def nvidia_smi() -> str:
-    """Return the path of nvidia-smi, or nothing."""
-    return str(WSL_NVIDIA_SMI) if WSL_NVIDIA_SMI.exists() else shutil.which("nvidia-smi") or ""
 
 
 def query(program: str, *fields: str) -> list[list[str]]:
@@ -173,24 +170,20 @@ def watchdog_samples(probe: Any, server: Any, folder: Path, labels: dict[str, st
     """Tell what the watchdog knows of a server."""
     yield Sample("dots_ocr_watchdog_watches", labels, server.settings.get("watched") is True)
     yield Sample("dots_ocr_watchdog_gave_up", labels, bool(probe.watchdog_gave_up(server, folder)))
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         state = json.loads((folder / f"{server.name}.json").read_bytes())
         if state["boot"] != probe.boot_id():
             return
         yield Sample("dots_ocr_watchdog_restarts", labels, number(str(state["restarts"])))
         for name in WATCHDOG_STATES:
             yield Sample("dots_ocr_watchdog_state", {**labels, "state": name}, state["state"] == name)
-    except (OSError, ValueError, KeyError, TypeError):
-        return
 
 
 def plan_samples(settings: dict[str, Any], labels: dict[str, str]) -> Iterator[Sample]:
     """Tell how much of its GPU a server takes."""
-    try:
+    with contextlib.suppress(KeyError, TypeError):
         planned = settings["plan"]["memory_total_mib"] * settings["plan"]["gpu_memory_utilization"]
         yield Sample("dots_ocr_gpu_planned_mib", {**labels, "gpu": str(settings["gpu"]["index"])}, float(planned))
-    except (KeyError, TypeError):
-        return
 
 
 def certificate_samples(paths: Iterable[Path]) -> Iterator[Sample]:
@@ -213,19 +206,12 @@ def render(samples: Iterable[Sample]) -> str:
     families: dict[str, list[str]] = {}
     for sample in samples:
         lines = families.setdefault(sample.name, [])
-        labels = ",".join(f'{name}="{escape(value)}"' for name, value in sample.labels.items())
+        labels = ",".join(f'{name}="{value.translate(ESCAPES)}"' for name, value in sample.labels.items())
         if math.isfinite(sample.value):
             lines.append(f"{sample.name}{'{' + labels + '}' if labels else ''} {float(sample.value):.12g}\n")
-    text = ""
-    for name, lines in families.items():
-        if lines:
-            text += f"# HELP {name} {HELP[name]}.\n# TYPE {name} gauge\n{''.join(lines)}"
-    return text
-
-
-def escape(text: str) -> str:
-    """Return a label's value as it is written between quotes."""
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return "".join(
+        f"# HELP {name} {HELP[name]}.\n# TYPE {name} gauge\n{''.join(lines)}" for name, lines in families.items() if lines
+    )
 
 
 def write(file: Path, text: str) -> None:
@@ -246,7 +232,8 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true", help="ask nvidia-smi, where no DCGM exporter tells")
     parser.add_argument("--certificate", type=Path, action="append", default=[], help="to tell the expiry of")
     arguments = parser.parse_args()
-    samples = list(gpu_samples(nvidia_smi())) if arguments.gpu else []
+    smi = str(WSL_NVIDIA_SMI) if WSL_NVIDIA_SMI.exists() else shutil.which("nvidia-smi") or ""
+    samples = list(gpu_samples(smi)) if arguments.gpu else []
     samples += server_samples(PROGRAMS, SETTINGS, WATCHDOG)
     samples += certificate_samples(arguments.certificate)
     write(arguments.file, render(samples))

@@ -209,7 +209,8 @@ async def _page(name: str, engine: Engine, seconds: float, wrong: str, fix: str)
         detail = f"a test page could not be read: {error or f'no answer within {seconds:g} s'}"
         return Check(name, "failed" if name == "page" else "warning", detail, fix)
     took = time.monotonic() - started
-    if _alike(answer.text) < ALIKE:
+    letters, expected = (re.sub(r"\W", "", text).casefold() for text in (answer.text[:1000], SAMPLE))
+    if difflib.SequenceMatcher(None, letters, expected, autojunk=False).ratio() < ALIKE:
         return Check(name, "warning", f"{said} was read as {answer.text[:200]!r}", wrong, took)
     if answer.engine not in (None, engine.name):
         why = "; ".join(map(str, answer.attempts)) or "the server does not say why"
@@ -217,11 +218,6 @@ async def _page(name: str, engine: Engine, seconds: float, wrong: str, fix: str)
         fix = "none if this is meant; else see why dots.ocr did not read it"
         return Check(name, "warning", detail, fix, took)
     return Check(name, "ok", "a test page was read as it is", seconds=took)
-
-
-def _alike(text: str) -> float:
-    said, expected = (re.sub(r"\W", "", one).casefold() for one in (text[:1000], SAMPLE))
-    return difflib.SequenceMatcher(None, said, expected, autojunk=False).ratio()
 
 
 async def _tesseract(engine: TesseractEngine) -> Check:

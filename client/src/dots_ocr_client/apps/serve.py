@@ -85,10 +85,9 @@ class _Metrics:
         gauge("dots_ocr_pages_in_flight", "Pages that engines are reading").set_function(in_flight)
         counter = partial(prometheus_client.Counter, registry=registry)
         self.requests = counter("dots_ocr_requests", "Requests for a page, by the status of the answer", ["status"])
-        became = (
-            "Pages that an engine was asked for, by what became of it: read, failed or skipped; blank ones are by none"
-        )
-        self.engine_pages = counter("dots_ocr_engine_pages", became, ["engine", "outcome"])
+        became = "by what became of it: read, failed or skipped; blank ones are by none"
+        asked = f"Pages that an engine was asked for, {became}"
+        self.engine_pages = counter("dots_ocr_engine_pages", asked, ["engine", "outcome"])
         buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
         seconds = partial(prometheus_client.Histogram, buckets=buckets, registry=registry)
         answered = "Time from the request to the answer, of pages that were read"
@@ -96,11 +95,14 @@ class _Metrics:
         took = "Time that an engine took for a page that it read"
         self.engine_seconds = seconds("dots_ocr_engine_seconds", took, ["engine"])
 
-    def note(self, page: Page) -> None:
-        self.engine_pages.labels(self.label(page.engine), "read").inc()
-        self.engine_seconds.labels(self.label(page.engine)).observe(page.seconds)
+    def note(self, attempts: Sequence[Attempt], page: Page | None = None) -> None:
+        for attempt in attempts:
+            self.engine_pages.labels(self._label(attempt.engine), attempt.outcome).inc()
+        if page is not None:
+            self.engine_pages.labels(self._label(page.engine), "read").inc()
+            self.engine_seconds.labels(self._label(page.engine)).observe(page.seconds)
 
-    def label(self, engine: str) -> str:
+    def _label(self, engine: str) -> str:
         """Take no name from another server that is not known: each would stay in memory."""
         return engine if engine in self._engines else "other" if engine else "none"
 
@@ -269,13 +271,12 @@ class Service:
         except errors.ConfigurationError as error:
             raise Refused(500, "InternalServerError", f"this service is not set up rightly: {error}") from error
         except errors.AllEnginesFailed as error:
-            self._note(error.attempts)
+            self._metrics.note(error.attempts)
             more: dict[str, Any] = {"dots_ocr": {"attempts": [asdict(attempt) for attempt in error.attempts]}}
             if any(attempt.error in _PASSING for attempt in error.attempts):
                 raise self._full(str(error), **more) from error
             raise Refused(422, "UnprocessableEntityError", str(error), "messages", **more) from error
-        self._note(page.attempts)
-        self._metrics.note(page)
+        self._metrics.note(page.attempts, page)
         return answer(question, task, image, page, doubts)
 
     async def _body(self, request: Request, held: contextlib.ExitStack) -> bytearray:
@@ -304,10 +305,6 @@ class Service:
             raise self._full("the pages that wait fill the memory")
         self._body_bytes += count
 
-    def _note(self, attempts: Sequence[Attempt]) -> None:
-        for attempt in attempts:
-            self._metrics.engine_pages.labels(self._metrics.label(attempt.engine), attempt.outcome).inc()
-
     def _check_place(self) -> None:
         if self._waiting() >= self._max_queue:
             raise self._full(f"{self._max_queue} pages are waiting already")
@@ -335,9 +332,8 @@ def read_key(file: Path | None) -> str | None:
     """
     key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8", errors="replace")
     if key is not None and (not (key := bare(key)) or not all("!" <= one <= "~" for one in key)):
-        raise errors.ConfigurationError(
-            f"{file or KEY_VARIABLE} holds no key: one line of printable ASCII without spaces"
-        )
+        message = f"{file or KEY_VARIABLE} holds no key: one line of printable ASCII without spaces"
+        raise errors.ConfigurationError(message)
     return key
 
 

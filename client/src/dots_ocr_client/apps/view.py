@@ -102,9 +102,8 @@ def _page(page: Page | FailedPage, picture: PageImage | None) -> str:
         sheet = _sheet(picture.width, picture.height, picture, "") if picture else ""
         text = "<p>This page could not be read.</p>\n"
     else:
-        facts = (
-            f"{page.engine} ({page.model})" if page.engine else "blank"
-        ) + f", mode {page.mode}, {page.seconds:.1f} s"
+        reader = f"{page.engine} ({page.model})" if page.engine else "blank"
+        facts = f"{reader}, mode {page.mode}, {page.seconds:.1f} s"
         notes = [*(str(attempt) for attempt in page.attempts), *page.warnings]
         if picture and abs(picture.width * page.height - picture.height * page.width) > page.width + page.height:
             notes.append("the picture has other proportions than the page that was read, so boxes may be misplaced")

@@ -66,10 +66,12 @@ class BenchmarkReport:
         first = first_measured(self.measurements)
         sizes = sorted({f"{page.image.width} x {page.image.height}" for page in self.pages})
         several = ", ".join(sizes[:3]) + " …" * (len(sizes) > 3)
+        machine, packages = self.machine, ", ".join(map(" ".join, self.machine["packages"].items()))
+        host = f"{machine['processors']} processors ({_cell(machine['processor'])}), {machine['system']}"
         lines = [
             "# Engines side by side",
             "",
-            _machine_line(self.machine),
+            f"{machine['time']}: {host}, Python {machine['python']}, {packages}.",
             "",
             f"{count(len(self.pages), 'page')} of {several} px, mode {self.mode}.",
             "",
@@ -108,14 +110,6 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _machine_line(machine: dict[str, Any]) -> str:
-    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
-    return (
-        f"{machine['time']}: {machine['processors']} processors ({_cell(machine['processor'])}), {machine['system']}, "
-        f"Python {machine['python']}, {packages}."
-    )
 
 
 def _row(one: Measurement, first: Measurement | None) -> str:
