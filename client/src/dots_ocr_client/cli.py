@@ -90,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _Ended as error:
         ended = error
     except typer.TyperException as error:
-        message = f"{error.format_message()} (dots-ocr --help explains)"
-        ended = _Ended("UsageError", message, EXIT_USAGE)
+        ended = _Ended("UsageError", f"{error.format_message()} (dots-ocr --help explains)", EXIT_USAGE)
     except BrokenPipeError:  # the reader of our output has gone, as with head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_UNREAD
@@ -426,9 +425,8 @@ def _one(
 def _summarize(report: Report, out: Path, as_json: bool, fallback: Callable[[set[str]], int]) -> int:
     _print(report.to_dict(), as_json)
     totals = report.totals
-    states = ", ".join(
-        f"{totals[state]} {state}" for state in ("read", "unchanged", "partial", "failed") if totals[state]
-    )
+    seen = [state for state in ("read", "unchanged", "partial", "failed") if totals[state]]
+    states = ", ".join(f"{totals[state]} {state}" for state in seen)
     by = ", ".join(f"{number} by {name}" for name, number in totals["engines"].items())
     by += f"{', ' * bool(by)}{totals['blank_pages']} blank" * bool(totals["blank_pages"])
     documents, pages = count(totals["documents"], "document"), count(totals["pages"], "page")

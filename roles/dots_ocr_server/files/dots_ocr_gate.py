@@ -361,11 +361,9 @@ class Gate:
         headers = [(name, value) for name, value in scope["headers"] if name in HEADERS]
         scope = {**scope, "headers": headers, "query_string": b""}
         if scope["path"] == "/":
-            await self.show(scope, receive, send)
-            return
+            return await self.show(scope, receive, send)
         if scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         mine = 0
 
         def take(size: int) -> None:

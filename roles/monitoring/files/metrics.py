@@ -209,9 +209,8 @@ def render(samples: Iterable[Sample]) -> str:
         labels = ",".join(f'{name}="{value.translate(ESCAPES)}"' for name, value in sample.labels.items())
         if math.isfinite(sample.value):
             lines.append(f"{sample.name}{'{' + labels + '}' if labels else ''} {float(sample.value):.12g}\n")
-    return "".join(
-        f"# HELP {name} {HELP[name]}.\n# TYPE {name} gauge\n{''.join(lines)}" for name, lines in families.items() if lines
-    )
+    told = {name: "".join(lines) for name, lines in families.items() if lines}
+    return "".join(f"# HELP {name} {HELP[name]}.\n# TYPE {name} gauge\n{lines}" for name, lines in told.items())
 
 
 def write(file: Path, text: str) -> None:

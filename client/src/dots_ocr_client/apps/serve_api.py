@@ -84,10 +84,7 @@ def understand(body: bytes | bytearray, names: Sequence[str]) -> Question:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise _bad("messages is not a list of messages")
     urls: list[str] = []
-    texts: dict[str, str] = {}
-    for message in messages:
-        role = str(message.get("role"))
-        texts[role] = "\n".join(_texts(message.get("content"), urls))
+    texts = {str(message.get("role")): "\n".join(_texts(message.get("content"), urls)) for message in messages}
     if len(urls) != 1:
         raise _bad(f"there are {len(urls)} images: send exactly one, as a part of the type image_url")
     options = values.get("stream_options")

@@ -211,9 +211,8 @@ async def _sweep(
 
     started = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(read(page, image)) for page, image in zip([*pages] * len(variants), images, strict=True)
-        ]
+        pairs = zip([*pages] * len(variants), images, strict=True)
+        tasks = [group.create_task(read(page, image)) for page, image in pairs]
     return [task.result() for task in tasks], time.perf_counter() - started
 
 
