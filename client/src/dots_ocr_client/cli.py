@@ -353,23 +353,6 @@ def _may_be_written(file: Path) -> bool:
     return os.access(file.resolve().parent, os.W_OK | os.X_OK)
 
 
-def _written(document: Document, form: Format, headers: bool, file: Path, password: str | None, dpi: int | None) -> str:
-    """Return a document in a format; the file is for hOCR, which needs the pictures of its pages."""
-    match form:
-        case Format.JSON:
-            return json.dumps(document.to_dict(), ensure_ascii=False, indent=2)
-        case Format.TEXT:
-            return document.text
-        case Format.HTML:
-            return document.html(headers=headers)
-        case Format.HOCR:
-            from .apps.reading import as_hocr
-
-            return as_hocr(document, None if file == Path("-") else file, password, dpi)
-        case Format.MD | Format.CSV:
-            return document.markdown(headers=headers)
-
-
 def _finish(client: AsyncDotsOCR, progress: Silent, work: Coroutine[Any, Any, T], message: str) -> T:
     """Do a client's work that Ctrl-C and SIGTERM end in order, after which the message is said."""
 
@@ -402,7 +385,18 @@ def _one(
     write = _print_part if output is None and form in (Format.MD, Format.TEXT) else None
 
     def render(document: Document) -> str:
-        return _written(document, form, headers, file, options["password"], options["dpi"])
+        match form:
+            case Format.JSON:
+                return json.dumps(document.to_dict(), ensure_ascii=False, indent=2)
+            case Format.TEXT:
+                return document.text
+            case Format.HTML:
+                return document.html(headers=headers)
+            case Format.HOCR:  # which needs the pictures of the pages
+                pictured = None if file == Path("-") else file
+                return reading.as_hocr(document, pictured, options["password"], options["dpi"])
+            case Format.MD | Format.CSV:
+                return document.markdown(headers=headers)
 
     progress = shown(Silent)
     try:
