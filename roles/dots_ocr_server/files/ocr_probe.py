@@ -175,13 +175,12 @@ def connect(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
 
 def is_own_address(host: str) -> bool:
     """Tell whether a host is this machine: only then can a socket be bound to its address."""
-    try:
+    with contextlib.suppress(OSError):
         family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.bind(address)
-    except OSError:
-        return False
-    return True
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -424,13 +423,11 @@ def diagnose(
 
 def run(*command: str) -> str:
     """Return what a command prints, whatever its status; nothing if there is no such command or it hangs."""
-    try:
-        done = subprocess.run(
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False, timeout=SYSTEMCTL_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
+        ).stdout
+    return ""
 
 
 def systemctl(*words: str, seconds: float | None = None, fix: str = "correct what it names.") -> None:
@@ -450,15 +447,13 @@ def boot_id() -> str:
 
 def watchdog_gave_up(server: Server, folder: Path) -> str:
     """Return a sentence if the watchdog gave up on the server as it runs now, or nothing."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         state = json.loads((folder / f"{server.name}.json").read_bytes())
-        if (state["state"], state["boot"]) != ("gave_up", boot_id()):
-            return ""
-        if unit_properties(server.unit, "InvocationID").get("InvocationID") != state["invocation"]:
-            return ""
-        return f"The watchdog gave up restarting it at {state['since']}: {state['reason']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        if (state["state"], state["boot"]) == ("gave_up", boot_id()):
+            running = unit_properties(server.unit, "InvocationID").get("InvocationID")
+            if running == state["invocation"]:
+                return f"The watchdog gave up restarting it at {state['since']}: {state['reason']}"
+    return ""
 
 
 def open_lock(file: Path) -> IO[str]:

@@ -78,13 +78,11 @@ class Sample(NamedTuple):
 
 def run(*command: str) -> str:
     """Return what a command prints; nothing if it fails, hangs or is not there."""
-    try:
-        done = subprocess.run(
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=True, timeout=COMMAND_SECONDS
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout
+        ).stdout
+    return ""
 
 
 def unit_properties(unit: str) -> dict[str, str]:
@@ -103,10 +101,9 @@ def query(program: str, *fields: str) -> list[list[str]]:
 
 def number(text: str) -> float:
     """Return a number; NaN for what a GPU cannot tell, such as [N/A]."""
-    try:
+    with contextlib.suppress(ValueError):
         return float(text)
-    except ValueError:
-        return math.nan
+    return math.nan
 
 
 def gpu_samples(program: str) -> Iterator[Sample]:

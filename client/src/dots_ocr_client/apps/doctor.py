@@ -126,10 +126,9 @@ def _skipped(why: str, fix: str, *names: str) -> list[Check]:
 
 
 async def _version(engine: VLLMEngine, seconds: float, cards: Sequence[Mapping[str, Any]] = ()) -> Check:
-    try:
+    said = None
+    with contextlib.suppress(DotsOCRError, TimeoutError):
         said = await asyncio.wait_for(engine.version(seconds), seconds)
-    except (DotsOCRError, TimeoutError):
-        said = None
     if said is None:
         return Check("version", "skipped", "the server does not tell its version", "none needed: some gateways hide it")
     service = any(card.get("owned_by") == SERVICE for card in cards)
