@@ -435,10 +435,9 @@ class Gate:
 def memory() -> int:
     """Return the bytes that the container may have."""
     try:
-        limit = MEMORY.read_text().strip()
-    except OSError:
+        return int(MEMORY.read_text())
+    except (OSError, ValueError):  # it is max where there is no limit
         return UNKNOWN_MEMORY
-    return int(limit) if limit.isdigit() else UNKNOWN_MEMORY
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

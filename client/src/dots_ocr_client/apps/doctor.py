@@ -181,10 +181,8 @@ def _adapted(base_url: str) -> list[Check]:
             fix = "mend the cause (docs/operate/troubleshooting.md), then deploy with dots_ocr_server_adapt: false"
             found.append(Check("adapted", "warning", " ".join(remedies), fix))
         if measured:
-            fix = (
-                "deploy again, which plans with it, unless limits of your own say otherwise (docs/understand/tuning.md)"
-            )
-            found.append(Check("measured", "warning", str(measured), fix))
+            unless = "unless limits of your own say otherwise (docs/understand/tuning.md)"
+            found.append(Check("measured", "warning", str(measured), f"deploy again, which plans with it, {unless}"))
     return found
 
 

@@ -346,10 +346,8 @@ def listen(host: str, port: int, *, public: bool) -> socket.socket:
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if not (public or ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback):
-        raise errors.ConfigurationError(
-            f"{host} can be reached by other machines, and there is no API key: give --api-key-file (or set "
-            f"{KEY_VARIABLE}), listen on 127.0.0.1, or allow it with --no-api-key"
-        )
+        fix = f"give --api-key-file (or set {KEY_VARIABLE}), listen on 127.0.0.1, or allow it with --no-api-key"
+        raise errors.ConfigurationError(f"{host} can be reached by other machines, and there is no API key: {fix}")
     return socket.create_server(address[:2], family=family)
 
 

@@ -114,10 +114,8 @@ def _texts(content: Any, urls: list[str]) -> Iterator[str]:
 def _picture(url: str) -> bytes:
     head = _IMAGE_URL.match(url)
     if head is None:
-        raise _bad(
-            f"the image {url[:60]!r} is not in the request: this service fetches nothing; send it as "
-            "data:image/png;base64,…"
-        )
+        fix = "this service fetches nothing; send it as data:image/png;base64,…"
+        raise _bad(f"the image {url[:60]!r} is not in the request: {fix}")
     try:
         picture = base64.b64decode(url[head.end() :])
     except ValueError as error:
@@ -200,9 +198,8 @@ def _cells(page: Page, *, texts: bool) -> str:
     own = (page.width, page.height)
     seen = images.smart_resize(*own)
     cells = page.cells or ((Cell("Text", Box(0, 0, *own), page.text),) if page.text else ())
-    return layout.as_answer(
-        (replace(cell, box=cell.box and layout.to_seen(cell.box, seen, own)) for cell in cells), texts=texts
-    )
+    moved = (replace(cell, box=cell.box and layout.to_seen(cell.box, seen, own)) for cell in cells)
+    return layout.as_answer(moved, texts=texts)
 
 
 def _usage(question: Question, image: PageImage, page: Page, text: str) -> dict[str, int]:

@@ -108,10 +108,8 @@ def check_sender(request: Request, hosts: Collection[str]) -> None:
         if origin not in (f"http://{given}", f"https://{given}"):
             why = f"pages of {origin[:60]!r} may not use this service. Fix: send no Origin, or start it with an API key"
     if not (name and (_is_address(name) or "." not in name or name.endswith(".localhost") or name in hosts)):
-        why = (
-            f"this service does not go by the name {given[:60]!r}. Fix: call it by its address, start it with "
-            "--allow-host NAME, or with an API key"
-        )
+        fix = "Fix: call it by its address, start it with --allow-host NAME, or with an API key"
+        why = f"this service does not go by the name {given[:60]!r}. {fix}"
     if why:
         raise Refused(403, "PermissionDeniedError", why)
 

@@ -133,8 +133,6 @@ def _truths(file: Path, count: int) -> list[str] | list[None]:
         raise InputError(f"cannot read {source}: {error}") from error
     parts = text.removesuffix("\f").split("\f")
     if len(parts) != count:
-        raise InputError(
-            f"{source} has {len(parts)} parts with form feeds between them, but {file} has {count} pages: "
-            "write one part for each page"
-        )
+        problem = f"{source} has {len(parts)} parts with form feeds between them, but {file} has {count} pages"
+        raise InputError(f"{problem}: write one part for each page")
     return parts
