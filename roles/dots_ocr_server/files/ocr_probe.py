@@ -264,11 +264,10 @@ def check_model(server: Server, seconds: float) -> int | None:
     with openai_api(server):
         served = {str(entry["id"]): entry.get("max_model_len") for entry in listing["data"]}
     if server.model not in served:
-        raise Failed(
-            f"The server at {server.url} is healthy but serves {', '.join(served)[:500]} instead of {server.model}.",
-            "check dots_ocr_server_image and dots_ocr_server_model_names; an image that ignores its arguments, or that"
-            " was started without a model, serves some other one.",
-        )
+        other = "an image that ignores its arguments, or that was started without a model, serves some other one"
+        fix = f"check dots_ocr_server_image and dots_ocr_server_model_names; {other}."
+        found = f"serves {', '.join(served)[:500]} instead of {server.model}"
+        raise Failed(f"The server at {server.url} is healthy but {found}.", fix)
     length = served[server.model]
     return length if isinstance(length, int) else None
 
