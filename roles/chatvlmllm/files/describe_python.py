@@ -1,5 +1,6 @@
 """Say in JSON what an installation needs to know of the interpreter that runs this."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -8,7 +9,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-found = importlib.metadata.distributions(name="dots-ocr-client")
+client = None
+with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    client = importlib.metadata.version("dots-ocr-client")
 # Written by the role when it installs; without it the client, if there is one, is somebody else's.
 record = Path(sys.prefix, "dots-ocr-client.installed")
 print(
@@ -21,7 +24,7 @@ print(
             # PEP 668: the distribution's own Python takes no packages from pip.
             "managed": sys.prefix == sys.base_prefix
             and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists(),
-            "client": next((one.version for one in found), None),
+            "client": client,
             "record": str(record),
             "fingerprint": record.read_text().strip() if record.exists() else "",
         }
