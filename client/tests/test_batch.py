@@ -206,7 +206,7 @@ IMAGES = [kind for kind in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PP
 )
 def test_a_file_without_a_suffix_is_found_by_what_it_holds(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert [found.path.name for found in batch._find([tmp_path], tmp_path, Counter())] == [name]
+    assert [path.name for path in batch._find([tmp_path], tmp_path, Counter()).values()] == [name]
 
 
 NOTES = [b"", b"Python notes", b"P1 of 2", b"BMW, II and GIF", b"a file of the kind %PDF-1.4", b"MM", b"RIFFx   WAVE"]

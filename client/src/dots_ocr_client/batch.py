@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, TypeVar
 
 from .apps.progress import Silent
 from .errors import ConfigurationError, DotsOCRError, InputError
-from .pages.documents import OpenDocument, PageImage, is_document, parse_pages
+from .pages.documents import OpenDocument, is_document, parse_pages
 from .pages.rasterizer import draw
 from .prompts import MODES, Mode
 from .results import Page
@@ -113,12 +113,6 @@ class Report:
         return {"totals": self.totals, **asdict(self)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Input:
-    path: Path
-    name: PurePath  # of its outputs, below the folder of all outputs, without their suffixes
-
-
 async def run(
     client: AsyncDotsOCR,
     inputs: Sequence[Path],
@@ -191,15 +185,15 @@ class _Batch:
     password: str | None = field(repr=False)
     progress: Silent
 
-    async def run(self, found: Sequence[_Input], skipped: dict[str, int]) -> Report:
+    async def run(self, found: dict[PurePath, Path], skipped: dict[str, int]) -> Report:
         started, clock = datetime.now(UTC), time.monotonic()
         self.progress.documents(len(found))
         reports: dict[int, DocumentReport] = {}
-        queue = iter(enumerate(found))
+        queue = iter(enumerate(found.items()))
 
         async def work() -> None:
-            for index, document in queue:
-                reports[index] = await self._finish(document)
+            for index, (name, path) in queue:
+                reports[index] = await self._finish(name, path)
 
         stopped: BaseException | None = None
         try:
@@ -232,19 +226,19 @@ class _Batch:
             file.write(to_json(report.to_dict()) + b"\n")
         self.root.sync()
 
-    async def _finish(self, document: _Input) -> DocumentReport:
+    async def _finish(self, name: PurePath, path: Path) -> DocumentReport:
         """Read one document, whatever happens, unless it means that the others cannot be read either."""
         clock = time.monotonic()
-        source = str(document.path)
+        source = str(path)
         count = _Count()
         status: Status | None = None
         summary = Summary(0, 0, {})
         try:
-            sha256, stamp = await _in_thread(_digest, document.path)
-            store = Store(self.root, document.name, source, sha256, self.mode, self.pages, self.dpi)
+            sha256, stamp = await _in_thread(_digest, path)
+            store = Store(self.root, name, source, sha256, self.mode, self.pages, self.dpi)
             try:
                 await _in_thread(store.open)
-                status = await self._fill(store, document, stamp, count)
+                status = await self._fill(store, path, stamp, count)
             finally:
                 summary = store.summary()
                 await _in_thread(store.close)
@@ -264,41 +258,37 @@ class _Batch:
             source, status, **asdict(summary), pages_read=count.pages_read, seconds=seconds, error=count.error
         )
 
-    async def _fill(self, store: Store, document: _Input, stamp: _Stamp, count: _Count) -> Status:
+    async def _fill(self, store: Store, path: Path, stamp: _Stamp, count: _Count) -> Status:
         """Read what is missing, and make the outputs."""
         again = {"retry_failed": True, "upgrade": self.upgrade}
         if store.is_unchanged(self.formats, headers=self.headers, **again):
             return "unchanged"
         await _in_thread(store.refuse_others, self.formats)
         # By the client, once: what a file holds up is a process of the client's, no thread of ours.
-        with await self.client.open(document.path, password=self.password) as opened:
+        with await self.client.open(path, password=self.password) as opened:
             opened.dpi = self.dpi
-            numbers = opened.numbers
-            if self.pages is not None:
-                numbers = parse_pages(self.pages, opened.page_count, opened.name)
+            numbers = opened.numbers if self.pages is None else parse_pages(self.pages, opened.page_count, opened.name)
             await _in_thread(store.reopen)
             wanted = [number for number in numbers if store.wants(number, **again)]
-            self.progress.opened(str(document.path), len(wanted))
+            self.progress.opened(str(path), len(wanted))
             if wanted:
-                await self._record(store, document, opened, wanted if wanted != list(opened.numbers) else None, count)
-            if await _in_thread(_stamp, document.path) != stamp:
+                await self._record(store, path, opened, wanted if wanted != list(opened.numbers) else None, count)
+            if await _in_thread(_stamp, path) != stamp:
                 await _in_thread(store.discard)
-                raise InputError(f"{str(document.path)!r} changed while it was read: run the same again")
+                raise InputError(f"{str(path)!r} changed while it was read: run the same again")
             missing = [number for number in numbers if store.wants(number, retry_failed=False, upgrade=False)]
             if missing:
                 raise DotsOCRError(f"the client did not deliver {len(missing)} pages, the first of them {missing[0]}")
-
-            def draw_page(number: int) -> PageImage:
-                return draw(opened.reference(number))
-
-            await _in_thread(store.assemble, self.formats, headers=self.headers, draw=draw_page)
+            await _in_thread(
+                store.assemble, self.formats, headers=self.headers, draw=lambda number: draw(opened.reference(number))
+            )
         summary = store.summary()
         if summary.failed_pages == 0:
             return "read"
         return "failed" if summary.failed_pages == summary.pages else "partial"
 
     async def _record(
-        self, store: Store, document: _Input, opened: OpenDocument, pages: list[int] | None, count: _Count
+        self, store: Store, path: Path, opened: OpenDocument, pages: list[int] | None, count: _Count
     ) -> None:
         synced = time.monotonic()
         stream = self.client.stream(opened, mode=self.mode, pages=pages)
@@ -309,7 +299,7 @@ class _Batch:
                     count.pages_read += 1
                 elif kept and count.error is None:
                     count.error = f"page {page.number}: {page.reason}"
-                self.progress.page(str(document.path), page)
+                self.progress.page(str(path), page)
                 if time.monotonic() - synced >= SYNC_SECONDS:
                     await _in_thread(store.sync)
                     synced = time.monotonic()
@@ -343,8 +333,8 @@ async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
         raise
 
 
-def _find(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> list[_Input]:
-    """List the documents and where their outputs go, and count what is passed over."""
+def _find(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> dict[PurePath, Path]:
+    """Map where the outputs go, without their suffixes, to the documents, and count what is passed over."""
     found: dict[PurePath, Path] = {}
     for path, name in _candidates(inputs, out, skipped):
         name = name.with_name(_shortened(name.name))
@@ -359,7 +349,7 @@ def _find(inputs: Iterable[Path], out: Path, skipped: Counter[str]) -> list[_Inp
         where = ", ".join(repr(str(path)) for path in inputs) or "no folder"
         over = f"; passed over: {dict(+skipped)}" * bool(+skipped)
         raise InputError(f"there are no documents in {where}{over}. Fix: name files to read, or folders with some")
-    return [_Input(path, name) for name, path in found.items()]
+    return found
 
 
 def _shortened(name: str) -> str:
