@@ -213,27 +213,26 @@ async def _admit(engine: Engine, breaker: Breaker, seconds: float) -> float:
         CircuitOpen: The engine is not there, or another page is finding out whether it is.
         Unauthorized: It is there again, and refuses the key.
     """
-    spent = 0.0
-    if breaker.begin_probe():
-        begin = time.monotonic()
-        try:
-            async with asyncio.timeout(seconds):
-                await engine.probe(seconds)
-        except errors.Unauthorized:
-            breaker.abandon_probe()
-            raise  # the engines behind this one would hide a wrong key on every page
-        except (errors.EngineError, errors.ConfigurationError, TimeoutError) as error:
-            reason = str(error) or f"no answer within {seconds:.1f} s"
-            breaker.open(reason)
-            raise errors.CircuitOpen(f"{engine.name} is not back: {reason}") from error
-        except BaseException:
-            breaker.abandon_probe()
-            raise
-        engine.limiter.restart()
-        breaker.close()
-        spent = time.monotonic() - begin
-    _refuse(breaker)
-    return spent
+    if not breaker.begin_probe():
+        _refuse(breaker)
+        return 0.0
+    begin = time.monotonic()
+    try:
+        async with asyncio.timeout(seconds):
+            await engine.probe(seconds)
+    except errors.Unauthorized:
+        breaker.abandon_probe()
+        raise  # the engines behind this one would hide a wrong key on every page
+    except (errors.EngineError, errors.ConfigurationError, TimeoutError) as error:
+        reason = str(error) or f"no answer within {seconds:.1f} s"
+        breaker.open(reason)
+        raise errors.CircuitOpen(f"{engine.name} is not back: {reason}") from error
+    except BaseException:
+        breaker.abandon_probe()
+        raise
+    engine.limiter.restart()
+    breaker.close()
+    return time.monotonic() - begin
 
 
 def _refuse(breaker: Breaker) -> None:
