@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import importlib
 import importlib.util
@@ -191,7 +190,7 @@ class QwenEngine:
         await self._run(self._unload)
 
     async def _run(self, function: Callable[..., _Result], *arguments: object) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(function, *arguments))
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     # What follows runs in the thread.
 
