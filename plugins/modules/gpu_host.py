@@ -240,19 +240,17 @@ def judge_platform(host: Host, wsl: bool) -> Iterator[Problem]:
     """Yield the problems with the machine and its operating system."""
     if host["platform"] == "wsl1":
         yield trouble("this is WSL 1, which has no GPU", "in Windows: wsl --set-version DISTRIBUTION 2")
-    if host["platform"] == "container":
-        kind = host.get("container", "")
-        if kind in SYSTEM_CONTAINERS:
-            yield trouble(
-                f"this is a container ({kind}): its kernel, the driver and the GPU belong to the machine that runs it",
-                "deploy to the machine that runs it, or to a virtual machine that has the GPU (on Proxmox a VM with the"
-                " PCI device, no CT)",
-            )
-        else:
-            yield trouble(
-                "this is a container, where neither drivers nor services can be installed",
-                "deploy to the machine that runs it",
-            )
+    if host["platform"] == "container" and (kind := host.get("container", "")) in SYSTEM_CONTAINERS:
+        yield trouble(
+            f"this is a container ({kind}): its kernel, the driver and the GPU belong to the machine that runs it",
+            "deploy to the machine that runs it, or to a virtual machine that has the GPU (on Proxmox a VM with the"
+            " PCI device, no CT)",
+        )
+    elif host["platform"] == "container":
+        yield trouble(
+            "this is a container, where neither drivers nor services can be installed",
+            "deploy to the machine that runs it",
+        )
     if host["architecture"] != "x86_64":
         yield trouble(
             f"the processor is {host['architecture']}", "use an x86-64 machine: the images are built for it alone"
@@ -357,14 +355,12 @@ def judge_gpu(host: Host) -> list[Problem]:
     if broken := host.get("gpus_broken", []):
         return found or [broken_card(card) for card in broken]
     if host["secure_boot"] and host["distribution"] == "debian" and not loaded:
-        return [
-            *found,
-            trouble(
-                "Secure Boot is on and no NVIDIA driver is loaded; Debian's are built on the machine (DKMS), and the"
-                " firmware does not know who signed them",
-                "switch Secure Boot off in the firmware, or use Ubuntu, whose modules are signed by Canonical",
-            ),
-        ]
+        blocked = trouble(
+            "Secure Boot is on and no NVIDIA driver is loaded; Debian's are built on the machine (DKMS), and the"
+            " firmware does not know who signed them",
+            "switch Secure Boot off in the firmware, or use Ubuntu, whose modules are signed by Canonical",
+        )
+        return [*found, blocked]
     if host["nvidia_smi"] is None and not loaded and not installed:
         return found + of_driver(
             "there is an NVIDIA GPU but no driver",
@@ -403,14 +399,13 @@ def warn_cards(host: Host) -> Iterator[Problem]:
     if shown < there:
         old = [device for device in host["nvidia_pci_ids"] if int(device, 16) < OLDEST_OPEN]
         proprietary = "proprietary" in (host["driver"]["loaded_flavour"], host["driver"]["flavour"])
-        explained = bool(old) and not proprietary and there - shown <= len(old)
-        reason = (
-            f"; {', '.join(old)} is older than Turing, and the open kernel modules do not drive it" if explained else ""
-        )
+        reason, otherwise = "", "; else reboot, and look at 'journalctl --dmesg --grep NVRM'"
+        if old and not proprietary and there - shown <= len(old):
+            reason = f"; {', '.join(old)} is older than Turing, and the open kernel modules do not drive it"
+            otherwise = ""
         yield trouble(
             f"nvidia-smi shows {shown} of {there} NVIDIA GPUs{reason}{detail(host)}",
-            "nothing has to be done if the others suffice"
-            + ("" if explained else "; else reboot, and look at 'journalctl --dmesg --grep NVRM'"),
+            f"nothing has to be done if the others suffice{otherwise}",
         )
     elif said := host["nvidia_smi_message"]:
         fix = next(fix for words, fix in CARD_FIXES if re.search(words, said))
@@ -447,8 +442,7 @@ def judge_disks(host: Host, wanted: list[dict[str, Any]]) -> Iterator[Problem]:
         free = min(host["disk_free_gib"][space["place"]] for space in spaces)
         needed = sum(space["gib"] for space in spaces)
         if free < needed:
-            what = [space["place"] if space["place"] == space["path"] else f"{space['path']} in {space['place']}"
-                    for space in spaces]  # fmt: skip
+            what = [space["path"] + f" in {space['place']}" * (space["place"] != space["path"]) for space in spaces]
             together = " together" if len(spaces) > 1 else ""
             yield trouble(
                 f"{free} GiB are free for {' and '.join(what)}, {needed} GiB are needed{together}",
@@ -558,36 +552,29 @@ def read_gpus(status: int, answer: str, errors: str) -> tuple[list[Host], list[H
     Its status says nothing of the rows: a warning beside good ones ends with 14, say. On its standard error libraries
     talk too, which counts only if it failed or a GPU is meant.
     """
-    gpus, broken = [], []
-    said = []
+    gpus, broken, said = [], [], []
     for line in filter(None, map(str.strip, answer.splitlines())):
-        if not re.match(r"\d+,", line):
+        if row := ROW.fullmatch(line):
+            index, name, *told = map(str.strip, row.groups())
+            card: Host = {"index": int(index), "name": name}
+            bad = []
+            for (field, (looks, fact)), value in zip(VALUES.items(), told, strict=True):
+                card[fact] = int(value) if value.isdecimal() else value
+                bad += [] if re.fullmatch(looks, value) else [f"{field} is {value}"]
+            if bad:
+                broken.append({"index": card["index"], "name": name, "fault": ", ".join(bad)})
+            else:
+                gpus.append(card)
+        elif re.match(r"\d+,", line):
+            index, _, name = line.partition(",")
+            broken.append({"index": int(index), "name": name.strip(), "fault": f"nvidia-smi says '{line}'"})
+        else:
             said.append(line)
-            continue
-        try:
-            gpus.append(parse_gpu(line))
-        except ValueError as error:
-            index, _, rest = line.partition(",")
-            row = ROW.fullmatch(line)
-            broken.append({"index": int(index), "name": row.group(2) if row else rest.strip(), "fault": str(error)})
     meant = re.compile(r"(?i)\bgpu|nvml|nvrm|inforom|device handle")
     said += [
         line for line in map(str.strip, errors.splitlines()) if line and (meant.search(line) or (status and not gpus))
     ]
     return gpus, broken, said
-
-
-def parse_gpu(line: str) -> Host:
-    """Return one GPU from a row of nvidia-smi's answer; the ValueError says which word is no value."""
-    row = ROW.fullmatch(line.strip())
-    if row is None:
-        raise ValueError(f"nvidia-smi says '{line}'")
-    index, name, *told = (value.strip() for value in row.groups())
-    values = dict(zip(VALUES, told, strict=True))
-    if bad := [f"{field} is {value}" for field, value in values.items() if not re.fullmatch(VALUES[field][0], value)]:
-        raise ValueError(", ".join(bad))
-    facts = {VALUES[field][1]: int(value) if value.isdecimal() else value for field, value in values.items()}
-    return {"index": int(index), "name": name, **facts}
 
 
 def measure_gpu_processes(smi: str) -> list[Host]:
@@ -618,17 +605,17 @@ def measure_driver(kernel: str) -> Host:
     told = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", said)
     loaded = read("/sys/module/nvidia/version") or (told.group() if told else "")
     flavour = "open" if "Open Kernel Module" in said else "proprietary" if said else ""
-    found = {
-        **{"loaded": loaded, "loaded_flavour": flavour if loaded else "", "installed": "", "flavour": ""},
+    answer = ask("modinfo", "-k", kernel, "nvidia", timeout=TIMEOUT)
+    module = dict(re.findall(r"^(version|license): *(.+)$", answer, re.MULTILINE))
+    licensed = "open" if "MIT" in module.get("license", "") else "proprietary"
+    return {
+        "loaded": loaded,
+        "loaded_flavour": flavour if loaded else "",
+        "installed": module.get("version", ""),
+        "flavour": licensed if "version" in module else "",
         "ours": any(RECORDS.glob("nvidia-driver*.json")),
         "reboot_wanted_by": sorted(set(read_text("/run/reboot-required.pkgs").split())),
     }
-    answer = ask("modinfo", "-k", kernel, "nvidia", timeout=TIMEOUT)
-    module = dict(re.findall(r"^(version|license): *(.+)$", answer, re.MULTILINE))
-    if "version" in module:
-        found["installed"] = module["version"]
-        found["flavour"] = "open" if "MIT" in module.get("license", "") else "proprietary"
-    return found
 
 
 def measure_packages(status: Path) -> Host:
@@ -657,15 +644,19 @@ def engine_runs() -> bool:
     """Tell whether an engine is there to be asked; a socket alone may be systemd's, which would start one."""
     if not engine.SOCKET.exists():
         return False
-    return desktop_is_integrated() or any(read(name) == "dockerd" for name in Path("/proc").glob("[0-9]*/comm"))
+    return desktop_is_integrated() or "dockerd" in processes()
+
+
+def processes() -> Iterator[str]:
+    """Yield the name of every process."""
+    return map(read, Path("/proc").glob("[0-9]*/comm"))
 
 
 def desktop_is_integrated() -> bool:
     """Tell whether Docker Desktop works in this very distribution, or will when it is started."""
-    return any(link.is_symlink() and DOCKER_DESKTOP in (link.parent / link.readlink()).parents
-               for link in DOCKER_DESKTOP_LINKS) or any(
-        read(name).startswith(DOCKER_DESKTOP_PROCESS) for name in Path("/proc").glob("[0-9]*/comm")
-    )  # fmt: skip
+    links = [link.parent / link.readlink() for link in DOCKER_DESKTOP_LINKS if link.is_symlink()]
+    linked = any(DOCKER_DESKTOP in link.parents for link in links)
+    return linked or any(name.startswith(DOCKER_DESKTOP_PROCESS) for name in processes())
 
 
 def measure_docker(ports: list[int]) -> Host:
@@ -698,14 +689,14 @@ def image_folder(info: Host) -> str:
     """
     settings = engine.settings()
     root = str(info.get("DockerRootDir") or settings.get("data-root") or "/var/lib/docker")
+    features = settings.get("features")
+    wish = features.get("containerd-snapshotter") if isinstance(features, dict) else None
     if info:
         containerd = CONTAINERD_STORE in json.dumps(info.get("DriverStatus"))
+    elif wish is not None:
+        containerd = bool(wish)
     else:
-        features = settings.get("features")
-        wish = features.get("containerd-snapshotter") if isinstance(features, dict) else None
-        containerd = (
-            bool(wish) if wish is not None else not (Path(root) / "image").exists() and starts_with_containerd()
-        )
+        containerd = not (Path(root) / "image").exists() and starts_with_containerd()
     if not containerd:
         return root
     moved = re.search(r"^root *= *[\"'](.+)[\"']", read("/etc/containerd/config.toml"), re.MULTILINE)
@@ -728,8 +719,7 @@ def measure_ports(ports: list[int]) -> list[Host]:
     found, listening = [], servers.ask_listeners()
     for port in sorted(port for port in ports if str(port) in listening):
         holder = re.search(r'\("([^"]*)",pid=(\d+)', listening[str(port)])
-        pid, process = (int(holder[2]), holder[1]) if holder else (None, "")
-        found.append({"port": port, "pid": pid, "process": process})
+        found.append({"port": port, "pid": int(holder[2]) if holder else None, "process": holder[1] if holder else ""})
     return found
 
 
@@ -759,7 +749,7 @@ def measure(ports: list[int], with_processes: bool) -> Host:
     cards = measure_pci()
     reserved = [card for card in cards if card["driver"] in RESERVING_DRIVERS]
     devices = [card["device"] for card in cards if card not in reserved]
-    host = {
+    return {
         "platform": kind,
         "container": measure_container(),
         "systemd": Path("/run/systemd/system").is_dir(),
@@ -778,19 +768,16 @@ def measure(ports: list[int], with_processes: bool) -> Host:
         "nouveau": Path("/sys/module/nouveau").is_dir(),
         "driver": measure_driver(kernel),
         **measure_packages(Path("/var/lib/dpkg/status")),
-        "wsl": {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in WSL_INFO.items()}
-        if wsl
-        else {},
+        "wsl": {name: ask("wslinfo", option, timeout=TIMEOUT).strip() for name, option in WSL_INFO.items() if wsl},
         **gpus,
         **docker,
         "ports_in_use": measure_ports(ports) if ports else [],
-        "gpu_processes": [],
+        "gpu_processes": measure_gpu_processes(gpus["nvidia_smi"])
+        if with_processes and gpus["gpus"] and not wsl
+        else [],
         "disk_free_gib": {},
         "disk_devices": {},
     }
-    if with_processes and host["gpus"] and not wsl:
-        host["gpu_processes"] = measure_gpu_processes(host["nvidia_smi"])
-    return host
 
 
 def look(wanted: dict[str, Any] | None) -> dict[str, Any]:
