@@ -115,13 +115,8 @@ class Source:
 
     def fingerprint(self, target: Target) -> str:
         """Return a short name for what would be collected; raises Problem."""
-        names = [str(path.relative_to(self.folder)) for path in self.files()]
-        digests = [sha256(self.folder / name) for name in names]
-        lines = [
-            target.minor,
-            target.machine,
-            *(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)),
-        ]
+        files = [f"{path.relative_to(self.folder)} {sha256(path)}" for path in self.files()]
+        lines = [target.minor, target.machine, *files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def collect(self, target: Target, archive: Path) -> None:

@@ -136,8 +136,7 @@ def why_stale(specification: str, loaded: str) -> str:
 
     `loaded` is the version of the kernel module; WSL2 has none, where a new driver lies in another folder instead.
     """
-    gone = [path for path in host_files(specification) if not Path(path).exists()]
-    if gone:
+    if gone := [path for path in host_files(specification) if not Path(path).exists()]:
         return f"it names {gone[0]}, which is gone"
     versions = set(re.findall(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)*)", specification)) - {"1.1"}
     if loaded and versions and loaded not in versions:
@@ -187,8 +186,8 @@ def rivals(device: str) -> list[Path]:
 
 def explain_rivals(device: str, files: list[Path]) -> str:
     """Return that specifications are in each other's way, and which to remove."""
-    extra = [str(file) for file in files if file != SPECIFICATION]
-    extra = extra if SPECIFICATION in files else extra[1:]
+    keep = SPECIFICATION if SPECIFICATION in files else files[0]
+    extra = [str(file) for file in files if file != keep]
     return (
         f"{' and '.join(map(str, files))} both have the device {device}, so neither counts. Fix: remove"
         f" {', '.join(extra)}, which somebody wrote beside it; NVIDIA's units write {SPECIFICATION}"
@@ -333,31 +332,22 @@ class Devices:
                 errors = "it does not start within 60 seconds"
         finally:
             self.ask("docker", "image", "rm", name)
-        if status == 0:
-            return
-        if errors:
+        if status != 0:
             lines = [line for line in errors.splitlines() if "--help" not in line and line.strip()]
-            raise Problem(explain(" ".join(lines).removeprefix("docker: "), self.device))
-        raise Problem(explain(f"{path} cannot be opened in it ({os.strerror(status)})", self.device))
-
-    def fingerprint(self, specification: str) -> str:
-        """Return what the proof holds for; a boot removes it with the folder that it is in."""
-        started = ENGINE_PROCESS.stat().st_mtime_ns if ENGINE_PROCESS.exists() else 0
-        return hashlib.sha256(
-            json.dumps([self.device, specification, read_text(LOADED_DRIVER), started]).encode()
-        ).hexdigest()
+            said = (
+                " ".join(lines).removeprefix("docker: ")
+                if errors
+                else f"{path} cannot be opened in it ({os.strerror(status)})"
+            )
+            raise Problem(explain(said, self.device))
 
     def services(self) -> list[str]:
         """Return the services of dots.ocr that use a CDI device, and that run or try to."""
         states = "--state=active,activating,reloading,failed"
         listed = self.ask("systemctl", "list-units", "--all", "--plain", "--no-legend", states, "dots-ocr*.service")[1]
         names = [line.split()[0] for line in listed.splitlines() if line.strip()]
-        found = []
-        for name in names:
-            fragment = self.ask("systemctl", "show", "--property=FragmentPath", "--value", name)[1]
-            if fragment and "nvidia.com/gpu=" in read_text(Path(fragment)):
-                found.append(name)
-        return found
+        units = [self.ask("systemctl", "show", "--property=FragmentPath", "--value", name)[1] for name in names]
+        return [name for name, unit in zip(names, units, strict=True) if unit and "nvidia.com/gpu=" in read_text(unit)]
 
     def present(self) -> dict[str, Any]:
         """Have the device, and prove it."""
@@ -383,7 +373,10 @@ class Devices:
             self.refresh(stale)
             result["devices"], _ = self.registry()
         after = read_text(SPECIFICATION)
-        fingerprint = self.fingerprint(after)
+        started = ENGINE_PROCESS.stat().st_mtime_ns if ENGINE_PROCESS.exists() else 0
+        holds_for = json.dumps([self.device, after, read_text(LOADED_DRIVER), started])
+        fingerprint = hashlib.sha256(holds_for.encode()).hexdigest()
+        # A boot removes it with the folder that it is in.
         if read_text(STAMP) != fingerprint:
             STAMP.unlink(missing_ok=True)
             self.prove(node(after))

@@ -88,22 +88,15 @@ PINNED_TOGETHER = ("nvidia-*", "libnvidia-*", "libcuda*", "firmware-nvidia-*", "
 UBUNTU_VARIANTS = ("-server", "")
 
 
-class Folder(NamedTuple):
-    """A distribution's folder in NVIDIA's CUDA repository."""
-
-    key: str  # file of the public key in the folder
-    fingerprint: str
-    first_branch: int  # the oldest that was seen in it
-
-
 FIRST_KEY = ("3bf863cc.pub", "EB693B3035CD5710E231E123A4B469963BF863CC")
-# Of the distributions that we support. Keys and branches differ: NVIDIA/cuda-repo-management#38 and #39 on GitHub.
+# Of NVIDIA's CUDA repository, by the distributions that we support: the key's file and fingerprint, and the oldest
+# branch that was seen. Keys and branches differ: NVIDIA/cuda-repo-management#38 and #39 on GitHub.
 FOLDERS = {
-    "debian12": Folder(*FIRST_KEY, 535),
-    "debian13": Folder("8793F200.pub", "02182E60104FCDC26EAE1B8597A5D4CB8793F200", 590),
-    "ubuntu2204": Folder(*FIRST_KEY, 535),
-    "ubuntu2404": Folder(*FIRST_KEY, 535),
-    "ubuntu2604": Folder("60DF8A40.pub", "14BAFBC7562AD710CA04E69905FBB6DA60DF8A40", 595),
+    "debian12": (*FIRST_KEY, 535),
+    "debian13": ("8793F200.pub", "02182E60104FCDC26EAE1B8597A5D4CB8793F200", 590),
+    "ubuntu2204": (*FIRST_KEY, 535),
+    "ubuntu2404": (*FIRST_KEY, 535),
+    "ubuntu2604": ("60DF8A40.pub", "14BAFBC7562AD710CA04E69905FBB6DA60DF8A40", 595),
 }
 # The first is supported until June 2028, the second is the production branch until March 2027 (NVIDIA's table).
 DEFAULT_BRANCHES = ("580", "595")
@@ -175,10 +168,10 @@ def flavours(host: Host, system: System) -> list[str]:
     decides: the one that depends on the running kernel, else one whose flavour begins like it.
     """
     release = in_packages(host["kernel_release"])
-    metas = {name.removeprefix("linux-image-"): depends for name, depends in sorted(system.packages.items())
-             if re.match(r"linux-image-[a-z]", name) and not name.startswith("linux-image-unsigned-")}  # fmt: skip
-    exact = [flavour for flavour, depends in metas.items()
-             if re.search(rf"\blinux-image(-unsigned)?-{re.escape(release)}(?![\w.+-])", depends)]  # fmt: skip
+    found = [(re.fullmatch(r"linux-image-(?!unsigned-)([a-z].*)", name), name) for name in sorted(system.packages)]
+    metas = {meta[1]: system.packages[name] for meta, name in found if meta}
+    running = re.compile(rf"\blinux-image(-unsigned)?-{re.escape(release)}(?![\w.+-])")
+    exact = [flavour for flavour, depends in metas.items() if running.search(depends)]
     similar = [flavour for flavour in metas if re.search(rf"-{re.escape(flavour.split('-')[0])}\b", release)]
     return [*exact, *(flavour for flavour in similar if flavour not in exact)]
 
@@ -261,20 +254,20 @@ def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
             " reboot, enrol), which this role then leaves alone",
         )
     release = in_packages(host["kernel_release"])
-    candidates = flavours(host, system) or (["amd64"] if host["distribution"] == "debian" else ["generic"])
+    flavour = [*flavours(host, system), "amd64" if host["distribution"] == "debian" else "generic"][0]
     headers = f"linux-headers-{release}"
     if not known(headers, system):
-        raise upgrade_kernel(host, candidates[0], headers)
+        raise upgrade_kernel(host, flavour, headers)
     folder = folder_of(host)
     version = wishes.package_version or wishes.branch
-    begins = FOLDERS[folder].first_branch
+    _, _, begins = FOLDERS[folder]
     there = major(version_on_disk(host)) == int(wishes.branch) or known(f"nvidia-driver-pinning-{version}", system)
     if int(wishes.branch) < begins and not there:
         raise NoBranch(
             f"NVIDIA's repository for {folder} has no branch {wishes.branch}: it begins at {begins}",
             f"set nvidia_driver_branch to '{DEFAULT_BRANCHES[-1]}' or 'auto'",
         )
-    meta = f"linux-headers-{candidates[0]}"
+    meta = f"linux-headers-{flavour}"
     names = ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"]
     if host["distribution"] == "ubuntu":
         # From 590 on NVIDIA's packages for Ubuntu no longer have the branch in their names.
@@ -282,7 +275,7 @@ def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
         names = [f"libnvidia-compute{suffix}", f"nvidia-dkms{suffix}-open", f"nvidia-utils{suffix}"]
     pattern = f"{version}-*" if wishes.package_version else f"{version}.*"
     packages = [*names, headers, *([meta] if known(meta, system) else [])]
-    kernel = kernel_packages(candidates[0], {*system.packages, *packages})
+    kernel = kernel_packages(flavour, {*system.packages, *packages})
     versions = dict.fromkeys((*names, *PINNED_TOGETHER), pattern)
     return Resolution(packages, kernel, folder, f"nvidia-driver-pinning-{version}", versions)
 
@@ -296,10 +289,10 @@ def resolve(host: Host, system: System, wishes: Wishes) -> Resolution:
     """Choose the packages for a machine that has no driver but ours."""
     distribution, release = host["distribution"], host["distribution_version"]
     if folder_of(host) not in FOLDERS:
-        supported = "Debian 12 or 13, or Ubuntu 22.04, 24.04 or 26.04"
         raise Problem(
             f"we know no source of drivers for {distribution or 'this system'} {release}".strip(),
-            f"use {supported}; or install the driver by hand, which this role then leaves alone",
+            "use Debian 12 or 13, or Ubuntu 22.04, 24.04 or 26.04; or install the driver by hand, which this role then"
+            " leaves alone",
         )
     devices = [int(device, 16) for device in host["nvidia_pci_ids"]]
     if devices and max(devices) < OLDEST_OPEN:
@@ -308,15 +301,14 @@ def resolve(host: Host, system: System, wishes: Wishes) -> Resolution:
             " drive it",
             "use a GPU of the Turing generation (RTX 20) or newer",
         )
-    source = wishes.source
-    if source == "auto":
-        source = "ubuntu" if distribution == "ubuntu" else "cuda_repo"
-    if source == "ubuntu" and distribution != "ubuntu":
+    if wishes.source != "ubuntu" and (wishes.source != "auto" or distribution != "ubuntu"):
+        return resolve_cuda(host, system, wishes)
+    if distribution != "ubuntu":
         raise Problem(
             f"nvidia_driver_source is 'ubuntu', but this is {distribution} {release}",
             "set nvidia_driver_source to 'auto' or 'cuda_repo'",
         )
-    return resolve_ubuntu(host, system, wishes) if source == "ubuntu" else resolve_cuda(host, system, wishes)
+    return resolve_ubuntu(host, system, wishes)
 
 
 def foreign_is_good(host: Host, wishes: Wishes) -> bool:
@@ -381,13 +373,12 @@ def judge(host: Host, wishes: Wishes, ours: bool) -> list[str]:
         faults.append(f"the kernel did not load the NVIDIA module {driver['installed']}{on}")
     if not host["gpus"]:
         broken = [f"GPU {card['index']} {card['name']}: {card['fault']}" for card in host.get("gpus_broken", ())]
-        said = "; ".join([*broken, *([host["nvidia_smi_message"]] if host["nvidia_smi_message"] else [])])
+        said = "; ".join(filter(None, [*broken, host["nvidia_smi_message"]]))
         said = f" ({said})" if said else ""
         faults.append(f"nvidia-smi shows no GPU{said}" if host["nvidia_smi"] else "there is no nvidia-smi")
-    for where in ("flavour", "loaded_flavour"):
-        if ours and driver[where] not in ("open", ""):
-            faults.append(f"the module is {driver[where]} by its licence, not open")
-            break
+    closed = [driver[where] for where in ("flavour", "loaded_flavour") if driver[where] not in ("open", "")]
+    if ours and closed:
+        faults.append(f"the module is {closed[0]} by its licence, not open")
     version = version_on_disk(host)
     if ours and version and (major(version) != int(wishes.branch) or not version.startswith(wishes.package_version)):
         faults.append(f"the driver is {version}, wanted is {wishes.package_version or 'branch ' + wishes.branch}")
@@ -436,20 +427,17 @@ def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
     chosen = resolve(host, system, wishes) if ours else Resolution([], [], "", "", {})
     replace, unpin = [], []
     if ours:
-        for name in host["nvidia_packages"]:
-            branch = re.search(r"-(\d{3})(?=-|$)", name)
-            if branch and branch.group(1) != wishes.branch and name not in chosen.packages:
-                replace.append(name)
-        pinnings = {
-            name for name in (*system.configured, *system.packages) if name.startswith("nvidia-driver-pinning-")
-        }
-        unpin = sorted(pinnings - {chosen.pinning})
-    folder = FOLDERS.get(chosen.repository)
+        branches = [(name, re.search(r"-(\d{3})(?=-|$)", name)) for name in host["nvidia_packages"]]
+        others = [name for name, branch in branches if branch and branch[1] != wishes.branch]
+        replace = [name for name in others if name not in chosen.packages]
+        there = {*system.configured, *system.packages} - {chosen.pinning}
+        unpin = sorted(name for name in there if name.startswith("nvidia-driver-pinning-"))
+    key, fingerprint, _ = FOLDERS.get(chosen.repository, ("", "", 0))
     return {
         **chosen._asdict(),
         "install": ours,
         "branch": wishes.branch,
-        "key": {"file": folder.key if folder else "", "fingerprint": folder.fingerprint if folder else ""},
+        "key": {"file": key, "fingerprint": fingerprint},
         "unpin": unpin,
         "replace": replace,
         "missing": [name for name in chosen.packages if name not in system.packages],
