@@ -255,7 +255,7 @@ class Configuration:
         existing, before = parse(data), self.before(data)
         required, defaults, options = (self.params[key] for key in ("required", "defaults", "options"))
         wanted = merge(parse(before), required, defaults, options)
-        check(wanted, flags_of(unit()), is_wsl())
+        check(wanted, flags_of(unit()), "microsoft" in platform.release().lower() or Path("/run/WSL").is_dir())
         certificates = {registry: self.certificate(registry) for registry in self.params["registry_ca"]}
         if wanted != existing:
             validate(wanted)
@@ -349,11 +349,6 @@ def render(options: Options) -> bytes:
     """Return a daemon.json."""
     # Half a character, which JSON can write as \uD800, is no UTF-8.
     return (json.dumps(options, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
-
-
-def is_wsl() -> bool:
-    """Tell whether this is WSL."""
-    return "microsoft" in platform.release().lower() or Path("/run/WSL").is_dir()
 
 
 def main() -> None:

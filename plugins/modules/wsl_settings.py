@@ -288,11 +288,6 @@ class Windows:
             )
         self.task = f"{TASK_PREFIX}{self.distribution}"
 
-    def describe(self) -> dict[str, str]:
-        """Return what was found."""
-        found = {"distribution": self.distribution, "task": self.task, "user": self.user}
-        return {"config": str(self.config), **found}
-
     def path(self, direction: str, path: str) -> str:
         """Translate a path: -u from Windows', -w to Windows'."""
         status, output, errors = run("wslpath", direction, path, timeout=TIMEOUT, decode=decode)
@@ -307,10 +302,10 @@ class Windows:
         path = str(self.drive / SYSTEM / program)
         shared = ":".join(filter(None, [os.environ.get("WSLENV"), "WSL_UTF8"]))
         # The current folder must be one that Windows has a letter for.
+        words = {"WSL_UTF8": "1", "WSLENV": shared}
         status, output, errors = run(
-            path, *arguments, timeout=timeout, cwd=self.drive, decode=decode,
-            environment={"WSL_UTF8": "1", "WSLENV": shared},
-        )  # fmt: skip
+            path, *arguments, timeout=timeout, cwd=self.drive, decode=decode, environment=words
+        )
         if "timed out" in errors and status < 0:
             raise Problem(f"{program} did not end within {timeout} s", "restart Windows, then run again")
         if status < 0:
@@ -351,17 +346,6 @@ class Windows:
         finally:
             file.unlink(missing_ok=True)
 
-    def unregister(self, task: str) -> None:
-        """Remove a task."""
-        problem = f"Windows does not remove the task {task}"
-        fix = f"in Windows: schtasks /delete /tn {task} /f, then run again"
-        self.run("schtasks.exe", "/delete", "/tn", task, "/f", problem=problem, fix=fix)
-
-    def update(self) -> None:
-        """Update WSL."""
-        fix = "in Windows: wsl --update, then wsl --shutdown"
-        self.run("wsl.exe", "--update", problem="wsl.exe --update failed", fix=fix, timeout=UPDATE_TIMEOUT)
-
 
 def installed_wsl() -> str:
     """Return the version of WSL, or nothing if it does not tell."""
@@ -400,13 +384,6 @@ def forget_if_empty(record: Record) -> Record:
     return {name: value for name, value in record.items() if value} if record.get("keys") else {}
 
 
-def describe_change(change: Change) -> dict[str, str]:
-    """Return a change for Ansible's --diff."""
-    file, before, after, _ = change
-    old, new = ((data or b"").decode("utf-8", "replace") for data in (before, after))
-    return {"before_header": str(file), "after_header": str(file), "before": old, "after": new}
-
-
 def apply(params: dict[str, Any], check: bool) -> dict[str, Any]:
     """Do what is asked, unless it is only to be foreseen. Everything that can be refused is refused first."""
     record: dict[str, Any] = json.loads(read(RECORDS / RECORD) or "{}")
@@ -417,8 +394,7 @@ def apply(params: dict[str, Any], check: bool) -> dict[str, Any]:
     conf: Record = record.get("conf", {})
     files: list[Change] = [(WSL_CONF, *plan_file(WSL_CONF, {} if absent else clean(params["conf"]), conf, "\n"), False)]
     record["conf"] = forget_if_empty(conf)
-    result: dict[str, Any] = {"changed": update, "config_changed": False, "task_changed": False, "updated": update}
-    result["windows"] = {}
+    result: dict[str, Any] = {"config_changed": False, "task_changed": False, "updated": update, "windows": {}}
     task, register, unregister = touched.get("task", ""), False, False
     if windows:
         config: Record = touched.get("config", {})
@@ -432,19 +408,25 @@ def apply(params: dict[str, Any], check: bool) -> dict[str, Any]:
         kept = {"config": forget_if_empty(config), "task": windows.task if wanted and (register or task) else ""}
         where = {"path": str(path), "distribution": windows.distribution}
         record["windows"] = {**kept, **where} if any(kept.values()) else {}
-        result["windows"] = windows.describe()
+        found = {"distribution": windows.distribution, "task": windows.task, "user": windows.user}
+        result["windows"] = {"config": str(windows.config), **found}
         result["config_changed"] = files[-1][1] != files[-1][2]
         result["task_changed"] = register or unregister
     changes = [change for change in files if change[1] != change[2]]
-    result["changed"] |= register or unregister or bool(changes)
-    result["diff"] = [describe_change(change) for change in changes]
+    result["changed"] = update or register or unregister or bool(changes)
+    result["diff"] = []
+    for file, *contents, _ in changes:
+        old, new = ((data or b"").decode("utf-8", "replace") for data in contents)
+        result["diff"].append({"before_header": str(file), "after_header": str(file), "before": old, "after": new})
     if check:
         return result
     # Written before the changes, so that what is half done can be put back; after them, if it says that all is.
     if not absent:
         write_record(record)
     if windows and unregister:
-        windows.unregister(task)
+        problem = f"Windows does not remove the task {task}"
+        fix = f"in Windows: schtasks /delete /tn {task} /f, then run again"
+        windows.run("schtasks.exe", "/delete", "/tn", task, "/f", problem=problem, fix=fix)
     if windows and register:
         windows.register()
     for file, _, after, backup in changes:
@@ -456,7 +438,8 @@ def apply(params: dict[str, Any], check: bool) -> dict[str, Any]:
         write_record(record)
     if windows and update:
         # At the very end: Windows may end this distribution for it.
-        windows.update()
+        fix = "in Windows: wsl --update, then wsl --shutdown"
+        windows.run("wsl.exe", "--update", problem="wsl.exe --update failed", fix=fix, timeout=UPDATE_TIMEOUT)
     return result
 
 
