@@ -123,13 +123,17 @@ def server_plan(
     gpus = [gpu for gpu in host["gpus"] if not asked_for or gpu["index"] in asked_for]
     of_driver = (profiles, known["order"], wanted["profile"])
     choices = [choose(gpu, *of_driver) for gpu in gpus]
-    capable = [choose(gpu, *of_driver) for gpu in newest(gpus)]
-    chosen = next((choice for choice in (*choices, *capable) if choice["fits"]), None) or first(*of_driver)
+    newest = [{**gpu, "driver_version": NEWEST_DRIVER} for gpu in gpus]  # as if their driver were newer than all
+    capable = [choose(gpu, *of_driver) for gpu in newest]
+    # For a GPU and a driver that nobody has seen yet.
+    name = known["order"][0] if wanted["profile"] == "auto" else wanted["profile"]
+    unseen = {"fits": True, "name": name, "tag": profiles[name]["tags"][0]["tag"]}
+    chosen = next((choice for choice in (*choices, *capable) if choice["fits"]), unseen)
     image = name_image(chosen, profiles[chosen["name"]], known["pins"], wanted)
     # If no image runs on any, the memory of all is judged, so that both problems are named at once.
     unfit = {}
     if any(choice["fits"] for choice in capable):
-        of_chosen = {gpu["index"]: choose(gpu, *of_driver[:2], chosen["name"]) for gpu in newest(gpus)}
+        of_chosen = {gpu["index"]: choose(gpu, *of_driver[:2], chosen["name"]) for gpu in newest}
         unfit = {index: choice for index, choice in of_chosen.items() if not choice["fits"]}
     plans = [
         plan_gpu(gpu, host["platform"], image, wanted, installed or {}) for gpu in gpus if gpu["index"] not in unfit
@@ -160,20 +164,9 @@ def server_plan(
     }
 
 
-def newest(gpus: Sequence[Data]) -> list[Data]:
-    """Return the GPUs as if their driver were newer than all."""
-    return [{**gpu, "driver_version": NEWEST_DRIVER} for gpu in gpus]
-
-
 def describe(gpu: Data) -> Data:
     """Return what is recorded of a GPU."""
     return {key: gpu[key] for key in GPU_KEYS}
-
-
-def first(profiles: Mapping[str, Data], order: Sequence[str], wanted: str) -> Data:
-    """Return the choice for a GPU and a driver that nobody has seen yet."""
-    name = order[0] if wanted == "auto" else wanted
-    return {"fits": True, "name": name, "tag": profiles[name]["tags"][0]["tag"]}
 
 
 def name_image(chosen: Data, profile: Data, pins: Mapping[str, Data], wanted: Data) -> Data:

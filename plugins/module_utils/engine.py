@@ -165,6 +165,7 @@ def look(packages: str | None = None) -> dict[str, Any]:
         "package": package,
         "package_version": package_version,
         "brought": bool(packages) and (RECORDS / f"{packages}.json").exists(),
+        "up": active and enabled,
         "running": [],
         "problems": [],
         **kept_in({ROOT, Path(str(settings().get("data-root", ROOT)))}),
@@ -175,7 +176,6 @@ def look(packages: str | None = None) -> dict[str, Any]:
         found["origin"] = "snap"
     elif is_podman(COMMAND):
         found["origin"] = "podman"
-    found["up"] = active and enabled
     # An engine that is stopped stays so: to ask Docker's socket would start it.
     if shutil.which("docker", path=PLACES) and (active or ask("systemctl", "is-active", "docker.socket") == ""):
         answer, names, running = together(

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from ansible.errors import AnsibleFilterError
 
-MIB = 1 << 20
 GIB = 1 << 30
 
 # Sizes. The first two are in a published log of vLLM serving dots.ocr, and the second is also arithmetic; the encoder's
@@ -16,7 +15,7 @@ GIB = 1 << 30
 WEIGHTS_GIB = 5.72
 # With fp8, the weights of the linear layers take one byte each and not two: 1.310e9 of the language model, 1.214e9 of
 # the encoder, 0.047e9 between them. The embeddings stay. Arithmetic from the model's configuration; no card has run it.
-FP8_WEIGHTS_GIB = WEIGHTS_GIB - 2.571e9 / (1 << 30)
+FP8_WEIGHTS_GIB = WEIGHTS_GIB - 2.571e9 / GIB
 KV_BYTES_PER_TOKEN = 2 * 28 * 2 * 128 * 2  # key and value x layers x KV heads x head dimension x bytes of bfloat16
 ENCODER_GIB_PER_IMAGE_TOKEN = 3.37 / 14_400
 OVERHEAD_GIB = 0.35  # CUDA graphs and context
@@ -136,7 +135,7 @@ def encoder_gib(max_pixels: int) -> float:
 
 def gib(mib: float) -> float:
     """Return MiB as GiB."""
-    return mib * MIB / GIB
+    return mib / 1024
 
 
 def rungs(wishes: Wishes) -> Iterator[Limits]:
@@ -208,12 +207,11 @@ def memory_plan(
     if utilization * memory.total > memory.free and not unknown:
         return refuse_utilization(memory, utilization)
     budget = gib(utilization * memory.total)
-    plain = [limits for limits in rungs(wanted) if limits.fit(budget)]
     fitting = [limits for limits in rungs(wanted) if limits.fit(learned.budget(budget, limits))]
     if kept and not fitting:
         return recorded
     # What was measured lowers a plan, but refuses none.
-    fitting = fitting or plain[:1]
+    fitting = fitting or [limits for limits in rungs(wanted) if limits.fit(budget)][:1]
     if not fitting:
         return refuse(memory, wanted, utilization, unknown)
     for limit in [limit for entry in lowering for limit in entry.get("below", [])]:
@@ -255,7 +253,7 @@ def same_wishes(last: Plan, wishes: Wishes, keys: Sequence[str]) -> bool:
 
 def learn_from(last: Plan, measured: Plan, memory: Memory, wishes: Wishes, lowering: Sequence[Plan]) -> Learned:
     """Return what the last plan had learned and what was measured with it, where the next plan may count on it."""
-    if not is_plan(last) or (last["memory_total_mib"], last["platform"]) != (memory.total, memory.platform):
+    if not is_plan(last, memory):
         return Learned()
     # A rung that failed must not come back because there seems to be room for it.
     if lowering or last.get("lowered") or not same_wishes(last, wishes, MEMORY_WISHES):
@@ -273,17 +271,15 @@ def learn_from(last: Plan, measured: Plan, memory: Memory, wishes: Wishes, lower
     return Learned(round((tokens - limits.kv_tokens(budget)) * KV_BYTES_PER_TOKEN / GIB, 2), limits.max_pixels)
 
 
-def is_plan(last: Plan) -> bool:
-    """Tell whether this is a plan, whole, of a model that fits."""
-    return bool(last.get("fits")) and set(PLAN) <= set(last)
+def is_plan(last: Plan, memory: Memory) -> bool:
+    """Tell whether this is a plan, whole, of a model that fits into so much memory of such a host."""
+    whole = bool(last.get("fits")) and set(PLAN) <= set(last)
+    return whole and (last["memory_total_mib"], last["platform"]) == (memory.total, memory.platform)
 
 
 def keeps(last: Plan, memory: Memory, wishes: Wishes, utilization: float, running: bool) -> bool:
     """Tell whether the plan of the last run continues: small drifts of free memory are not worth a restart."""
-    if not is_plan(last):
-        return False
-    same_host = (last["memory_total_mib"], last["platform"]) == (memory.total, memory.platform)
-    if not same_host or not same_wishes(last, wishes, WISHES):
+    if not is_plan(last, memory) or not same_wishes(last, wishes, WISHES):
         return False
     taken = last["gpu_memory_utilization"] * memory.total
     usable = memory.free - (0 if "gpu_memory_utilization" in wishes else RESERVE_MIB[memory.platform])
