@@ -129,7 +129,7 @@ from typing import Any
 
 from ..module_utils import apt
 from ..module_utils.apt_source import Source
-from ..module_utils.common import RECORDS, Problem, answer, ask, remove_empty, require, write
+from ..module_utils.common import RECORDS, Problem, answer, ask, read, remove_empty, require, write
 
 PREFERENCES = Path("/etc/apt/preferences.d")
 SETTINGS = Path("/etc/apt/apt.conf.d")
@@ -171,11 +171,10 @@ def parse_candidates(text: str) -> dict[str, str]:
 
 def render_pins(versions: dict[str, str]) -> str:
     """Return the preferences that pin versions."""
-    paragraphs = [
-        f"Package: {package}\nPin: version {version}\nPin-Priority: {PIN_PRIORITY}\n"
-        for package, version in sorted(versions.items())
-    ]
-    return "\n".join(["# Written by Ansible (module apt_set).", *paragraphs])
+    text = "# Written by Ansible (module apt_set)."
+    for package, version in sorted(versions.items()):
+        text += f"\nPackage: {package}\nPin: version {version}\nPin-Priority: {PIN_PRIORITY}\n"
+    return text
 
 
 def render_blacklist(patterns: list[str]) -> str:
@@ -221,13 +220,10 @@ class Set:
 
     def wanted_versions(self, names: list[str]) -> dict[str, str]:
         """Return the version to have of each package with a pin."""
-        pinned = [name for name in names if self.params["version"].get(name)]
-        if not pinned:
-            return {}
-        offered = parse_madison(require("apt-cache", "madison", *pinned))
+        patterns = {name: str(self.params["version"][name]) for name in names if self.params["version"].get(name)}
+        offered = parse_madison(require("apt-cache", "madison", *patterns)) if patterns else {}
         chosen = {}
-        for name in pinned:
-            pattern = str(self.params["version"][name])
+        for name, pattern in patterns.items():
             fitting = [version for version in offered.get(name, []) if fnmatch.fnmatchcase(version, pattern)]
             if not fitting:
                 there = ", ".join(offered.get(name, [])) or "none"
@@ -239,12 +235,8 @@ class Set:
         """Return the packages whose version is not the one to have."""
         names = [name for name in self.params["name"] if self.is_installed(name)]
         versions = {name: self.packages[name]["version"] for name in names}
-        wrong = [
-            name
-            for name in names
-            if self.params["version"].get(name)
-            and not fnmatch.fnmatchcase(versions[name], str(self.params["version"][name]))
-        ]
+        pins = {name: str(self.params["version"].get(name) or "*") for name in names}
+        wrong = [name for name in names if not fnmatch.fnmatchcase(versions[name], pins[name])]
         if self.params["upgrade"] and names:
             if self.params["refresh"] and not self.check:
                 apt.refresh(self.params["lock_timeout"])
@@ -263,7 +255,7 @@ class Set:
             self.pins: render_pins(pins) if pins else None,
             self.blacklist: render_blacklist(blacklist) if blacklist else None,
         }
-        before = {path: path.read_text() if path.exists() else None for path in files}
+        before = {path: read(path) for path in files}
         changed += [self.write(path, content) for path, content in files.items()]
         try:
             missing = [name for name in self.params["name"] if not self.is_installed(name)]
@@ -380,7 +372,7 @@ class Set:
         self.write(self.record_file, json.dumps(self.record, indent=2) + "\n" if any(self.record.values()) else None)
         remove_empty(RECORDS, RECORDS.parent)
 
-    def write(self, path: Path, content: str | None) -> bool:
+    def write(self, path: Path, content: bytes | str | None) -> bool:
         """Write a file, or remove it without content, but not in check mode; tell whether that changes it."""
         return write(path, content, real=not self.check)
 
