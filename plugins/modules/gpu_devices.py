@@ -334,12 +334,8 @@ class Devices:
             self.ask("docker", "image", "rm", name)
         if status != 0:
             lines = [line for line in errors.splitlines() if "--help" not in line and line.strip()]
-            said = (
-                " ".join(lines).removeprefix("docker: ")
-                if errors
-                else f"{path} cannot be opened in it ({os.strerror(status)})"
-            )
-            raise Problem(explain(said, self.device))
+            refused = f"{path} cannot be opened in it ({os.strerror(status)})"
+            raise Problem(explain(" ".join(lines).removeprefix("docker: ") if errors else refused, self.device))
 
     def services(self) -> list[str]:
         """Return the services of dots.ocr that use a CDI device, and that run or try to."""
