@@ -647,7 +647,7 @@ def test_a_pdf_without_the_mark_of_its_end_may_be_cut_off(end: str, is_cut: bool
     assert [page.warnings for page in read_all(data)] == [(said,) * is_cut, ()]
 
 
-@pytest.mark.parametrize("between", [b"", b"\r\n", b"%" + b"x" * (2**20 - 600) + b"\n%%EOF\n"])
+@pytest.mark.parametrize("between", [b"", b"\r\n", b"\0" * 999, b"%" + b"x" * (2**20 - 600) + b"\n%%EOF\n"])
 def test_pdfs_that_were_joined_are_read_as_the_last_with_a_warning(between: bytes) -> None:
     said = "several PDFs were joined end to end: only the last of them was read. Fix: read each by itself"
     pages = read_all(pdf_of((72, 72), (72, 72)) + between + pdf_of((144, 144)))

@@ -329,14 +329,20 @@ def look_into(reference: PageReference) -> tuple[int, tuple[str, ...]]:
 
 def _damage(file: BinaryIO) -> Iterator[str]:
     """Yield what a PDF may have lost, of which PDFium says nothing."""
-    end, joined = b"", False
-    while chunk := file.read(_CHUNK):
-        end = end[-(2**16) :] + chunk
-        joined = joined or re.search(rb"%%EOF\s*%PDF-\d", end) is not None
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+    end = file.read()
     if b"%%EOF" not in end.rstrip(b"\0\t\n\f\r ")[-2 * _HEAD :]:
         yield "the file lacks the mark of its end: it may be cut off, and its last pages blank. Fix: copy it again"
-    if joined:
-        yield "several PDFs were joined end to end: only the last of them was read. Fix: read each by itself"
+    file.seek(int((re.findall(rb"startxref\s+(\d{1,10})", end) or [b"0"])[-1]))
+    if re.match(rb"\s*(?:xref|\d+\s+\d+\s+obj)", file.read(_HEAD)):
+        return  # where the file says that its table of objects is, as it is not behind another file
+    file.seek(0)
+    last = b""
+    while chunk := file.read(_CHUNK):
+        if re.search(rb"%%EOF[\0\s]*%PDF-\d", last + chunk):
+            yield "several PDFs were joined end to end: only the last of them was read. Fix: read each by itself"
+            return
+        last = chunk[-(2**16) :]
 
 
 def draw(reference: PageReference) -> PageImage:
