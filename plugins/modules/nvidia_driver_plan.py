@@ -88,15 +88,22 @@ PINNED_TOGETHER = ("nvidia-*", "libnvidia-*", "libcuda*", "firmware-nvidia-*", "
 UBUNTU_VARIANTS = ("-server", "")
 
 
+class Folder(NamedTuple):
+    """A distribution's folder in NVIDIA's CUDA repository."""
+
+    key: str  # file of the public key in the folder
+    fingerprint: str
+    first_branch: int  # the oldest that was seen in it
+
+
 FIRST_KEY = ("3bf863cc.pub", "EB693B3035CD5710E231E123A4B469963BF863CC")
-# Of NVIDIA's CUDA repository, by the distributions that we support: the key's file and fingerprint, and the oldest
-# branch that was seen. Keys and branches differ: NVIDIA/cuda-repo-management#38 and #39 on GitHub.
+# Of the distributions that we support. Keys and branches differ: NVIDIA/cuda-repo-management#38 and #39 on GitHub.
 FOLDERS = {
-    "debian12": (*FIRST_KEY, 535),
-    "debian13": ("8793F200.pub", "02182E60104FCDC26EAE1B8597A5D4CB8793F200", 590),
-    "ubuntu2204": (*FIRST_KEY, 535),
-    "ubuntu2404": (*FIRST_KEY, 535),
-    "ubuntu2604": ("60DF8A40.pub", "14BAFBC7562AD710CA04E69905FBB6DA60DF8A40", 595),
+    "debian12": Folder(*FIRST_KEY, 535),
+    "debian13": Folder("8793F200.pub", "02182E60104FCDC26EAE1B8597A5D4CB8793F200", 590),
+    "ubuntu2204": Folder(*FIRST_KEY, 535),
+    "ubuntu2404": Folder(*FIRST_KEY, 535),
+    "ubuntu2604": Folder("60DF8A40.pub", "14BAFBC7562AD710CA04E69905FBB6DA60DF8A40", 595),
 }
 # The first is supported until June 2028, the second is the production branch until March 2027 (NVIDIA's table).
 DEFAULT_BRANCHES = ("580", "595")
@@ -260,7 +267,7 @@ def resolve_cuda(host: Host, system: System, wishes: Wishes) -> Resolution:
         raise upgrade_kernel(host, flavour, headers)
     folder = folder_of(host)
     version = wishes.package_version or wishes.branch
-    _, _, begins = FOLDERS[folder]
+    begins = FOLDERS[folder].first_branch
     there = major(version_on_disk(host)) == int(wishes.branch) or known(f"nvidia-driver-pinning-{version}", system)
     if int(wishes.branch) < begins and not there:
         raise NoBranch(
@@ -301,14 +308,15 @@ def resolve(host: Host, system: System, wishes: Wishes) -> Resolution:
             " drive it",
             "use a GPU of the Turing generation (RTX 20) or newer",
         )
-    if wishes.source != "ubuntu" and (wishes.source != "auto" or distribution != "ubuntu"):
-        return resolve_cuda(host, system, wishes)
-    if distribution != "ubuntu":
+    source = wishes.source
+    if source == "auto":
+        source = "ubuntu" if distribution == "ubuntu" else "cuda_repo"
+    if source == "ubuntu" and distribution != "ubuntu":
         raise Problem(
             f"nvidia_driver_source is 'ubuntu', but this is {distribution} {release}",
             "set nvidia_driver_source to 'auto' or 'cuda_repo'",
         )
-    return resolve_ubuntu(host, system, wishes)
+    return resolve_ubuntu(host, system, wishes) if source == "ubuntu" else resolve_cuda(host, system, wishes)
 
 
 def foreign_is_good(host: Host, wishes: Wishes) -> bool:
@@ -432,12 +440,12 @@ def plan_branch(host: Host, system: System, wishes: Wishes) -> dict[str, Any]:
         replace = [name for name in others if name not in chosen.packages]
         there = {*system.configured, *system.packages} - {chosen.pinning}
         unpin = sorted(name for name in there if name.startswith("nvidia-driver-pinning-"))
-    key, fingerprint, _ = FOLDERS.get(chosen.repository, ("", "", 0))
+    folder = FOLDERS.get(chosen.repository, Folder("", "", 0))
     return {
         **chosen._asdict(),
         "install": ours,
         "branch": wishes.branch,
-        "key": {"file": key, "fingerprint": fingerprint},
+        "key": {"file": folder.key, "fingerprint": folder.fingerprint},
         "unpin": unpin,
         "replace": replace,
         "missing": [name for name in chosen.packages if name not in system.packages],
