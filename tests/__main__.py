@@ -149,7 +149,7 @@ def lint() -> Count:
         command("ruff", "check", "."),
         command("ruff", "format", "--check", "."),
         command("mypy"),
-        command("mypy", "--cache-dir=../.mypy_cache", cwd=REPOSITORY / "client"),  # which has half of it
+        command("mypy", "--cache-dir=../.mypy_cache", cwd=REPOSITORY / "client"),  # half of it was just checked
         command("typos"),
         command("yamllint", "--strict", "."),
         command("ansible-lint", "site.yml", "playbooks", "roles", "plugins", "inventory"),

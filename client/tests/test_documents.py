@@ -654,12 +654,17 @@ def test_pdfs_that_were_joined_are_read_as_the_last_with_a_warning(between: byte
     assert [page.warnings for page in pages] == [(said,)]
 
 
-def test_a_pdf_inside_of_another_is_no_joined_one() -> None:
-    document = pypdfium2.PdfDocument(pdf_of((72, 72)))
-    document.new_attachment("a.pdf").set_data(pdf_of((72, 72)))
-    buffer = io.BytesIO()
-    document.save(buffer)
-    assert not any("joined" in said for page in read_all(buffer.getvalue()) for said in page.warnings)
+@pytest.mark.parametrize(
+    ("before", "attached"),
+    [(b"", 2 * pdf_of((72, 72))), (b"rubbish in front, so that no offset is right\n", pdf_of((72, 72)))],
+)
+def test_a_pdf_inside_of_another_is_no_joined_one(before: bytes, attached: bytes) -> None:
+    outer = pdf_of((72, 72))
+    table = outer.rpartition(b"startxref")[2].split()[0].decode()
+    data = outer + f"9 0 obj\n<< /Length {len(attached)} >>\nstream\n".encode() + attached + b"\nendstream\nendobj\n"
+    trailer = f"trailer\n<< /Root 1 0 R /Size 10 /Prev {table} >>\nstartxref\n{len(data)}\n%%EOF\n"
+    data += f"xref\n9 1\n{len(outer):010} 00000 n \n{trailer}".encode()
+    assert [page.warnings for page in read_all(before + data)] == [()]
 
 
 def test_files_attached_to_a_pdf_are_named_once() -> None:

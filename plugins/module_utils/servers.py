@@ -15,7 +15,7 @@ PROVEN = Path("/var/lib/dots-ocr/states/good/server")
 PROGRAMS = "/usr/local/lib/dots-ocr"
 HELD = ("active", "deactivating")
 UNIT_STOPPED = "9d1aaa27d60140bd96365438aad20286"  # systemd's id of that message (sd-messages.h)
-BESIDE = ("watchdog@{}.service", "front@{}.service", "wake@{}.path")  # they, too, may be older than their files
+BESIDE = ("watchdog@{}.service", "front@{}.service", "wake@{}.path")  # whose files systemd may not have read, either
 STOPPED = (("inactive", "disabled"), ("failed", "disabled"))
 
 Settings = dict[str, dict[str, Any]]
@@ -89,7 +89,7 @@ def settled(servers: Settings, units: dict[str, dict[str, str]]) -> bool:
             return False
         if (watchdog.get("ActiveState"), watchdog.get("UnitFileState")) != watched:
             return False
-    # That of a run that was cut off.
+    # A run that was cut off has written units that systemd has not read yet.
     return bool(servers) and all(unit.get("NeedDaemonReload") != "yes" for unit in units.values())
 
 

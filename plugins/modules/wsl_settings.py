@@ -302,9 +302,9 @@ class Windows:
         path = str(self.drive / SYSTEM / program)
         shared = ":".join(filter(None, [os.environ.get("WSLENV"), "WSL_UTF8"]))
         # The current folder must be one that Windows has a letter for.
-        words = {"WSL_UTF8": "1", "WSLENV": shared}
+        environment = {"WSL_UTF8": "1", "WSLENV": shared}
         status, output, errors = run(
-            path, *arguments, timeout=timeout, cwd=self.drive, decode=decode, environment=words
+            path, *arguments, timeout=timeout, cwd=self.drive, decode=decode, environment=environment
         )
         if "timed out" in errors and status < 0:
             raise Problem(f"{program} did not end within {timeout} s", "restart Windows, then run again")
